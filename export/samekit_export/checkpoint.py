@@ -1,0 +1,645 @@
+"""Published SAME checkpoints: folder, hub or seeded random, read into a config and a strict state.
+
+Knows the on-disk format (`model_config.json`, `model.safetensors`, both nestings) and nothing of how the model computes.
+Whatever the model code would not honour is refused by name: a silently ignored field gives wrong audio.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from samekit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    import torch
+
+CONFIG_FILE = "model_config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+# A full Stable Audio 3 checkpoint stores the autoencoder's tensors under this prefix.
+NESTED_PREFIX = "pretransform.model."
+
+HUB_REPOSITORIES = {"same-s": "stabilityai/SAME-S", "same-l": "stabilityai/SAME-L"}
+
+# Full checkpoints that contain the same autoencoder; who has one in the cache need not download the other.
+CONTAINING_REPOSITORIES = {
+    "same-s": ("stabilityai/stable-audio-3-small-music", "stabilityai/stable-audio-3-small-sfx"),
+    "same-l": ("stabilityai/stable-audio-3-medium",),
+}
+
+RANDOM = "random"
+HUB = "hub"
+
+
+@dataclass(frozen=True)
+class ChunkSpan:
+    """Attention inside chunks of whole latents; the second half of the blocks sees them shifted by half a chunk."""
+
+    latents: int
+    """Latents in a chunk; even."""
+    shifted: bool
+    """Whether the second half of the blocks is shifted."""
+
+
+@dataclass(frozen=True)
+class BandSpan:
+    """Attention in a sliding band, counted in latents to either side of a token."""
+
+    latents: int
+    """A token sees this many latents' worth of tokens to its left and to its right."""
+
+
+Span = ChunkSpan | BandSpan
+
+
+@dataclass(frozen=True)
+class TrunkConfig:
+    """One transformer stack, the encoder's or the decoder's."""
+
+    width: int
+    """Features of a token, D."""
+    depth: int
+    """Transformer blocks, N."""
+    head_width: int
+    """Features of an attention head."""
+    ff_mult: int
+    """Inner width of the feed-forward, as a multiple of `width`."""
+    stride: int
+    """Patches per latent."""
+    span: Span
+    """Which tokens an attention sees."""
+    sine_blocks: int
+    """Block i of N gates with sin(pi x) instead of SiLU when N - i < sine_blocks."""
+    mapping_kernel: int
+    """Kernel of the convolution between patches and tokens, along the patches."""
+
+    @property
+    def heads(self) -> int:
+        """Attention heads."""
+        return self.width // self.head_width
+
+    @property
+    def inner(self) -> int:
+        """Inner width of the feed-forward."""
+        return self.width * self.ff_mult
+
+    @property
+    def latent_tokens(self) -> int:
+        """Tokens per latent: its patches and one learned or latent token."""
+        return self.stride + 1
+
+    def gates_with_sine(self, block: int) -> bool:
+        """Whether block number `block` gates with sin(pi x)."""
+        return self.depth - block < self.sine_blocks
+
+
+@dataclass(frozen=True)
+class SameConfig:
+    """Every number of a SAME autoencoder that its checkpoint decides."""
+
+    sample_rate: int
+    channels: int
+    patch: int
+    """Samples per patch."""
+    latent_width: int
+    encoder: TrunkConfig
+    decoder: TrunkConfig
+    soft_clip: bool
+    """Whether the decoder ends in tanh."""
+
+    @property
+    def hop(self) -> int:
+        """Samples per latent."""
+        return self.patch * self.encoder.stride
+
+    @property
+    def patch_width(self) -> int:
+        """Features of a patch: its samples, channel after channel."""
+        return self.patch * self.channels
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint: what it is, what it holds, where it came from."""
+
+    name: str
+    config: SameConfig
+    tensors: dict[str, torch.Tensor]
+    """Float32, under the bare published keys; exactly the autoencoder's."""
+    source: dict[str, Any]
+    """Where it was read, as `load_source` takes it."""
+    sha256: str
+    """Of the configuration and every tensor, in key order."""
+
+
+# ---------------------------------------------------------------------------------------------- configuration
+
+
+class _Fields:
+    """A part of the configuration that knows its path and notices every field that nobody asked for."""
+
+    def __init__(self, values: Any, path: str) -> None:
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{CONFIG_FILE}: {path} must be an object, it is {values!r}; is this a SAME checkpoint?")
+        self._values = dict(values)
+        self._path = path
+
+    def take(self, key: str, kind: type, default: Any = None) -> Any:
+        """The field's value, checked for its type; without a default it must be there."""
+        value = self._values.pop(key, default)
+        if value is None:
+            raise CheckpointError(f"{CONFIG_FILE}: {self._path}.{key} is missing; is the file complete?")
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise CheckpointError(f"{CONFIG_FILE}: {self._path}.{key} must be of type {kind.__name__}, it is {value!r}")
+        return value
+
+    def take_size(self, key: str, default: int | None = None) -> int:
+        """A whole number from 1 to a million, beyond which a file is damaged rather than large."""
+        value = int(self.take(key, int, default))
+        if not 1 <= value <= 1_000_000:
+            raise CheckpointError(f"{CONFIG_FILE}: {self._path}.{key} must lie in 1 ... 1000000, it is {value}")
+        return value
+
+    def take_level(self, key: str, kind: type, default: Any = None) -> Any:
+        """The only value of a list with one entry a level; more than one level is not implemented."""
+        values = self.take(key, list, default)
+        if len(values) != 1:
+            raise CheckpointError(
+                f"{CONFIG_FILE}: {self._path}.{key} has {len(values)} levels; only autoencoders of one level are implemented"
+            )
+        return _Fields({key: values[0]}, self._path).take(key, kind)
+
+    def require(self, key: str, implemented: Any, default: Any = None) -> None:
+        """Refuse any value but the implemented one; a missing field counts as `default`."""
+        value = self._values.pop(key, default)
+        if value != implemented:
+            raise CheckpointError(
+                f"{CONFIG_FILE}: {self._path}.{key} = {value!r} is not implemented (only {implemented!r} is); "
+                "this checkpoint cannot be exported"
+            )
+
+    def ignore(self, *keys: str) -> None:
+        """Drop fields that do not change what the model computes at inference."""
+        for key in keys:
+            self._values.pop(key, None)
+
+    def sub(self, key: str) -> _Fields:
+        """A nested object."""
+        return _Fields(self._values.pop(key, None), f"{self._path}.{key}")
+
+    def typed(self, key: str, type_name: str) -> _Fields:
+        """The fields of a nested `{"type": …, "config": {…}}` of the implemented type."""
+        block = self.sub(key)
+        block.require("type", type_name)
+        fields = block.sub("config")
+        fields._values |= {k: v for k, v in block._values.items() if k == "soft_clip"}  # noqa: SLF001
+        block.ignore("soft_clip", "requires_grad")
+        block.finish()
+        return fields
+
+    def finish(self) -> None:
+        """Refuse whatever was left over, unless it is switched off."""
+        # A feature that is off (false, null, 0) changes nothing, whatever it is called.
+        left = {key: value for key, value in self._values.items() if value}
+        if left:
+            key, value = next(iter(left.items()))
+            raise CheckpointError(
+                f"{CONFIG_FILE}: {self._path}.{key} = {value!r} is not implemented; this checkpoint cannot be exported"
+            )
+
+
+def _parse_span(fields: _Fields, stride: int) -> Span:
+    window = fields.take("sliding_window", list, [])
+    if window:
+        fields.ignore("chunk_size", "chunk_midpoint_shift")
+        if len(window) != 2 or window[0] != window[1] or not isinstance(window[0], int) or not 1 <= window[0] <= 8:
+            raise CheckpointError(
+                f"{CONFIG_FILE}: sliding_window = {window!r} is not implemented; two equal whole numbers from 1 to 8 are"
+            )
+        return BandSpan(window[0])
+    chunk = fields.take_size("chunk_size")
+    latents = chunk // stride
+    if chunk % stride or latents % 2:
+        raise CheckpointError(
+            f"{CONFIG_FILE}: chunk_size = {chunk} is not implemented; it must be an even multiple of the stride {stride}"
+        )
+    return ChunkSpan(latents, fields.take("chunk_midpoint_shift", bool, False))
+
+
+def _parse_trunk(fields: _Fields, patch_width: int, latent_width: int, *, decoder: bool) -> TrunkConfig:
+    width_key = "out_channels" if decoder else "in_channels"
+    fields.require(width_key, patch_width)
+    fields.require("latent_dim", latent_width)
+    fields.require("differential", True, True)
+    fields.require("dyt", True, True)
+    fields.require("variable_stride", True)
+    for unimplemented in ("conformer", "layer_scale", "cross_attn", "rms_norm", "feat_scale", "causal"):
+        fields.require(unimplemented, False, False)
+    fields.require("mapping_bias", True, True)
+    # Training-time switches, and the noise that the reference adds to learned tokens (decoding here is noise-free).
+    fields.ignore("checkpointing", "mask_noise", "use_flash", "freeze_backbone")
+    stride = fields.take_level("strides", int)
+    conv_mapping = fields.take("conv_mapping", bool, False)
+    if conv_mapping and not decoder:
+        raise CheckpointError(f"{CONFIG_FILE}: encoder.conv_mapping = true is not implemented; this checkpoint cannot be exported")
+    sine = fields._values.pop("sinusoidal_blocks", [0])  # noqa: SLF001
+    sine = sine if isinstance(sine, list) else [sine]
+    if len(sine) != 1 or not isinstance(sine[0], int):
+        raise CheckpointError(f"{CONFIG_FILE}: sinusoidal_blocks = {sine!r} is not implemented; one whole number is")
+    trunk = TrunkConfig(
+        width=fields.take_size("channels") * fields.take_level("c_mults", int),
+        depth=fields.take_level("transformer_depths", int),
+        head_width=fields.take_size("dim_heads"),
+        ff_mult=fields.take_size("ff_mult", 3),
+        stride=stride,
+        span=_parse_span(fields, stride),
+        sine_blocks=sine[0],
+        mapping_kernel=3 if conv_mapping else 1,
+    )
+    fields.finish()
+    if not (trunk.width > 0 and 1 <= trunk.depth <= 1000 and 1 <= stride <= 1024):
+        raise CheckpointError(f"{CONFIG_FILE}: width {trunk.width}, depth {trunk.depth} or stride {stride} is out of range")
+    if trunk.head_width < 32 or trunk.head_width % 2 or trunk.width % trunk.head_width:
+        raise CheckpointError(
+            f"{CONFIG_FILE}: heads of {trunk.head_width} do not fit a width of {trunk.width}: "
+            "the head width must be even, at least 32, and divide the width"
+        )
+    if isinstance(trunk.span, ChunkSpan) and trunk.span.shifted and trunk.depth % 2:
+        raise CheckpointError(f"{CONFIG_FILE}: chunk_midpoint_shift needs an even depth, it is {trunk.depth}")
+    return trunk
+
+
+def parse_config(document: Any) -> tuple[SameConfig, bool]:
+    """Read a `model_config.json` of either nesting.
+
+    Args:
+        document: the parsed JSON.
+
+    Returns:
+        The configuration, and whether it lay inside a full Stable Audio 3 configuration.
+
+    Raises:
+        CheckpointError: a field is missing, of the wrong type, or asks for what is not implemented.
+    """
+    top = _Fields(document, "config")
+    outer = top.sub("model")
+    nested = "pretransform" in outer._values and "encoder" not in outer._values  # noqa: SLF001
+    model = outer.sub("pretransform").sub("config") if nested else outer
+    sample_rate = top.take_size("sample_rate")
+
+    channels = model.take_size("io_channels")
+    patched = model.typed("pretransform", "patched")
+    patch = patched.take_size("patch_size")
+    patched.require("channels", channels)
+    patched.finish()
+    latent_width = model.take_size("latent_dim")
+
+    encoder = _parse_trunk(model.typed("encoder", "same"), patch * channels, latent_width, decoder=False)
+    decoder_fields = model.typed("decoder", "same")
+    soft_clip = decoder_fields.take("soft_clip", bool, False)
+    decoder = _parse_trunk(decoder_fields, patch * channels, latent_width, decoder=True)
+
+    bottleneck = model.typed("bottleneck", "softnorm")
+    bottleneck.require("dim", latent_width)
+    bottleneck.require("noise_augment_dim", 0, 0)
+    bottleneck.require("auto_scale", True)
+    bottleneck.ignore("noise_regularize", "freeze", "momentum")
+    bottleneck.finish()
+
+    config = SameConfig(sample_rate, channels, patch, latent_width, encoder, decoder, soft_clip)
+    model.require("downsampling_ratio", config.hop)
+    model.ignore("in_channels", "out_channels")
+    model.finish()
+    if encoder.stride != decoder.stride:
+        raise CheckpointError(
+            f"{CONFIG_FILE}: encoder stride {encoder.stride} and decoder stride {decoder.stride} differ; this is not implemented"
+        )
+    return config, nested
+
+
+# ---------------------------------------------------------------------------------------------- tensors
+
+
+def tensor_shapes(config: SameConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the autoencoder: published key -> shape."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    enc, dec, latent = config.encoder, config.decoder, config.latent_width
+
+    def norm(prefix: str, width: int) -> None:
+        shapes[f"{prefix}.alpha"] = (1,)
+        shapes[f"{prefix}.gamma"] = shapes[f"{prefix}.beta"] = (width,)
+
+    def linear(prefix: str, n_out: int, n_in: int) -> None:
+        shapes[f"{prefix}.weight"] = (n_out, n_in)
+        shapes[f"{prefix}.bias"] = (n_out,)
+
+    def mapping(prefix: str, n_out: int, n_in: int, kernel: int) -> None:
+        shapes[f"{prefix}.weight_v"] = (n_out, n_in, kernel)
+        shapes[f"{prefix}.weight_g"] = (n_out, 1, 1)
+        shapes[f"{prefix}.bias"] = (n_out,)
+
+    def trunk(prefix: str, t: TrunkConfig) -> None:
+        shapes[f"{prefix}.new_tokens"] = (1, 1, t.width)
+        for i in range(t.depth):
+            block = f"{prefix}.transformers.{i}"
+            norm(f"{block}.pre_norm", t.width)
+            norm(f"{block}.ff_norm", t.width)
+            norm(f"{block}.self_attn.q_norm", t.head_width)
+            norm(f"{block}.self_attn.k_norm", t.head_width)
+            shapes[f"{block}.self_attn.to_qkv.weight"] = (5 * t.width, t.width)
+            shapes[f"{block}.self_attn.to_out.weight"] = (t.width, t.width)
+            linear(f"{block}.ff.ff.0.proj", 2 * t.inner, t.width)
+            linear(f"{block}.ff.ff.2", t.width, t.inner)
+            shapes[f"{block}.rope.inv_freq"] = (max(t.head_width // 2, 32) // 2,)
+
+    mapping("encoder.layers.0.mapping", enc.width, config.patch_width, enc.mapping_kernel)
+    trunk("encoder.layers.0", enc)
+    linear("encoder.layers.2", latent, enc.width)
+    linear("decoder.layers.1", dec.width, latent)
+    trunk("decoder.layers.3", dec)
+    mapping("decoder.layers.3.mapping", config.patch_width, dec.width, dec.mapping_kernel)
+    shapes["bottleneck.scaling_factor"] = shapes["bottleneck.bias"] = (1, latent, 1)
+    shapes["bottleneck.running_std"] = (1,)
+    shapes["bottleneck.noise_scaling_factor"] = (1, 0, 1)
+    return shapes
+
+
+def _check_shapes(found: Mapping[str, tuple[int, ...]], config: SameConfig, source: str) -> None:
+    """Refuse a missing, extra or misshaped tensor by its name."""
+    expected = tensor_shapes(config)
+    for key, shape in expected.items():
+        if key not in found:
+            raise CheckpointError(f"{source}: tensor {key} {list(shape)} is missing; download the checkpoint again")
+        if found[key] != shape:
+            raise CheckpointError(
+                f"{source}: tensor {key} has shape {list(found[key])}, the configuration asks for {list(shape)}"
+            )
+    extra = sorted(found.keys() - expected.keys())
+    if extra:
+        raise CheckpointError(f"{source}: tensor {extra[0]} is not part of a SAME autoencoder ({len(extra)} such); nothing is ignored")
+
+
+def _digest(config: SameConfig, tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over the configuration and the tensors in key order."""
+    digest = hashlib.sha256(repr(config).encode())
+    for key in sorted(tensors):
+        digest.update(key.encode())
+        digest.update(memoryview(tensors[key].contiguous().numpy()).cast("B") if tensors[key].numel() else b"")
+    return digest.hexdigest()
+
+
+def _read_config(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download the checkpoint again") from None
+
+
+def load(model: str, weights: str = HUB, revision: str | None = None) -> Checkpoint:
+    """Load a checkpoint from wherever it is.
+
+    Args:
+        model: `same-s`, `same-l`, a checkpoint folder, or a hub repository `owner/name`.
+        weights: "hub" for the published weights, "random" for seeded random ones, or a checkpoint folder.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        CheckpointError: it is not there, damaged, or not exactly what we implement.
+    """
+    if weights == RANDOM:
+        return random_checkpoint(model)
+    if weights != HUB:
+        return load_folder(Path(weights), model)
+    return load_folder(Path(model)) if Path(model).is_dir() else load_hub(model, revision)
+
+
+def load_source(source: Mapping[str, Any]) -> Checkpoint:
+    """Load a checkpoint again from the `source` of one that was loaded before."""
+    arguments = {key: value for key, value in source.items() if key != "kind"}
+    loaders = {"folder": load_folder, "hub": load_hub, RANDOM: random_checkpoint}
+    try:
+        return loaders[source["kind"]](**arguments)  # type: ignore[operator]
+    except (KeyError, TypeError):
+        raise CheckpointError(f"a checkpoint source {dict(source)!r} is not known; export the model again") from None
+
+
+def load_folder(folder: str | Path, name: str | None = None) -> Checkpoint:
+    """Load a checkpoint folder in the published format, either nesting.
+
+    Args:
+        folder: holds `model_config.json` and `model.safetensors`.
+        name: what to call the model; the folder's name unless given.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the checkpoint is not exactly what we implement.
+    """
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415
+
+    folder = Path(folder).resolve()
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{folder}: no {file} here; pass a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    config, nested = parse_config(_read_config(folder / CONFIG_FILE))
+    prefix = NESTED_PREFIX if nested else ""
+    weights = folder / WEIGHTS_FILE
+    try:
+        with safe_open(weights, framework="pt") as file:
+            keys = {key.removeprefix(prefix): key for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
+            found = {bare: tuple(file.get_slice(key).get_shape()) for bare, key in keys.items()}
+            _check_shapes(found, config, str(weights))
+            tensors = {bare: file.get_tensor(key).float() for bare, key in keys.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{weights}: not a readable safetensors file ({error}); download it again") from None
+    _check_finite(tensors, str(weights))
+    name = name or folder.name
+    source = {"kind": "folder", "folder": str(folder), "name": name}
+    return Checkpoint(name, config, tensors, source, _digest(config, tensors))
+
+
+def _check_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    for key, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{source}: tensor {key} holds NaN or infinity; the checkpoint is damaged")
+
+
+# ---------------------------------------------------------------------------------------------- random weights
+
+
+def published_config(name: str) -> dict[str, Any]:
+    """The `model_config.json` of a model, with the published field names.
+
+    Args:
+        name: `same-s` or `same-l` at their real sizes; `tiny-s` or `tiny-l`, 2 M parameters of the same kinds.
+    """
+    kind = name[-1]
+    if name not in ("same-s", "same-l", "tiny-s", "tiny-l"):
+        raise CheckpointError(f"no random weights for {name!r}; choose same-s, same-l, tiny-s or tiny-l")
+    tiny = name.startswith("tiny")
+    latent, depth = (32, 4) if tiny else (256, 6 if kind == "s" else 12)
+    trunk: dict[str, Any] = {
+        "channels": 32 if tiny else (128 if kind == "s" else 256),
+        "c_mults": [4 if tiny else 6],
+        "strides": [16],
+        "latent_dim": latent,
+        "transformer_depths": [depth],
+        "checkpointing": False,
+        "differential": True,
+        "dyt": True,
+        "dim_heads": 64,
+        "ff_mult": 3,
+        "variable_stride": True,
+    }
+    decoder: dict[str, Any]
+    if kind == "s":
+        trunk |= {"chunk_size": 32, "chunk_midpoint_shift": True}
+        decoder = {"sinusoidal_blocks": [0], "conv_mapping": True, "mask_noise": 0.01}
+    else:
+        trunk |= {"sliding_window": [1, 1]}
+        decoder = {"sinusoidal_blocks": [3 if tiny else 8], "mask_noise": 0.1}
+    return {
+        "model_type": "autoencoder",
+        "sample_rate": 44100,
+        "audio_channels": 2,
+        "model": {
+            "pretransform": {"type": "patched", "config": {"patch_size": 256, "channels": 2}},
+            "encoder": {"type": "same", "config": {"in_channels": 512, "mask_noise": 0.0, **trunk}},
+            "decoder": {"type": "same", "config": {"out_channels": 512, **decoder, **trunk}},
+            "bottleneck": {
+                "type": "softnorm",
+                "config": {
+                    "dim": latent,
+                    "noise_augment_dim": 0,
+                    "noise_regularize": True,
+                    "auto_scale": True,
+                    "freeze": True,
+                },
+            },
+            "latent_dim": latent,
+            "downsampling_ratio": 4096,
+            "io_channels": 2,
+        },
+    }
+
+
+def _random_scale(key: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and standard deviation that keep activations in a trained model's range and let every tensor matter."""
+    field = key.rsplit(".", 1)[-1]
+    if field == "alpha":
+        alpha = 2.0 if ("q_norm" in key or "k_norm" in key) else 1.5
+        return alpha, 0.1 * alpha
+    if field in ("gamma", "weight_g", "scaling_factor"):
+        return 1.0, 0.1
+    if field in ("beta", "bias"):
+        return 0.0, 0.1
+    if field == "new_tokens":
+        return 0.0, 0.5
+    if field == "weight_v":
+        return 0.0, 1.0
+    branch_end = key.endswith(("to_out.weight", "ff.ff.2.weight"))
+    return 0.0, (0.7 if branch_end else 1.0) / math.sqrt(shape[-1])
+
+
+def random_checkpoint(name: str, seed: int = 0) -> Checkpoint:
+    """A checkpoint with seeded random weights at the real sizes, for tests and speed work.
+
+    Every tensor is a pure function of its key, its shape and `seed` (NumPy's frozen `RandomState` stream), so the
+    same call gives the same model on every machine.
+
+    Args:
+        name: see `published_config`.
+        seed: 0 gives the weights of the golden outputs in `tests/golden`.
+    """
+    import numpy as np  # noqa: PLC0415
+    import torch  # noqa: PLC0415
+
+    config, _ = parse_config(published_config(name))
+    tensors = {}
+    for key, shape in tensor_shapes(config).items():
+        if key.endswith("inv_freq"):
+            array = rotary_frequencies(2 * shape[0])
+        elif key == "bottleneck.running_std":
+            array = np.array([1.25])
+        else:
+            mean, std = _random_scale(key, shape)
+            generator = np.random.RandomState((zlib.crc32(key.encode()) + seed) % 2**32)
+            array = mean + std * generator.standard_normal(shape)
+        tensors[key] = torch.from_numpy(np.asarray(array, np.float32))
+    source = {"kind": RANDOM, "name": name, "seed": seed}
+    return Checkpoint(name, config, tensors, source, _digest(config, tensors))
+
+
+def rotary_frequencies(rotated: int) -> Any:
+    """Angular frequencies of rotary embedding, base 10000: `[rotated / 2]`, radians per token (RoFormer, eq. 15)."""
+    import numpy as np  # noqa: PLC0415
+
+    return 1.0 / 10000 ** (np.arange(0, rotated, 2) / rotated)
+
+
+def save_folder(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write a checkpoint folder in the published format."""
+    from safetensors.torch import save_file  # noqa: PLC0415
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS_FILE)
+
+
+# ---------------------------------------------------------------------------------------------- hub
+
+
+def load_hub(name: str, revision: str | None = None) -> Checkpoint:
+    """Load a published checkpoint through `huggingface_hub`, from its cache where it is there.
+
+    Args:
+        name: `same-s`, `same-l`, or any hub repository `owner/name`, a full Stable Audio 3 one too.
+        revision: branch, tag or commit; the repository's default branch unless given.
+
+    Raises:
+        CheckpointError: unknown name, no network and no cache, no access, or an unusable checkpoint.
+    """
+    repository = HUB_REPOSITORIES.get(name, name)
+    if repository.count("/") != 1:
+        known = ", ".join(HUB_REPOSITORIES)
+        raise CheckpointError(f"{name!r} is no published model ({known}), no hub repository owner/name and no folder")
+    try:
+        found, folder = _fetch(repository, CONTAINING_REPOSITORIES.get(name, ()), revision)
+    except Exception as error:  # noqa: BLE001 the hub's client raises errors of several libraries; each becomes one line
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{repository} cannot be fetched from the hub ({reason}); pass a downloaded folder instead: "
+            "WEIGHTS=DIR (--weights DIR), or WEIGHTS=random to try without the published weights"
+        ) from None
+    loaded = load_folder(folder, name.rsplit("/", 1)[-1].lower())
+    # A snapshot's folder is named after its commit, which pins what was exported.
+    source = {"kind": HUB, "name": found, "revision": folder.name}
+    return dataclasses.replace(loaded, source=source)
+
+
+def _fetch(repository: str, containing: Iterable[str], revision: str | None) -> tuple[str, Path]:
+    """A repository and its snapshot folder: from the cache, else from the cache of another, else from the network."""
+    from huggingface_hub import snapshot_download  # noqa: PLC0415
+    from huggingface_hub.errors import LocalEntryNotFoundError  # noqa: PLC0415
+
+    files = [CONFIG_FILE, WEIGHTS_FILE]
+    for candidate in (repository, *(() if revision else containing)):
+        with contextlib.suppress(LocalEntryNotFoundError):
+            folder = Path(
+                snapshot_download(candidate, revision=revision, allow_patterns=files, local_files_only=True)
+            )
+            if all((folder / file).is_file() for file in files):
+                return candidate, folder
+    return repository, Path(snapshot_download(repository, revision=revision, allow_patterns=files))

@@ -1,0 +1,156 @@
+"""A checkpoint to an engine folder: graphs, verification and `spec.json`, whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+import shutil
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from samekit.errors import InputError, OutputError, SamekitError
+from samekit.spec import DECODER, ENCODER, SPEC_FILE, EngineSpec
+from samekit.store import Engine, describe_graph
+from samekit_export.checkpoint import ChunkSpan
+from samekit_export.graph import GraphDecoder, GraphEncoder
+from samekit_export.model import Same
+from samekit_export.to_onnx import OPSET, write_onnx
+from samekit_export.verify import verify
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from samekit_export.checkpoint import Checkpoint, TrunkConfig
+
+EXPORTABLE = ("fp32",)
+"""Precisions that an export can write."""
+
+GRAPHS = {ENCODER: GraphEncoder, DECODER: GraphDecoder}
+
+
+def _context(trunk: TrunkConfig) -> int:
+    """Latents that a trunk sees to either side of a latent, of a window that starts at a multiple of the chunk."""
+    if isinstance(trunk.span, ChunkSpan):
+        transformers = trunk.span.latents // 2 if trunk.span.shifted else 0
+    else:
+        transformers = trunk.depth * trunk.span.latents
+    # The decoder's convolution reaches one patch further, which lies in the next latent.
+    return transformers + trunk.mapping_kernel // 2
+
+
+def spec_of(checkpoint: Checkpoint) -> EngineSpec:
+    """The facts about a checkpoint's model, no graphs yet."""
+    config = checkpoint.config
+    span = config.encoder.span
+    return EngineSpec(
+        name=checkpoint.name,
+        sample_rate=config.sample_rate,
+        channels=config.channels,
+        hop=config.hop,
+        latent_width=config.latent_width,
+        alignment=span.latents if isinstance(span, ChunkSpan) else 1,
+        contexts={ENCODER: _context(config.encoder), DECODER: _context(config.decoder)},
+        source=checkpoint.source,
+        source_sha256=checkpoint.sha256,
+        tools=_tools(),
+    )
+
+
+def _tools() -> dict[str, str]:
+    """Versions of everything that decides what a graph looks like."""
+    packages = ("samekit", "torch", "onnx", "onnxscript")
+    return {**{package: version(package) for package in packages}, "opset": str(OPSET)}
+
+
+def export(
+    checkpoint: Checkpoint,
+    out: Path,
+    precisions: Sequence[str] = ("fp32",),
+    *,
+    force: bool = False,
+    report: Callable[[str], object] = lambda _line: None,
+) -> Engine:
+    """Write `out` / the checkpoint's name, or leave it if it is current.
+
+    Args:
+        checkpoint: what to export.
+        out: the folder of engine folders.
+        precisions: of `EXPORTABLE`.
+        force: export even if the folder is current.
+        report: takes a line for each step.
+
+    Returns:
+        The finished engine folder.
+
+    Raises:
+        InputError: a precision cannot be exported.
+        VerificationError: a graph does not equal eager PyTorch; nothing was written.
+        OutputError: the folder cannot be written.
+    """
+    for precision in precisions:
+        if precision not in EXPORTABLE:
+            raise InputError(f"cannot export precision {precision!r}; choose of {', '.join(EXPORTABLE)}")
+    folder = out / checkpoint.name
+    spec = spec_of(checkpoint)
+    if not force and is_current(folder, spec, precisions):
+        report(f"{folder} is current; --force exports it again")
+        return Engine.load(folder)
+    model = Same.from_checkpoint(checkpoint)
+    with _replaced_folder(folder) as staging:
+        for precision in precisions:
+            spec = _add_precision(staging, spec, model, precision, report)
+        (staging / SPEC_FILE).write_text(spec.to_json(), encoding="utf-8")
+    report(f"{folder} is ready")
+    return Engine.load(folder)
+
+
+def _add_precision(
+    staging: Path, spec: EngineSpec, model: Same, precision: str, report: Callable[[str], object]
+) -> EngineSpec:
+    """Write and verify the graphs of one precision; returns the spec that knows them."""
+    graphs = {}
+    for half, graph in GRAPHS.items():
+        file = f"{half}.onnx" if precision == "fp32" else f"{half}.{precision}.onnx"
+        report(f"writing {file}")
+        write_onnx(graph(model), staging / file)
+        graphs[half] = describe_graph(staging, file)
+    spec = dataclasses.replace(spec, graphs={**spec.graphs, precision: graphs})
+    cases = verify(Engine(staging, spec), model, precision, report)
+    return dataclasses.replace(spec, verification={**spec.verification, precision: cases})
+
+
+def is_current(folder: Path, spec: EngineSpec, precisions: Sequence[str]) -> bool:
+    """Whether a folder holds whole graphs of these precisions, of this source, made by these tools."""
+    try:
+        engine = Engine.load(folder)
+        for precision in precisions:
+            for half in GRAPHS:
+                engine.graph(half, precision)
+    except SamekitError:
+        return False
+    return engine.spec.source_sha256 == spec.source_sha256 and engine.spec.tools == spec.tools
+
+
+@contextmanager
+def _replaced_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` when the block ends well, and vanishes when it does not."""
+    suffix = f"{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    staging, old = (folder.with_name(f".{folder.name}.{role}.{suffix}") for role in ("new", "old"))
+    try:
+        staging.mkdir(parents=True)
+        yield staging
+        if folder.exists():
+            folder.rename(old)
+        staging.rename(folder)
+    except OSError as error:
+        if isinstance(error, SamekitError):
+            raise
+        raise OutputError(
+            f"{folder}: cannot be written ({error.strerror or error}); choose a folder that is writable and has room"
+        ) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

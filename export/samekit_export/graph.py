@@ -1,0 +1,418 @@
+"""The encoder and decoder in the shape in which they are exported: the function of `model.py`, fewer and larger steps.
+
+Rows. Every linear layer works on `[rows, features]`. The rows of a group of tokens do not lie together; rows are
+ordered token first, group second, so row = token * groups + group:
+
+    group        0   1   2          a group is a chunk of latents (ChunkSpan) or one latent (BandSpan)
+    token 0    [ 0   1   2 ]
+    token 1    [ 3   4   5 ]        the learned tokens of all groups are one slab of rows,
+    ...                             and a head's `[tokens, groups, heads, features]` turns into the operand
+    token 16   [48  49  50 ]        of a batched product by strides alone, without a copy
+
+Exact rewrites, all done here when the weights are loaded, in float64:
+
+* weight norm, gamma and beta of a norm before a linear layer, alpha of q_norm and k_norm, pi of the sine gate, the
+  1 / sqrt(head) of attention and the bottleneck are folded into weights and biases;
+* the residual stream is carried multiplied by the alpha of the norm that reads it next, so that a norm is a bare tanh
+  and the change of alpha is the `beta` of the matrix product that adds the branch;
+* v needs no bias: both softmaxes sum to one, so their difference cancels whatever is constant over the keys;
+* (softmax1 - softmax2) v instead of softmax1 v - softmax2 v: one product, and no cancellation after rounding;
+* the encoder's last block computes queries, outputs and feed-forward for the learned tokens only: nothing else is read;
+* the decoder's first block projects its learned token once, not once per patch: all copies are still equal.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from samekit.errors import CheckpointError
+from samekit_export.checkpoint import BandSpan, rotary_frequencies
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from samekit_export.checkpoint import TrunkConfig
+    from samekit_export.model import Block, DynamicTanh, Same, Trunk
+
+# Added to the score of a key out of sight: its exponential is zero in float32 and float16, and it fits both.
+OUT_OF_SIGHT = -1e4
+
+
+def _constant(value: Tensor | np.ndarray) -> nn.Parameter:
+    """A float32 weight of the graph, from float64."""
+    return nn.Parameter(torch.as_tensor(value).float().contiguous(), requires_grad=False)
+
+
+class Linear(nn.Module):
+    """rows @ weight + bias, from a weight `[out, in]` and a bias `[out]` in float64."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight = _constant(weight.T)
+        self.bias = _constant(bias)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """`[rows, in]` to `[rows, out]`."""
+        return torch.addmm(self.bias, rows, self.weight)
+
+
+class Branch(nn.Module):
+    """The end of a residual branch: scale * residual + rows @ weight + bias."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, scale: float) -> None:
+        super().__init__()
+        self.weight = _constant(weight.T)
+        self.bias = None if bias is None else _constant(bias)
+        self.scale = scale
+
+    def forward(self, residual: Tensor, rows: Tensor) -> Tensor:
+        """`[rows, out]` and `[rows, in]` to `[rows, out]`."""
+        total = torch.addmm(residual, rows, self.weight, beta=self.scale)
+        return total if self.bias is None else total + self.bias
+
+
+class NormedHeads(nn.Module):
+    """The queries or keys of one attention, all heads: linear layer and per-head norm, without rotary embedding."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, norm: DynamicTanh, scale: float = 1.0) -> None:
+        super().__init__()
+        heads = weight.shape[0] // norm.gamma.shape[0]
+        self.linear = Linear(weight * norm.alpha.double(), bias * norm.alpha.double())
+        self.gamma = _constant(scale * norm.gamma.double().repeat(heads))
+        self.beta = _constant(scale * norm.beta.double().repeat(heads))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """`[rows, width]` to the same."""
+        return torch.tanh(self.linear(rows)) * self.gamma + self.beta
+
+
+class Grid:
+    """Which tokens share a group in one stretch of blocks, for `groups` groups: positions, keys in sight, masks."""
+
+    def __init__(self, layout: Layout, batch: int, groups: int) -> None:
+        self.layout = layout
+        self.batch = batch
+        self.groups = groups
+        self.total = batch * groups
+        self.key_positions = self._positions(layout.key_positions)
+        self.query_positions = self._positions(layout.query_positions)
+        self.learned_positions = self._positions(layout.learned_positions)
+        if layout.neighbours:
+            self._look_around()
+
+    def _positions(self, of_token: Tensor) -> Tensor:
+        """A position for each row: `[rows, 1]`."""
+        return of_token[:, None].expand(-1, self.total).reshape(-1, 1)
+
+    def _look_around(self) -> None:
+        """Where the neighbouring groups of each group lie, and which keys do not exist at the ends of a sequence."""
+        layout = self.layout
+        group = torch.arange(self.groups)[None].expand(self.batch, -1).reshape(-1)
+        first = (torch.arange(self.batch)[:, None] * self.groups).expand(-1, self.groups).reshape(-1)
+        beside = group + layout.neighbour_offsets[:, None]
+        self.key_groups = (beside.clamp(0, self.groups - 1) + first).reshape(-1)
+        key_group = group[:, None] + layout.key_offsets
+        inside = (key_group >= 0) & (key_group < self.groups)
+        self.mask = torch.where(inside, 0.0, OUT_OF_SIGHT)[:, None, None] + layout.band
+
+    def keys(self, rows: Tensor) -> Tensor:
+        """The rows that each group's queries meet: `[keys * groups, width]`."""
+        if not self.layout.neighbours:
+            return rows
+        width = rows.shape[-1]
+        beside = rows.view(self.layout.tokens, -1, width).index_select(1, self.key_groups)
+        return beside.reshape(-1, width)
+
+    def masked(self, scores: Tensor, *, learned_only: bool) -> Tensor:
+        """Scores `[groups, heads, queries, keys]` with the keys out of sight pushed down."""
+        if not self.layout.neighbours:
+            return scores
+        # A learned token is the last of its latent.
+        return scores + (self.mask[:, :, -1:] if learned_only else self.mask)
+
+
+class Layout(nn.Module):
+    """The constants of a trunk's attention: tokens of a group, positions, rotary tables, the band."""
+
+    key_positions: Tensor
+    query_positions: Tensor
+    learned_positions: Tensor
+    neighbour_offsets: Tensor
+    key_offsets: Tensor
+    band: Tensor
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: TrunkConfig) -> None:
+        super().__init__()
+        span = config.span
+        self.neighbours = span.latents if isinstance(span, BandSpan) else 0
+        self.latents = 1 if isinstance(span, BandSpan) else span.latents
+        self.tokens = self.latents * config.latent_tokens
+        self.rotated = max(config.head_width // 2, 32)
+        reach = self.neighbours * self.tokens
+        seen = 2 * self.neighbours + 1
+        # Keys are ordered token first, group second, as rows are. Positions count from the first key in sight:
+        # attention needs only their differences, and the tables stay small and exact for audio of any length.
+        key_offsets = np.tile(np.arange(seen) - self.neighbours, self.tokens)
+        key_tokens = np.repeat(np.arange(self.tokens), seen)
+        key_positions = key_offsets * self.tokens + key_tokens + reach
+        query_positions = np.arange(self.tokens) + reach
+        learned = np.arange(1, self.latents + 1) * config.latent_tokens - 1
+        distance = np.abs(query_positions[:, None] - key_positions)
+        angles = np.outer(np.arange(seen * self.tokens), rotary_frequencies(self.rotated))
+        for name, value in {
+            "key_positions": key_positions,
+            "query_positions": query_positions,
+            "learned_positions": learned + reach,
+            "neighbour_offsets": np.arange(seen) - self.neighbours,
+            "key_offsets": key_offsets,
+        }.items():
+            self.register_buffer(name, torch.as_tensor(value))
+        self.register_buffer("band", torch.as_tensor(np.where(distance <= reach, 0, OUT_OF_SIGHT)).float())
+        self.register_buffer("cos", torch.as_tensor(np.cos(angles)).float())
+        self.register_buffer("sin", torch.as_tensor(np.sin(angles)).float())
+
+
+class GraphBlock(nn.Module):
+    """One transformer block over rows; takes the residual times `alpha_in`, returns it times `alpha_out`."""
+
+    def __init__(self, block: Block, config: TrunkConfig, alpha_in: float, alpha_out: float) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.width = config.width
+        attention = block.self_attn
+        qkv = attention.to_qkv.weight.double()
+        q1, k1, v, q2, k2 = (qkv * block.pre_norm.gamma.double()).split(config.width)
+        bias_q1, bias_k1, _, bias_q2, bias_k2 = (qkv @ block.pre_norm.beta.double()).split(config.width)
+        scale = config.head_width**-0.5
+        self.q1 = NormedHeads(q1, bias_q1, attention.q_norm, scale)
+        self.q2 = NormedHeads(q2, bias_q2, attention.q_norm, scale)
+        self.k1 = NormedHeads(k1, bias_k1, attention.k_norm)
+        self.k2 = NormedHeads(k2, bias_k2, attention.k_norm)
+        self.v = _constant(v.T)
+        alpha_mid = float(block.ff_norm.alpha)
+        self.out = Branch(attention.to_out.weight.double() * alpha_mid, None, alpha_mid / alpha_in)
+
+        gated, _, last = block.ff.ff
+        weight = gated.proj.weight.double()
+        bias = gated.proj.bias.double() + weight @ block.ff_norm.beta.double()
+        value, gate = (weight * block.ff_norm.gamma.double()).split(config.inner)
+        bias_value, bias_gate = bias.split(config.inner)
+        self.sine = block.ff.sine
+        turn = torch.pi if self.sine else 1.0
+        self.value = Linear(value, bias_value)
+        self.gate = Linear(gate * turn, bias_gate * turn)
+        self.ff = Branch(last.weight.double() * alpha_out, last.bias.double() * alpha_out, alpha_out / alpha_mid)
+
+    def forward(
+        self,
+        residual: Tensor,
+        grid: Grid,
+        spread: Callable[[Tensor], Tensor] | None = None,
+        *,
+        learned_only: bool = False,
+    ) -> Tensor:
+        """`[rows, width]` to the same.
+
+        Args:
+            residual: the stream, times `alpha_in`.
+            grid: how rows form groups.
+            spread: where equal tokens are given only once, turns such rows into the full ones.
+            learned_only: return the rows of the learned tokens, `[latents of a group * groups, width]`.
+        """
+        spread = spread or _same
+        layout = grid.layout
+        x = torch.tanh(residual)
+        residual = spread(residual)
+        asking, positions = x, grid.query_positions
+        if learned_only:
+            asking, positions = learned_rows(x, layout), grid.learned_positions
+            residual = learned_rows(residual, layout)
+
+        def attend(query: NormedHeads, key: NormedHeads) -> Tensor:
+            q = self._turn(spread(query(asking)), positions, grid).permute(1, 2, 0, 3)
+            k = self._turn(grid.keys(spread(key(x))), grid.key_positions, grid).permute(1, 2, 3, 0)
+            return torch.softmax(grid.masked(q @ k, learned_only=learned_only), dim=-1)
+
+        weights = attend(self.q1, self.k1) - attend(self.q2, self.k2)
+        v = self._per_head(grid.keys(spread(x @ self.v)), grid).permute(1, 2, 0, 3)
+        heads = (weights @ v).permute(2, 0, 1, 3).reshape(-1, self.width)
+        residual = self.out(residual, heads)
+
+        x = torch.tanh(residual)
+        gate = self.gate(x)
+        gate = torch.sin(gate) if self.sine else functional.silu(gate)
+        return self.ff(residual, self.value(x) * gate)
+
+    def _turn(self, rows: Tensor, positions: Tensor, grid: Grid) -> Tensor:
+        """Rotary embedding, then `_per_head`."""
+        layout = grid.layout
+        # One row a sequence: ONNX Runtime wants no sequence longer than the tables.
+        turned = torch.onnx.ops.rotary_embedding(
+            rows[:, None], layout.cos, layout.sin, positions, num_heads=self.heads, rotary_embedding_dim=layout.rotated
+        )
+        return self._per_head(turned, grid)
+
+    def _per_head(self, rows: Tensor, grid: Grid) -> Tensor:
+        """`[tokens * groups, width]` to `[tokens, groups, heads, head_width]`."""
+        return rows.view(-1, grid.total, self.heads, self.width // self.heads)
+
+
+def _same(rows: Tensor) -> Tensor:
+    """Rows that are complete already."""
+    return rows
+
+
+def learned_rows(rows: Tensor, layout: Layout) -> Tensor:
+    """The rows of the encoder's learned tokens, the last of each latent."""
+    width = rows.shape[-1]
+    return rows.view(layout.latents, layout.tokens // layout.latents, -1, width)[:, -1].reshape(-1, width)
+
+
+class GraphTrunk(nn.Module):
+    """All blocks of one direction over rows."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        super().__init__()
+        config = trunk.config
+        self.layout = Layout(config)
+        self.shift_at = config.depth // 2 if getattr(config.span, "shifted", False) else None
+        alphas = [float(block.pre_norm.alpha) for block in trunk.transformers] + [1.0]
+        for block in trunk.transformers:
+            if min(abs(float(block.pre_norm.alpha)), abs(float(block.ff_norm.alpha))) < 1e-4:
+                raise CheckpointError("a norm's alpha is (nearly) zero, so its block ignores its input; not exportable")
+        self.alpha_in = alphas[0]
+        self.blocks = nn.ModuleList(
+            GraphBlock(block, config, alphas[i], alphas[i + 1])
+            for i, block in enumerate(trunk.transformers)
+        )
+
+    def forward(
+        self,
+        rows: Tensor,
+        batch: int,
+        groups: int,
+        spread: Callable[[Tensor], Tensor] | None = None,
+        *,
+        learned_only: bool = False,
+    ) -> Tensor:
+        """Rows times `alpha_in` to rows, or to those of the learned tokens; arguments as in `GraphBlock`."""
+        grid = Grid(self.layout, batch, groups)
+        for i, block in enumerate(self.blocks):
+            if i == self.shift_at:
+                rows = self._shift(rows, batch, groups)
+                grid = Grid(self.layout, batch, groups + 1)
+            last = i == len(self.blocks) - 1
+            rows = block(rows, grid, spread if i == 0 else None, learned_only=learned_only and last)
+        return rows if self.shift_at is None else self._shift_back(rows, batch, groups)
+
+    def _shift(self, rows: Tensor, batch: int, groups: int) -> Tensor:
+        """Chunks moved by half a chunk: the sequence is extended by copies of its first and its last half chunk."""
+        first, second = rows.view(2, -1, batch, groups, rows.shape[-1])
+        first_halves = torch.cat([first[:, :, :1], second], dim=2)
+        second_halves = torch.cat([first, second[:, :, -1:]], dim=2)
+        return torch.stack([first_halves, second_halves]).reshape(-1, rows.shape[-1])
+
+    def _shift_back(self, rows: Tensor, batch: int, groups: int) -> Tensor:
+        """Undo `_shift`: drop the copies."""
+        first_halves, second_halves = rows.view(2, -1, batch, groups + 1, rows.shape[-1])
+        return torch.stack([second_halves[:, :, :-1], first_halves[:, :, 1:]]).reshape(-1, rows.shape[-1])
+
+
+class GraphEncoder(nn.Module):
+    """Audio `[batch, channels, latents * hop]` to latents `[batch, latent_width, latents]`."""
+
+    input_name, output_name = "audio", "latents"
+
+    def __init__(self, model: Same) -> None:
+        super().__init__()
+        self.config = model.config
+        trunk, _, to_latent = model.encoder.layers
+        self.trunk = GraphTrunk(trunk)
+        alpha = self.trunk.alpha_in
+        self.mapping = Linear(trunk.mapping.weight().double()[..., 0] * alpha, trunk.mapping.bias.double() * alpha)
+        self.learned = _constant(trunk.new_tokens.double() * alpha)
+        std = model.bottleneck["running_std"].double()
+        scale = model.bottleneck["scaling_factor"].double().flatten() / std
+        shift = model.bottleneck["bias"].double().flatten() / std
+        self.to_latent = Linear(to_latent.weight.double() * scale[:, None], to_latent.bias.double() * scale + shift)
+
+    def forward(self, audio: Tensor) -> Tensor:
+        """One pass over everything; any number of latents from 1."""
+        config = self.config
+        trunk, latents_in_group = config.encoder, self.trunk.layout.latents
+        batch, latents = audio.shape[0], audio.shape[2] // config.hop
+        groups = (latents + latents_in_group - 1) // latents_in_group
+        if latents_in_group > 1:
+            # Zeros fill the last chunk, as in the reference; a slice of what is always appended needs no condition.
+            filler = audio.new_zeros(batch, config.channels, (latents_in_group - 1) * config.hop)
+            audio = torch.cat([audio, filler], dim=2)[:, :, : groups * latents_in_group * config.hop]
+        patches = audio.reshape(batch, config.channels, groups, latents_in_group, trunk.stride, config.patch)
+        rows = patches.permute(3, 4, 0, 2, 1, 5).reshape(-1, config.patch_width)
+        rows = self.mapping(rows).view(latents_in_group, trunk.stride, -1, trunk.width)
+        learned = self.learned[None].expand(latents_in_group, 1, rows.shape[2], -1)
+        rows = torch.cat([rows, learned], dim=1).reshape(-1, trunk.width)
+        rows = self.trunk(rows, batch, groups, learned_only=True)
+        z = self.to_latent(rows.reshape(-1, trunk.width)).view(latents_in_group, batch, groups, -1)
+        return z.permute(1, 3, 2, 0).reshape(batch, config.latent_width, -1)[:, :, :latents]
+
+
+class GraphDecoder(nn.Module):
+    """Latents `[batch, latent_width, latents]` to audio `[batch, channels, latents * hop]`."""
+
+    input_name, output_name = "latents", "audio"
+
+    def __init__(self, model: Same) -> None:
+        super().__init__()
+        self.config = model.config
+        _, from_latent, _, trunk = model.decoder.layers
+        self.trunk = GraphTrunk(trunk)
+        alpha = self.trunk.alpha_in
+        std = model.bottleneck["running_std"].double()
+        self.from_latent = Linear(from_latent.weight.double() * (std * alpha), from_latent.bias.double() * alpha)
+        self.learned = _constant(trunk.new_tokens.double()[0] * alpha)
+        # One product serves all taps of the convolution along the patches: [kernel * patch_width, width].
+        weight = trunk.mapping.weight().double().permute(2, 0, 1)
+        self.kernel = weight.shape[0]
+        self.mapping = _constant(weight.flatten(0, 1).T)
+        self.mapping_bias = _constant(trunk.mapping.bias.double())
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """One pass over everything; any number of latents from 1."""
+        config = self.config
+        trunk, latents_in_group = config.decoder, self.trunk.layout.latents
+        batch, length = latents.shape[0], latents.shape[2]
+        groups = (length + latents_in_group - 1) // latents_in_group
+        rows = self.from_latent(latents.transpose(1, 2).reshape(-1, config.latent_width)).view(batch, -1, trunk.width)
+        if latents_in_group > 1:
+            filler = rows.new_zeros(batch, latents_in_group - 1, trunk.width)
+            rows = torch.cat([rows, filler], dim=1)[:, : groups * latents_in_group]
+        rows = rows.reshape(batch, groups, latents_in_group, trunk.width).permute(2, 0, 1, 3).reshape(-1, trunk.width)
+
+        def spread(rows: Tensor) -> Tensor:
+            """The latents' rows followed by one learned row, to the rows of all tokens."""
+            own = rows[:-1].view(latents_in_group, 1, -1, trunk.width)
+            learned = rows[-1:].expand(latents_in_group, trunk.stride, own.shape[2], -1)
+            return torch.cat([own, learned], dim=1).reshape(-1, trunk.width)
+
+        rows = self.trunk(torch.cat([rows, self.learned]), batch, groups, spread)
+        rows = rows.reshape(latents_in_group, trunk.latent_tokens, -1, trunk.width)[:, 1:].reshape(-1, trunk.width)
+        taps = (rows @ self.mapping).view(latents_in_group, trunk.stride, batch, groups, self.kernel, config.patch_width)
+        patches = self._convolve(taps.permute(2, 3, 0, 1, 4, 5).reshape(batch, -1, self.kernel, config.patch_width))
+        audio = (patches + self.mapping_bias).reshape(batch, -1, config.channels, config.patch).permute(0, 2, 1, 3)
+        audio = audio.reshape(batch, config.channels, -1)[:, :, : length * config.hop]
+        return torch.tanh(audio) if config.soft_clip else audio
+
+    def _convolve(self, taps: Tensor) -> Tensor:
+        """Sum of the taps' products, each moved to the patch it belongs to: `[batch, patches, patch_width]`."""
+        if self.kernel == 1:
+            return taps[:, :, 0]
+        before = functional.pad(taps[:, :-1, 0], (0, 0, 1, 0))
+        after = functional.pad(taps[:, 1:, 2], (0, 0, 0, 1))
+        return before + taps[:, :, 1] + after

@@ -1,0 +1,72 @@
+"""Export-shaped modules to ONNX files: standard operators, dynamic batch and latents, weights beside a large graph."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+
+from samekit_export.graph import GraphDecoder, GraphEncoder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+# 23 is the first with RotaryEmbedding, which ONNX Runtime and TensorRT both run as one fused step.
+OPSET = 23
+
+# Protocol buffers end at 2 GiB; above this the weights lie beside the graph, where a runtime can map them.
+EXTERNAL_DATA_ABOVE = 64 * 1024 * 1024
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Without the exporter's notes on packages that we do not use and on its own deprecations."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def write_onnx(graph: GraphEncoder | GraphDecoder, path: Path) -> None:
+    """Write one graph; large weights go to `path` + `.data`.
+
+    Args:
+        graph: the encoder or the decoder.
+        path: the `.onnx` file.
+    """
+    config = graph.config
+    batch, latents = torch.export.Dim("batch"), torch.export.Dim("latents")
+    # Sizes of 0 and 1 would be taken as constants; any others do.
+    if isinstance(graph, GraphEncoder):
+        example = torch.zeros(2, config.channels, 6 * config.hop)
+        length = config.hop * latents
+    else:
+        example = torch.zeros(2, config.latent_width, 6)
+        length = latents
+    with _quiet_exporter():
+        program = torch.onnx.export(
+            graph.eval(),
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=({0: batch, 2: length},),
+            input_names=[graph.input_name],
+            output_names=[graph.output_name],
+            verbose=False,
+        )
+        if program is None:
+            raise RuntimeError("torch.onnx.export returned nothing")
+        # The exporter derives these as long formulas over its own symbols.
+        inside, outside = ("latents", f"{config.hop}*latents")
+        program.model.graph.outputs[0].shape[2] = inside if isinstance(graph, GraphEncoder) else outside
+        size = sum(p.numel() * p.element_size() for p in graph.parameters())
+        program.save(path, external_data=size > EXTERNAL_DATA_ABOVE)

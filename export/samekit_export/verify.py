@@ -1,0 +1,114 @@
+"""Every exported graph against eager PyTorch, in numbers; below its floor no export is finished."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from samekit.autoencoder import Autoencoder
+from samekit.backends.base import BackendOptions
+from samekit.backends.eager import EagerBackend
+from samekit.backends.ort import OnnxRuntimeBackend
+from samekit.errors import NonFiniteError, VerificationError
+from samekit.spec import DECODER, ENCODER
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy.typing as npt
+
+    from samekit.backends.base import Backend
+    from samekit.spec import EngineSpec
+    from samekit.store import Engine
+    from samekit_export.model import Same
+
+    Array = npt.NDArray[np.float32]
+
+# Float32 ports reach 115 to 130 dB; below 90 dB something is wrong.
+FLOOR_DB = {"fp32": 90.0}
+
+
+def snr_db(reference: Array, output: Array) -> float:
+    """Signal-to-noise ratio in dB: 20 log10(|reference| / |output - reference|)."""
+    error = float(np.linalg.norm(output.astype(np.float64) - reference))
+    signal = float(np.linalg.norm(reference.astype(np.float64)))
+    if error == 0:
+        return math.inf
+    return 20 * math.log10(signal / error) if signal else -math.inf
+
+
+def example_input(spec: EngineSpec, half: str, batch: int, latents: int, seed: int) -> Array:
+    """Noise of a usual level: audio at -14 dBFS, or latents of unit variance."""
+    noise = np.random.default_rng(seed)
+    if half == ENCODER:
+        return noise.standard_normal((batch, spec.channels, spec.samples(latents)), np.float32) * np.float32(0.2)
+    return noise.standard_normal((batch, spec.latent_width, latents), np.float32)
+
+
+def verify(
+    engine: Engine, model: Same, precision: str, report: Callable[[str], object] | None = None
+) -> list[dict[str, Any]]:
+    """Measure a precision's graphs in ONNX Runtime on the CPU against eager PyTorch in float32.
+
+    Args:
+        engine: the graphs; may still be unfinished.
+        model: eager PyTorch with the same weights.
+        precision: which graphs.
+        report: takes a line for each case.
+
+    Returns:
+        A row for each case: half, batch, latents, window, snr_db, max_error.
+
+    Raises:
+        VerificationError: a case is below the precision's floor, or not finite.
+    """
+    options = BackendOptions(precision=precision, device="cpu")
+    rows = []
+    with (
+        OnnxRuntimeBackend(engine, options) as tested,
+        EagerBackend(engine.spec, model, BackendOptions(device="cpu")) as oracle,
+    ):
+        for half in (ENCODER, DECODER):
+            for batch, latents, window in _cases(engine.spec, half):
+                row = {"half": half, "batch": batch, "latents": latents, "window": window}
+                row |= _compare(tested, oracle, half, batch, latents, window)
+                rows.append(row)
+                if report:
+                    report(
+                        f"{precision} {half}: {batch} x {latents} latents"
+                        f"{f' in windows of {window}' if window else ''}: {row['snr_db']:.1f} dB"
+                    )
+                _judge(row, precision)
+    return rows
+
+
+def _cases(spec: EngineSpec, half: str) -> list[tuple[int, int, int | None]]:
+    """Batch, latents and window: single, whole and odd lengths, a batch, and more than one window."""
+    context, alignment = spec.contexts[half], spec.alignment
+    window = alignment * math.ceil((2 * context + 8) / alignment)
+    return [(1, 1, None), (1, 2, None), (1, 5, None), (2, 7, None), (1, 2 * window - 2 * context + 3, window)]
+
+
+def _compare(
+    tested: Backend, oracle: Backend, half: str, batch: int, latents: int, window: int | None
+) -> dict[str, float]:
+    """SNR and largest error of one case; the oracle does everything in one pass."""
+    array = example_input(tested.spec, half, batch, latents, seed=latents)
+    expected = (oracle.encode if half == ENCODER else oracle.decode)(array)
+    try:
+        codec = Autoencoder(tested, window)
+        output = (codec.encode_audio if half == ENCODER else codec.decode_audio)(array)
+    except NonFiniteError as error:
+        raise VerificationError(str(error)) from None
+    return {"snr_db": round(snr_db(expected, output), 2), "max_error": float(np.abs(output - expected).max())}
+
+
+def _judge(row: dict[str, Any], precision: str) -> None:
+    floor = FLOOR_DB[precision]
+    if not row["snr_db"] >= floor:
+        raise VerificationError(
+            f"the {precision} {row['half']} is {row['snr_db']} dB from eager PyTorch at {row['batch']} x "
+            f"{row['latents']} latents, {floor} dB is the least; nothing was written, please report this"
+        )

@@ -1,0 +1,26 @@
+"""Run the SAME audio autoencoders of Stable Audio 3: audio to latents and back, on ONNX Runtime or PyTorch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = ["AutoencoderModel", "SamekitError", "__version__"]
+
+if TYPE_CHECKING:
+    from samekit.autoencoder import AutoencoderModel
+    from samekit.errors import SamekitError
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `import samekit` costs nothing that is not used."""
+    if name == "AutoencoderModel":
+        from samekit.autoencoder import AutoencoderModel  # noqa: PLC0415
+
+        return AutoencoderModel
+    if name == "SamekitError":
+        from samekit.errors import SamekitError  # noqa: PLC0415
+
+        return SamekitError
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

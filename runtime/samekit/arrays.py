@@ -1,0 +1,55 @@
+"""NumPy arrays and PyTorch tensors in, the same kind out; PyTorch is never imported, only recognised."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from samekit.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Array = npt.NDArray[np.float32]
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether `value` is a PyTorch tensor."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def as_float32(value: Any, name: str) -> Array:
+    """A finite float32 NumPy array of the same values.
+
+    Args:
+        value: a NumPy array or PyTorch tensor of float16, bfloat16, float32 or float64, on any device, of any layout.
+        name: what to call it in a message.
+
+    Raises:
+        InputError: another type or dtype, an empty array, NaN or infinity.
+    """
+    if is_tensor(value):
+        value = value.detach().cpu()
+        value = (value.float() if value.is_floating_point() else value).numpy()
+    if not isinstance(value, np.ndarray):
+        raise InputError(f"{name} must be a NumPy array or a PyTorch tensor, it is {type(value).__name__}")
+    if value.dtype.kind != "f":
+        scale = f"divide by {np.iinfo(value.dtype).max + 1} first" if value.dtype.kind == "i" else "convert it first"
+        raise InputError(f"{name} must be floating point in -1 ... 1, it is {value.dtype}; {scale}")
+    if value.size == 0:
+        raise InputError(f"{name} is empty: its shape is {list(value.shape)}")
+    with np.errstate(over="ignore"):
+        array = np.ascontiguousarray(value, dtype=np.float32)
+    if not np.isfinite(array).all():
+        raise InputError(f"{name} holds NaN, infinity or values beyond float32; repair the input")
+    return array
+
+
+def like(array: Array, example: Any, device: str) -> Any:
+    """The array as the kind that `example` is; a tensor lands on `device`."""
+    if is_tensor(example):
+        return sys.modules["torch"].from_numpy(array).to(device)
+    return array

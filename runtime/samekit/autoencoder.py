@@ -1,0 +1,420 @@
+"""`AutoencoderModel`: arrays, files and streams to latents and back, with the signatures of the reference's class."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from samekit.arrays import as_float32, like
+from samekit.audio import AudioReader, AudioWriter, pad_to, prepare
+from samekit.backends import AUTO, open_backend
+from samekit.backends.base import BackendOptions
+from samekit.chunking import ExactWindows, reference_chunks
+from samekit.errors import InputError, LatentsFileError
+from samekit.latents import LatentsWriter, read_latents
+from samekit.spec import DECODER, ENCODER
+from samekit.streaming import HalfRunner, StreamDecoder, StreamEncoder, WindowedRun, as_clip
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from samekit.arrays import Array
+    from samekit.backends.base import Backend
+    from samekit.spec import EngineSpec
+
+# The reference's defaults for chunked processing, in latents.
+CHUNK_SIZE, OVERLAP = 128, 32
+
+
+def default_window(context: int, alignment: int) -> int:
+    """Latents in a window: long enough that the context that is computed and dropped costs a sixteenth, at least 64."""
+    return alignment * math.ceil(max(64, 32 * context) / alignment)
+
+
+class Autoencoder:
+    """The model behind `AutoencoderModel.autoencoder`: whole batches of prepared audio, and the preparation."""
+
+    def __init__(self, backend: Backend, window: int | None = None) -> None:
+        self.backend = backend
+        self.spec: EngineSpec = backend.spec
+        self._plans = {
+            half: ExactWindows(
+                window or default_window(context, self.spec.alignment), context, self.spec.alignment
+            )
+            for half, context in self.spec.contexts.items()
+        }
+
+    @property
+    def sample_rate(self) -> int:
+        """Of the audio that the model takes and gives, in Hz."""
+        return self.spec.sample_rate
+
+    @property
+    def io_channels(self) -> int:
+        """Audio channels."""
+        return self.spec.channels
+
+    @property
+    def downsampling_ratio(self) -> int:
+        """Samples per latent."""
+        return self.spec.hop
+
+    @property
+    def latent_dim(self) -> int:
+        """Features of a latent."""
+        return self.spec.latent_width
+
+    @property
+    def min_length(self) -> int:
+        """Samples of the shortest audio; lengths are padded to multiples of it."""
+        return self.spec.hop
+
+    def preprocess_audio_for_encoder(self, audio: Any, in_sr: int) -> Any:
+        """One clip, ready for `encode_audio`.
+
+        Args:
+            audio: `[channels, samples]`, `[samples]` or `[1, channels, samples]`, NumPy or PyTorch.
+            in_sr: its sample rate in Hz.
+
+        Returns:
+            `[1, io_channels, samples]` at the model's rate, zero-padded at the end to whole latents; same kind.
+
+        Raises:
+            InputError: wrong rank or dtype, NaN, infinity, no samples, or a rate out of range.
+        """
+        return self.preprocess_audio_list_for_encoder([audio], in_sr)
+
+    def preprocess_audio_list_for_encoder(self, audio_list: Sequence[Any], in_sr_list: int | Sequence[int]) -> Any:
+        """Several clips as one batch, ready for `encode_audio`.
+
+        Args:
+            audio_list: clips as `preprocess_audio_for_encoder` takes them.
+            in_sr_list: their sample rates in Hz, one for all or one each.
+
+        Returns:
+            `[clips, io_channels, samples]`, each zero-padded at the end to the longest clip, rounded up to whole
+            latents; of the kind of the first clip.
+
+        Raises:
+            InputError: as above, or the lists do not match.
+        """
+        clips = list(audio_list)
+        rates = [in_sr_list] * len(clips) if isinstance(in_sr_list, int) else list(in_sr_list)
+        if not clips or len(rates) != len(clips):
+            raise InputError(f"{len(clips)} clips and {len(rates)} sample rates; pass one rate for all or one each")
+        ready = [
+            prepare(as_clip(clip), rate, self.sample_rate, self.io_channels)
+            for clip, rate in zip(clips, rates, strict=True)
+        ]
+        longest = max(clip.shape[-1] for clip in ready)
+        batch = np.zeros((len(ready), self.io_channels, longest), np.float32)
+        for row, clip in zip(batch, ready, strict=True):
+            row[:, : clip.shape[-1]] = clip
+        return like(pad_to(batch, self.min_length), clips[0], self.backend.device)
+
+    def encode_audio(
+        self, audio: Any, chunked: bool = False, chunk_size: int = CHUNK_SIZE, overlap: int = OVERLAP
+    ) -> Any:
+        """Prepared audio `[batch, io_channels, samples]` to latents `[batch, latent_dim, latents]`.
+
+        Args:
+            audio: a length that is no multiple of `downsampling_ratio` is padded with zeros.
+            chunked: give the reference's chunked numbers; otherwise those of one pass over everything.
+            chunk_size: latents in a chunk; only with `chunked`.
+            overlap: latents that neighbouring chunks share; only with `chunked`.
+
+        Raises:
+            InputError: wrong shape or dtype, NaN or infinity, unusable chunks.
+            NonFiniteError: the model overflowed.
+            BackendError: the backend failed.
+        """
+        array = as_float32(audio, "audio")
+        self._check_batch(array, self.io_channels, "audio")
+        out = self._run(ENCODER, pad_to(array, self.spec.hop), (chunk_size, overlap) if chunked else None)
+        return like(out, audio, self.backend.device)
+
+    def decode_audio(
+        self, latents: Any, chunked: bool = False, chunk_size: int = CHUNK_SIZE, overlap: int = OVERLAP
+    ) -> Any:
+        """Latents `[batch, latent_dim, latents]` to audio `[batch, io_channels, samples]`; arguments as above."""
+        array = as_float32(latents, "latents")
+        self._check_batch(array, self.latent_dim, "latents")
+        out = self._run(DECODER, array, (chunk_size, overlap) if chunked else None)
+        return like(out, latents, self.backend.device)
+
+    def _check_batch(self, array: Array, features: int, name: str) -> None:
+        if array.ndim != 3 or array.shape[1] != features:
+            raise InputError(f"{name} must be [batch, {features}, length], got {list(array.shape)}")
+
+    def _run(self, half: str, array: Array, chunks: tuple[int, int] | None) -> Array:
+        """One half over a whole batch in memory: exact windows, or the reference's chunks."""
+        runner = HalfRunner(self.backend, half)
+        latents = array.shape[-1] // runner.unit_in
+        if chunks:
+            cores = (runner.core(array, window) for window in reference_chunks(latents, *chunks))
+        else:
+            cores = WindowedRun(runner, self._plans[half]).push(array, final=True)
+        out = np.empty((array.shape[0], runner.features_out, latents * runner.unit_out), np.float32)
+        done = 0
+        for core in cores:
+            out[:, :, done : done + core.shape[-1]] = core
+            done += core.shape[-1]
+        return out
+
+    def stream_encoder(self, sample_rate: int) -> StreamEncoder:
+        """An encoder of one stream at `sample_rate` Hz."""
+        return StreamEncoder(self.backend, self._plans[ENCODER], sample_rate)
+
+    def stream_decoder(self) -> StreamDecoder:
+        """A decoder of one stream."""
+        return StreamDecoder(self.backend, self._plans[DECODER])
+
+
+class AutoencoderModel:
+    """A SAME autoencoder; takes the place of `stable_audio_3.AutoencoderModel`.
+
+    NumPy in, NumPy out; PyTorch in, PyTorch out. Decoding adds none of the reference's random noise.
+    """
+
+    def __init__(self, backend: Backend, window: int | None = None) -> None:
+        self.autoencoder = Autoencoder(backend, window)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name: str | os.PathLike[str],
+        device: str | None = None,
+        *,
+        backend: str = AUTO,
+        precision: str = "fp32",
+        window: int | None = None,
+        **options: Any,
+    ) -> Self:
+        """Open a model.
+
+        Args:
+            model_name: a name (`same-s`, `same-l`), looked up in `./engines` and in the user's cache; an engine
+                folder; or a checkpoint folder, which runs in PyTorch.
+            device: `cpu` or `cuda`; the best there is unless given.
+            backend: `auto`, `onnxruntime` or `torch`.
+            precision: `fp32`, `fp16` (the reference's `.half()`) or `int8`.
+            window: latents that are computed at once; bounds the memory, does not change the numbers.
+            options: further fields of `samekit.backends.base.BackendOptions`, such as `threads`.
+
+        Raises:
+            InputError: an unknown option or value.
+            EngineNotFoundError: no engine of that name and no way around it.
+            EngineError: the engine folder is damaged.
+            BackendUnavailableError: the backend cannot be used here.
+            CheckpointError: the checkpoint cannot be loaded.
+        """
+        try:
+            settings = BackendOptions(precision=precision, device=device, **options)
+        except TypeError as error:
+            raise InputError(f"{error}; see samekit.backends.base.BackendOptions") from None
+        return cls(open_backend(model_name, backend, settings), window)
+
+    @property
+    def spec(self) -> EngineSpec:
+        """Every fact about the model."""
+        return self.autoencoder.spec
+
+    @property
+    def sample_rate(self) -> int:
+        """Of the audio that the model takes and gives, in Hz."""
+        return self.spec.sample_rate
+
+    @property
+    def downsampling_ratio(self) -> int:
+        """Samples per latent."""
+        return self.spec.hop
+
+    @property
+    def latent_dim(self) -> int:
+        """Features of a latent."""
+        return self.spec.latent_width
+
+    @property
+    def device(self) -> str:
+        """Where the model computes, and where returned tensors lie: `cpu` or `cuda`."""
+        return self.autoencoder.backend.device
+
+    def encode(
+        self,
+        audio: Any,
+        sr: int | Sequence[int],
+        chunked: bool = False,
+        chunk_size: int = CHUNK_SIZE,
+        overlap: int = OVERLAP,
+    ) -> Any:
+        """Encode audio of any rate and length to latents.
+
+        Args:
+            audio: `[channels, samples]`, `[samples]`, `[batch, channels, samples]`, or a list of clips; floating point
+                in -1 ... 1, NumPy or PyTorch. Mono is doubled, channels past the model's are dropped.
+            sr: its sample rate in Hz; for a batch or list, one for all or one each.
+            chunked: give the reference's chunked numbers; otherwise those of one pass over everything, which are
+                computed in windows as well, so that memory stays flat either way.
+            chunk_size: latents in a chunk; only with `chunked`.
+            overlap: latents that neighbouring chunks share; only with `chunked`.
+
+        Returns:
+            Float32 latents `[batch, latent_dim, latents]`, `ceil(samples / downsampling_ratio)` of them for the longest
+            clip (at the model's rate).
+
+        Raises:
+            InputError: wrong rank or dtype, NaN or infinity, rates that do not match, unusable chunks.
+            NonFiniteError: the model overflowed.
+            BackendError: the backend failed.
+        """
+        inner = self.autoencoder
+        if isinstance(audio, (list, tuple)) or getattr(audio, "ndim", 0) == 3:
+            ready = inner.preprocess_audio_list_for_encoder(list(audio), sr)
+        elif isinstance(sr, int):
+            ready = inner.preprocess_audio_for_encoder(audio, sr)
+        else:
+            raise InputError(f"one clip has one sample rate, got {sr!r}")
+        return inner.encode_audio(ready, chunked, chunk_size, overlap)
+
+    def decode(
+        self, latents: Any, chunked: bool = False, chunk_size: int = CHUNK_SIZE, overlap: int = OVERLAP
+    ) -> Any:
+        """Decode latents to audio.
+
+        Args:
+            latents: `[batch, latent_dim, latents]`, NumPy or PyTorch.
+            chunked: give the reference's chunked numbers; otherwise those of one pass over everything.
+            chunk_size: latents in a chunk; only with `chunked`.
+            overlap: latents that neighbouring chunks share; only with `chunked`.
+
+        Returns:
+            Float32 audio `[batch, channels, latents * downsampling_ratio]`; not clipped.
+
+        Raises:
+            InputError: wrong shape or dtype, NaN or infinity, unusable chunks.
+            NonFiniteError: the model overflowed.
+            BackendError: the backend failed.
+        """
+        return self.autoencoder.decode_audio(latents, chunked, chunk_size, overlap)
+
+    def stream_encoder(self, sr: int) -> StreamEncoder:
+        """An encoder of one stream at `sr` Hz: `push(samples)` as they arrive, then `finish()`."""
+        return self.autoencoder.stream_encoder(sr)
+
+    def stream_decoder(self) -> StreamDecoder:
+        """A decoder of one stream: `push(latents)` as they arrive, then `finish()`."""
+        return self.autoencoder.stream_decoder()
+
+    def encode_file(
+        self,
+        audio_path: str | os.PathLike[str],
+        latents_path: str | os.PathLike[str],
+        progress: Callable[[int], object] | None = None,
+    ) -> dict[str, Any]:
+        """Encode an audio file to `.npy` latents `[latent_dim, latents]` and a `.json` beside them.
+
+        Memory does not grow with the file, and the latents file appears whole or not at all.
+
+        Args:
+            audio_path: whatever soundfile reads.
+            latents_path: ends in `.npy`.
+            progress: called with the number of frames read since the last call.
+
+        Returns:
+            What the `.json` holds.
+
+        Raises:
+            AudioFileError: the file is no readable audio.
+            OutputError: the latents cannot be written.
+        """
+        with AudioReader(audio_path) as reader:
+            encoder = self.stream_encoder(reader.info.sample_rate)
+            with LatentsWriter(latents_path, self.latent_dim) as writer:
+                for block in reader:
+                    writer.write(encoder.push(block))
+                    if progress:
+                        progress(block.shape[-1])
+                writer.write(encoder.finish())
+                writer.metadata = {
+                    "model": self.spec.name,
+                    "model_sha256": self.spec.source_sha256,
+                    "precision": self.autoencoder.backend.precision,
+                    "source": str(audio_path),
+                    "sample_rate": self.sample_rate,
+                    "samples": encoder.samples,
+                    "latents": self.spec.latents(encoder.samples),
+                }
+        return writer.metadata
+
+    def decode_file(
+        self,
+        latents_path: str | os.PathLike[str],
+        audio_path: str | os.PathLike[str],
+        subtype: str = "PCM_16",
+        clip: bool = False,
+        progress: Callable[[int], object] | None = None,
+    ) -> int:
+        """Decode a `.npy` latents file to a `.wav` or `.flac` file.
+
+        Memory does not grow with the file, and the audio file appears whole or not at all.
+
+        Args:
+            latents_path: `[latent_dim, latents]`; the `.json` beside it, if there, gives the exact length.
+            audio_path: ends in `.wav` or `.flac`.
+            subtype: `PCM_16`, `PCM_24`, `PCM_32` or `FLOAT`.
+            clip: clip floating-point samples to -1 ... 1; integers always are.
+            progress: called with the number of latents decoded since the last call.
+
+        Returns:
+            Samples written.
+
+        Raises:
+            LatentsFileError: the file holds no latents of this model.
+            OutputError: the audio cannot be written.
+        """
+        latents, metadata = read_latents(latents_path, self.latent_dim)
+        made_by = metadata.get("model_sha256", self.spec.source_sha256)
+        if made_by != self.spec.source_sha256:
+            raise LatentsFileError(
+                f"{latents_path}: latents of another model ({metadata.get('model')}), not of this {self.spec.name}; "
+                "decode with the model that made them, or remove the .json if you know better"
+            )
+        length = self._exact_length(metadata, latents.shape[-1], latents_path)
+        decoder = self.stream_decoder()
+        rate, channels, step = self.sample_rate, self.spec.channels, decoder.latency
+        with AudioWriter(audio_path, rate, channels, subtype, frames=length, clip=clip) as writer:
+            for begin in range(0, latents.shape[-1], step):
+                block = latents[:, begin : begin + step]
+                writer.write(decoder.push(block))
+                if progress:
+                    progress(block.shape[-1])
+            # The padding of the last latent comes out here, and goes.
+            writer.write(decoder.finish()[:, : length - writer.frames])
+        return length
+
+    def _exact_length(self, metadata: dict[str, Any], latents: int, path: str | os.PathLike[str]) -> int:
+        """Samples of the original audio if the metadata know them, else whole latents."""
+        samples = metadata.get("samples", self.spec.samples(latents))
+        if not isinstance(samples, int) or self.spec.latents(samples) != latents:
+            raise LatentsFileError(
+                f"{path}: holds {latents} latents, but the .json beside it says {samples!r} samples; encode again"
+            )
+        return samples
+
+    def close(self) -> None:
+        """Free what the backend holds."""
+        self.autoencoder.backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

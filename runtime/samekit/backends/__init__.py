@@ -1,0 +1,101 @@
+"""Backends behind one contract (`base.Backend`), opened by name; each imports its framework when it is opened."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from samekit.errors import BackendUnavailableError, EngineNotFoundError, InputError
+from samekit.spec import PRECISIONS
+from samekit.store import Engine, find_engine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from samekit.backends.base import Backend, BackendOptions
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+
+
+def _open_onnxruntime(engine: Engine, options: BackendOptions) -> Backend:
+    from samekit.backends.ort import OnnxRuntimeBackend  # noqa: PLC0415
+
+    return OnnxRuntimeBackend(engine, options)
+
+
+def _open_eager_engine(engine: Engine, options: BackendOptions) -> Backend:
+    from samekit.backends.eager import load_checkpoint, open_eager  # noqa: PLC0415
+
+    checkpoint = load_checkpoint(engine.spec.name, engine.spec.source)
+    if checkpoint.sha256 != engine.spec.source_sha256:
+        raise BackendUnavailableError(
+            f"{checkpoint.source}: not the checkpoint that {engine.folder} was exported from; export it again"
+        )
+    return open_eager(checkpoint, options)
+
+
+# In the order in which "auto" tries them.
+_OPENERS: dict[str, Callable[[Engine, BackendOptions], Backend]] = {
+    "onnxruntime": _open_onnxruntime,
+    "torch": _open_eager_engine,
+}
+
+BACKENDS = (AUTO, *_OPENERS)
+
+
+def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOptions) -> Backend:
+    """Open a model.
+
+    Args:
+        model: a name, an engine folder, or a checkpoint folder (run in PyTorch).
+        backend: one of `BACKENDS`. "auto" tries them in order, logs every refusal and its choice; a name is opened or
+            fails.
+        options: how to open it.
+
+    Raises:
+        InputError: unknown backend or precision.
+        EngineError: the engine folder is damaged.
+        BackendUnavailableError: the backend cannot be used here.
+        CheckpointError: PyTorch was chosen and the checkpoint cannot be loaded.
+    """
+    if backend not in BACKENDS:
+        raise InputError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    if options.precision not in PRECISIONS:
+        raise InputError(f"unknown precision {options.precision!r}; choose one of {', '.join(PRECISIONS)}")
+    try:
+        engine = find_engine(model)
+    except EngineNotFoundError as error:
+        return _open_without_engine(os.fspath(model), backend, options, error)
+    if backend != AUTO:
+        return _OPENERS[backend](engine, options)
+    refusals = []
+    for name, opener in _OPENERS.items():
+        try:
+            opened = opener(engine, options)
+        except BackendUnavailableError as error:
+            logger.info("backend %s passed over: %s", name, error)
+            refusals.append(f"{name}: {error}")
+            continue
+        logger.info("backend %s on %s, %s", name, opened.device, options.precision)
+        return opened
+    raise BackendUnavailableError(f"no backend can open {engine.folder}; " + "; ".join(refusals))
+
+
+def _open_without_engine(model: str, backend: str, options: BackendOptions, error: EngineNotFoundError) -> Backend:
+    """PyTorch on the checkpoint, where the backend asked for allows it."""
+    if backend not in (AUTO, "torch"):
+        raise error
+    from samekit.backends.eager import load_checkpoint, open_eager  # noqa: PLC0415
+
+    if Path(model).exists() and not (Path(model) / "model_config.json").exists():
+        raise error
+    try:
+        opened = open_eager(load_checkpoint(model, None), options)
+    except BackendUnavailableError as unavailable:
+        raise EngineNotFoundError(f"{error} (PyTorch cannot take its place: {unavailable})") from None
+    logger.warning("no engine for %s: running in PyTorch, slower; for an engine run: samekit export %s", model, model)
+    return opened

@@ -1,0 +1,70 @@
+"""PyTorch, eager: the fallback where no engine was exported, and the oracle of the others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from samekit.backends.base import Backend, BackendOptions
+from samekit.errors import BackendUnavailableError
+from samekit.spec import ENCODER
+
+if TYPE_CHECKING:
+    from samekit.backends.base import Array
+    from samekit.spec import EngineSpec
+
+
+class EagerBackend(Backend):
+    """Runs the checkpoint itself in PyTorch."""
+
+    name: ClassVar[str] = "torch"
+
+    def __init__(self, spec: EngineSpec, model: Any, options: BackendOptions) -> None:
+        super().__init__(spec, options.precision)
+        import torch  # noqa: PLC0415
+
+        if options.precision == "int8":
+            raise BackendUnavailableError('the torch backend has no int8; use backend="onnxruntime"')
+        cuda = torch.cuda.is_available()
+        if options.device == "cuda" and not cuda:
+            raise BackendUnavailableError("PyTorch finds no CUDA device; choose device cpu")
+        self.device = options.device or ("cuda" if cuda else "cpu")
+        self._torch = torch
+        self._where = torch.device(self.device, options.device_id if self.device == "cuda" else None)
+        self._dtype = torch.float16 if options.precision == "fp16" else torch.float32
+        self._model = model.to(self._where, self._dtype)
+        if options.threads:
+            torch.set_num_threads(options.threads)
+
+    def _run(self, half: str, array: Array) -> Array:
+        run = self._model.encode if half == ENCODER else self._model.decode
+        with self._torch.inference_mode():
+            result: Array = run(self._torch.from_numpy(array).to(self._where, self._dtype)).float().cpu().numpy()
+        return result
+
+    def close(self) -> None:
+        """Let the weights go."""
+        self._model = None
+
+
+def load_checkpoint(name: str, source: dict[str, Any] | None) -> Any:
+    """The checkpoint of an engine (`source`) or of a name, through the export package.
+
+    Raises:
+        BackendUnavailableError: the export package or PyTorch is not installed.
+        CheckpointError: the checkpoint cannot be loaded.
+    """
+    try:
+        from samekit_export.checkpoint import load, load_source  # noqa: PLC0415
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"the torch backend needs PyTorch and safetensors ({error}); run: pip install 'samekit[export]'"
+        ) from None
+    return load_source(source) if source else load(name)
+
+
+def open_eager(checkpoint: Any, options: BackendOptions) -> EagerBackend:
+    """The eager backend of a loaded checkpoint."""
+    from samekit_export.export import spec_of  # noqa: PLC0415
+    from samekit_export.model import Same  # noqa: PLC0415
+
+    return EagerBackend(spec_of(checkpoint), Same.from_checkpoint(checkpoint), options)

@@ -1,0 +1,139 @@
+"""Every fact about an exported model, and its one file: `EngineSpec` <-> `spec.json`.
+
+Knows no arrays, no backend and no graph; whoever needs a number of a model asks an EngineSpec for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from samekit.errors import EngineError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SPEC_FILE = "spec.json"
+
+# Raised when an older samekit could misread the file.
+FORMAT = 1
+
+ENCODER, DECODER = "encoder", "decoder"
+"""The two halves of an autoencoder; an engine folder holds a graph of each."""
+
+PRECISIONS = ("fp32", "fp16", "int8")
+"""Every precision that an export can write, most accurate first."""
+
+
+@dataclass(frozen=True)
+class GraphFile:
+    """One ONNX graph of an engine folder."""
+
+    file: str
+    """Name inside the folder."""
+    sha256: str
+    """Of the graph file and, after it, of its external data."""
+    sizes: dict[str, int]
+    """Bytes of the graph file and of its external data, by name."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """Every fact about an exported model.
+
+    Lengths are in latents unless they say otherwise.
+    """
+
+    name: str
+    """What users call the model, for example `same-l`."""
+    sample_rate: int
+    """Of the audio that the graphs take and give, in Hz."""
+    channels: int
+    """Audio channels."""
+    hop: int
+    """Samples per latent."""
+    latent_width: int
+    """Features of a latent."""
+    alignment: int
+    """A window that does not start where the audio starts must start at a multiple of this."""
+    contexts: dict[str, int]
+    """Latents that the encoder and the decoder see to either side of a latent, of an aligned window."""
+    source: dict[str, Any]
+    """Where the checkpoint came from, so that it can be loaded again: `kind` and its arguments."""
+    source_sha256: str
+    """Digest of the checkpoint's configuration and tensors."""
+    tools: dict[str, str] = field(default_factory=dict)
+    """Versions of what made the graphs."""
+    graphs: dict[str, dict[str, GraphFile]] = field(default_factory=dict)
+    """precision -> encoder / decoder -> graph."""
+    verification: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """precision -> cases measured against eager PyTorch: half, batch, latents, snr_db, max_error."""
+
+    def samples(self, latents: int) -> int:
+        """Samples that so many latents stand for."""
+        return latents * self.hop
+
+    def latents(self, samples: int) -> int:
+        """Latents that so many samples take: the last one may be partly padding, hence the ceiling."""
+        return -(-samples // self.hop)
+
+    def to_json(self) -> str:
+        """The text of `spec.json`."""
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def load(cls, folder: Path) -> EngineSpec:
+        """Read and check an engine folder's `spec.json`.
+
+        Raises:
+            EngineError: it is missing, damaged, or of another format.
+        """
+        path = folder / SPEC_FILE
+        cure = "export the model again"
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise EngineError(f"{folder}: no {SPEC_FILE}, so this is no finished engine folder; {cure}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise EngineError(f"{path}: cannot be read ({error}); {cure}") from None
+        if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
+            raise EngineError(f"{path}: not of format {FORMAT}, which this samekit reads; {cure}")
+        try:
+            return cls._checked(document)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise EngineError(f"{path}: damaged ({error}); {cure}") from None
+
+    @classmethod
+    def _checked(cls, document: dict[str, Any]) -> EngineSpec:
+        """A spec from parsed JSON; raises what a wrong value raises."""
+        for name in ("sample_rate", "channels", "hop", "latent_width", "alignment"):
+            _check_count(name, document[name], minimum=1)
+        for half in (ENCODER, DECODER):
+            _check_count(f"contexts.{half}", document["contexts"][half], minimum=0)
+        if not isinstance(document["name"], str) or not isinstance(document["source_sha256"], str):
+            raise TypeError("name and source_sha256 must be strings")
+        graphs = {
+            precision: {half: GraphFile(**halves[half]) for half in (ENCODER, DECODER)}
+            for precision, halves in document.pop("graphs").items()
+        }
+        for halves in graphs.values():
+            for graph in halves.values():
+                _check_graph(graph)
+        return cls(**document, graphs=graphs)
+
+
+def _check_count(name: str, value: Any, minimum: int) -> None:
+    """A whole number of a believable size."""
+    if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= 10_000_000:
+        raise ValueError(f"{name} = {value!r}")
+
+
+def _check_graph(graph: GraphFile) -> None:
+    """Plain file names only: a spec must not lead out of its folder."""
+    for name in (graph.file, *graph.sizes):
+        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
+            raise ValueError(f"graph file name {name!r}")
+    if graph.file not in graph.sizes:
+        raise ValueError(f"no size for {graph.file!r}")

@@ -1,0 +1,116 @@
+"""Where an engine folder lies, and whether it is whole.
+
+    engines/same-l/
+      spec.json                        model facts, source, verification
+      encoder.onnx decoder.onnx        fp32 graphs, with .data beside them when large
+      encoder.fp16.onnx ...            other precisions
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from samekit.errors import BackendUnavailableError, EngineError, EngineNotFoundError
+from samekit.spec import SPEC_FILE, EngineSpec, GraphFile
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+ENGINES_FOLDER = "engines"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A finished engine folder."""
+
+    folder: Path
+    spec: EngineSpec
+
+    @classmethod
+    def load(cls, folder: Path) -> Engine:
+        """Read an engine folder.
+
+        Raises:
+            EngineError: it is not finished or its `spec.json` is damaged.
+        """
+        return cls(folder, EngineSpec.load(folder))
+
+    def graph(self, half: str, precision: str) -> Path:
+        """The path of a graph whose files are all there at their full size.
+
+        Raises:
+            BackendUnavailableError: the folder has no graph of this precision.
+            EngineError: a file is missing or cut short.
+        """
+        halves = self.spec.graphs.get(precision)
+        if halves is None:
+            have = ", ".join(self.spec.graphs) or "none"
+            raise BackendUnavailableError(
+                f"{self.folder}: no {precision} graph (there is: {have}); export with --precision {precision}"
+            )
+        graph = halves[half]
+        for name, size in graph.sizes.items():
+            path = self.folder / name
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+                raise EngineError(f"{path}: {state}; export the model again with --force")
+        return self.folder / graph.file
+
+    def check_digests(self) -> None:
+        """Compare every graph's contents with the digest in `spec.json`; reads all of it.
+
+        Raises:
+            EngineError: a graph is missing or is not the one that was exported.
+        """
+        for precision, halves in self.spec.graphs.items():
+            for half, graph in halves.items():
+                self.graph(half, precision)
+                if describe_graph(self.folder, graph.file).sha256 != graph.sha256:
+                    raise EngineError(
+                        f"{self.folder / graph.file}: contents have changed since the export; export again with --force"
+                    )
+
+
+def describe_graph(folder: Path, file: str) -> GraphFile:
+    """Digest and sizes of a graph and of the external data beside it."""
+    digest = hashlib.sha256()
+    sizes = {}
+    for path in (folder / file, folder / f"{file}.data"):
+        if path.is_file():
+            sizes[path.name] = path.stat().st_size
+            with path.open("rb") as stream:
+                while block := stream.read(1 << 22):
+                    digest.update(block)
+    return GraphFile(file, digest.hexdigest(), sizes)
+
+
+def engine_roots() -> Sequence[Path]:
+    """Folders in which a model's name is looked up, in order."""
+    cache = os.environ.get("SAMEKIT_CACHE")
+    return (Path(ENGINES_FOLDER), Path(cache).expanduser() if cache else Path.home() / ".cache" / "samekit" / ENGINES_FOLDER)
+
+
+def find_engine(name: str | os.PathLike[str]) -> Engine:
+    """The engine folder of a model.
+
+    Args:
+        name: an engine folder, or a model's name, looked up in `./engines` and in the user's cache
+            (`~/.cache/samekit/engines`, or the folder named by SAMEKIT_CACHE).
+
+    Raises:
+        EngineNotFoundError: there is none.
+        EngineError: there is one, but it is not whole.
+    """
+    candidates = [Path(name), *(root / name for root in engine_roots())]
+    for folder in candidates:
+        if (folder / SPEC_FILE).exists():
+            return Engine.load(folder)
+    for folder in candidates:
+        if any(folder.glob("*.onnx")):
+            raise EngineError(f"{folder}: no {SPEC_FILE}, so its export was cut short; run: samekit export {name} --force")
+    raise EngineNotFoundError(f"no engine for {os.fspath(name)!r} in . or {engine_roots()[0]}/; run: samekit export {os.fspath(name)}")

@@ -1,0 +1,117 @@
+"""Files appear whole or not at all, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+from samekit._files import atomic_path, output_errors
+from samekit.errors import OutputError
+
+
+def test_target_changes_only_when_the_block_ends(tmp_path):
+    target = tmp_path / "song.wav"
+    target.write_text("old")
+    with atomic_path(target) as temporary:
+        temporary.write_text("new")
+        assert target.read_text() == "old"
+    assert target.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_temporary_name_is_recognisable_and_in_the_same_folder(tmp_path):
+    with atomic_path(tmp_path / "song.wav") as temporary:
+        assert temporary.parent == tmp_path
+        assert re.fullmatch(rf"\.song\.wav\.{os.getpid()}-[0-9a-f]+\.tmp", temporary.name)
+
+
+@pytest.mark.parametrize("error", [ValueError, FileNotFoundError, KeyboardInterrupt])
+def test_exception_passes_unchanged_and_leaves_nothing(tmp_path, error):
+    target = tmp_path / "song.wav"
+    target.write_text("old")
+
+    def write():
+        with atomic_path(target) as temporary:
+            temporary.write_text("half")
+            raise error("raised in the block")
+
+    with pytest.raises(error, match="raised in the block") as caught:
+        write()
+    assert type(caught.value) is error
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("name", ["n" * 246 + ".wav", "é" * 123 + ".wav"])
+def test_name_of_250_bytes(tmp_path, name):
+    target = tmp_path / name
+    assert len(os.fsencode(name)) == 250
+    with atomic_path(target) as temporary:
+        temporary.write_text("new")
+    assert target.read_text() == "new"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permission bits are POSIX")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o000, 0o666)])
+def test_permissions_follow_the_umask(tmp_path, umask, mode):
+    target = tmp_path / "song.wav"
+    before = os.umask(umask)
+    try:
+        with atomic_path(target) as temporary:
+            temporary.write_text("new")
+    finally:
+        os.umask(before)
+    assert target.stat().st_mode & 0o777 == mode
+
+
+def test_missing_folder(tmp_path):
+    with (
+        pytest.raises(OutputError, match=r"No such file or directory\); choose a folder"),
+        atomic_path(tmp_path / "nowhere" / "song.wav"),
+    ):
+        pass
+
+
+def test_folder_as_target(tmp_path):
+    with pytest.raises(OutputError, match="is not a regular file"), atomic_path(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="named pipes in folders are POSIX")
+def test_special_file_is_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OutputError, match="is not a regular file"), atomic_path(pipe):
+        pass
+    assert pipe.is_fifo()
+
+
+def test_failing_rename_is_an_output_error_and_leaves_nothing(tmp_path):
+    target = tmp_path / "song.wav"
+
+    def write():
+        with atomic_path(target):
+            target.mkdir()
+
+    with pytest.raises(OutputError, match=re.escape(str(target))):
+        write()
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_output_errors_names_the_file_and_the_cause():
+    with pytest.raises(OutputError, match=r"^song\.wav: cannot be written \(No space left on device\); "):
+        with output_errors("song.wav"):
+            raise OSError(28, "No space left on device")
+    with pytest.raises(OutputError, match=r"\(codec failed\)"), output_errors("song.wav", ArithmeticError):
+        raise ArithmeticError("codec failed.")
+
+
+def test_output_errors_passes_what_it_does_not_know():
+    own = OutputError("already explained")
+    with pytest.raises(OutputError) as caught, output_errors("song.wav"):
+        raise own
+    assert caught.value is own
+    with pytest.raises(ArithmeticError), output_errors("song.wav"):
+        raise ArithmeticError
