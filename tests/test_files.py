@@ -6,6 +6,7 @@ import os
 import re
 
 import pytest
+
 from samekit._files import atomic_path, output_errors
 from samekit.errors import OutputError
 
@@ -18,6 +19,21 @@ def test_target_changes_only_when_the_block_ends(tmp_path):
         assert target.read_text() == "old"
     assert target.read_text() == "new"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_contents_are_on_disk_before_the_name(tmp_path, monkeypatch):
+    target = tmp_path / "song.wav"
+    seen = []
+    fsync = os.fsync
+
+    def recording_fsync(descriptor):
+        seen.append((os.fstat(descriptor).st_size, target.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    with atomic_path(target) as temporary:
+        temporary.write_text("new")
+    assert seen[0] == (3, False)
 
 
 def test_temporary_name_is_recognisable_and_in_the_same_folder(tmp_path):
@@ -101,9 +117,11 @@ def test_failing_rename_is_an_output_error_and_leaves_nothing(tmp_path):
 
 
 def test_output_errors_names_the_file_and_the_cause():
-    with pytest.raises(OutputError, match=r"^song\.wav: cannot be written \(No space left on device\); "):
-        with output_errors("song.wav"):
-            raise OSError(28, "No space left on device")
+    with (
+        pytest.raises(OutputError, match=r"^song\.wav: cannot be written \(No space left on device\); "),
+        output_errors("song.wav"),
+    ):
+        raise OSError(28, "No space left on device")
     with pytest.raises(OutputError, match=r"\(codec failed\)"), output_errors("song.wav", ArithmeticError):
         raise ArithmeticError("codec failed.")
 

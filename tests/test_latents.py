@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from samekit.errors import InputError, LatentsFileError, OutputError
 from samekit.latents import LatentsWriter, read_latents
 
@@ -187,13 +188,12 @@ def test_arrays_that_others_saved(tmp_path, dtype, order, shape):
 
 def test_memory_stays_flat(tmp_path):
     path = tmp_path / "song.npy"
-    np.save(path, np.zeros((WIDTH, 10**6), np.float32))
     tracemalloc.start()
     try:
-        read_latents(path)
-        with LatentsWriter(tmp_path / "copy.npy", WIDTH) as writer:
+        with LatentsWriter(path, WIDTH) as writer:
             for _ in range(100):
                 writer.write(np.zeros((WIDTH, 10**4), np.float32))
+        read_latents(path)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -1,6 +1,6 @@
 """Published SAME checkpoints: folder, hub or seeded random, read into a config and a strict state.
 
-Knows the on-disk format (`model_config.json`, `model.safetensors`, both nestings) and nothing of how the model computes.
+Knows the on-disk format (`model_config.json`, `model.safetensors`, both nestings), not how the model computes.
 Whatever the model code would not honour is refused by name: a silently ignored field gives wrong audio.
 """
 
@@ -145,50 +145,54 @@ class Checkpoint:
 # ---------------------------------------------------------------------------------------------- configuration
 
 
+_NOT_EXPORTABLE = "this checkpoint cannot be exported"
+
+
 class _Fields:
     """A part of the configuration that knows its path and notices every field that nobody asked for."""
 
     def __init__(self, values: Any, path: str) -> None:
         if not isinstance(values, dict):
-            raise CheckpointError(f"{CONFIG_FILE}: {path} must be an object, it is {values!r}; is this a SAME checkpoint?")
+            raise CheckpointError(
+                f"{CONFIG_FILE}: {path} must be an object, it is {values!r}; is this a SAME checkpoint?"
+            )
         self._values = dict(values)
         self._path = path
+
+    def error(self, key: str, problem: str) -> CheckpointError:
+        """What is wrong with a field."""
+        return CheckpointError(f"{CONFIG_FILE}: {self._path}.{key} {problem}")
 
     def take(self, key: str, kind: type, default: Any = None) -> Any:
         """The field's value, checked for its type; without a default it must be there."""
         value = self._values.pop(key, default)
         if value is None:
-            raise CheckpointError(f"{CONFIG_FILE}: {self._path}.{key} is missing; is the file complete?")
+            raise self.error(key, "is missing; is the file complete?")
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise CheckpointError(f"{CONFIG_FILE}: {self._path}.{key} must be of type {kind.__name__}, it is {value!r}")
+            raise self.error(key, f"must be of type {kind.__name__}, it is {value!r}")
         return value
 
     def take_size(self, key: str, default: int | None = None) -> int:
         """A whole number from 1 to a million, beyond which a file is damaged rather than large."""
         value = int(self.take(key, int, default))
         if not 1 <= value <= 1_000_000:
-            raise CheckpointError(f"{CONFIG_FILE}: {self._path}.{key} must lie in 1 ... 1000000, it is {value}")
+            raise self.error(key, f"must lie in 1 ... 1000000, it is {value}")
         return value
 
     def take_level(self, key: str, kind: type, default: Any = None) -> Any:
         """The only value of a list with one entry a level; more than one level is not implemented."""
         values = self.take(key, list, default)
         if len(values) != 1:
-            raise CheckpointError(
-                f"{CONFIG_FILE}: {self._path}.{key} has {len(values)} levels; only autoencoders of one level are implemented"
-            )
+            raise self.error(key, f"has {len(values)} levels; only autoencoders of one level are implemented")
         return _Fields({key: values[0]}, self._path).take(key, kind)
 
     def require(self, key: str, implemented: Any, default: Any = None) -> None:
         """Refuse any value but the implemented one; a missing field counts as `default`."""
         value = self._values.pop(key, default)
         if value != implemented:
-            raise CheckpointError(
-                f"{CONFIG_FILE}: {self._path}.{key} = {value!r} is not implemented (only {implemented!r} is); "
-                "this checkpoint cannot be exported"
-            )
+            raise self.error(key, f"= {value!r} is not implemented (only {implemented!r} is); {_NOT_EXPORTABLE}")
 
     def ignore(self, *keys: str) -> None:
         """Drop fields that do not change what the model computes at inference."""
@@ -215,9 +219,7 @@ class _Fields:
         left = {key: value for key, value in self._values.items() if value}
         if left:
             key, value = next(iter(left.items()))
-            raise CheckpointError(
-                f"{CONFIG_FILE}: {self._path}.{key} = {value!r} is not implemented; this checkpoint cannot be exported"
-            )
+            raise self.error(key, f"= {value!r} is not implemented; {_NOT_EXPORTABLE}")
 
 
 def _parse_span(fields: _Fields, stride: int) -> Span:
@@ -225,16 +227,12 @@ def _parse_span(fields: _Fields, stride: int) -> Span:
     if window:
         fields.ignore("chunk_size", "chunk_midpoint_shift")
         if len(window) != 2 or window[0] != window[1] or not isinstance(window[0], int) or not 1 <= window[0] <= 8:
-            raise CheckpointError(
-                f"{CONFIG_FILE}: sliding_window = {window!r} is not implemented; two equal whole numbers from 1 to 8 are"
-            )
+            raise fields.error("sliding_window", f"= {window!r} is not implemented; two equal numbers from 1 to 8 are")
         return BandSpan(window[0])
     chunk = fields.take_size("chunk_size")
     latents = chunk // stride
     if chunk % stride or latents % 2:
-        raise CheckpointError(
-            f"{CONFIG_FILE}: chunk_size = {chunk} is not implemented; it must be an even multiple of the stride {stride}"
-        )
+        raise fields.error("chunk_size", f"= {chunk} is not implemented; an even multiple of the stride {stride} is")
     return ChunkSpan(latents, fields.take("chunk_midpoint_shift", bool, False))
 
 
@@ -253,11 +251,11 @@ def _parse_trunk(fields: _Fields, patch_width: int, latent_width: int, *, decode
     stride = fields.take_level("strides", int)
     conv_mapping = fields.take("conv_mapping", bool, False)
     if conv_mapping and not decoder:
-        raise CheckpointError(f"{CONFIG_FILE}: encoder.conv_mapping = true is not implemented; this checkpoint cannot be exported")
+        raise fields.error("conv_mapping", f"= true is not implemented for encoders; {_NOT_EXPORTABLE}")
     sine = fields._values.pop("sinusoidal_blocks", [0])  # noqa: SLF001
     sine = sine if isinstance(sine, list) else [sine]
     if len(sine) != 1 or not isinstance(sine[0], int):
-        raise CheckpointError(f"{CONFIG_FILE}: sinusoidal_blocks = {sine!r} is not implemented; one whole number is")
+        raise fields.error("sinusoidal_blocks", f"= {sine!r} is not implemented; one whole number is")
     trunk = TrunkConfig(
         width=fields.take_size("channels") * fields.take_level("c_mults", int),
         depth=fields.take_level("transformer_depths", int),
@@ -270,7 +268,9 @@ def _parse_trunk(fields: _Fields, patch_width: int, latent_width: int, *, decode
     )
     fields.finish()
     if not (trunk.width > 0 and 1 <= trunk.depth <= 1000 and 1 <= stride <= 1024):
-        raise CheckpointError(f"{CONFIG_FILE}: width {trunk.width}, depth {trunk.depth} or stride {stride} is out of range")
+        raise CheckpointError(
+            f"{CONFIG_FILE}: width {trunk.width}, depth {trunk.depth} or stride {stride} is out of range"
+        )
     if trunk.head_width < 32 or trunk.head_width % 2 or trunk.width % trunk.head_width:
         raise CheckpointError(
             f"{CONFIG_FILE}: heads of {trunk.head_width} do not fit a width of {trunk.width}: "
@@ -324,7 +324,7 @@ def parse_config(document: Any) -> tuple[SameConfig, bool]:
     model.finish()
     if encoder.stride != decoder.stride:
         raise CheckpointError(
-            f"{CONFIG_FILE}: encoder stride {encoder.stride} and decoder stride {decoder.stride} differ; this is not implemented"
+            f"{CONFIG_FILE}: strides {encoder.stride} (encoder) and {decoder.stride} (decoder) differ; not implemented"
         )
     return config, nested
 
@@ -388,7 +388,9 @@ def _check_shapes(found: Mapping[str, tuple[int, ...]], config: SameConfig, sour
             )
     extra = sorted(found.keys() - expected.keys())
     if extra:
-        raise CheckpointError(f"{source}: tensor {extra[0]} is not part of a SAME autoencoder ({len(extra)} such); nothing is ignored")
+        raise CheckpointError(
+            f"{source}: tensor {extra[0]} is not part of a SAME autoencoder ({len(extra)} such); nothing is ignored"
+        )
 
 
 def _digest(config: SameConfig, tensors: Mapping[str, torch.Tensor]) -> str:
@@ -396,7 +398,7 @@ def _digest(config: SameConfig, tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256(repr(config).encode())
     for key in sorted(tensors):
         digest.update(key.encode())
-        digest.update(memoryview(tensors[key].contiguous().numpy()).cast("B") if tensors[key].numel() else b"")
+        digest.update(tensors[key].numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -428,11 +430,13 @@ def load(model: str, weights: str = HUB, revision: str | None = None) -> Checkpo
 def load_source(source: Mapping[str, Any]) -> Checkpoint:
     """Load a checkpoint again from the `source` of one that was loaded before."""
     arguments = {key: value for key, value in source.items() if key != "kind"}
-    loaders = {"folder": load_folder, "hub": load_hub, RANDOM: random_checkpoint}
+    loaders: dict[str, Any] = {"folder": load_folder, "hub": load_hub, RANDOM: random_checkpoint}
     try:
-        return loaders[source["kind"]](**arguments)  # type: ignore[operator]
-    except (KeyError, TypeError):
+        load_again = loaders[source["kind"]]
+    except KeyError:
         raise CheckpointError(f"a checkpoint source {dict(source)!r} is not known; export the model again") from None
+    checkpoint: Checkpoint = load_again(**arguments)
+    return checkpoint
 
 
 def load_folder(folder: str | Path, name: str | None = None) -> Checkpoint:
@@ -450,7 +454,9 @@ def load_folder(folder: str | Path, name: str | None = None) -> Checkpoint:
     folder = Path(folder).resolve()
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
-            raise CheckpointError(f"{folder}: no {file} here; pass a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+            raise CheckpointError(
+                f"{folder}: no {file} here; pass a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}"
+            )
     config, nested = parse_config(_read_config(folder / CONFIG_FILE))
     prefix = NESTED_PREFIX if nested else ""
     weights = folder / WEIGHTS_FILE
@@ -637,9 +643,7 @@ def _fetch(repository: str, containing: Iterable[str], revision: str | None) -> 
     files = [CONFIG_FILE, WEIGHTS_FILE]
     for candidate in (repository, *(() if revision else containing)):
         with contextlib.suppress(LocalEntryNotFoundError):
-            folder = Path(
-                snapshot_download(candidate, revision=revision, allow_patterns=files, local_files_only=True)
-            )
+            folder = Path(snapshot_download(candidate, revision=revision, allow_patterns=files, local_files_only=True))
             if all((folder / file).is_file() for file in files):
                 return candidate, folder
     return repository, Path(snapshot_download(repository, revision=revision, allow_patterns=files))

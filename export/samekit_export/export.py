@@ -8,7 +8,6 @@ import secrets
 import shutil
 from contextlib import contextmanager
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from samekit.errors import InputError, OutputError, SamekitError
@@ -22,13 +21,14 @@ from samekit_export.verify import verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     from samekit_export.checkpoint import Checkpoint, TrunkConfig
 
 EXPORTABLE = ("fp32",)
 """Precisions that an export can write."""
 
-GRAPHS = {ENCODER: GraphEncoder, DECODER: GraphDecoder}
+GRAPHS: dict[str, type[GraphEncoder | GraphDecoder]] = {ENCODER: GraphEncoder, DECODER: GraphDecoder}
 
 
 def _context(trunk: TrunkConfig) -> int:

@@ -199,16 +199,16 @@ class GraphBlock(nn.Module):
         alpha_mid = float(block.ff_norm.alpha)
         self.out = Branch(attention.to_out.weight.double() * alpha_mid, None, alpha_mid / alpha_in)
 
-        gated, _, last = block.ff.ff
-        weight = gated.proj.weight.double()
-        bias = gated.proj.bias.double() + weight @ block.ff_norm.beta.double()
+        project, back = block.ff.linears
+        weight = project.weight.double()
+        bias = project.bias.double() + weight @ block.ff_norm.beta.double()
         value, gate = (weight * block.ff_norm.gamma.double()).split(config.inner)
         bias_value, bias_gate = bias.split(config.inner)
         self.sine = block.ff.sine
         turn = torch.pi if self.sine else 1.0
         self.value = Linear(value, bias_value)
         self.gate = Linear(gate * turn, bias_gate * turn)
-        self.ff = Branch(last.weight.double() * alpha_out, last.bias.double() * alpha_out, alpha_out / alpha_mid)
+        self.ff = Branch(back.weight.double() * alpha_out, back.bias.double() * alpha_out, alpha_out / alpha_mid)
 
     def forward(
         self,
@@ -255,7 +255,12 @@ class GraphBlock(nn.Module):
         layout = grid.layout
         # One row a sequence: ONNX Runtime wants no sequence longer than the tables.
         turned = torch.onnx.ops.rotary_embedding(
-            rows[:, None], layout.cos, layout.sin, positions, num_heads=self.heads, rotary_embedding_dim=layout.rotated
+            rows[:, None],
+            layout.cos,
+            layout.sin,
+            positions,
+            num_heads=self.heads,
+            rotary_embedding_dim=layout.rotated,
         )
         return self._per_head(turned, grid)
 
@@ -283,14 +288,13 @@ class GraphTrunk(nn.Module):
         config = trunk.config
         self.layout = Layout(config)
         self.shift_at = config.depth // 2 if getattr(config.span, "shifted", False) else None
-        alphas = [float(block.pre_norm.alpha) for block in trunk.transformers] + [1.0]
-        for block in trunk.transformers:
+        alphas = [float(block.pre_norm.alpha) for block in trunk.blocks] + [1.0]
+        for block in trunk.blocks:
             if min(abs(float(block.pre_norm.alpha)), abs(float(block.ff_norm.alpha))) < 1e-4:
                 raise CheckpointError("a norm's alpha is (nearly) zero, so its block ignores its input; not exportable")
         self.alpha_in = alphas[0]
         self.blocks = nn.ModuleList(
-            GraphBlock(block, config, alphas[i], alphas[i + 1])
-            for i, block in enumerate(trunk.transformers)
+            GraphBlock(block, config, alphas[i], alphas[i + 1]) for i, block in enumerate(trunk.blocks)
         )
 
     def forward(
@@ -333,7 +337,7 @@ class GraphEncoder(nn.Module):
     def __init__(self, model: Same) -> None:
         super().__init__()
         self.config = model.config
-        trunk, _, to_latent = model.encoder.layers
+        trunk, to_latent = model.encoder_parts
         self.trunk = GraphTrunk(trunk)
         alpha = self.trunk.alpha_in
         self.mapping = Linear(trunk.mapping.weight().double()[..., 0] * alpha, trunk.mapping.bias.double() * alpha)
@@ -371,7 +375,7 @@ class GraphDecoder(nn.Module):
     def __init__(self, model: Same) -> None:
         super().__init__()
         self.config = model.config
-        _, from_latent, _, trunk = model.decoder.layers
+        from_latent, trunk = model.decoder_parts
         self.trunk = GraphTrunk(trunk)
         alpha = self.trunk.alpha_in
         std = model.bottleneck["running_std"].double()
@@ -403,7 +407,9 @@ class GraphDecoder(nn.Module):
 
         rows = self.trunk(torch.cat([rows, self.learned]), batch, groups, spread)
         rows = rows.reshape(latents_in_group, trunk.latent_tokens, -1, trunk.width)[:, 1:].reshape(-1, trunk.width)
-        taps = (rows @ self.mapping).view(latents_in_group, trunk.stride, batch, groups, self.kernel, config.patch_width)
+        taps = (rows @ self.mapping).view(
+            latents_in_group, trunk.stride, batch, groups, self.kernel, config.patch_width
+        )
         patches = self._convolve(taps.permute(2, 3, 0, 1, 4, 5).reshape(batch, -1, self.kernel, config.patch_width))
         audio = (patches + self.mapping_bias).reshape(batch, -1, config.channels, config.patch).permute(0, 2, 1, 3)
         audio = audio.reshape(batch, config.channels, -1)[:, :, : length * config.hop]

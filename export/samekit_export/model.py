@@ -9,7 +9,7 @@ Tokens travel as `[batch, groups, tokens, width]`: a group is what is attended t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,8 +85,7 @@ class DifferentialAttention(nn.Module):
             ).unflatten(0, x.shape[:2])
 
         out = attend(q1, k1) - attend(q2, k2)
-        projected: Tensor = self.to_out(out.transpose(2, 3).flatten(-2))
-        return projected
+        return self.to_out(out.transpose(2, 3).flatten(-2))
 
 
 def with_neighbours(x: Tensor, neighbours: int) -> Tensor:
@@ -119,12 +118,17 @@ class GatedFeedForward(nn.Module):
         self.sine = sine
         self.ff = nn.ModuleList([projection, nn.Identity(), nn.Linear(inner, width)])
 
+    @property
+    def linears(self) -> tuple[nn.Linear, nn.Linear]:
+        """The layer into value and gate, and the layer back."""
+        return cast("nn.Linear", self.ff[0].proj), cast("nn.Linear", self.ff[2])
+
     def forward(self, x: Tensor) -> Tensor:
         """`[..., width]` to the same."""
-        value, gate = self.ff[0].proj(x).chunk(2, dim=-1)
+        project, back = self.linears
+        value, gate = project(x).chunk(2, dim=-1)
         gate = torch.sin(torch.pi * gate) if self.sine else functional.silu(gate)
-        out: Tensor = self.ff[2](value * gate)
-        return out
+        return back(value * gate)
 
 
 class Block(nn.Module):
@@ -141,8 +145,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """`[batch, groups, tokens, width]` to the same."""
         x = x + self.self_attn(self.pre_norm(x), self.rope, mask)
-        out: Tensor = x + self.ff(self.ff_norm(x))
-        return out
+        return x + self.ff(self.ff_norm(x))
 
 
 class WeightNormConv(nn.Module):
@@ -164,7 +167,7 @@ class WeightNormConv(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Mapping, learned token and transformer blocks; the encoder and the decoder differ only in what goes around them."""
+    """Mapping, learned token and transformer blocks; encoder and decoder differ only in what goes around them."""
 
     def __init__(self, config: TrunkConfig, mapping: WeightNormConv) -> None:
         super().__init__()
@@ -173,19 +176,24 @@ class Trunk(nn.Module):
         self.new_tokens = nn.Parameter(torch.empty(1, 1, config.width))
         self.transformers = nn.ModuleList(Block(config, i) for i in range(config.depth))
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The transformer blocks, in order."""
+        return cast("list[Block]", list(self.transformers))
+
     def run(self, x: Tensor) -> Tensor:
         """All blocks over `[batch, latents, latent_tokens, width]`; chunks want `latents` to fill the last one."""
         batch, latents, tokens, width = x.shape
         span = self.config.span
         if isinstance(span, BandSpan):
             mask = band_mask(batch, latents, tokens, span.latents, x.device)
-            for block in self.transformers:
+            for block in self.blocks:
                 x = block(x, mask)
             return x
         chunk = span.latents * tokens
         half = chunk // 2
         x = x.reshape(batch, -1, chunk, width)
-        for i, block in enumerate(self.transformers):
+        for i, block in enumerate(self.blocks):
             if span.shifted and 2 * i == self.config.depth:
                 x = x.flatten(1, 2)
                 x = torch.cat([x[:, :half], x, x[:, -half:]], dim=1).reshape(batch, -1, chunk, width)
@@ -234,9 +242,21 @@ class Same(nn.Module):
         model.load_state_dict(checkpoint.tensors, strict=True, assign=True)
         return model.eval().requires_grad_(requires_grad=False)
 
+    @property
+    def encoder_parts(self) -> tuple[Trunk, nn.Linear]:
+        """The encoder's transformers, and the layer to the latents."""
+        trunk, _, to_latent = cast("nn.ModuleList", self.encoder.layers)
+        return cast("Trunk", trunk), cast("nn.Linear", to_latent)
+
+    @property
+    def decoder_parts(self) -> tuple[nn.Linear, Trunk]:
+        """The layer from the latents, and the decoder's transformers."""
+        _, from_latent, _, trunk = cast("nn.ModuleList", self.decoder.layers)
+        return cast("nn.Linear", from_latent), cast("Trunk", trunk)
+
     def encode(self, audio: Tensor) -> Tensor:
         """Audio `[batch, channels, latents * hop]` to latents `[batch, latent_width, latents]`."""
-        config, (trunk, _, to_latent) = self.config, self.encoder.layers
+        config, (trunk, to_latent) = self.config, self.encoder_parts
         latents = audio.shape[-1] // config.hop
         audio = functional.pad(audio, (0, trunk.missing_latents(latents) * config.hop))
         # (b, c, l*patch + h) -> (b, l, c*patch + h)
@@ -245,12 +265,11 @@ class Same(nn.Module):
         learned = trunk.new_tokens.expand(tokens.shape[0], tokens.shape[1], 1, -1)
         x = trunk.run(torch.cat([tokens, learned], dim=2))
         z = to_latent(x[:, :latents, -1]).transpose(1, 2)
-        out: Tensor = (z * self.bottleneck["scaling_factor"] + self.bottleneck["bias"]) / self.bottleneck["running_std"]
-        return out
+        return (z * self.bottleneck["scaling_factor"] + self.bottleneck["bias"]) / self.bottleneck["running_std"]
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents `[batch, latent_width, latents]` to audio `[batch, channels, latents * hop]`."""
-        config, (_, from_latent, _, trunk) = self.config, self.decoder.layers
+        config, (from_latent, trunk) = self.config, self.decoder_parts
         length = latents.shape[-1]
         x = from_latent((latents * self.bottleneck["running_std"]).transpose(1, 2))
         x = functional.pad(x, (0, 0, 0, trunk.missing_latents(length)))[:, :, None]

@@ -67,6 +67,9 @@ def write_onnx(graph: GraphEncoder | GraphDecoder, path: Path) -> None:
             raise RuntimeError("torch.onnx.export returned nothing")
         # The exporter derives these as long formulas over its own symbols.
         inside, outside = ("latents", f"{config.hop}*latents")
-        program.model.graph.outputs[0].shape[2] = inside if isinstance(graph, GraphEncoder) else outside
+        shape = program.model.graph.outputs[0].shape
+        if shape is None:
+            raise RuntimeError("torch.onnx.export lost the output's shape")
+        shape[2] = inside if isinstance(graph, GraphEncoder) else outside
         size = sum(p.numel() * p.element_size() for p in graph.parameters())
         program.save(path, external_data=size > EXTERNAL_DATA_ABOVE)

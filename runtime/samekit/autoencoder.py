@@ -19,7 +19,7 @@ from samekit.streaming import HalfRunner, StreamDecoder, StreamEncoder, Windowed
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from types import TracebackType
 
     from typing_extensions import Self
@@ -44,9 +44,7 @@ class Autoencoder:
         self.backend = backend
         self.spec: EngineSpec = backend.spec
         self._plans = {
-            half: ExactWindows(
-                window or default_window(context, self.spec.alignment), context, self.spec.alignment
-            )
+            half: ExactWindows(window or default_window(context, self.spec.alignment), context, self.spec.alignment)
             for half, context in self.spec.contexts.items()
         }
 
@@ -156,6 +154,7 @@ class Autoencoder:
         """One half over a whole batch in memory: exact windows, or the reference's chunks."""
         runner = HalfRunner(self.backend, half)
         latents = array.shape[-1] // runner.unit_in
+        cores: Iterable[Array]
         if chunks:
             cores = (runner.core(array, window) for window in reference_chunks(latents, *chunks))
         else:
@@ -282,9 +281,7 @@ class AutoencoderModel:
             raise InputError(f"one clip has one sample rate, got {sr!r}")
         return inner.encode_audio(ready, chunked, chunk_size, overlap)
 
-    def decode(
-        self, latents: Any, chunked: bool = False, chunk_size: int = CHUNK_SIZE, overlap: int = OVERLAP
-    ) -> Any:
+    def decode(self, latents: Any, chunked: bool = False, chunk_size: int = CHUNK_SIZE, overlap: int = OVERLAP) -> Any:
         """Decode latents to audio.
 
         Args:

@@ -57,7 +57,7 @@ class ExactWindows:
         if self.size % self.alignment or self.step < self.alignment:
             least = self.alignment * -(-(2 * self.context + self.alignment) // self.alignment)
             raise InputError(
-                f"a window of {self.size} latents cannot be exact here; pass a multiple of {self.alignment} from {least}"
+                f"a window of {self.size} latents is not exact here; pass a multiple of {self.alignment} from {least}"
             )
 
     @property

@@ -76,7 +76,9 @@ def encode(audio: Path, latents: Path, **options: Any) -> None:
         frames = reader.info.frames
     with _open(**options) as model, tqdm(total=frames, unit="frame", unit_scale=True, disable=None) as bar:
         done = model.encode_file(audio, latents, bar.update)
-    click.echo(f"{latents}: {done['latents']} latents of {model.latent_dim} from {done['samples'] / done['sample_rate']:.2f} s")
+    click.echo(
+        f"{latents}: {done['latents']} latents of {model.latent_dim} from {done['samples'] / done['sample_rate']:.2f} s"
+    )
 
 
 @main.command()
@@ -124,7 +126,9 @@ def _need_export() -> None:
         import safetensors  # noqa: F401, PLC0415
         import torch  # noqa: F401, PLC0415
     except ImportError as error:
-        raise InputError(f"exporting needs packages that are missing ({error}); run: pip install 'samekit[export]'") from None
+        raise InputError(
+            f"exporting needs packages that are missing ({error}); run: pip install 'samekit[export]'"
+        ) from None
 
 
 @main.command()

@@ -110,9 +110,7 @@ class LatentsWriter:
         with np.errstate(over="ignore"):
             values = block.T.astype(self._dtype, order="C")
         if not np.isfinite(values).all():
-            raise InputError(
-                f"{self.path}: a latent is NaN or too large for {self._dtype}; check the encoder"
-            )
+            raise InputError(f"{self.path}: a latent is NaN or too large for {self._dtype}; check the encoder")
         with output_errors(self.path):
             self._file.write(values.tobytes())
         self.latents += block.shape[1]
@@ -155,8 +153,8 @@ def read_latents(
         used; and the metadata, empty if there is no `.json`.
 
     Raises:
-        LatentsFileError: the file is missing, cut off, no array of finite numbers, empty, or of another width;
-            or the `.json` is damaged.
+        LatentsFileError: the file is missing, cut off, no array of finite numbers, empty, or of another
+            width; or the `.json` is damaged.
     """
     path = Path(path)
     latents = _map(path)
@@ -185,9 +183,7 @@ def _map(path: Path) -> npt.NDArray[np.floating[Any]]:
         reason = error.strerror or error
         raise LatentsFileError(f"{path}: cannot be opened ({reason}); check name and permissions") from error
     except _HEADER_ERRORS as error:
-        raise LatentsFileError(
-            f"{path}: is no .npy file, or a damaged one; encode the audio again"
-        ) from error
+        raise LatentsFileError(f"{path}: is no .npy file, or a damaged one; encode the audio again") from error
     if dtype.kind != "f" or dtype.itemsize > 8:
         raise LatentsFileError(f"{path}: holds {dtype.name} values; latents are float16, float32 or float64")
     if min(shape, default=0) < 1:

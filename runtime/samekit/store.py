@@ -1,9 +1,9 @@
 """Where an engine folder lies, and whether it is whole.
 
-    engines/same-l/
-      spec.json                        model facts, source, verification
-      encoder.onnx decoder.onnx        fp32 graphs, with .data beside them when large
-      encoder.fp16.onnx ...            other precisions
+engines/same-l/
+  spec.json                        model facts, source, verification
+  encoder.onnx decoder.onnx        fp32 graphs, with .data beside them when large
+  encoder.fp16.onnx ...            other precisions
 """
 
 from __future__ import annotations
@@ -92,7 +92,10 @@ def describe_graph(folder: Path, file: str) -> GraphFile:
 def engine_roots() -> Sequence[Path]:
     """Folders in which a model's name is looked up, in order."""
     cache = os.environ.get("SAMEKIT_CACHE")
-    return (Path(ENGINES_FOLDER), Path(cache).expanduser() if cache else Path.home() / ".cache" / "samekit" / ENGINES_FOLDER)
+    return (
+        Path(ENGINES_FOLDER),
+        Path(cache).expanduser() if cache else Path.home() / ".cache" / "samekit" / ENGINES_FOLDER,
+    )
 
 
 def find_engine(name: str | os.PathLike[str]) -> Engine:
@@ -112,5 +115,9 @@ def find_engine(name: str | os.PathLike[str]) -> Engine:
             return Engine.load(folder)
     for folder in candidates:
         if any(folder.glob("*.onnx")):
-            raise EngineError(f"{folder}: no {SPEC_FILE}, so its export was cut short; run: samekit export {name} --force")
-    raise EngineNotFoundError(f"no engine for {os.fspath(name)!r} in . or {engine_roots()[0]}/; run: samekit export {os.fspath(name)}")
+            raise EngineError(
+                f"{folder}: no {SPEC_FILE}, so its export was cut short; run: samekit export {name} --force"
+            )
+    raise EngineNotFoundError(
+        f"no engine for {os.fspath(name)!r} in . or {engine_roots()[0]}/; run: samekit export {os.fspath(name)}"
+    )

@@ -101,7 +101,7 @@ class Backend(ABC):
     def _run(self, half: str, array: Array) -> Array:
         """Run `spec.ENCODER` or `spec.DECODER` on a checked, contiguous array."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 a backend may have nothing to free
         """Free what the backend holds; it cannot be used afterwards."""
 
     def __enter__(self) -> Self:

@@ -29,7 +29,7 @@ class EagerBackend(Backend):
             raise BackendUnavailableError("PyTorch finds no CUDA device; choose device cpu")
         self.device = options.device or ("cuda" if cuda else "cpu")
         self._torch = torch
-        self._where = torch.device(self.device, options.device_id if self.device == "cuda" else None)
+        self._where = torch.device(f"cuda:{options.device_id}" if self.device == "cuda" else self.device)
         self._dtype = torch.float16 if options.precision == "fp16" else torch.float32
         self._model = model.to(self._where, self._dtype)
         if options.threads:

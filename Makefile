@@ -1,0 +1,55 @@
+# Every target sets up what it needs in .venv, once. `make help` lists them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# What `make export` and `make bench` work on.
+MODEL ?= same-s
+WEIGHTS ?= hub
+PRECISION ?= fp32
+OUT ?= engines
+BENCH ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo export bench test test-slow lint format wheel clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo "  variables: MODEL=same-s|same-l|DIR  WEIGHTS=hub|random|DIR  PRECISION=fp32,...  OUT=engines  PYTHON=python3"
+
+setup: $(READY) ## make .venv with everything in it
+
+# torch is named with its version: a plain `torch` can pull gigabytes of CUDA libraries.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "samekit needs Python >= 3.10; pass PYTHON=..."; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,export,dev]'
+	@touch $@
+
+demo: $(READY) ## export a small model, encode and decode music with it, show the result
+	$(BIN)/python benchmarks/demo.py
+
+export: $(READY) ## write an engine folder: MODEL, WEIGHTS, PRECISION, OUT
+	$(BIN)/samekit export $(MODEL) --weights $(WEIGHTS) --precision $(PRECISION) --out $(OUT)
+
+test: $(READY) ## run every test but the slow ones
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(READY) ## run the tests that need minutes or gigabytes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(READY) ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## bring the code into the project's format
+	$(BIN)/ruff format .
+
+wheel: $(READY) ## build the wheel into dist/
+	$(BIN)/python -m build --wheel
+
+clean: ## remove what the other targets made, engines excepted
+	rm -rf $(VENV) dist build demo .mypy_cache .ruff_cache .pytest_cache
