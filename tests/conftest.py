@@ -1,0 +1,118 @@
+"""Fixtures of every test: seeded models, exported once a run; nothing of the user's is read, nothing downloaded."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from importlib.metadata import version
+
+import pytest
+from helpers import BACKEND_NAMES, KINDS
+from samekit import AutoencoderModel
+from samekit.store import Engine
+from samekit_export.checkpoint import published_config, random_checkpoint, save_folder
+from samekit_export.export import export
+from samekit_export.model import Same
+
+# Read when huggingface_hub is imported, which happens later and only where it is needed.
+os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=os.devnull)
+
+
+def pytest_report_header():
+    import onnxruntime
+
+    packages = ("samekit", "torch", "onnx", "onnxruntime")
+    return [
+        "packages: " + ", ".join(f"{package} {version(package)}" for package in packages),
+        "onnxruntime providers: " + ", ".join(onnxruntime.get_available_providers()),
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _isolated(monkeypatch, tmp_path_factory):
+    """No engine of the user's is found: an empty home, an empty working directory, no cache."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("SAMEKIT_CACHE", raising=False)
+    monkeypatch.chdir(home)
+
+
+@pytest.fixture(scope="session")
+def engine_of(tmp_path_factory):
+    """Export a seeded model, once a run: name -> Engine. Not to be changed; see `own_engine`."""
+    folder = tmp_path_factory.mktemp("engines")
+    return functools.cache(lambda name: export(random_checkpoint(name), folder))
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(tmp_path_factory):
+    """Write a seeded checkpoint folder, once a run: name -> path. Not to be changed."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    def write(name):
+        save_folder(published_config(name), random_checkpoint(name).tensors, folder / name)
+        return folder / name
+
+    return functools.cache(write)
+
+
+@pytest.fixture(scope="session")
+def eager_of():
+    """Eager PyTorch, the oracle: name -> Same."""
+    return functools.cache(lambda name: Same.from_checkpoint(random_checkpoint(name)))
+
+
+@pytest.fixture(scope="session")
+def model_of(engine_of):
+    """Open an exported model, once a run: name and backend -> AutoencoderModel."""
+    return functools.cache(
+        lambda name, backend: AutoencoderModel.from_pretrained(engine_of(name).folder, "cpu", backend=backend)
+    )
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def kind(request):
+    """Both kinds of attention span."""
+    return request.param
+
+
+@pytest.fixture(scope="session", params=BACKEND_NAMES)
+def backend_name(request):
+    """Every backend."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def model(model_of, kind, backend_name):
+    """Every model on every backend."""
+    return model_of(kind, backend_name)
+
+
+@pytest.fixture(scope="session")
+def backend(model):
+    """The backend of `model`."""
+    return model.autoencoder.backend
+
+
+@pytest.fixture
+def own_engine(engine_of, tmp_path):
+    """An engine folder of tiny-s to be changed, apart from `tmp_path`'s other files."""
+    folder = tmp_path / "own" / "tiny-s"
+    shutil.copytree(engine_of("tiny-s").folder, folder)
+    return Engine.load(folder)
+
+
+@pytest.fixture
+def ready_graphs(engine_of, monkeypatch):
+    """Let exports of tiny-s take the graphs that were exported before, unverified; returns the files they write."""
+    source = engine_of("tiny-s").folder
+    written = []
+
+    def write(graph, path):
+        written.append(f"{type(graph).__name__} {path.name}")
+        shutil.copyfile(source / f"{path.name.split('.')[0]}.onnx", path)
+
+    monkeypatch.setattr("samekit_export.export.write_onnx", write)
+    monkeypatch.setattr("samekit_export.export.verify", lambda *_: [])
+    return written

@@ -1,0 +1,127 @@
+"""What several test modules share: seeded arrays and checkpoints, comparisons, a backend that computes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from samekit.backends.base import Backend
+from samekit.spec import DECODER, ENCODER, EngineSpec
+from samekit_export import checkpoint
+from samekit_export.checkpoint import published_config, random_checkpoint
+from samekit_export.verify import snr_db
+
+GOLDEN = Path(__file__).parent / "golden"
+KINDS = ("tiny-s", "tiny-l")
+HALVES = (ENCODER, DECODER)
+# Every name but "auto"; a test holds this list to `samekit.backends.BACKENDS`.
+BACKEND_NAMES = ("onnxruntime", "torch")
+RATE = 44_100
+HOP = 4096
+
+each_half = pytest.mark.parametrize("half", HALVES)
+
+REMOVED = object()
+"""In place of a field's value: the field is left out."""
+
+
+def noise(shape, seed=0, level=0.2):
+    """Float32 noise; the level is that of the golden inputs."""
+    return (np.random.RandomState(seed).standard_normal(shape) * level).astype(np.float32)
+
+
+def golden_cases(name):
+    """Every golden case of a model, with its output under `output`."""
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return [case | {"output": file[case["key"]]} for case in json.loads(str(file["cases"]))]
+
+
+def assert_close(reference, output, least_db):
+    """Float32 of the same shape, and so close to the reference."""
+    assert output.dtype == np.float32
+    assert output.shape == reference.shape
+    assert snr_db(reference, output) >= least_db
+
+
+def run_half(codec, half, array):
+    """One half of whatever encodes and decodes arrays: a backend, or what stands behind an AutoencoderModel."""
+    if isinstance(codec, Backend):
+        return codec.encode(array) if half == ENCODER else codec.decode(array)
+    return codec.encode_audio(array) if half == ENCODER else codec.decode_audio(array)
+
+
+def in_one_pass(module, array):
+    """The output of a PyTorch callable for a NumPy array."""
+    with torch.inference_mode():
+        return module(torch.from_numpy(array)).numpy()
+
+
+def edit(document, changes):
+    """Set fields of nested objects by dotted paths; `*` stands for encoder and decoder, REMOVED removes."""
+    for pattern, value in changes.items():
+        for path in {pattern.replace("*", half) for half in HALVES}:
+            *parents, field = path.split(".")
+            inner = document
+            for parent in parents:
+                inner = inner[parent]
+            inner[field] = value
+            if value is REMOVED:
+                del inner[field]
+    return document
+
+
+def variant(name, changes):
+    """The seeded checkpoint of `name` with fields of its configuration changed; paths count from `model`."""
+    document = published_config(name)
+    edit(document["model"], changes)
+    with mock.patch.object(checkpoint, "published_config", return_value=document):
+        return random_checkpoint(name)
+
+
+def smallest_window(spec, half):
+    """Latents in the smallest exact window of one half."""
+    needed = 2 * spec.contexts[half] + spec.alignment
+    return spec.alignment * -(-needed // spec.alignment)
+
+
+def assert_one_line(error):
+    """A message of one line that names a cause and a cure."""
+    message = str(error)
+    assert message.count("\n") == 0
+    assert "; " in message
+
+
+class FakeBackend(Backend):
+    """Answers with zeros, or with what `answer(half, array)` returns; remembers the latents of each call."""
+
+    name = "fake"
+
+    def __init__(self, answer=None, precision="fp32"):
+        spec = EngineSpec(
+            name="fake",
+            sample_rate=RATE,
+            channels=2,
+            hop=8,
+            latent_width=4,
+            alignment=2,
+            contexts={ENCODER: 1, DECODER: 2},
+            source={},
+            source_sha256="0",
+        )
+        super().__init__(spec, precision)
+        self.answer = answer or self.zeros
+        self.calls = []
+
+    def zeros(self, half, array):
+        """Silence, or latents of nothing."""
+        batch, _, length = array.shape
+        shape = (batch, 4, length // 8) if half == ENCODER else (batch, 2, length * 8)
+        return np.zeros(shape, np.float32)
+
+    def _run(self, half, array):
+        self.calls.append(array.shape[-1] // (8 if half == ENCODER else 1))
+        return self.answer(half, array)
