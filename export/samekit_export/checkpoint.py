@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samekit.errors import CheckpointError
+from samekit_export import diffusers_format
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     import torch
 
@@ -440,40 +441,76 @@ def load_source(source: Mapping[str, Any]) -> Checkpoint:
 
 
 def load_folder(folder: str | Path, name: str | None = None) -> Checkpoint:
-    """Load a checkpoint folder in the published format, either nesting.
+    """Load a checkpoint folder: the published format, either nesting, or `diffusers`' `AutoencoderSAME`.
 
     Args:
-        folder: holds `model_config.json` and `model.safetensors`.
+        folder: holds `model_config.json` and `model.safetensors`, or `config.json` and
+            `diffusion_pytorch_model.safetensors`.
         name: what to call the model; the folder's name unless given.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the checkpoint is not exactly what we implement.
     """
+    folder = Path(folder).resolve()
+    if (folder / diffusers_format.WEIGHTS_FILE).is_file():
+        document = diffusers_format.published_config(_read_config(folder / diffusers_format.CONFIG_FILE))
+        config, _ = parse_config(document)
+        tensors = _read_tensors(folder / diffusers_format.WEIGHTS_FILE, config, diffusers_format.published_key, "")
+        tensors = {key: diffusers_format.published_tensor(key, tensor) for key, tensor in tensors.items()}
+    else:
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / file).is_file():
+                raise CheckpointError(
+                    f"{folder}: no {file} here; pass a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}, "
+                    f"or {diffusers_format.CONFIG_FILE} and {diffusers_format.WEIGHTS_FILE}"
+                )
+        config, nested = parse_config(_read_config(folder / CONFIG_FILE))
+        tensors = _read_tensors(folder / WEIGHTS_FILE, config, str, NESTED_PREFIX if nested else "")
+    name = name or folder.name
+    source = {"kind": "folder", "folder": str(folder), "name": name}
+    return Checkpoint(name, config, tensors, source, _digest(config, tensors))
+
+
+def _read_tensors(
+    path: Path, config: SameConfig, published_key: Callable[[str], str], prefix: str
+) -> dict[str, torch.Tensor]:
+    """Every tensor of the autoencoder from a safetensors file, shapes checked before anything is read."""
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415
 
-    folder = Path(folder).resolve()
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / file).is_file():
-            raise CheckpointError(
-                f"{folder}: no {file} here; pass a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}"
-            )
-    config, nested = parse_config(_read_config(folder / CONFIG_FILE))
-    prefix = NESTED_PREFIX if nested else ""
-    weights = folder / WEIGHTS_FILE
     try:
-        with safe_open(weights, framework="pt") as file:
-            keys = {key.removeprefix(prefix): key for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
+        with safe_open(path, framework="pt") as file:
+            keys = {
+                published_key(key.removeprefix(prefix)): key
+                for key in file.keys()  # noqa: SIM118 the file is no mapping
+                if key.startswith(prefix)
+            }
             found = {bare: tuple(file.get_slice(key).get_shape()) for bare, key in keys.items()}
-            _check_shapes(found, config, str(weights))
+            derived = _derived_tensors(config)
+            _check_shapes({key: tuple(tensor.shape) for key, tensor in derived.items()} | found, config, str(path))
             tensors = {bare: file.get_tensor(key).float() for bare, key in keys.items()}
     except (SafetensorError, OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{weights}: not a readable safetensors file ({error}); download it again") from None
-    _check_finite(tensors, str(weights))
-    name = name or folder.name
-    source = {"kind": "folder", "folder": str(folder), "name": name}
-    return Checkpoint(name, config, tensors, source, _digest(config, tensors))
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error}); download it again") from None
+    _check_finite(tensors, str(path))
+    for key, tensor in derived.items():
+        # Half-precision checkpoints hold them rounded; anything further off is another model.
+        if key in tensors and not tensors[key].allclose(tensor, rtol=0.01):
+            raise CheckpointError(f"{path}: tensor {key} is not what its formula gives; this is not implemented")
+    return tensors | derived
+
+
+def _derived_tensors(config: SameConfig) -> dict[str, torch.Tensor]:
+    """The tensors that follow from the configuration; a checkpoint may lack them."""
+    import torch  # noqa: PLC0415
+
+    shapes = tensor_shapes(config)
+    frequencies = {
+        key: torch.as_tensor(rotary_frequencies(2 * shape[0]), dtype=torch.float32)
+        for key, shape in shapes.items()
+        if key.endswith("rope.inv_freq")
+    }
+    return {**frequencies, "bottleneck.noise_scaling_factor": torch.zeros(shapes["bottleneck.noise_scaling_factor"])}
 
 
 def _check_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
@@ -573,17 +610,12 @@ def random_checkpoint(name: str, seed: int = 0) -> Checkpoint:
     import torch  # noqa: PLC0415
 
     config, _ = parse_config(published_config(name))
-    tensors = {}
+    tensors = {**_derived_tensors(config), "bottleneck.running_std": torch.tensor([1.25])}
     for key, shape in tensor_shapes(config).items():
-        if key.endswith("inv_freq"):
-            array = rotary_frequencies(2 * shape[0])
-        elif key == "bottleneck.running_std":
-            array = np.array([1.25])
-        else:
+        if key not in tensors:
             mean, std = _random_scale(key, shape)
             generator = np.random.RandomState((zlib.crc32(key.encode()) + seed) % 2**32)
-            array = mean + std * generator.standard_normal(shape)
-        tensors[key] = torch.from_numpy(np.asarray(array, np.float32))
+            tensors[key] = torch.from_numpy((mean + std * generator.standard_normal(shape)).astype(np.float32))
     source = {"kind": RANDOM, "name": name, "seed": seed}
     return Checkpoint(name, config, tensors, source, _digest(config, tensors))
 

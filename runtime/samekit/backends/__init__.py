@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from samekit.errors import BackendUnavailableError, EngineNotFoundError, InputError
@@ -91,8 +90,6 @@ def _open_without_engine(model: str, backend: str, options: BackendOptions, erro
         raise error
     from samekit.backends.eager import load_checkpoint, open_eager  # noqa: PLC0415
 
-    if Path(model).exists() and not (Path(model) / "model_config.json").exists():
-        raise error
     try:
         opened = open_eager(load_checkpoint(model, None), options)
     except BackendUnavailableError as unavailable:

@@ -1,0 +1,109 @@
+"""The `diffusers` format, with `diffusers`' own `AutoencoderSAME` as an oracle that was not written here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from samekit import AutoencoderModel
+from samekit.errors import CheckpointError
+from samekit_export.checkpoint import load_folder
+from samekit_export.graph import GraphDecoder, GraphEncoder
+from samekit_export.model import Same
+from samekit_export.verify import snr_db
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory):
+    """The oracle with random weights, and the folder that it saved itself."""
+    with warnings.catch_warnings():
+        # Its imports warn about packages that it does not need here, its model about old weight norm.
+        warnings.simplefilter("ignore")
+        from diffusers import AutoencoderSAME
+
+        torch.manual_seed(0)
+        model = AutoencoderSAME(
+            encoder_channels=32,
+            encoder_c_mults=(4,),
+            encoder_transformer_depths=(4,),
+            latent_dim=32,
+            decoder_sinusoidal_blocks=(3,),
+        ).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                # The branches start at zero, and a model of zeros proves nothing.
+                if parameter.ndim > 1 and not parameter.any():
+                    parameter.normal_(std=parameter.shape[-1] ** -0.5)
+                elif name.endswith(("gamma", "beta", "bias", "scale", "new_tokens")):
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+                elif name.endswith("alpha"):
+                    parameter.fill_(1.5)
+            model.bottleneck.running_std.fill_(1.25)
+        folder = tmp_path_factory.mktemp("diffusers") / "vae"
+        model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.fixture
+def changed(oracle, tmp_path):
+    """A function that copies the oracle's folder with changed configuration fields."""
+
+    def change(**fields):
+        folder = shutil.copytree(oracle[1], tmp_path / "vae")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | fields))
+        return folder
+
+    return change
+
+
+@pytest.mark.parametrize("latents", [1, 2, 9])
+def test_model_and_graphs_equal_the_oracle(oracle, latents):
+    theirs, folder = oracle
+    ours = Same.from_checkpoint(load_folder(folder))
+    noise = np.random.default_rng(latents)
+    audio = torch.from_numpy(noise.standard_normal((2, 2, latents * 4096), np.float32) * np.float32(0.2))
+    z = torch.from_numpy(noise.standard_normal((2, 32, latents), np.float32))
+    with torch.inference_mode():
+        encoded, decoded = theirs.encode(audio).latents.numpy(), theirs.decode(z).sample.numpy()
+        for encode, decode in ((ours.encode, ours.decode), (GraphEncoder(ours), GraphDecoder(ours))):
+            assert snr_db(encoded, encode(audio).numpy()) >= 100
+            assert snr_db(decoded, decode(z).numpy()) >= 100
+
+
+def test_runs_by_folder(oracle):
+    theirs, folder = oracle
+    audio = np.random.default_rng(0).standard_normal((2, 5 * 4096), np.float32) * np.float32(0.2)
+    with AutoencoderModel.from_pretrained(folder, backend="torch") as model, torch.inference_mode():
+        expected = theirs.encode(torch.from_numpy(audio)[None]).latents.numpy()
+        assert snr_db(expected, model.encode(audio, 44100)) >= 100
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"_class_name": "AutoencoderKL"}, "AutoencoderSAME"),
+        ({"dim_heads": 32}, "dim_heads"),
+        ({"use_differential_attention": False}, "differential"),
+        ({"encoder_strides": [4, 4], "encoder_c_mults": [4, 4], "encoder_transformer_depths": [2, 2]}, "levels"),
+        ({"latent_dim": 64}, "shape"),
+        ({"patch_size": None}, "config.json"),
+    ],
+)
+def test_what_is_not_implemented_is_named(changed, fields, named):
+    with pytest.raises(CheckpointError, match=named):
+        load_folder(changed(**fields))
+
+
+def test_missing_field_is_named(changed):
+    folder = changed()
+    config = json.loads((folder / "config.json").read_text())
+    del config["sliding_window"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="sliding_window"):
+        load_folder(folder)
