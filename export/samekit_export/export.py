@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from samekit_export.checkpoint import Checkpoint, TrunkConfig
 
-EXPORTABLE = ("fp32",)
+EXPORTABLE = ("fp32", "fp16")
 """Precisions that an export can write."""
 
 GRAPHS: dict[str, type[GraphEncoder | GraphDecoder]] = {ENCODER: GraphEncoder, DECODER: GraphDecoder}
@@ -115,7 +115,8 @@ def _add_precision(
     for half, graph in GRAPHS.items():
         file = f"{half}.onnx" if precision == "fp32" else f"{half}.{precision}.onnx"
         report(f"writing {file}")
-        write_onnx(graph(model), staging / file)
+        built = graph(model)
+        write_onnx(built.half_() if precision == "fp16" else built, staging / file)
         graphs[half] = describe_graph(staging, file)
     spec = dataclasses.replace(spec, graphs={**spec.graphs, precision: graphs})
     cases = verify(Engine(staging, spec), model, precision, report)

@@ -23,6 +23,7 @@ Exact rewrites, all done here when the weights are loaded, in float64:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,11 +37,45 @@ from samekit_export.checkpoint import BandSpan, rotary_frequencies
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from samekit_export.checkpoint import TrunkConfig
+    from typing_extensions import Self
+
+    from samekit_export.checkpoint import SameConfig, TrunkConfig
     from samekit_export.model import Block, DynamicTanh, Same, Trunk
 
 # Added to the score of a key out of sight: its exponential is zero in float32 and float16, and it fits both.
 OUT_OF_SIGHT = -1e4
+
+
+@dataclass(frozen=True)
+class Islands:
+    """Which steps of a float16 graph stay in float32.
+
+    The defaults are what `benchmarks/islands.py` shows to pay, with every operation rounded: the ends and the residual
+    stream are worth 7 dB together, each of the others less than 1 dB on random weights. Softmax is kept because trained
+    attentions cancel more than random ones.
+    """
+
+    ends: bool = True
+    """The mapping of patches and the layer at the latents: half a percent of the arithmetic."""
+    residual: bool = True
+    """The residual stream and the tanh of the norms that read it."""
+    heads: bool = False
+    """The norm of queries and keys."""
+    rotary: bool = False
+    """Rotary embedding."""
+    softmax: bool = True
+    """Both softmaxes and their difference."""
+    gate: bool = False
+    """The activation of the gate and its product with the value."""
+
+
+ISLANDS = Islands()
+"""What float16 graphs are exported with."""
+
+
+def _wide(x: Tensor, island: bool) -> Tensor:
+    """Float32 on an island, as it is elsewhere."""
+    return x.float() if island else x
 
 
 def _constant(value: Tensor | np.ndarray) -> nn.Parameter:
@@ -49,31 +84,35 @@ def _constant(value: Tensor | np.ndarray) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """rows @ weight + bias, from a weight `[out, in]` and a bias `[out]` in float64."""
+    """rows @ weight + bias, from a weight `[out, in]` and perhaps a bias `[out]` in float64."""
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        super().__init__()
-        self.weight = _constant(weight.T)
-        self.bias = _constant(bias)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """`[rows, in]` to `[rows, out]`."""
-        return torch.addmm(self.bias, rows, self.weight)
-
-
-class Branch(nn.Module):
-    """The end of a residual branch: scale * residual + rows @ weight + bias."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, scale: float) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.weight = _constant(weight.T)
         self.bias = None if bias is None else _constant(bias)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """`[rows, in]` to `[rows, out]`, in the dtype of the weight."""
+        rows = rows.to(self.weight.dtype)
+        return rows @ self.weight if self.bias is None else torch.addmm(self.bias, rows, self.weight)
+
+
+class Branch(Linear):
+    """The end of a residual branch: scale * residual + rows @ weight + bias."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, scale: float) -> None:
+        super().__init__(weight, bias)
         self.scale = scale
 
-    def forward(self, residual: Tensor, rows: Tensor) -> Tensor:
-        """`[rows, out]` and `[rows, in]` to `[rows, out]`."""
-        total = torch.addmm(residual, rows, self.weight, beta=self.scale)
-        return total if self.bias is None else total + self.bias
+    def forward(self, rows: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
+        """`[rows, in]` and `[rows, out]` to `[rows, out]`, in the dtype of the residual."""
+        rows = rows.to(self.weight.dtype)
+        if residual.dtype == self.weight.dtype:
+            total = torch.addmm(residual, rows, self.weight, beta=self.scale)
+        else:
+            # A product and a sum in one step exist for one dtype only.
+            total = residual * self.scale + (rows @ self.weight).to(residual.dtype)
+        return total if self.bias is None else total + self.bias.to(total.dtype)
 
 
 class NormedHeads(nn.Module):
@@ -86,9 +125,11 @@ class NormedHeads(nn.Module):
         self.gamma = _constant(scale * norm.gamma.double().repeat(heads))
         self.beta = _constant(scale * norm.beta.double().repeat(heads))
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """`[rows, width]` to the same."""
-        return torch.tanh(self.linear(rows)) * self.gamma + self.beta
+    def forward(self, rows: Tensor, island: bool) -> Tensor:
+        """`[rows, width]` to the same, the norm in float32 if it is an island."""
+        x = self.linear(rows)
+        x = torch.tanh(_wide(x, island))
+        return x * self.gamma.to(x.dtype) + self.beta.to(x.dtype)
 
 
 class Grid:
@@ -133,7 +174,8 @@ class Grid:
         if not self.layout.neighbours:
             return scores
         # A learned token is the last of its latent.
-        return scores + (self.mask[:, :, -1:] if learned_only else self.mask)
+        mask = self.mask.to(scores.dtype)
+        return scores + (mask[:, :, -1:] if learned_only else mask)
 
 
 class Layout(nn.Module):
@@ -182,8 +224,9 @@ class Layout(nn.Module):
 class GraphBlock(nn.Module):
     """One transformer block over rows; takes the residual times `alpha_in`, returns it times `alpha_out`."""
 
-    def __init__(self, block: Block, config: TrunkConfig, alpha_in: float, alpha_out: float) -> None:
+    def __init__(self, block: Block, config: TrunkConfig, alpha_in: float, alpha_out: float, islands: Islands) -> None:
         super().__init__()
+        self.islands = islands
         self.heads = config.heads
         self.width = config.width
         attention = block.self_attn
@@ -195,7 +238,7 @@ class GraphBlock(nn.Module):
         self.q2 = NormedHeads(q2, bias_q2, attention.q_norm, scale)
         self.k1 = NormedHeads(k1, bias_k1, attention.k_norm)
         self.k2 = NormedHeads(k2, bias_k2, attention.k_norm)
-        self.v = _constant(v.T)
+        self.v = Linear(v)
         alpha_mid = float(block.ff_norm.alpha)
         self.out = Branch(attention.to_out.weight.double() * alpha_mid, None, alpha_mid / alpha_in)
 
@@ -228,7 +271,8 @@ class GraphBlock(nn.Module):
         """
         spread = spread or _same
         layout = grid.layout
-        x = torch.tanh(residual)
+        islands, product = self.islands, self.v.weight.dtype
+        x = torch.tanh(residual).to(product)
         residual = spread(residual)
         asking, positions = x, grid.query_positions
         if learned_only:
@@ -236,28 +280,30 @@ class GraphBlock(nn.Module):
             residual = learned_rows(residual, layout)
 
         def attend(query: NormedHeads, key: NormedHeads) -> Tensor:
-            q = self._turn(spread(query(asking)), positions, grid).permute(1, 2, 0, 3)
-            k = self._turn(grid.keys(spread(key(x))), grid.key_positions, grid).permute(1, 2, 3, 0)
-            return torch.softmax(grid.masked(q @ k, learned_only=learned_only), dim=-1)
+            q = self._turn(spread(query(asking, islands.heads)), positions, grid).permute(1, 2, 0, 3)
+            k = self._turn(grid.keys(spread(key(x, islands.heads))), grid.key_positions, grid).permute(1, 2, 3, 0)
+            scores = _wide(q.to(product) @ k.to(product), islands.softmax)
+            return torch.softmax(grid.masked(scores, learned_only=learned_only), dim=-1)
 
-        weights = attend(self.q1, self.k1) - attend(self.q2, self.k2)
-        v = self._per_head(grid.keys(spread(x @ self.v)), grid).permute(1, 2, 0, 3)
+        weights = (attend(self.q1, self.k1) - attend(self.q2, self.k2)).to(product)
+        v = self._per_head(grid.keys(spread(self.v(x))), grid).permute(1, 2, 0, 3)
         heads = (weights @ v).permute(2, 0, 1, 3).reshape(-1, self.width)
-        residual = self.out(residual, heads)
+        residual = self.out(heads, residual)
 
         x = torch.tanh(residual)
-        gate = self.gate(x)
+        gate = _wide(self.gate(x), islands.gate)
         gate = torch.sin(gate) if self.sine else functional.silu(gate)
-        return self.ff(residual, self.value(x) * gate)
+        return self.ff(self.value(x).to(gate.dtype) * gate, residual)
 
     def _turn(self, rows: Tensor, positions: Tensor, grid: Grid) -> Tensor:
         """Rotary embedding, then `_per_head`."""
         layout = grid.layout
+        rows = _wide(rows, self.islands.rotary)
         # One row a sequence: ONNX Runtime wants no sequence longer than the tables.
         turned = torch.onnx.ops.rotary_embedding(
             rows[:, None],
-            layout.cos,
-            layout.sin,
+            layout.cos.to(rows.dtype),
+            layout.sin.to(rows.dtype),
             positions,
             num_heads=self.heads,
             rotary_embedding_dim=layout.rotated,
@@ -283,9 +329,10 @@ def learned_rows(rows: Tensor, layout: Layout) -> Tensor:
 class GraphTrunk(nn.Module):
     """All blocks of one direction over rows."""
 
-    def __init__(self, trunk: Trunk) -> None:
+    def __init__(self, trunk: Trunk, islands: Islands) -> None:
         super().__init__()
         config = trunk.config
+        self.islands = islands
         self.layout = Layout(config)
         self.shift_at = config.depth // 2 if getattr(config.span, "shifted", False) else None
         alphas = [float(block.pre_norm.alpha) for block in trunk.blocks] + [1.0]
@@ -294,7 +341,7 @@ class GraphTrunk(nn.Module):
                 raise CheckpointError("a norm's alpha is (nearly) zero, so its block ignores its input; not exportable")
         self.alpha_in = alphas[0]
         self.blocks = nn.ModuleList(
-            GraphBlock(block, config, alphas[i], alphas[i + 1]) for i, block in enumerate(trunk.blocks)
+            GraphBlock(block, config, alphas[i], alphas[i + 1], islands) for i, block in enumerate(trunk.blocks)
         )
 
     def forward(
@@ -307,6 +354,7 @@ class GraphTrunk(nn.Module):
         learned_only: bool = False,
     ) -> Tensor:
         """Rows times `alpha_in` to rows, or to those of the learned tokens; arguments as in `GraphBlock`."""
+        rows = rows.float() if self.islands.residual else rows.to(self.blocks[0].v.weight.dtype)
         grid = Grid(self.layout, batch, groups)
         for i, block in enumerate(self.blocks):
             if i == self.shift_at:
@@ -329,16 +377,34 @@ class GraphTrunk(nn.Module):
         return torch.stack([second_halves[:, :, :-1], first_halves[:, :, 1:]]).reshape(-1, rows.shape[-1])
 
 
-class GraphEncoder(nn.Module):
+class Graph(nn.Module):
+    """One half of a model, ready for export; float32 in and out."""
+
+    input_name: str
+    output_name: str
+
+    def __init__(self, config: SameConfig, trunk: Trunk, islands: Islands) -> None:
+        super().__init__()
+        self.config = config
+        self.trunk = GraphTrunk(trunk, islands)
+
+    def half_(self) -> Self:
+        """Turn every product into float16, except on the islands; in place."""
+        rounded = self.trunk if self.trunk.islands.ends else self
+        for module in rounded.modules():
+            if isinstance(module, Linear):
+                module.half()
+        return self
+
+
+class GraphEncoder(Graph):
     """Audio `[batch, channels, latents * hop]` to latents `[batch, latent_width, latents]`."""
 
     input_name, output_name = "audio", "latents"
 
-    def __init__(self, model: Same) -> None:
-        super().__init__()
-        self.config = model.config
+    def __init__(self, model: Same, islands: Islands = ISLANDS) -> None:
         trunk, to_latent = model.encoder_parts
-        self.trunk = GraphTrunk(trunk)
+        super().__init__(model.config, trunk, islands)
         alpha = self.trunk.alpha_in
         self.mapping = Linear(trunk.mapping.weight().double()[..., 0] * alpha, trunk.mapping.bias.double() * alpha)
         self.learned = _constant(trunk.new_tokens.double() * alpha)
@@ -364,19 +430,17 @@ class GraphEncoder(nn.Module):
         rows = torch.cat([rows, learned], dim=1).reshape(-1, trunk.width)
         rows = self.trunk(rows, batch, groups, learned_only=True)
         z = self.to_latent(rows.reshape(-1, trunk.width)).view(latents_in_group, batch, groups, -1)
-        return z.permute(1, 3, 2, 0).reshape(batch, config.latent_width, -1)[:, :, :latents]
+        return z.float().permute(1, 3, 2, 0).reshape(batch, config.latent_width, -1)[:, :, :latents]
 
 
-class GraphDecoder(nn.Module):
+class GraphDecoder(Graph):
     """Latents `[batch, latent_width, latents]` to audio `[batch, channels, latents * hop]`."""
 
     input_name, output_name = "latents", "audio"
 
-    def __init__(self, model: Same) -> None:
-        super().__init__()
-        self.config = model.config
+    def __init__(self, model: Same, islands: Islands = ISLANDS) -> None:
         from_latent, trunk = model.decoder_parts
-        self.trunk = GraphTrunk(trunk)
+        super().__init__(model.config, trunk, islands)
         alpha = self.trunk.alpha_in
         std = model.bottleneck["running_std"].double()
         self.from_latent = Linear(from_latent.weight.double() * (std * alpha), from_latent.bias.double() * alpha)
@@ -384,7 +448,7 @@ class GraphDecoder(nn.Module):
         # One product serves all taps of the convolution along the patches: [kernel * patch_width, width].
         weight = trunk.mapping.weight().double().permute(2, 0, 1)
         self.kernel = weight.shape[0]
-        self.mapping = _constant(weight.flatten(0, 1).T)
+        self.mapping = Linear(weight.flatten(0, 1))
         self.mapping_bias = _constant(trunk.mapping.bias.double())
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -407,11 +471,11 @@ class GraphDecoder(nn.Module):
 
         rows = self.trunk(torch.cat([rows, self.learned]), batch, groups, spread)
         rows = rows.reshape(latents_in_group, trunk.latent_tokens, -1, trunk.width)[:, 1:].reshape(-1, trunk.width)
-        taps = (rows @ self.mapping).view(
-            latents_in_group, trunk.stride, batch, groups, self.kernel, config.patch_width
-        )
+        taps = self.mapping(rows).view(latents_in_group, trunk.stride, batch, groups, self.kernel, config.patch_width)
         patches = self._convolve(taps.permute(2, 3, 0, 1, 4, 5).reshape(batch, -1, self.kernel, config.patch_width))
-        audio = (patches + self.mapping_bias).reshape(batch, -1, config.channels, config.patch).permute(0, 2, 1, 3)
+        audio = (
+            (patches.float() + self.mapping_bias).reshape(batch, -1, config.channels, config.patch).permute(0, 2, 1, 3)
+        )
         audio = audio.reshape(batch, config.channels, -1)[:, :, : length * config.hop]
         return torch.tanh(audio) if config.soft_clip else audio
 
