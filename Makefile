@@ -4,11 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+RTX := $(VENV)/.ready-rtx
 
 # What `make export` and `make bench` work on.
 MODEL ?= same-s
 WEIGHTS ?= hub
 PRECISION ?= fp32
+TENSORRT ?= auto
 OUT ?= engines
 BENCH ?=
 
@@ -17,7 +19,7 @@ BENCH ?=
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
-	@echo "  variables: MODEL=same-s|same-l|DIR  WEIGHTS=hub|random|DIR  PRECISION=fp32,...  OUT=engines  PYTHON=python3"
+	@echo "  variables: MODEL=same-s|same-l|DIR  WEIGHTS=hub|random|DIR  PRECISION=fp32,...  TENSORRT=auto|rtx|off  OUT=engines  PYTHON=python3"
 
 setup: $(READY) ## make .venv with everything in it
 
@@ -28,16 +30,21 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,export,dev]'
 	@touch $@
 
+# TensorRT's compiler, 320 MB: it builds engines without a GPU, so every test run puts the graphs through it.
+$(RTX): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[rtx]'
+	@touch $@
+
 demo: $(READY) ## export a small model, encode and decode music with it, show the result
 	$(BIN)/python benchmarks/demo.py
 
-export: $(READY) ## write an engine folder: MODEL, WEIGHTS, PRECISION, OUT
-	$(BIN)/samekit export $(MODEL) --weights $(WEIGHTS) --precision $(PRECISION) --out $(OUT)
+export: $(READY) ## write an engine folder: MODEL, WEIGHTS, PRECISION, TENSORRT, OUT
+	$(BIN)/samekit export $(MODEL) --weights $(WEIGHTS) --precision $(PRECISION) --tensorrt $(TENSORRT) --out $(OUT)
 
-test: $(READY) ## run every test but the slow ones
+test: $(READY) $(RTX) ## run every test but the slow ones
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-test-slow: $(READY) ## run the tests that need minutes or gigabytes
+test-slow: $(READY) $(RTX) ## run the tests that need minutes or gigabytes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(READY) ## check style and types

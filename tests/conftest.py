@@ -8,15 +8,25 @@ import shutil
 from importlib.metadata import version
 
 import pytest
-from helpers import BACKEND_NAMES, KINDS
+import torch
+from helpers import EACH_BACKEND, KINDS, seeded
+
 from samekit import AutoencoderModel
 from samekit.store import Engine
-from samekit_export.checkpoint import published_config, random_checkpoint, save_folder
+from samekit_export.checkpoint import published_config, save_folder
 from samekit_export.export import export
 from samekit_export.model import Same
+from samekit_export.to_tensorrt import add_engines
 
 # Read when huggingface_hub is imported, which happens later and only where it is needed.
 os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=os.devnull)
+
+# PyTorch gives most warnings once a process: whichever test came first would fail, and the others not.
+torch.set_warn_always(True)
+
+# Models this small run no faster on more cores, and much slower beside other work.
+THREADS = 1
+torch.set_num_threads(THREADS)
 
 
 def pytest_report_header():
@@ -27,6 +37,14 @@ def pytest_report_header():
         "packages: " + ", ".join(f"{package} {version(package)}" for package in packages),
         "onnxruntime providers: " + ", ".join(onnxruntime.get_available_providers()),
     ]
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs an NVIDIA GPU, and PyTorch finds none")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +60,7 @@ def _isolated(monkeypatch, tmp_path_factory):
 def engine_of(tmp_path_factory):
     """Export a seeded model, once a run: name -> Engine. Not to be changed; see `own_engine`."""
     folder = tmp_path_factory.mktemp("engines")
-    return functools.cache(lambda name: export(random_checkpoint(name), folder))
+    return functools.cache(lambda name: export(seeded(name), folder))
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +69,7 @@ def checkpoint_of(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
 
     def write(name):
-        save_folder(published_config(name), random_checkpoint(name).tensors, folder / name)
+        save_folder(published_config(name), seeded(name).tensors, folder / name)
         return folder / name
 
     return functools.cache(write)
@@ -60,15 +78,41 @@ def checkpoint_of(tmp_path_factory):
 @pytest.fixture(scope="session")
 def eager_of():
     """Eager PyTorch, the oracle: name -> Same."""
-    return functools.cache(lambda name: Same.from_checkpoint(random_checkpoint(name)))
+    return functools.cache(lambda name: Same.from_checkpoint(seeded(name)))
 
 
 @pytest.fixture(scope="session")
-def model_of(engine_of):
+def built_of(engine_of, tmp_path_factory):
+    """A copy of an exported model with the TensorRT engines that can be built here, once a run: name -> Engine."""
+    folder = tmp_path_factory.mktemp("built")
+
+    def build(name):
+        shutil.copytree(engine_of(name).folder, folder / name)
+        add_engines(Engine.load(folder / name), ["fp32"], "auto", print)
+        return Engine.load(folder / name)
+
+    return functools.cache(build)
+
+
+@pytest.fixture(scope="session")
+def place_of(engine_of, built_of):
+    """Where a backend finds a model, and the device that it is tested on: name and backend -> folder and device."""
+
+    def place(name, backend):
+        return (built_of(name).folder, "cuda") if backend == "tensorrt" else (engine_of(name).folder, "cpu")
+
+    return place
+
+
+@pytest.fixture(scope="session")
+def model_of(place_of):
     """Open an exported model, once a run: name and backend -> AutoencoderModel."""
-    return functools.cache(
-        lambda name, backend: AutoencoderModel.from_pretrained(engine_of(name).folder, "cpu", backend=backend)
-    )
+
+    def open_model(name, backend):
+        folder, device = place_of(name, backend)
+        return AutoencoderModel.from_pretrained(folder, device, backend=backend, threads=THREADS)
+
+    return functools.cache(open_model)
 
 
 @pytest.fixture(scope="session", params=KINDS)
@@ -77,7 +121,7 @@ def kind(request):
     return request.param
 
 
-@pytest.fixture(scope="session", params=BACKEND_NAMES)
+@pytest.fixture(scope="session", params=EACH_BACKEND)
 def backend_name(request):
     """Every backend."""
     return request.param

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from unittest import mock
@@ -9,6 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+
 from samekit.backends.base import Backend
 from samekit.spec import DECODER, ENCODER, EngineSpec
 from samekit_export import checkpoint
@@ -19,11 +21,15 @@ GOLDEN = Path(__file__).parent / "golden"
 KINDS = ("tiny-s", "tiny-l")
 HALVES = (ENCODER, DECODER)
 # Every name but "auto"; a test holds this list to `samekit.backends.BACKENDS`.
-BACKEND_NAMES = ("onnxruntime", "torch")
+BACKEND_NAMES = ("tensorrt", "onnxruntime", "torch")
+EACH_BACKEND = [pytest.param(name, marks=pytest.mark.gpu) if name == "tensorrt" else name for name in BACKEND_NAMES]
 RATE = 44_100
 HOP = 4096
 
 each_half = pytest.mark.parametrize("half", HALVES)
+
+# The same object every time: drawing millions of numbers takes a while. Its tensors are not to be changed.
+seeded = functools.cache(random_checkpoint)
 
 REMOVED = object()
 """In place of a field's value: the field is left out."""
@@ -42,9 +48,8 @@ def golden_cases(name):
 
 def assert_close(reference, output, least_db):
     """Float32 of the same shape, and so close to the reference."""
-    assert output.dtype == np.float32
-    assert output.shape == reference.shape
-    assert snr_db(reference, output) >= least_db
+    assert (output.dtype, output.shape) == (np.float32, reference.shape), f"{output.dtype} {output.shape}"
+    assert (measured := snr_db(reference, output)) >= least_db, f"{measured:.1f} dB"
 
 
 def run_half(codec, half, array):

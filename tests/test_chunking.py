@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from helpers import assert_one_line
+
 from samekit.chunking import ExactWindows, Window, reference_chunks
 from samekit.errors import InputError
 
@@ -138,9 +139,7 @@ def simulate(latents, chunk_size, overlap):
 def test_reference_chunks(chunk_size, overlap):
     for latents in range(1, LONGEST + 1):
         chunks = reference_chunks(latents, chunk_size, overlap)
-        kept = [
-            (chunk.start, position) for chunk in chunks for position in range(chunk.stop - chunk.start)[chunk.core]
-        ]
+        kept = [(chunk.start, position) for chunk in chunks for position in range(chunk.stop - chunk.start)[chunk.core]]
         assert kept == simulate(latents, chunk_size, overlap)
         assert all(0 <= chunk.start < chunk.stop <= latents for chunk in chunks)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from helpers import BACKEND_NAMES, HOP, KINDS, RATE, assert_close, golden_cases, noise
+from helpers import EACH_BACKEND, HOP, KINDS, RATE, assert_close, golden_cases, noise
 
 LEAST_DB = 100
 
@@ -28,7 +28,7 @@ def of(*operations):
 
 
 @of("encode", "decode")
-@pytest.mark.parametrize("backend_name", BACKEND_NAMES)
+@pytest.mark.parametrize("backend_name", EACH_BACKEND)
 def test_encode_and_decode(model_of, backend_name, name, case):
     model = model_of(name, backend_name)
     batch, latents = case.get("batch", 1), case["latents"]
@@ -43,7 +43,7 @@ def test_encode_and_decode(model_of, backend_name, name, case):
 
 
 @of("preprocess")
-@pytest.mark.parametrize("backend_name", BACKEND_NAMES)
+@pytest.mark.parametrize("backend_name", EACH_BACKEND)
 def test_preprocessing(model_of, backend_name, name, case):
     clips = [noise(clip["shape"], case["seed"] + 100 * number) for number, clip in enumerate(case["clips"])]
     rates = [clip["rate"] for clip in case["clips"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import secrets
 import shutil
@@ -41,17 +42,22 @@ def _context(trunk: TrunkConfig) -> int:
     return transformers + trunk.mapping_kernel // 2
 
 
+def _chunk(trunk: TrunkConfig) -> int:
+    """Latents in a chunk; 1 for a band, which may be cut anywhere."""
+    return trunk.span.latents if isinstance(trunk.span, ChunkSpan) else 1
+
+
 def spec_of(checkpoint: Checkpoint) -> EngineSpec:
     """The facts about a checkpoint's model, no graphs yet."""
     config = checkpoint.config
-    span = config.encoder.span
     return EngineSpec(
         name=checkpoint.name,
         sample_rate=config.sample_rate,
         channels=config.channels,
         hop=config.hop,
         latent_width=config.latent_width,
-        alignment=span.latents if isinstance(span, ChunkSpan) else 1,
+        # One for both halves, so that latents and audio can be cut at the same places.
+        alignment=math.lcm(_chunk(config.encoder), _chunk(config.decoder)),
         contexts={ENCODER: _context(config.encoder), DECODER: _context(config.decoder)},
         source=checkpoint.source,
         source_sha256=checkpoint.sha256,

@@ -103,14 +103,14 @@ class Branch(Linear):
     def __init__(self, weight: Tensor, bias: Tensor | None, scale: float) -> None:
         super().__init__(weight, bias)
         self.scale = scale
+        self.one_step = True
 
     def forward(self, rows: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
         """`[rows, in]` and `[rows, out]` to `[rows, out]`, in the dtype of the residual."""
         rows = rows.to(self.weight.dtype)
-        if residual.dtype == self.weight.dtype:
+        if self.one_step:
             total = torch.addmm(residual, rows, self.weight, beta=self.scale)
         else:
-            # A product and a sum in one step exist for one dtype only.
             total = residual * self.scale + (rows @ self.weight).to(residual.dtype)
         return total if self.bias is None else total + self.bias.to(total.dtype)
 
@@ -340,6 +340,7 @@ class GraphTrunk(nn.Module):
             if min(abs(float(block.pre_norm.alpha)), abs(float(block.ff_norm.alpha))) < 1e-4:
                 raise CheckpointError("a norm's alpha is (nearly) zero, so its block ignores its input; not exportable")
         self.alpha_in = alphas[0]
+        self.product_dtype = torch.float32
         self.blocks = nn.ModuleList(
             GraphBlock(block, config, alphas[i], alphas[i + 1], islands) for i, block in enumerate(trunk.blocks)
         )
@@ -354,7 +355,7 @@ class GraphTrunk(nn.Module):
         learned_only: bool = False,
     ) -> Tensor:
         """Rows times `alpha_in` to rows, or to those of the learned tokens; arguments as in `GraphBlock`."""
-        rows = rows.float() if self.islands.residual else rows.to(self.blocks[0].v.weight.dtype)
+        rows = rows.float() if self.islands.residual else rows.to(self.product_dtype)
         grid = Grid(self.layout, batch, groups)
         for i, block in enumerate(self.blocks):
             if i == self.shift_at:
@@ -388,8 +389,17 @@ class Graph(nn.Module):
         self.config = config
         self.trunk = GraphTrunk(trunk, islands)
 
+    def separate_(self) -> Self:
+        """Keep the products that end a branch apart from the sums, as other dtypes than float32 need it; in place."""
+        for module in self.modules():
+            if isinstance(module, Branch):
+                module.one_step = False
+        return self
+
     def half_(self) -> Self:
         """Turn every product into float16, except on the islands; in place."""
+        self.separate_()
+        self.trunk.product_dtype = torch.float16
         rounded = self.trunk if self.trunk.islands.ends else self
         for module in rounded.modules():
             if isinstance(module, Linear):

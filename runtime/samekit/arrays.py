@@ -21,12 +21,13 @@ def is_tensor(value: Any) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def as_float32(value: Any, name: str) -> Array:
+def as_float32(value: Any, name: str, *, empty: bool = False) -> Array:
     """A finite float32 NumPy array of the same values.
 
     Args:
         value: a NumPy array or PyTorch tensor of float16, bfloat16, float32 or float64, on any device, of any layout.
         name: what to call it in a message.
+        empty: whether it may hold no values.
 
     Raises:
         InputError: another type or dtype, an empty array, NaN or infinity.
@@ -39,7 +40,7 @@ def as_float32(value: Any, name: str) -> Array:
     if value.dtype.kind != "f":
         scale = f"divide by {np.iinfo(value.dtype).max + 1} first" if value.dtype.kind == "i" else "convert it first"
         raise InputError(f"{name} must be floating point in -1 ... 1, it is {value.dtype}; {scale}")
-    if value.size == 0:
+    if value.size == 0 and not empty:
         raise InputError(f"{name} is empty: its shape is {list(value.shape)}")
     with np.errstate(over="ignore"):
         array = np.ascontiguousarray(value, dtype=np.float32)

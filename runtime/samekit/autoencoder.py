@@ -15,11 +15,11 @@ from samekit.chunking import ExactWindows, reference_chunks
 from samekit.errors import InputError, LatentsFileError
 from samekit.latents import LatentsWriter, read_latents
 from samekit.spec import DECODER, ENCODER
-from samekit.streaming import HalfRunner, StreamDecoder, StreamEncoder, WindowedRun, as_clip
+from samekit.streaming import HalfRunner, StreamDecoder, StreamEncoder, as_clip
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
     from typing_extensions import Self
@@ -32,19 +32,32 @@ if TYPE_CHECKING:
 CHUNK_SIZE, OVERLAP = 128, 32
 
 
-def default_window(context: int, alignment: int) -> int:
-    """Latents in a window: long enough that the context that is computed and dropped costs a sixteenth, at least 64."""
-    return alignment * math.ceil(max(64, 32 * context) / alignment)
+def default_window(context: int, alignment: int, longest: int | None = None) -> int:
+    """Latents in a window: long enough that the context that is computed and dropped costs a sixteenth, at least 64.
+
+    Args:
+        context: latents dropped at each inner edge.
+        alignment: the window is a multiple of it.
+        longest: what the backend likes at most; None for no limit.
+    """
+    size = alignment * math.ceil(max(64, 32 * context) / alignment)
+    return size if longest is None else min(size, longest - longest % alignment)
 
 
 class Autoencoder:
     """The model behind `AutoencoderModel.autoencoder`: whole batches of prepared audio, and the preparation."""
 
     def __init__(self, backend: Backend, window: int | None = None) -> None:
+        if window is not None and (not isinstance(window, int) or window < 1):
+            raise InputError(f"window is {window!r}; pass a whole number of latents from 1")
         self.backend = backend
         self.spec: EngineSpec = backend.spec
         self._plans = {
-            half: ExactWindows(window or default_window(context, self.spec.alignment), context, self.spec.alignment)
+            half: ExactWindows(
+                window or default_window(context, self.spec.alignment, backend.longest_window),
+                context,
+                self.spec.alignment,
+            )
             for half, context in self.spec.contexts.items()
         }
 
@@ -72,6 +85,10 @@ class Autoencoder:
     def min_length(self) -> int:
         """Samples of the shortest audio; lengths are padded to multiples of it."""
         return self.spec.hop
+
+    def windows(self, half: str) -> ExactWindows:
+        """How sequences of the encoder or the decoder are cut."""
+        return self._plans[half]
 
     def preprocess_audio_for_encoder(self, audio: Any, in_sr: int) -> Any:
         """One clip, ready for `encode_audio`.
@@ -103,7 +120,8 @@ class Autoencoder:
             InputError: as above, or the lists do not match.
         """
         clips = list(audio_list)
-        rates = [in_sr_list] * len(clips) if isinstance(in_sr_list, int) else list(in_sr_list)
+        several = isinstance(in_sr_list, (list, tuple, np.ndarray))
+        rates: list[Any] = list(in_sr_list) if several else [in_sr_list] * len(clips)  # type: ignore[arg-type]
         if not clips or len(rates) != len(clips):
             raise InputError(f"{len(clips)} clips and {len(rates)} sample rates; pass one rate for all or one each")
         ready = [
@@ -132,6 +150,8 @@ class Autoencoder:
             NonFiniteError: the model overflowed.
             BackendError: the backend failed.
         """
+        if self.on_device(audio):
+            return self._run_on_device(ENCODER, audio, (chunk_size, overlap) if chunked else None)
         array = as_float32(audio, "audio")
         self._check_batch(array, self.io_channels, "audio")
         out = self._run(ENCODER, pad_to(array, self.spec.hop), (chunk_size, overlap) if chunked else None)
@@ -141,6 +161,8 @@ class Autoencoder:
         self, latents: Any, chunked: bool = False, chunk_size: int = CHUNK_SIZE, overlap: int = OVERLAP
     ) -> Any:
         """Latents `[batch, latent_dim, latents]` to audio `[batch, io_channels, samples]`; arguments as above."""
+        if self.on_device(latents):
+            return self._run_on_device(DECODER, latents, (chunk_size, overlap) if chunked else None)
         array = as_float32(latents, "latents")
         self._check_batch(array, self.latent_dim, "latents")
         out = self._run(DECODER, array, (chunk_size, overlap) if chunked else None)
@@ -154,16 +176,35 @@ class Autoencoder:
         """One half over a whole batch in memory: exact windows, or the reference's chunks."""
         runner = HalfRunner(self.backend, half)
         latents = array.shape[-1] // runner.unit_in
-        cores: Iterable[Array]
-        if chunks:
-            cores = (runner.core(array, window) for window in reference_chunks(latents, *chunks))
-        else:
-            cores = WindowedRun(runner, self._plans[half]).push(array, final=True)
+        windows = reference_chunks(latents, *chunks) if chunks else self._plans[half].over(latents)
         out = np.empty((array.shape[0], runner.features_out, latents * runner.unit_out), np.float32)
         done = 0
-        for core in cores:
+        for core in runner.cores(runner.cut(array, windows)):
             out[:, :, done : done + core.shape[-1]] = core
             done += core.shape[-1]
+        return out
+
+    def on_device(self, value: Any) -> bool:
+        """Whether a value is a batch that the backend reads where it lies, and whose result stays there."""
+        return self.backend.accepts(value) and value.ndim == 3 and value.numel() > 0
+
+    def _run_on_device(self, half: str, tensor: Any, chunks: tuple[int, int] | None) -> Any:
+        """As `_run`, for a batch `on_device`; audio is padded with zeros to whole latents."""
+        if not bool(tensor.isfinite().all()):
+            raise InputError("the input holds NaN or infinity; repair the input")
+        runner = HalfRunner(self.backend, half)
+        latents = -(-tensor.shape[-1] // runner.unit_in)
+        if latents * runner.unit_in != tensor.shape[-1]:
+            padded = tensor.new_zeros((*tensor.shape[:2], latents * runner.unit_in))
+            padded[:, :, : tensor.shape[-1]] = tensor
+            tensor = padded
+        windows = reference_chunks(latents, *chunks) if chunks else self._plans[half].over(latents)
+        out = tensor.new_empty((tensor.shape[0], runner.features_out, latents * runner.unit_out))
+        for window in windows:
+            piece = tensor[:, :, window.start * runner.unit_in : window.stop * runner.unit_in]
+            core = slice(window.core.start * runner.unit_out, window.core.stop * runner.unit_out)
+            place = slice(window.core_start * runner.unit_out, window.core_stop * runner.unit_out)
+            out[:, :, place] = self.backend.run_tensor(half, piece)[:, :, core]
         return out
 
     def stream_encoder(self, sample_rate: int) -> StreamEncoder:
@@ -201,7 +242,7 @@ class AutoencoderModel:
             model_name: a name (`same-s`, `same-l`), looked up in `./engines` and in the user's cache; an engine
                 folder; or a checkpoint folder, which runs in PyTorch.
             device: `cpu` or `cuda`; the best there is unless given.
-            backend: `auto`, `onnxruntime` or `torch`.
+            backend: `auto`, `tensorrt`, `onnxruntime` or `torch`.
             precision: `fp32`, `fp16` (the reference's `.half()`) or `int8`.
             window: latents that are computed at once; bounds the memory, does not change the numbers.
             options: further fields of `samekit.backends.base.BackendOptions`, such as `threads`.
@@ -273,12 +314,12 @@ class AutoencoderModel:
             BackendError: the backend failed.
         """
         inner = self.autoencoder
+        if inner.on_device(audio) and sr == self.sample_rate and audio.shape[1] == self.spec.channels:
+            return inner.encode_audio(audio, chunked, chunk_size, overlap)
         if isinstance(audio, (list, tuple)) or getattr(audio, "ndim", 0) == 3:
             ready = inner.preprocess_audio_list_for_encoder(list(audio), sr)
-        elif isinstance(sr, int):
-            ready = inner.preprocess_audio_for_encoder(audio, sr)
         else:
-            raise InputError(f"one clip has one sample rate, got {sr!r}")
+            ready = inner.preprocess_audio_list_for_encoder([audio], sr)
         return inner.encode_audio(ready, chunked, chunk_size, overlap)
 
     def decode(self, latents: Any, chunked: bool = False, chunk_size: int = CHUNK_SIZE, overlap: int = OVERLAP) -> Any:

@@ -13,9 +13,10 @@ from samekit.errors import InputError, SamekitError
 from samekit.spec import PRECISIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from samekit.autoencoder import AutoencoderModel
+    from samekit.store import Engine
 
 
 class _Group(click.Group):
@@ -25,7 +26,7 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except SamekitError as error:
-            raise _Failure(" ".join(str(error).split())) from None
+            raise _Failure(_printable(str(error))) from None
 
 
 class _Failure(click.ClickException):
@@ -42,10 +43,15 @@ def main(verbose: bool) -> None:
 
 def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that say which model to run, and how."""
+    model = click.option("--model", required=True, help="A name, an engine folder or a checkpoint folder.")
+    return model(_backend_options(command))
+
+
+def _backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say how to run a model."""
     for option in reversed(
         (
-            click.option("--model", required=True, help="A name, an engine folder or a checkpoint folder."),
-            click.option("--backend", default="auto", show_default=True, help="auto, onnxruntime or torch."),
+            click.option("--backend", default="auto", show_default=True, help="auto, tensorrt, onnxruntime or torch."),
             click.option("--precision", default="fp32", show_default=True, type=click.Choice(PRECISIONS)),
             click.option("--device", type=click.Choice(["cpu", "cuda"]), help="The best there is, unless given."),
             click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all cores]"),
@@ -100,6 +106,73 @@ def decode(latents: Path, audio: Path, bits: str, clip: bool, **options: Any) ->
     click.echo(f"{audio}: {samples / model.sample_rate:.2f} s at {model.sample_rate} Hz")
 
 
+@main.command("pre-encode")
+@click.option("--model", default="same-l", show_default=True, help="A name, an engine folder or a checkpoint folder.")
+@click.option("--data_dir", "--data-dir", multiple=True, help="Folder with audio files and .txt captions; repeatable.")
+@click.option("--output_path", "--output-path", type=click.Path(path_type=Path), help="Folder for the latents.")
+@click.option(
+    "--batch_size", "--batch-size", default=1, show_default=True, help="Windows encoded at once; none is padded."
+)
+@click.option("--sample_size", "--sample-size", default=12582912, show_default=True, help="Samples a clip is cut to.")
+@click.option("--model_half", "--model-half", "half", is_flag=True, help="Encode in fp16 and write float16.")
+@click.option("--pad", is_flag=True, help="Pad every clip to --sample_size.")
+@click.option("--full", is_flag=True, help="Keep clips longer than --sample_size whole.")
+@click.option("--crop", default="start", show_default=True, type=click.Choice(["start", "random"]))
+@click.option("--seed", default=0, show_default=True, help="Of --crop random.")
+@click.option("--shard", metavar="I/N", default="1/1", show_default=True, help="Encode one of N parts, I from 1.")
+@click.option("--checksum", is_flag=True, help="Judge by contents whether a file has changed, not by size and time.")
+@click.option("--strict", is_flag=True, help="Exit with code 2 if a clip is bad, once the others are encoded.")
+@click.option("--reencode", is_flag=True, help="Encode everything again if the folder holds latents of other settings.")
+@click.option("--workers", "readers", default=0, help="Threads that read ahead. [default: one a core, at most 4]")
+@click.option("--verify", "verified", type=click.Path(path_type=Path), help="Check a folder of latents instead.")
+@_backend_options
+def pre_encode(
+    model: str, data_dir: tuple[str, ...], output_path: Path | None, verified: Path | None, **options: Any
+) -> None:
+    """Encode a dataset for training: a pair of .npy and .json for each audio file with a caption.
+
+    Run it again to go on after a stop, or to encode what is new or changed.
+    """
+    if verified is not None:
+        _verify_dataset(verified)
+        return
+    if not data_dir or output_path is None:
+        raise InputError("pre-encode needs a dataset and a folder; pass --data_dir and --output_path")
+    from samekit.dataset import PreEncodeOptions, pre_encode  # noqa: PLC0415
+    from samekit.manifest import Shard  # noqa: PLC0415
+    from samekit.progress import Display  # noqa: PLC0415
+
+    backend = {name: options.pop(name) for name in ("backend", "precision", "device", "threads", "window")}
+    if options["half"]:
+        if backend["precision"] == "int8":
+            raise InputError("--model_half means --precision fp16, not int8; pass one of them")
+        backend["precision"] = "fp16"
+    settings = PreEncodeOptions(shard=Shard.parse(options.pop("shard")), **options)
+    with _open(model, **backend) as opened, Display() as display:
+        report = pre_encode(opened, data_dir, output_path, settings, display)
+    for row in report.bad[:10]:
+        click.echo(_printable(f"{row['status']}: {row['reason'] or row['relpath']}"), err=True)
+    click.echo(_printable(report.summary()))
+    click.echo(report.to_json())
+
+
+def _verify_dataset(folder: Path) -> None:
+    """Print every problem of a folder of latents."""
+    from samekit.dataset_check import verify as check  # noqa: PLC0415
+
+    problems = check(folder)
+    for problem in problems:
+        click.echo(_printable(problem))
+    if problems:
+        raise InputError(f"{folder}: {len(problems)} problems; see above")
+    click.echo(_printable(f"{folder}: sound"))
+
+
+def _printable(text: str) -> str:
+    """Text that any terminal takes, although file names may hold anything."""
+    return " ".join(text.encode("utf-8", "backslashreplace").decode("utf-8").split())
+
+
 @main.command()
 @click.argument("model")
 @click.option("--weights", default="hub", show_default=True, help="hub, random, or a checkpoint folder.")
@@ -107,7 +180,16 @@ def decode(latents: Path, audio: Path, bits: str, clip: bool, **options: Any) ->
 @click.option("--precision", default="fp32", show_default=True, help="fp32; several separated by commas.")
 @click.option("--out", default="engines", show_default=True, type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Export even if the engine folder is current.")
-def export(model: str, weights: str, revision: str | None, precision: str, out: Path, force: bool) -> None:
+@click.option(
+    "--tensorrt",
+    default="off",
+    show_default=True,
+    type=click.Choice(["auto", "rtx", "off"]),
+    help="Build TensorRT engines too: for this GPU, else with TensorRT-RTX for many; rtx: with that.",
+)
+def export(
+    model: str, weights: str, revision: str | None, precision: str, out: Path, force: bool, tensorrt: str
+) -> None:
     """Export MODEL (same-s, same-l, a checkpoint folder, or owner/name on the hub) to an engine folder."""
     _need_export()
     from samekit_export.checkpoint import load  # noqa: PLC0415
@@ -115,7 +197,12 @@ def export(model: str, weights: str, revision: str | None, precision: str, out: 
 
     click.echo(f"loading {model}")
     checkpoint = load(model, weights, revision)
-    run(checkpoint, out, precision.split(","), force=force, report=click.echo)
+    precisions = precision.split(",")
+    engine = run(checkpoint, out, precisions, force=force, report=click.echo)
+    if tensorrt != "off":
+        from samekit_export.to_tensorrt import add_engines  # noqa: PLC0415
+
+        add_engines(engine, precisions, tensorrt, click.echo)
 
 
 def _need_export() -> None:
@@ -155,6 +242,32 @@ def info(engine: Path) -> None:
         for half in halves:
             found.graph(half, precision)
         click.echo(f"  {precision:10} {size / 1e6:.0f} MB, {against}")
+    for line in _describe_builds(found):
+        click.echo(f"  tensorrt   {line}")
+
+
+def _describe_builds(engine: Engine) -> Iterator[str]:
+    """A line for each TensorRT build; TensorRT itself is imported only if there is one."""
+    from samekit.tensorrt_api import installed_versions  # noqa: PLC0415
+    from samekit.tensorrt_store import build_folders, describe_builds  # noqa: PLC0415
+
+    if build_folders(engine):
+        yield from describe_builds(engine, installed_versions())
+
+
+@main.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+def clean(engine: Path) -> None:
+    """Remove the TensorRT engines of an ENGINE folder (or a model's name) that are stale or damaged."""
+    from samekit.store import find_engine  # noqa: PLC0415
+    from samekit.tensorrt_api import installed_versions  # noqa: PLC0415
+    from samekit.tensorrt_store import remove_stale  # noqa: PLC0415
+
+    removed = remove_stale(find_engine(engine), installed_versions())
+    for folder, size in removed:
+        click.echo(f"removed {folder}, {size / 1e6:.0f} MB")
+    if not removed:
+        click.echo("nothing to remove")
 
 
 @main.command()

@@ -7,7 +7,9 @@
     ├── OutputError            (OSError)            the result cannot be written
     ├── CheckpointError        (ValueError)         a checkpoint that is missing, incomplete or not implemented
     ├── EngineError            (RuntimeError)       an engine folder that is damaged, half-written or stale
-    │   └── EngineNotFoundError  (FileNotFoundError)  there is no engine folder of that name
+    │   ├── EngineNotFoundError  (FileNotFoundError)  there is no engine folder of that name
+    │   └── StaleEngineError                        a TensorRT engine that is damaged or was built from something else
+    ├── BuildError             (RuntimeError)       TensorRT cannot build an engine of a graph
     ├── BackendError           (RuntimeError)       a backend failed while it ran
     │   └── BackendUnavailableError (ImportError)   a backend cannot be used here: package, driver or graph missing
     ├── NonFiniteError         (ArithmeticError)    a model produced NaN or infinity
@@ -49,6 +51,14 @@ class EngineError(SamekitError, RuntimeError):
 
 class EngineNotFoundError(EngineError, FileNotFoundError):
     """No engine folder where one was asked for."""
+
+
+class StaleEngineError(EngineError):
+    """A TensorRT engine that is damaged, or was built from or for something else than what it lies beside."""
+
+
+class BuildError(SamekitError, RuntimeError):
+    """A graph of which TensorRT cannot build an engine."""
 
 
 class BackendError(SamekitError, RuntimeError):

@@ -15,7 +15,7 @@ from samekit.errors import InputError
 from samekit.spec import DECODER, ENCODER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Any
 
     from samekit.arrays import Array
@@ -24,28 +24,82 @@ if TYPE_CHECKING:
 
 
 class HalfRunner:
-    """One half of a model over windows of a longer array: cuts the input, runs it, keeps the core."""
+    """One half of a model over windows: runs them and keeps their cores."""
 
     def __init__(self, backend: Backend, half: str) -> None:
         spec = backend.spec
         self._run: Callable[[Array], Array] = backend.encode if half == ENCODER else backend.decode
+        self._most = backend.window_batch
         self.unit_in, self.unit_out = (spec.hop, 1) if half == ENCODER else (1, spec.hop)
         self.features_out = spec.latent_width if half == ENCODER else spec.channels
 
-    def core(self, array: Array, window: Window, offset: int = 0) -> Array:
-        """The kept part of a window's output.
+    def cores(self, pieces: Iterable[tuple[Window, Array]]) -> Iterator[Array]:
+        """The kept part of each window's output, in order; equal windows run together where the backend wants that.
 
         Args:
-            array: `[batch, features, length]`, `unit_in` values a latent.
-            window: counted in latents of the whole sequence.
-            offset: latents of the sequence that lie before `array`.
+            pieces: windows and their inputs `[batch, features, latents of the window * unit_in]`.
 
-        Returns:
+        Yields:
             `[batch, features_out, latents of the core * unit_out]`.
         """
-        begin, end = ((latent - offset) * self.unit_in for latent in (window.start, window.stop))
-        out = self._run(np.ascontiguousarray(array[:, :, begin:end]))
-        return out[:, :, window.core.start * self.unit_out : window.core.stop * self.unit_out]
+        together: list[tuple[Window, Array]] = []
+        for window, piece in pieces:
+            full = together and len(together) * piece.shape[0] >= self._most
+            if full or (together and together[0][1].shape != piece.shape):
+                yield from self._run_together(together)
+                together = []
+            together.append((window, piece))
+        if together:
+            yield from self._run_together(together)
+
+    def _run_together(self, pieces: list[tuple[Window, Array]]) -> Iterator[Array]:
+        """The cores of windows of one shape, run as one batch."""
+        joined = pieces[0][1] if len(pieces) == 1 else np.concatenate([piece for _, piece in pieces])
+        outputs = np.split(self._run(joined), len(pieces))
+        for (window, _), out in zip(pieces, outputs, strict=True):
+            yield out[:, :, window.core.start * self.unit_out : window.core.stop * self.unit_out]
+
+    def cut(self, array: Array, windows: Iterable[Window]) -> Iterator[tuple[Window, Array]]:
+        """Windows with their inputs, from a whole array `[batch, features, length]`."""
+        for window in windows:
+            yield window, array[:, :, window.start * self.unit_in : window.stop * self.unit_in]
+
+
+class WindowCutter:
+    """Cuts a sequence that arrives in pieces into exact windows; memory does not grow with its length."""
+
+    def __init__(self, plan: ExactWindows, unit: int) -> None:
+        self._plan = plan
+        self._unit = unit
+        self._next = 0
+        self._offset = 0
+        self._waiting: Array | None = None
+
+    def push(self, array: Array, *, final: bool = False) -> Iterator[tuple[Window, Array]]:
+        """Take the next piece and yield the windows that it completes.
+
+        Args:
+            array: `[batch, features, length]`, of any length, `unit` values a latent.
+            final: whether the sequence ends with it, after a whole latent; the next piece begins another one.
+
+        Yields:
+            A window and its input, `[batch, features, latents of the window * unit]`.
+        """
+        unit = self._unit
+        if self._waiting is not None and self._waiting.shape[-1]:
+            array = np.concatenate([self._waiting, array], axis=-1)
+        available = self._offset + array.shape[-1] // unit
+        while (window := self._plan.next(self._next, available, final=final)) is not None:
+            begin, end = ((latent - self._offset) * unit for latent in (window.start, window.stop))
+            yield window, array[:, :, begin:end]
+            self._next += 1
+        begin = min(self._next * self._plan.step, available)
+        if final:
+            self._next, self._offset, self._waiting = 0, 0, None
+            return
+        # A copy, so that the caller's block is not kept alive by its tail.
+        self._waiting = array[:, :, (begin - self._offset) * unit :].copy()
+        self._offset = begin
 
 
 class WindowedRun:
@@ -53,10 +107,7 @@ class WindowedRun:
 
     def __init__(self, runner: HalfRunner, plan: ExactWindows) -> None:
         self._runner = runner
-        self._plan = plan
-        self._next = 0
-        self._offset = 0
-        self._waiting: Array | None = None
+        self._cutter = WindowCutter(plan, runner.unit_in)
 
     def push(self, array: Array, *, final: bool = False) -> Iterator[Array]:
         """Take the next piece and yield what it completes.
@@ -68,37 +119,28 @@ class WindowedRun:
         Yields:
             The next values, `[batch, features_out, length]`.
         """
-        unit = self._runner.unit_in
-        if self._waiting is not None and self._waiting.shape[-1]:
-            array = np.concatenate([self._waiting, array], axis=-1)
-        available = self._offset + array.shape[-1] // unit
-        while (window := self._plan.next(self._next, available, final=final)) is not None:
-            yield self._runner.core(array, window, self._offset)
-            self._next += 1
-        begin = min(self._next * self._plan.step, available)
-        # A copy, so that the caller's block is not kept alive by its tail.
-        self._waiting = array[:, :, (begin - self._offset) * unit :].copy()
-        self._offset = begin
+        yield from self._runner.cores(self._cutter.push(array, final=final))
 
 
 class StreamEncoder:
     """Encodes audio that arrives in blocks of any size; the latents equal those of one pass over everything.
 
     A latent comes out when the window that holds it is full: at the latest `latency` latents after its samples
-    (and what the resampler holds back, a few milliseconds).
+    (and what the resampler holds back, a few milliseconds). After `finish` the next block begins a new stream.
     """
 
     def __init__(self, backend: Backend, plan: ExactWindows, sample_rate: int) -> None:
         spec = backend.spec
         self.latency = plan.size + 1
+        self.samples = 0
+        """Samples of the stream so far, at the model's rate."""
+        self._finished = False
         self._channels = spec.channels
         self._resampler = StreamResampler(sample_rate, spec.sample_rate, spec.channels)
         self._run = WindowedRun(HalfRunner(backend, ENCODER), plan)
         self._hop = spec.hop
         self._width = spec.latent_width
         self._rest: Array = np.zeros((spec.channels, 0), np.float32)
-        self.samples = 0
-        """Samples received so far, at the model's rate."""
 
     def push(self, audio: Any) -> Array:
         """Take samples `[channels, n]` or `[n]`, return the latents they complete: `[latent_width, t]`, t from 0.
@@ -106,7 +148,10 @@ class StreamEncoder:
         Raises:
             InputError: wrong shape or dtype, NaN or infinity.
         """
-        return self._advance(self._resampler.push(to_channels(as_clip(audio), self._channels)), final=False)
+        block = to_channels(as_clip(audio, empty=True), self._channels)
+        if self._finished:
+            self._finished, self.samples = False, 0
+        return self._advance(self._resampler.push(block), final=False)
 
     def finish(self) -> Array:
         """End of the stream: the last latents, `[latent_width, t]`; the last one is padded with silence.
@@ -114,12 +159,14 @@ class StreamEncoder:
         Raises:
             InputError: no samples were received.
         """
-        return self._advance(self._resampler.finish(), final=True)
+        rest = self._resampler.finish()
+        if self._finished or self.samples + rest.shape[-1] == 0:
+            raise InputError("no samples were received; there is nothing to encode")
+        self._finished = True
+        return self._advance(rest, final=True)
 
     def _advance(self, audio: Array, *, final: bool) -> Array:
         self.samples += audio.shape[-1]
-        if final and self.samples == 0:
-            raise InputError("no samples were received; there is nothing to encode")
         audio = np.concatenate([self._rest, audio], axis=-1)
         if final:
             audio = pad_to(audio, self._hop)
@@ -132,6 +179,7 @@ class StreamDecoder:
     """Decodes latents that arrive in blocks of any size; the audio equals that of one pass over everything.
 
     The audio of a latent comes out when the window that holds it is full: at the latest `latency` latents later.
+    After `finish` the next block begins a new stream.
     """
 
     def __init__(self, backend: Backend, plan: ExactWindows) -> None:
@@ -139,7 +187,7 @@ class StreamDecoder:
         self._run = WindowedRun(HalfRunner(backend, DECODER), plan)
         self._width = backend.spec.latent_width
         self._channels = backend.spec.channels
-        self._received = False
+        self._received = 0
 
     def push(self, latents: Any) -> Array:
         """Take latents `[latent_width, t]`, return the samples they complete: `[channels, n]`, n from 0.
@@ -147,10 +195,10 @@ class StreamDecoder:
         Raises:
             InputError: wrong shape or dtype, NaN or infinity.
         """
-        array = as_float32(latents, "latents")
+        array = as_float32(latents, "latents", empty=True)
         if array.ndim != 2 or array.shape[0] != self._width:
             raise InputError(f"latents must be [{self._width}, length], got {list(array.shape)}")
-        self._received = True
+        self._received += array.shape[-1]
         return _joined(self._run.push(array[None]), self._channels)
 
     def finish(self) -> Array:
@@ -159,18 +207,19 @@ class StreamDecoder:
         Raises:
             InputError: no latents were received.
         """
-        if not self._received:
+        if self._received == 0:
             raise InputError("no latents were received; there is nothing to decode")
+        self._received = 0
         return _joined(self._run.push(np.zeros((1, self._width, 0), np.float32), final=True), self._channels)
 
 
-def as_clip(audio: Any) -> Array:
-    """One clip as float32 `[channels, n]`, from that, `[n]` or `[1, channels, n]`.
+def as_clip(audio: Any, *, empty: bool = False) -> Array:
+    """One clip as float32 `[channels, n]`, from that, `[n]` or `[1, channels, n]`; `empty` allows n = 0.
 
     Raises:
-        InputError: another rank, wrong dtype, NaN or infinity.
+        InputError: another rank, wrong dtype, no samples, NaN or infinity.
     """
-    array = as_float32(audio, "audio")
+    array = as_float32(audio, "audio", empty=empty)
     if array.ndim == 3 and array.shape[0] == 1:
         array = array[0]
     if array.ndim == 1:

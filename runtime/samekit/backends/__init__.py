@@ -6,7 +6,7 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
-from samekit.errors import BackendUnavailableError, EngineNotFoundError, InputError
+from samekit.errors import BackendUnavailableError, EngineNotFoundError, InputError, StaleEngineError
 from samekit.spec import PRECISIONS
 from samekit.store import Engine, find_engine
 
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
+
+
+def _open_tensorrt(engine: Engine, options: BackendOptions) -> Backend:
+    from samekit.backends.tensorrt import open_tensorrt  # noqa: PLC0415
+
+    return open_tensorrt(engine, options)
 
 
 def _open_onnxruntime(engine: Engine, options: BackendOptions) -> Backend:
@@ -39,11 +45,15 @@ def _open_eager_engine(engine: Engine, options: BackendOptions) -> Backend:
 
 # In the order in which "auto" tries them.
 _OPENERS: dict[str, Callable[[Engine, BackendOptions], Backend]] = {
+    "tensorrt": _open_tensorrt,
     "onnxruntime": _open_onnxruntime,
     "torch": _open_eager_engine,
 }
 
 BACKENDS = (AUTO, *_OPENERS)
+
+# What "auto" does not try where the CPU was asked for.
+_GPU_ONLY = ("tensorrt",)
 
 
 def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOptions) -> Backend:
@@ -57,7 +67,7 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
 
     Raises:
         InputError: unknown backend or precision.
-        EngineError: the engine folder is damaged.
+        EngineError: the engine folder is damaged, or has TensorRT engines of another version or GPU only.
         BackendUnavailableError: the backend cannot be used here.
         CheckpointError: PyTorch was chosen and the checkpoint cannot be loaded.
     """
@@ -73,10 +83,14 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
         return _OPENERS[backend](engine, options)
     refusals = []
     for name, opener in _OPENERS.items():
+        if name in _GPU_ONLY and options.device == "cpu":
+            continue
         try:
             opened = opener(engine, options)
-        except BackendUnavailableError as error:
-            logger.info("backend %s passed over: %s", name, error)
+        except (BackendUnavailableError, StaleEngineError) as error:
+            # An engine that was built and cannot be used is news; a backend that is not there is not.
+            level = logging.WARNING if isinstance(error, StaleEngineError) else logging.INFO
+            logger.log(level, "backend %s passed over: %s", name, error)
             refusals.append(f"{name}: {error}")
             continue
         logger.info("backend %s on %s, %s", name, opened.device, options.precision)

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from samekit.errors import InputError, NonFiniteError
+from samekit.errors import BackendError, InputError, NonFiniteError
 from samekit.spec import DECODER, ENCODER, EngineSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import TracebackType
 
     import numpy.typing as npt
@@ -39,6 +40,11 @@ class BackendOptions:
     """CPU threads; None takes every core that this process may use."""
     providers: tuple[str, ...] | None = None
     """ONNX Runtime's execution providers, most wanted first; None chooses by `device`."""
+    window_batch: int | None = None
+    """Windows that run as one batch where there are several: the memory limit. None takes 1 on CPUs, where more is no
+    faster, and 4 on GPUs."""
+    cuda_graph: bool = False
+    """TensorRT only: launch a shape that comes again as one CUDA graph; holds its memory meanwhile."""
 
 
 class Backend(ABC):
@@ -48,10 +54,20 @@ class Backend(ABC):
     """What users pass as `backend=`."""
     device: str = "cpu"
     """Where it computes: `cpu` or `cuda`."""
+    longest_window: int | None = None
+    """Latents in a window, unless the user chooses; None leaves it to the model."""
 
-    def __init__(self, spec: EngineSpec, precision: str) -> None:
+    def __init__(self, spec: EngineSpec, precision: str, window_batch: int | None = None) -> None:
+        if window_batch is not None and window_batch < 1:
+            raise InputError(f"window_batch is {window_batch}; pass a number from 1")
         self.spec = spec
         self.precision = precision
+        self._window_batch = window_batch
+
+    @property
+    def window_batch(self) -> int:
+        """Windows that run as one batch where there are several."""
+        return self._window_batch or (1 if self.device == "cpu" else 4)
 
     def encode(self, audio: Array) -> Array:
         """Audio `[batch, channels, latents * hop]` to latents `[batch, latent_width, latents]`.
@@ -61,8 +77,7 @@ class Backend(ABC):
             NonFiniteError: the model produced NaN or infinity.
             BackendError: the backend failed.
         """
-        spec = self.spec
-        return self._checked(ENCODER, audio, (spec.channels, spec.hop), (spec.latent_width, 1))
+        return self._checked(ENCODER, audio)
 
     def decode(self, latents: Array) -> Array:
         """Latents `[batch, latent_width, latents]` to audio `[batch, channels, latents * hop]`.
@@ -72,30 +87,70 @@ class Backend(ABC):
             NonFiniteError: the model produced NaN or infinity.
             BackendError: the backend failed.
         """
-        spec = self.spec
-        return self._checked(DECODER, latents, (spec.latent_width, 1), (spec.channels, spec.hop))
+        return self._checked(DECODER, latents)
 
-    def _checked(self, half: str, array: Array, inward: tuple[int, int], outward: tuple[int, int]) -> Array:
-        """Run one half between checks; `inward` and `outward` are features and length of one latent."""
-        features, unit = inward
-        if array.dtype != np.float32 or array.ndim != 3 or array.shape[1] != features:
-            raise InputError(
-                f"the {half} takes float32 [batch, {features}, length], got {array.dtype} {list(array.shape)}"
-            )
-        if array.shape[0] == 0 or array.shape[2] == 0 or array.shape[2] % unit:
-            raise InputError(
-                f"the {half} takes a batch and a length of at least one latent of {unit}, got {list(array.shape)}"
-            )
+    def _checked(self, half: str, array: Array) -> Array:
+        """Run one half between checks."""
+        self._check_input(half, str(array.dtype), array.shape)
         result = self._run(half, np.ascontiguousarray(array))
-        expected = (array.shape[0], outward[0], array.shape[2] // unit * outward[1])
-        if result.shape != expected:
-            raise NonFiniteError(f"the {half} returned {list(result.shape)} instead of {list(expected)}")
-        if not np.isfinite(result).all():
+        self._check_output(half, array.shape, result.shape, finite=bool(np.isfinite(result).all()))
+        return result
+
+    def accepts(self, value: Any) -> bool:  # noqa: ARG002 most backends take none
+        """Whether `run_tensor` takes a value: a float32 tensor in the memory of this backend's device."""
+        return False
+
+    def run_tensor(self, half: str, tensor: Any) -> Any:
+        """Encode or decode a tensor that the backend `accepts`, without a copy through the host.
+
+        Args:
+            half: `spec.ENCODER` or `spec.DECODER`.
+            tensor: of the shape that `encode` or `decode` takes.
+
+        Returns:
+            A new tensor on the same device.
+
+        Raises:
+            InputError: wrong shape.
+            NonFiniteError: the model produced NaN or infinity.
+            BackendError: the backend failed, or takes arrays only.
+        """
+        self._check_input(half, "float32", tensor.shape)
+        result = self._run_tensor(half, tensor)
+        self._check_output(half, tensor.shape, result.shape, finite=bool(result.isfinite().all()))
+        return result
+
+    def _run_tensor(self, half: str, tensor: Any) -> Any:  # noqa: ARG002 as above
+        """Run a half on a checked tensor in device memory."""
+        raise BackendError(f"the {self.name} backend takes NumPy arrays only; copy the tensor to the host")
+
+    def _check_input(self, half: str, dtype: str, shape: Sequence[int]) -> None:
+        features, unit = self._layout(half)
+        if dtype != "float32" or len(shape) != 3 or shape[1] != features:
+            raise InputError(f"the {half} takes float32 [batch, {features}, length], got {dtype} {list(shape)}")
+        if shape[0] == 0 or shape[2] == 0 or shape[2] % unit:
+            raise InputError(
+                f"the {half} takes a batch and a length of at least one latent of {unit}, got {list(shape)}"
+            )
+
+    def _check_output(self, half: str, before: Sequence[int], after: Sequence[int], *, finite: bool) -> None:
+        features, unit = self._layout(DECODER if half == ENCODER else ENCODER)
+        expected = (before[0], features, before[2] // self._layout(half)[1] * unit)
+        if tuple(after) != expected:
+            raise BackendError(f"the {half} returned {list(after)} instead of {list(expected)}; export the model again")
+        if not finite:
             cure = "check the input for extreme values"
             if self.precision != "fp32":
                 cure = 'use precision "fp32", which cannot overflow here'
             raise NonFiniteError(f"the {self.precision} {half} ({self.name}) produced NaN or infinity; {cure}")
-        return result
+
+    def _layout(self, half: str) -> tuple[int, int]:
+        """Features, and values a latent, of a half's input; its output is the other half's input."""
+        spec = self.spec
+        return (spec.channels, spec.hop) if half == ENCODER else (spec.latent_width, 1)
+
+    def expect_many_calls(self, half: str) -> None:  # noqa: B027 most backends run every call alike
+        """Be told that a half is going to run often: from now on equal inputs give equal outputs, bit for bit."""
 
     @abstractmethod
     def _run(self, half: str, array: Array) -> Array:

@@ -19,7 +19,7 @@ class EagerBackend(Backend):
     name: ClassVar[str] = "torch"
 
     def __init__(self, spec: EngineSpec, model: Any, options: BackendOptions) -> None:
-        super().__init__(spec, options.precision)
+        super().__init__(spec, options.precision, options.window_batch)
         import torch  # noqa: PLC0415
 
         if options.precision == "int8":

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from samekit.backends.base import Backend, BackendOptions
-from samekit.errors import BackendError, BackendUnavailableError
+from samekit.errors import BackendError, BackendUnavailableError, OutputError
+from samekit.fingerprint import NARROW, input_shape
+from samekit.spec import DECODER, ENCODER
+from samekit.tensorrt_store import open_cache
 
 if TYPE_CHECKING:
     from samekit.backends.base import Array
     from samekit.store import Engine
 
+logger = logging.getLogger(__name__)
+
 CPU_PROVIDER = "CPUExecutionProvider"
 CUDA_PROVIDER = "CUDAExecutionProvider"
 TENSORRT_PROVIDER = "TensorrtExecutionProvider"
+
+# Packing SAME-L's weights for the CPU takes seconds, a session without it opens in 0.1 s and maps the file, but packs
+# in every call, a tenth of that time. So the first calls run on the mapped file, and whoever calls more often gets
+# packed weights; a short clip never waits for them.
+MAPPED_CALLS = 2
+
+# As the graphs are written.
+INPUT_NAMES = {ENCODER: "audio", DECODER: "latents"}
 
 
 class OnnxRuntimeBackend(Backend):
@@ -24,7 +38,7 @@ class OnnxRuntimeBackend(Backend):
     name: ClassVar[str] = "onnxruntime"
 
     def __init__(self, engine: Engine, options: BackendOptions) -> None:
-        super().__init__(engine.spec, options.precision)
+        super().__init__(engine.spec, options.precision, options.window_batch)
         try:
             import onnxruntime  # noqa: PLC0415
         except ImportError as error:
@@ -34,13 +48,16 @@ class OnnxRuntimeBackend(Backend):
         self._runtime = onnxruntime
         self._engine = engine
         self._threads = options.threads or available_cpus()
-        self._providers = self._choose_providers(options)
-        self.device = "cpu" if self._providers[0][0] == CPU_PROVIDER else "cuda"
-        self._sessions: dict[str, Any] = {}
-        self._opening = threading.Lock()
         # A missing precision or a damaged folder must show now, not at the first clip.
         for half in engine.spec.contexts:
             engine.graph(half, options.precision)
+        self._providers = self._choose_providers(options)
+        self.device = "cpu" if self._providers[0][0] == CPU_PROVIDER else "cuda"
+        if self._providers[0][0] == TENSORRT_PROVIDER:
+            self.longest_window = NARROW.latents[2]
+        self._sessions: dict[str, Any] = {}
+        self._calls: dict[str, int] = {}
+        self._opening = threading.Lock()
 
     def _choose_providers(self, options: BackendOptions) -> list[tuple[str, dict[str, Any]]]:
         """Providers with their settings, all of them known to this build."""
@@ -57,23 +74,69 @@ class OnnxRuntimeBackend(Backend):
                     f"this onnxruntime has no {provider} (it has {', '.join(known)}); "
                     "run: pip install onnxruntime-gpu, or choose another provider"
                 )
-        return [(p, {} if p == CPU_PROVIDER else {"device_id": options.device_id}) for p in wanted]
+        return [(provider, self._settings(provider, options.device_id)) for provider in wanted]
+
+    def _settings(self, provider: str, device_id: int) -> dict[str, Any]:
+        """What a provider is told, but for what depends on the half."""
+        if provider == CUDA_PROVIDER:
+            # TF32 is on by default and has 10 bits of mantissa.
+            return {"device_id": device_id, "use_tf32": "0"}
+        if provider == TENSORRT_PROVIDER:
+            return {"device_id": device_id, **self._engine_cache()}
+        return {}
+
+    def _engine_cache(self) -> dict[str, Any]:
+        """Where the TensorRT provider keeps engines; it adds the compute capability to their names by itself."""
+        try:
+            folder = open_cache(self._engine, self.precision, self.name, self._runtime.__version__)
+        except OutputError as error:
+            logger.warning("engines of %s are not kept: %s", TENSORRT_PROVIDER, error)
+            return {}
+        return {
+            "trt_engine_cache_enable": True,
+            "trt_engine_cache_path": str(folder),
+            "trt_timing_cache_enable": True,
+            "trt_timing_cache_path": str(folder),
+        }
+
+    def _providers_of(self, half: str) -> list[tuple[str, dict[str, Any]]]:
+        """Providers with all settings; TensorRT is told shapes, for without them every new length builds an engine."""
+        limits = dict(zip(("min", "opt", "max"), zip(NARROW.batch, NARROW.latents, strict=True), strict=True))
+        shapes = {}
+        for name, (batch, latents) in limits.items():
+            shape = "x".join(map(str, input_shape(self.spec, half, batch, latents)))
+            shapes[f"trt_profile_{name}_shapes"] = f"{INPUT_NAMES[half]}:{shape}"
+        return [
+            (provider, settings | shapes if provider == TENSORRT_PROVIDER else settings)
+            for provider, settings in self._providers
+        ]
+
+    def expect_many_calls(self, half: str) -> None:
+        """Pack the weights at the next call; packed or not, sums round differently."""
+        with self._opening:
+            self._calls[half] = max(self._calls.get(half, 0), MAPPED_CALLS)
 
     def _session(self, half: str) -> Any:
-        """The half's session, opened once."""
+        """The half's session for its next call."""
         with self._opening:
-            if half not in self._sessions:
-                self._sessions[half] = self._open(half)
+            calls = self._calls[half] = self._calls.get(half, 0) + 1
+            packed = calls > MAPPED_CALLS or self.device != "cpu"
+            if half not in self._sessions or calls == MAPPED_CALLS + 1:
+                # Freed first: both at once would hold the weights twice.
+                self._sessions.pop(half, None)
+                self._sessions[half] = self._open(half, packed=packed)
             return self._sessions[half]
 
-    def _open(self, half: str) -> Any:
+    def _open(self, half: str, *, packed: bool) -> Any:
         options = self._runtime.SessionOptions()
         options.intra_op_num_threads = self._threads
         # Subnormal products cost hundreds of cycles each and nothing that fp32 can show.
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
+        if not packed:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         path = self._engine.graph(half, self.precision)
         try:
-            session = self._runtime.InferenceSession(path, options, providers=self._providers)
+            session = self._runtime.InferenceSession(path, options, providers=self._providers_of(half))
         except Exception as error:  # noqa: BLE001 the runtime's exceptions share no base class
             raise BackendError(f"{path}: ONNX Runtime cannot open it ({_first_line(error)}); export it again") from None
         # A provider that cannot start is dropped with a warning only, and the CPU takes its place.

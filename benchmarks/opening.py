@@ -1,0 +1,71 @@
+"""How long until the first latent? Opening an engine, with its files in the page cache, and a cold command.
+
+python benchmarks/opening.py engines/same-s
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import soundfile as sf
+from common import finish, summary
+
+# Runs in a process of its own, as opening warms up what the next opening finds.
+OPEN = """
+import time, sys, numpy as np
+from samekit import AutoencoderModel
+start = time.perf_counter()
+model = AutoencoderModel.from_pretrained(sys.argv[1], "cpu", backend="onnxruntime")
+silence = np.zeros((model.spec.channels, model.downsampling_ratio), np.float32)
+backend = model.autoencoder.backend
+backend._session("encoder")
+opened = time.perf_counter()
+model.encode(silence, model.sample_rate)
+print(opened - start, time.perf_counter() - opened)
+"""
+
+
+def one_second(folder: Path) -> Path:
+    """A clip of noise."""
+    path = folder / "clip.wav"
+    sf.write(path, 0.1 * np.random.default_rng(0).standard_normal((44100, 2)), 44100)
+    return path
+
+
+@click.command()
+@click.argument("engine", type=click.Path(path_type=Path, exists=True))
+@click.option("--runs", default=5, show_default=True, type=click.IntRange(1))
+def main(engine: Path, runs: int) -> None:
+    """Print the table for one ENGINE folder; the last line is JSON."""
+    for file in engine.glob("*.onnx*"):
+        file.read_bytes()
+    opening, first, command = [], [], []
+    with tempfile.TemporaryDirectory() as name:
+        clip = one_second(Path(name))
+        samekit = [str(Path(sys.executable).with_name("samekit")), "encode", str(clip), str(clip.with_suffix(".npy"))]
+        for _ in range(runs):
+            done = subprocess.run([sys.executable, "-c", OPEN, str(engine)], check=True, capture_output=True, text=True)
+            seconds = [float(part) for part in done.stdout.split()]
+            opening.append(seconds[0])
+            first.append(seconds[1])
+            start = time.perf_counter()
+            subprocess.run([*samekit, "--model", str(engine)], check=True, capture_output=True)
+            command.append(time.perf_counter() - start)
+    results = {
+        "open the encoder": summary(opening),
+        "encode one latent, first call": summary(first),
+        "samekit encode of a 1 s clip, start to finish": summary(command),
+    }
+    for what, figures in results.items():
+        print(f"{what:48}{figures['median']:.2f} s ({figures['min']:.2f} ... {figures['max']:.2f})")
+    finish("opening", results)
+
+
+if __name__ == "__main__":
+    main()

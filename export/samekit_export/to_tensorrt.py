@@ -1,0 +1,296 @@
+"""ONNX graphs to TensorRT engines: one builder for TensorRT and TensorRT-RTX.
+
+TensorRT builds for the GPU of the machine that it runs on; TensorRT-RTX needs none and builds for a portable set of
+them. Networks are strongly typed: the precision is the graph's own, and nothing is recast. Both profiles of
+`samekit.fingerprint` lie in each engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from samekit._files import atomic_path
+from samekit.errors import BackendUnavailableError, BuildError, InputError
+from samekit.fingerprint import PORTABLE, PROFILES, TENSORRT, TENSORRT_RTX, capability_name, fingerprint_of, input_shape
+from samekit.spec import DECODER, ENCODER
+from samekit.store import engine_roots
+from samekit.tensorrt_api import import_flavour, make_logger
+from samekit.tensorrt_store import (
+    BUILDS_FOLDER,
+    LOG_FILE,
+    Build,
+    BuiltEngine,
+    is_whole,
+    new_build,
+    write_document,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+    from typing import TextIO
+
+    from samekit.fingerprint import Fingerprint
+    from samekit.store import Engine
+
+    Report = Callable[[str], object]
+
+AUTO, RTX, OFF = MODES = ("auto", "rtx", "off")
+"""auto: TensorRT where it and a GPU are there, else TensorRT-RTX if installed, else nothing. rtx: that or an error."""
+
+BUILDABLE = ("fp32", "fp16")
+"""Precisions of which engines are built; int8 graphs hold operators of ONNX Runtime's CPU provider."""
+
+
+def add_engines(engine: Engine, precisions: Sequence[str], mode: str, report: Report) -> list[Build]:
+    """Build what an engine folder lacks.
+
+    Args:
+        engine: a finished engine folder.
+        precisions: of its graphs.
+        mode: of `MODES`.
+        report: takes a line for each step, and one that says what was left out and why.
+
+    Returns:
+        The builds of these precisions, current ones included.
+
+    Raises:
+        InputError: unknown mode.
+        BackendUnavailableError: TensorRT-RTX was asked for and cannot be imported.
+        BuildError: TensorRT does not take a graph.
+        OutputError: the folder cannot be written.
+    """
+    flavour, target = _choose_flavour(mode, report)
+    if flavour is None:
+        return []
+    builds = []
+    for precision in precisions:
+        if precision in BUILDABLE:
+            builds.append(build_engines(engine, precision, flavour, target, report))
+        else:
+            report(f"no TensorRT engine of {precision}, which is for ONNX Runtime on the CPU")
+    return builds
+
+
+def _choose_flavour(mode: str, report: Report) -> tuple[Any, str]:
+    """The module that builds and what it builds for; None where nothing can."""
+    if mode not in MODES:
+        raise InputError(f"unknown TensorRT mode {mode!r}; choose one of {', '.join(MODES)}")
+    if mode == OFF:
+        return None, ""
+    if mode == RTX:
+        return import_flavour(TENSORRT_RTX), PORTABLE
+    reasons = []
+    try:
+        return import_flavour(TENSORRT), _gpu_here()
+    except BackendUnavailableError as error:
+        reasons.append(str(error))
+    try:
+        return import_flavour(TENSORRT_RTX), PORTABLE
+    except BackendUnavailableError as error:
+        reasons.append(str(error))
+    report(f"left out: TensorRT engines ({'; '.join(reasons)})")
+    return None, ""
+
+
+def _gpu_here() -> str:
+    """The compute capability of the current GPU."""
+    import torch  # noqa: PLC0415
+
+    if not torch.cuda.is_available():
+        raise BackendUnavailableError("tensorrt builds on a GPU, and PyTorch finds none; use tensorrt-rtx")
+    return capability_name(torch.cuda.get_device_capability())
+
+
+def build_engines(engine: Engine, precision: str, module: Any, target: str, report: Report) -> Build:
+    """Build both halves of one precision, or leave them if they are whole and current.
+
+    Args:
+        engine: a finished engine folder.
+        precision: of its graphs, one of `BUILDABLE`.
+        module: `tensorrt` or `tensorrt_rtx`, see `samekit.tensorrt_api.import_flavour`.
+        target: the compute capability of this machine's GPU, or `PORTABLE`.
+        report: takes a line for each step.
+
+    Returns:
+        The finished build.
+
+    Raises:
+        BuildError: TensorRT does not take a graph; its log stays beside the builds.
+        OutputError: the folder cannot be written.
+    """
+    flavour = module.__name__
+    fingerprint = fingerprint_of(engine.spec, precision, flavour, module.__version__, target)
+    folder = engine.folder / BUILDS_FOLDER / fingerprint.name
+    if is_whole(folder):
+        report(f"{folder} is current")
+        return Build.load(folder)
+    with new_build(folder) as staging:
+        report(f"building {folder}")
+        try:
+            engines = _build_halves(engine, fingerprint, module, staging, report)
+        except BuildError:
+            with suppress(OSError):
+                shutil.copyfile(staging / LOG_FILE, _failed_log(folder))
+            raise
+        write_document(staging, Build(folder, fingerprint, engines))
+    return Build.load(folder)
+
+
+def _failed_log(folder: Path) -> Path:
+    """Where the log of a build that failed stays."""
+    return folder.with_name(f"{folder.name}.failed.log")
+
+
+def _build_halves(
+    engine: Engine, fingerprint: Fingerprint, module: Any, staging: Path, report: Report
+) -> dict[str, BuiltEngine]:
+    """Both engines, written into a folder with the log of their building."""
+    engines = {}
+    with (staging / LOG_FILE).open("w", encoding="utf-8") as log:
+        for half in (ENCODER, DECODER):
+            builder = _HalfBuilder(engine, half, fingerprint, module, log)
+            engines[half] = builder.build(staging / f"{half}.engine", report)
+    return engines
+
+
+class _HalfBuilder:
+    """Builds the engine of one graph."""
+
+    def __init__(self, engine: Engine, half: str, fingerprint: Fingerprint, module: Any, log: TextIO) -> None:
+        self._engine = engine
+        self._half = half
+        self._fingerprint = fingerprint
+        self._module = module
+        self._log = log
+        self._graph = engine.graph(half, fingerprint.precision)
+        self._complaints: list[str] = []
+        self._logger = make_logger(module, self._note)
+
+    def _note(self, severity: str, message: str) -> None:
+        """One line of the build log."""
+        self._log.write(f"[{severity}] {' '.join(message.split())}\n")
+        if severity.endswith("ERROR"):
+            self._complaints.append(" ".join(message.split()))
+
+    def build(self, path: Path, report: Report) -> BuiltEngine:
+        """Parse, compile and write the engine to `path`."""
+        start = time.perf_counter()
+        self._note("INFO", f"building {self._graph.name} for {self._fingerprint.name}")
+        builder = self._module.Builder(self._logger)
+        # The flag asks TensorRT 10 for what later versions always do.
+        strongly_typed = 1 << int(self._module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        network = builder.create_network(strongly_typed)
+        self._parse(network, report)
+        config = self._configure(builder, network)
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise self._failure(self._complaints or ["no reason given"])
+        self._keep_timing_cache(config)
+        data = memoryview(plan)
+        path.write_bytes(data)
+        built = BuiltEngine(
+            file=path.name,
+            size=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            layers=network.num_layers,
+            seconds=round(time.perf_counter() - start, 2),
+            peak_memory=peak_memory(),
+        )
+        report(f"{path.name}: {built.layers} layers after parsing, {built.size / 1e6:.0f} MB, {built.seconds:.1f} s")
+        return built
+
+    def _parse(self, network: Any, report: Report) -> None:
+        """Read the graph; every complaint of the parser becomes a line with the node's name."""
+        parser = self._module.OnnxParser(network, self._logger)
+        # By path, so that weights beside the graph are found.
+        if not parser.parse_from_file(str(self._graph)):
+            lines = [_parser_line(parser.get_error(index)) for index in range(parser.num_errors)]
+            for line in lines:
+                self._note("ERROR", line)
+                report(f"{self._graph.name}: {line}")
+            raise self._failure(lines or ["the parser gave no reason"])
+        kinds = Counter(network.get_layer(index).type.name for index in range(network.num_layers))
+        self._note(
+            "INFO",
+            f"{network.num_layers} layers after parsing: "
+            + ", ".join(f"{n} {kind}" for kind, n in kinds.most_common()),
+        )
+
+    def _failure(self, reasons: list[str]) -> BuildError:
+        more = f" and {len(reasons) - 1} more" if len(reasons) > 1 else ""
+        name = self._fingerprint.name
+        log = _failed_log(self._engine.folder / BUILDS_FOLDER / name)
+        return BuildError(
+            f"{self._graph}: {self._module.__name__} {self._module.__version__} cannot build it ({reasons[0]}{more}); "
+            f"see {log}, or choose --tensorrt off"
+        )
+
+    def _configure(self, builder: Any, network: Any) -> Any:
+        """Settings, profiles and timing cache."""
+        module, spec = self._module, self._engine.spec
+        config = builder.create_builder_config()
+        # On by default, and 10 bits of mantissa: a float32 product of a float32 graph is meant as such.
+        config.clear_flag(module.BuilderFlag.TF32)
+        # So that a context can do with the memory that the shape at hand needs.
+        config.set_preview_feature(module.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
+        name = network.get_input(0).name
+        for profile in PROFILES:
+            shapes = zip(profile.batch, profile.latents, strict=True)
+            optimisation = builder.create_optimization_profile()
+            optimisation.set_shape(name, *(input_shape(spec, self._half, *shape) for shape in shapes))
+            if config.add_optimization_profile(optimisation) < 0:
+                raise self._failure([f"profile {profile} refused"])
+        self._attach_timing_cache(config)
+        return config
+
+    @property
+    def _timing_path(self) -> Path | None:
+        """The user's timing cache of this version and GPU; TensorRT-RTX measures nothing and has none."""
+        fingerprint = self._fingerprint
+        if fingerprint.flavour != TENSORRT:
+            return None
+        return engine_roots()[-1] / ".timing" / f"{TENSORRT}-{fingerprint.version}-{fingerprint.target}.cache"
+
+    def _attach_timing_cache(self, config: Any) -> None:
+        """Let kernels be timed once for all models; a cache that does not fit is begun anew."""
+        path = self._timing_path
+        if path is None:
+            return
+        known = path.read_bytes() if path.is_file() else b""
+        for data in (known, b""):
+            cache = config.create_timing_cache(data)
+            if cache is not None and config.set_timing_cache(cache, False):
+                return
+        self._note("WARNING", f"no timing cache could be attached ({path})")
+
+    def _keep_timing_cache(self, config: Any) -> None:
+        path = self._timing_path
+        cache = config.get_timing_cache() if path else None
+        if path is None or cache is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(memoryview(cache.serialize()))
+
+
+def _parser_line(error: Any) -> str:
+    """One line about one complaint of the parser: operator, node, reason."""
+    return " ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}".split())
+
+
+def peak_memory() -> int | None:
+    """Bytes of memory that this process has held at most, or None where the system does not tell."""
+    if os.name != "posix":
+        return None
+    import resource  # noqa: PLC0415 not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

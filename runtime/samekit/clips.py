@@ -1,0 +1,356 @@
+"""The clips of a dataset: which files there are, and each of them as the windows that the encoder runs.
+
+Knows the rules by which clips are cut and described; knows no encoder and no output folder.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import stat
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import soundfile as sf
+
+from samekit.audio import AudioReader, PreparedReader
+from samekit.errors import AudioFileError, InputError, SamekitError
+from samekit.spec import ENCODER
+from samekit.streaming import WindowCutter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from samekit.arrays import Array
+    from samekit.chunking import ExactWindows, Window
+    from samekit.manifest import Stamp, Status
+    from samekit.spec import EngineSpec
+
+SUFFIXES: Final = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff")
+"""Files that are taken for audio."""
+SILENCE_DB: Final = -60
+"""A clip whose loudest sample lies below this, relative to full scale, is silent."""
+_SILENCE_PEAK: Final = 10 ** (SILENCE_DB / 20)
+
+
+# --- Which files there are ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """An audio file of a dataset, and the caption beside it."""
+
+    path: str
+    """The data folder as it was given, and the file below it."""
+    relpath: str
+    """The file below its data folder."""
+    audio: Stamp | None
+    """None if it is no regular file."""
+    caption: Stamp | None
+    """None if there is none."""
+
+    @property
+    def caption_path(self) -> Path:
+        """Where its caption is, or would be."""
+        return Path(self.path).with_suffix(".txt")
+
+
+def find_sources(folders: Sequence[str | os.PathLike[str]]) -> list[Source]:
+    """Every audio file below some folders, sorted by relpath.
+
+    Hidden files are passed over, links to folders are followed.
+
+    Raises:
+        InputError: a folder cannot be listed, two files have the same relpath, or there is no audio.
+    """
+    sources: dict[str, Source] = {}
+    for folder in folders:
+        for source in _walk(os.fspath(folder), "", ()):
+            if source.relpath in sources:
+                twice = f"{sources[source.relpath].path} and {source.path}"
+                raise InputError(f"{twice} have one name below their folders; rename one, or encode them apart")
+            sources[source.relpath] = source
+    if not sources:
+        where = ", ".join(str(os.fspath(folder)) for folder in folders)
+        raise InputError(f"{where}: holds no audio ({' '.join(SUFFIXES)}); check --data_dir")
+    return sorted(sources.values(), key=lambda source: os.fsencode(source.relpath))
+
+
+def _walk(folder: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterator[Source]:
+    """The audio files in a folder, which lies at `below` in its data folder, and in those within.
+
+    `above` identifies the folders that lead there, so that links cannot loop.
+    """
+    try:
+        status = Path(folder).stat()
+        entries = {entry.name: entry for entry in os.scandir(folder)}
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be listed ({error.strerror}); check its name and permissions") from None
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        return
+    for name, entry in entries.items():
+        if _is_folder(entry):
+            yield from _walk(entry.path, str(Path(below, name)), (*above, identity))
+        elif not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
+            caption = entries.get(str(Path(name).with_suffix(".txt")))
+            yield Source(entry.path, str(Path(below, name)), _stamp(entry), _stamp(caption) if caption else None)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether a name leads to a folder; a link that loops leads nowhere."""
+    with suppress(OSError):
+        return entry.is_dir()
+    return False
+
+
+def _stamp(entry: os.DirEntry[str]) -> Stamp | None:
+    """Size and time of a regular file; a pipe would block whoever opens it."""
+    with suppress(OSError):
+        status = entry.stat()
+        if stat.S_ISREG(status.st_mode):
+            return status.st_size, status.st_mtime_ns
+    return None
+
+
+# --- How a clip is cut --------------------------------------------------------------------------------------
+
+
+class BadClipError(Exception):
+    """A clip that is not encoded; becomes a row with a status and a reason."""
+
+    def __init__(self, status: Status, reason: str) -> None:
+        super().__init__(reason)
+        self.status: Status = status
+        self.reason = " ".join(reason.split())
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Lengths in latents: what is kept of a clip, and the sequence that has to be encoded for it.
+
+    |------- clip -------|--- zeros, up to sample_size ------------ ... -|
+    |------ latents ------|                            their mask is 1
+    |--------- computed ---------|                     differ from the silence latents; more than `latents` if padded
+    |------------- sequence ------------|              computed and the context that they see
+    """
+
+    latents: int
+    computed: int
+    sequence: int
+
+
+@dataclass(frozen=True)
+class CuttingRules:
+    """What a run does to every clip."""
+
+    spec: EngineSpec
+    """Of the model."""
+    windows: ExactWindows
+    """Of its encoder."""
+    sample_size: int
+    """Samples at the model's rate to which a clip is cut, or padded."""
+    pad: bool
+    """Whether the latents of the zeros up to `sample_size` are kept."""
+    full: bool
+    """Whether longer clips are kept whole."""
+    crop: str
+    """Which part of a longer clip is kept: `start` or `random`."""
+    seed: int
+    """Of the random parts."""
+
+    @property
+    def limit(self) -> int:
+        """Latents of `sample_size`."""
+        return self.spec.latents(self.sample_size)
+
+    def extent(self, samples: int) -> Extent:
+        """How a clip of so many samples (after cutting) is encoded.
+
+        A clip is followed by zeros up to `sample_size`, and of these matters what the last latent sees: the encoder's
+        context, counted from an aligned window's end. Where the zeros end sooner, the sequence ends there. A
+        clip that is kept whole has no such end.
+        """
+        latents, context = self.spec.latents(samples), self.spec.contexts[ENCODER]
+        pad = self.pad and latents <= self.limit
+        computed = self.aligned(latents) + context if pad else latents
+        sequence = self.aligned(computed + context)
+        if self.full and not pad:
+            return Extent(latents, computed, sequence)
+        return Extent(latents, min(computed, self.limit), min(sequence, self.limit))
+
+    def aligned(self, latents: int) -> int:
+        """The next length at which an aligned window can end."""
+        return self.spec.alignment * math.ceil(latents / self.spec.alignment)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip that was read to its end."""
+
+    prompt: str
+    """Its caption."""
+    samples: int
+    """Of the whole file, at the model's rate."""
+    offset: int
+    """Samples before the part that is kept."""
+    kept: int
+    """Samples of that part."""
+    extent: Extent
+
+    def metadata(self, source: Source, rules: CuttingRules) -> dict[str, Any]:
+        """What the training code reads beside the latents; the fields are those of the reference."""
+        rate = rules.spec.sample_rate
+        part = self.kept if rules.full and self.kept > rules.sample_size else rules.sample_size
+        whole = max(self.samples, part)
+        padding = max(0, rules.limit - self.extent.latents) if rules.pad else 0
+        return {
+            "path": source.path,
+            "relpath": source.relpath,
+            "timestamps": [self.offset / whole, (self.offset + part) / whole],
+            "seconds_start": self.offset // rate,
+            "seconds_total": math.ceil(self.samples / rate),
+            "padding_mask": [1] * self.extent.latents + [0] * padding,
+            "sample_rate": rate,
+            "prompt": self.prompt,
+        }
+
+
+class ClipReader:
+    """Reads one clip as windows for the encoder, in a memory that does not grow with its length.
+
+    Args:
+        source: the files.
+        rules: how to cut them.
+    """
+
+    def __init__(self, source: Source, rules: CuttingRules) -> None:
+        self._source = source
+        self._rules = rules
+        self.clip: Clip | None = None
+        """What is known of the clip once every window was taken."""
+
+    def __iter__(self) -> Iterator[tuple[Window, Array]]:
+        """Yield each window and its audio, `[channels, samples]`; together the cores are what is to be kept.
+
+        Raises:
+            BadClipError: there is nothing to encode, or reading failed, maybe after some windows.
+        """
+        prompt = self._caption()
+        try:
+            yield from self._windows(prompt)
+        except (SamekitError, OSError) as error:
+            status: Status = "empty" if self._is_empty() else "unreadable"
+            raise BadClipError(status, str(error)) from error
+
+    def _caption(self) -> str:
+        """The text beside the audio."""
+        path = self._source.caption_path
+        if self._source.caption is None:
+            raise BadClipError("no_caption", f"{path}: does not exist; write the caption there")
+        try:
+            prompt = path.read_text(encoding="utf-8-sig").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadClipError("no_caption", f"{path}: cannot be read as UTF-8 ({error}); write it again") from error
+        if not prompt:
+            raise BadClipError("no_caption", f"{path}: is empty; write the caption there")
+        return prompt
+
+    def _windows(self, prompt: str) -> Iterator[tuple[Window, Array]]:
+        """Cut the part that is kept, and the zeros that count, into windows."""
+        rules, spec = self._rules, self._rules.spec
+        offset = self._random_offset() if rules.crop == "random" and not rules.full else 0
+        cutter = WindowCutter(rules.windows, spec.hop)
+        with self._open() as reader:
+            kept = 0
+            for block in self._part(reader, offset):
+                if kept == 0 and _is_silent(block):
+                    self._require_sound(offset)
+                kept += block.shape[1]
+                for window, audio in cutter.push(np.clip(block, -1, 1)[None]):
+                    yield window, audio[0]
+            whole = rules.full or kept < rules.sample_size
+            samples = offset + kept if whole else self._length(reader)
+            self.clip = Clip(prompt, samples, offset, kept, rules.extent(kept))
+        zeros = np.zeros((1, spec.channels, spec.samples(self.clip.extent.sequence) - kept), np.float32)
+        for window, audio in cutter.push(zeros, final=True):
+            yield replace(window, core_stop=min(window.core_stop, self.clip.extent.computed)), audio[0]
+
+    def _open(self) -> PreparedReader:
+        """Open the audio at the model's rate and channels."""
+        if self._source.audio is None:
+            raise AudioFileError(f"{self._source.path}: is no regular file; copy the audio there")
+        return PreparedReader(self._source.path, self._rules.spec.sample_rate, self._rules.spec.channels)
+
+    def _part(self, reader: PreparedReader, offset: int) -> Iterator[Array]:
+        """Yield the blocks of the part that is kept, and stop reading after it."""
+        end = math.inf if self._rules.full else offset + self._rules.sample_size
+        position = 0
+        for block in reader:
+            begin = max(0, offset - position)
+            stop = int(min(block.shape[1], end - position))
+            if begin < stop:
+                yield block[:, begin:stop]
+            position += block.shape[1]
+            if position >= end:
+                return
+
+    def _require_sound(self, offset: int) -> None:
+        """Read the part once, for its loudness alone: a clip may begin with any length of silence."""
+        with self._open() as reader:
+            if all(_is_silent(block) for block in self._part(reader, offset)):
+                reason = f"no sample reaches {SILENCE_DB} dB; remove the clip"
+                raise BadClipError("silent", f"{self._source.path}: {reason}")
+
+    def _length(self, reader: PreparedReader) -> int:
+        """Samples of the whole file at the model's rate, of which some may have been read."""
+        announced = _announced_samples(reader, self._rules.spec.sample_rate)
+        if announced is None or announced <= reader.samples:
+            for _ in reader:
+                pass
+            return reader.samples
+        return announced
+
+    def _random_offset(self) -> int:
+        """Where the part that is kept begins: any place, but always the same one for a seed and a relpath."""
+        with self._open() as reader:
+            room = self._length(reader) - self._rules.sample_size
+        seed = str(self._rules.seed).encode() + os.fsencode(self._source.relpath)
+        return random.Random(seed).randint(0, max(0, room))  # noqa: S311 no secret
+
+    def _is_empty(self) -> bool:
+        """Whether a file that could not be read has no samples."""
+        if self._source.audio is None:
+            return False
+        with suppress(sf.SoundFileError, OSError):
+            size, _ = self._source.audio
+            return size == 0 or sf.info(os.fsencode(self._source.path)).frames == 0
+        return False
+
+
+def _is_silent(block: Array) -> bool:
+    """Whether every sample lies below the threshold."""
+    return bool(np.abs(block).max(initial=0) < _SILENCE_PEAK)
+
+
+def _announced_samples(reader: PreparedReader, rate: int) -> int | None:
+    """Samples at `rate` if the header of the file can be trusted."""
+    info = reader.info
+    if info.frames is None or info.format == "MP3":
+        return None
+    return math.ceil(info.frames * rate / info.sample_rate)
+
+
+def expected_latents(source: Source, rules: CuttingRules) -> int:
+    """Latents to encode for a clip, judged by its header; 0 if it cannot be read."""
+    try:
+        with AudioReader(source.path) as reader:
+            info = reader.info
+    except (SamekitError, OSError):
+        return 0
+    samples = math.ceil((info.frames or 0) * rules.spec.sample_rate / info.sample_rate)
+    return rules.extent(samples if rules.full else min(samples, rules.sample_size)).sequence

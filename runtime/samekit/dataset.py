@@ -1,0 +1,406 @@
+"""Encode a dataset of audio files with captions into the latents that the training code of Stable Audio 3 reads.
+
+    find the clips -> number them (manifest) -> read, encode, write those that are new or changed (pipeline) -> report
+
+The result for a clip is that of the reference: the clip, followed by zeros up to `sample_size`, encoded, and the
+latents of the clip kept. But of the zeros only those are encoded that a latent of the clip sees.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
+
+from samekit._files import atomic_path, output_errors
+from samekit.clips import CuttingRules, Source, expected_latents, find_sources
+from samekit.errors import InputError
+from samekit.manifest import SILENCE_FILE, STATE_FOLDER, Manifest, Row, Settings, Shard
+from samekit.pipeline import Outcome, Pipeline, Task
+from samekit.spec import ENCODER
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from samekit.arrays import Array
+    from samekit.autoencoder import Autoencoder, AutoencoderModel
+
+SAMPLE_SIZE: Final = 12_582_912
+"""The reference's default: 285 s at 44.1 kHz, 3,072 latents."""
+# What is worth trying again although the file has not changed.
+_PASSING: Final = ("unreadable", "failed")
+_HASHED_AT_ONCE: Final = 2**22
+
+
+@dataclass(frozen=True)
+class PreEncodeOptions:
+    """How to encode a dataset; the first four are the reference's."""
+
+    batch_size: int = 1
+    """Windows of clips that are encoded at once; no clip is padded for it."""
+    sample_size: int = SAMPLE_SIZE
+    """Samples, at the model's rate, to which clips are cut, and those of the silence latents."""
+    half: bool = False
+    """Write float16; the model's own precision is chosen when it is opened."""
+    pad: bool = False
+    """Keep the latents of the zeros up to `sample_size`, so that all files are of one length."""
+    full: bool = False
+    """Keep clips longer than `sample_size` whole."""
+    crop: Literal["start", "random"] = "start"
+    """Which part of a longer clip is kept. The reference takes a random one, another one in each run."""
+    seed: int = 0
+    """Of the random parts; each clip's depends on nothing but this and its relpath."""
+    shard: Shard = field(default_factory=Shard)
+    """The part of the dataset to encode."""
+    checksum: bool = False
+    """Judge by the contents of a file whether it has changed, not by its size and time."""
+    strict: bool = False
+    """Raise if a clip is bad, once the others are encoded."""
+    reencode: bool = False
+    """If the folder holds latents of other settings, encode everything again under the same numbers."""
+    readers: int = 0
+    """Threads that read ahead; 0 takes one a core, at most 4."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "sample_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; pass at least 1")
+        if self.crop not in ("start", "random"):
+            raise InputError(f"crop {self.crop!r} is not known; pass start or random")
+        if self.full and self.crop == "random":
+            raise InputError("full keeps whole clips and crop cuts them; pass one of them")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is."""
+
+    done: int
+    """Clips that were tried."""
+    total: int
+    """Clips that have to be tried."""
+    bad: int
+    """Clips that could not be encoded."""
+    audio_seconds: float
+    """Of the clips that were encoded."""
+    elapsed: float
+    """Seconds since the first clip was begun."""
+
+    @property
+    def speed(self) -> float:
+        """Seconds of audio a second."""
+        return self.audio_seconds / max(self.elapsed, 1e-9)
+
+    @property
+    def remaining(self) -> float:
+        """Seconds that the rest will take, if it goes on like this."""
+        return self.elapsed / max(self.done, 1) * (self.total - self.done)
+
+
+@dataclass(frozen=True)
+class PreEncodeReport:
+    """What a run did, and what the folder holds now."""
+
+    folder: str
+    """Where the latents are."""
+    clips: int
+    """Clips of the dataset, or of the shard of it."""
+    encoded: int
+    """Encoded by this run."""
+    unchanged: int
+    """Left as they were: encoded before, or known to be bad."""
+    statuses: dict[str, int]
+    """How many clips have which status, whichever run found that."""
+    bad: list[dict[str, Any]]
+    """number, relpath, status and reason of each clip that has no latents."""
+    gone: int
+    """Clips that were encoded once and are no longer in the dataset; their latents stay."""
+    audio_seconds: float
+    """Seconds of audio that this run encoded."""
+    elapsed: float
+    """Seconds from the first clip to the last."""
+
+    def to_json(self) -> str:
+        """Everything but the list of bad clips, on one line."""
+        fields = dataclasses.asdict(self)
+        fields["bad"] = len(self.bad)
+        return json.dumps(fields)
+
+    def summary(self) -> str:
+        """A sentence for people."""
+        counts = ", ".join(f"{count} {status}" for status, count in sorted(self.statuses.items()))
+        speed = self.audio_seconds / self.elapsed if self.elapsed else 0.0
+        return (
+            f"{self.folder}: {self.clips} clips ({counts}); this run encoded {self.encoded}, "
+            f"{self.audio_seconds:.1f} s of audio in {self.elapsed:.1f} s ({speed:.1f} s/s)"
+        )
+
+
+def pre_encode(
+    model: AutoencoderModel,
+    data_dir: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    output_path: str | os.PathLike[str],
+    options: PreEncodeOptions | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> PreEncodeReport:
+    """Encode every clip of a dataset that is not encoded yet.
+
+    Writes for each clip `NNNNNNNNNNNN.npy`, `[latent_dim, latents]`, and `NNNNNNNNNNNN.json`; `silence.npy`,
+    `[1, latent_dim, latents of sample_size]`; and what it has to remember to `.samekit/`. A run that was stopped at any
+    moment is completed by calling this again.
+
+    Args:
+        model: an open model.
+        data_dir: folder with audio files, at any depth, each with a caption of the same name in `.txt`; or several.
+        output_path: folder for the latents; one for each model and kind of settings.
+        options: see there.
+        progress: called after each clip, in another thread.
+
+    Returns:
+        What was done; also in `.samekit/report.json`, as far as it describes the folder.
+
+    Raises:
+        InputError: there is no audio, or the folder holds latents of other settings.
+        OutputError: the folder cannot be written or is full, or another process is writing into it.
+        InputError: as above, and when a clip is bad and `options.strict` is set.
+        BackendError: the backend failed.
+    """
+    options = options or PreEncodeOptions()
+    folders = [data_dir] if isinstance(data_dir, (str, os.PathLike)) else list(data_dir)
+    sources = {s.relpath: s for s in find_sources(folders) if options.shard.holds(s.relpath)}
+    settings = _settings(model, options)
+    with Manifest.open(Path(output_path), options.shard, settings, reencode=options.reencode) as manifest:
+        manifest.assign(sources)
+        run = _Run(model.autoencoder, options, manifest, progress)
+        run.encode([source for source in sources.values() if run.is_due(source)])
+        manifest.rewrite()
+        report = run.report(sources)
+        _write_report(manifest, report)
+    if options.strict and report.bad:
+        first = report.bad[0]["reason"]
+        kinds = ", ".join(f"{n} {status}" for status, n in sorted(report.statuses.items()) if status != "encoded")
+        raise InputError(f"{len(report.bad)} of {len(sources)} clips are bad ({kinds}), first: {first}")
+    return report
+
+
+def _settings(model: AutoencoderModel, options: PreEncodeOptions) -> Settings:
+    """What decides the latents of a run."""
+    return Settings(
+        model=model.spec.name,
+        model_sha256=model.spec.source_sha256,
+        precision=model.autoencoder.backend.precision,
+        dtype="float16" if options.half else "float32",
+        width=model.latent_dim,
+        sample_size=options.sample_size,
+        pad=options.pad,
+        full=options.full,
+        crop=options.crop,
+        seed=options.seed if options.crop == "random" else 0,
+    )
+
+
+class _Run:
+    """One run over a dataset, while its folder is locked."""
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        options: PreEncodeOptions,
+        manifest: Manifest,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self._autoencoder = autoencoder
+        self._options = options
+        self._manifest = manifest
+        self._progress = progress
+        self._rules = CuttingRules(
+            spec=autoencoder.spec,
+            windows=autoencoder.windows(ENCODER),
+            sample_size=options.sample_size,
+            pad=options.pad,
+            full=options.full,
+            crop=options.crop,
+            seed=options.seed,
+        )
+        with output_errors(manifest.folder):
+            self._files = {entry.name for entry in os.scandir(manifest.folder)}
+        self._digests: dict[str, str] = {}
+        self._start = time.perf_counter()
+        self._state = Progress(0, 0, 0, 0.0, 0.0)
+
+    def is_due(self, source: Source) -> bool:
+        """Whether a clip has to be encoded: it is new, it has changed, its files are not there, or it may work now."""
+        row = self._manifest.rows[source.relpath]
+        if row.status is None or row.status in _PASSING or row.caption != source.caption:
+            return True
+        if row.status == "encoded" and not {f"{row.name}.npy", f"{row.name}.json"} <= self._files:
+            return True
+        if not self._options.checksum:
+            return row.audio != source.audio
+        digest = self._digest(source)
+        if row.sha256 is not None and digest != row.sha256:
+            return True
+        if row.sha256 is None and row.audio != source.audio:
+            return True
+        if (row.sha256, row.audio) != (digest, source.audio):
+            self._manifest.record(dataclasses.replace(row, sha256=digest, audio=source.audio))
+        return False
+
+    def _digest(self, source: Source) -> str | None:
+        """Digest of a file's contents; None if it cannot be read, which reading it as audio will tell."""
+        if source.audio is None:
+            return None
+        if source.relpath not in self._digests:
+            digest = hashlib.sha256()
+            try:
+                with Path(source.path).open("rb") as file:
+                    while block := file.read(_HASHED_AT_ONCE):
+                        digest.update(block)
+            except OSError:
+                return None
+            self._digests[source.relpath] = digest.hexdigest()
+        return self._digests[source.relpath]
+
+    def encode(self, due: list[Source]) -> None:
+        """Encode clips, and the silence."""
+        options, folder, backend = self._options, self._manifest.folder, self._autoencoder.backend
+        # A run that goes on where another was killed must give the same bytes.
+        backend.expect_many_calls(ENCODER)
+        silence = self._silence(needed=options.pad and bool(due))
+        self._state = dataclasses.replace(self._state, total=len(due))
+        readers = options.readers or min(4, os.cpu_count() or 1)
+        if options.batch_size > 1:
+            due = self._by_length(due, readers)
+        tasks = [Task(source, folder / f"{self._manifest.rows[source.relpath].name}.npy") for source in due]
+        if not tasks:
+            return
+        dtype = self._manifest.settings.dtype
+        self._start = time.perf_counter()
+        Pipeline(backend, self._rules, dtype, silence, options.batch_size, readers, self._finished).run(tasks)
+
+    def _by_length(self, due: list[Source], readers: int) -> list[Source]:
+        """Clips of one length side by side, so that they can share a batch."""
+        with ThreadPoolExecutor(readers) as pool:
+            lengths = list(pool.map(partial(expected_latents, rules=self._rules), due))
+        return [source for _, source in sorted(zip(lengths, due, strict=True), key=lambda pair: pair[0])]
+
+    def _silence(self, *, needed: bool) -> Array | None:
+        """Write `silence.npy` if it is not there; its latents, if they are needed to pad clips."""
+        if self._options.shard.index > 1 and not needed:
+            return None
+        path = self._manifest.folder / SILENCE_FILE
+        dtype = np.dtype(self._manifest.settings.dtype)
+        shape = (1, self._rules.spec.latent_width, self._rules.limit)
+        if self._options.shard.owns(SILENCE_FILE) and not (_is_array(path, shape, dtype) and not self._fresh()):
+            latents = silence_latents(self._autoencoder, self._rules.limit)
+            with atomic_path(path) as temporary, output_errors(path), temporary.open("wb") as file:
+                np.save(file, latents[None].astype(dtype))
+        return silence_latents(self._autoencoder, self._rules.limit) if needed else None
+
+    def _fresh(self) -> bool:
+        """Whether nothing was encoded under these settings yet, so that what is there is of other settings."""
+        return all(row.status is None for row in self._manifest.rows.values())
+
+    def _finished(self, outcome: Outcome) -> None:
+        """Record an outcome; runs in the writer's thread."""
+        source, clip, bad = outcome.task.source, outcome.clip, outcome.bad
+        old = self._manifest.rows[source.relpath]
+        if bad:
+            _remove_pair(outcome.task.target)
+        seconds = clip.kept / self._rules.spec.sample_rate if clip else 0.0
+        row = Row(
+            number=old.number,
+            relpath=source.relpath,
+            status=bad.status if bad else "encoded",
+            reason=bad.reason if bad else None,
+            audio=source.audio,
+            caption=source.caption,
+            sha256=self._digest(source) if self._options.checksum else None,
+            latents=clip.extent.latents if clip else 0,
+            seconds=seconds,
+        )
+        self._manifest.record(row)
+        state = self._state
+        self._state = dataclasses.replace(
+            state,
+            done=state.done + 1,
+            bad=state.bad + bool(bad),
+            audio_seconds=state.audio_seconds + seconds,
+            elapsed=time.perf_counter() - self._start,
+        )
+        if self._progress:
+            self._progress(self._state)
+
+    def report(self, sources: dict[str, Source]) -> PreEncodeReport:
+        """What was done; the run is over."""
+        rows = [self._manifest.rows[relpath] for relpath in sources]
+        bad = sorted((row for row in rows if row.status != "encoded"), key=lambda row: row.number)
+        state = self._state
+        return PreEncodeReport(
+            folder=str(self._manifest.folder),
+            clips=len(rows),
+            encoded=state.done - state.bad,
+            unchanged=len(rows) - state.done,
+            statuses=dict(Counter(str(row.status) for row in rows)),
+            bad=[{name: getattr(row, name) for name in ("number", "relpath", "status", "reason")} for row in bad],
+            gone=sum(row.status == "encoded" and row.relpath not in sources for row in self._manifest.rows.values()),
+            audio_seconds=round(state.audio_seconds, 3),
+            elapsed=round(time.perf_counter() - self._start, 3) if state.done else 0.0,
+        )
+
+
+def silence_latents(autoencoder: Autoencoder, latents: int) -> Array:
+    """The latents of silence, `[latent_width, latents]`, at the cost of a few of them.
+
+    What a latent sees is the same from one aligned position to the next, away from both ends:
+
+        |- edge -|- period -|- period -|  ...  |- period -|- edge -|      a short silence holds the first, one
+                                                                         period and the last
+    """
+    spec = autoencoder.spec
+    period = spec.alignment
+    edge = -(-spec.contexts[ENCODER] // period) * period
+    tail = edge + latents % period
+    short = min(latents, edge + period + tail)
+    encoded: Array = autoencoder.encode_audio(np.zeros((1, spec.channels, spec.samples(short)), np.float32))[0]
+    if short == latents:
+        return encoded
+    middle = np.tile(encoded[:, edge : edge + period], (latents - edge - tail) // period)
+    return np.concatenate([encoded[:, :edge], middle, encoded[:, edge + period :]], axis=1)
+
+
+def _is_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
+    """Whether a file holds an array like this."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return False
+    return bool(array.shape == shape and array.dtype == dtype)
+
+
+def _remove_pair(target: Path) -> None:
+    """Remove the latents of a clip that has changed and can no longer be encoded; the `.json` first."""
+    with output_errors(target):
+        target.with_suffix(".json").unlink(missing_ok=True)
+        target.unlink(missing_ok=True)
+
+
+def _write_report(manifest: Manifest, report: PreEncodeReport) -> None:
+    """Write the part of a report that describes the folder, whatever number of runs it took."""
+    fields = {"settings": dataclasses.asdict(manifest.settings), "clips": report.clips, "statuses": report.statuses}
+    fields |= {"gone": report.gone, "bad": report.bad}
+    path = manifest.folder / STATE_FOLDER / manifest.shard.report
+    text = json.dumps(fields, indent=2) + "\n"
+    if not path.exists() or path.read_text(encoding="ascii") != text:
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="ascii")

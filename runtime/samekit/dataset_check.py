@@ -1,0 +1,117 @@
+"""Check a folder of pre-encoded latents: whether it holds what its manifests say, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from samekit.errors import InputError, LatentsFileError
+from samekit.latents import read_latents
+from samekit.manifest import SILENCE_FILE, STATE_FOLDER, Settings, read_manifest, temporary_target
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator
+    from typing import Any
+
+    from samekit.manifest import Row
+
+_FIELDS: Final[dict[str, type | tuple[type, ...]]] = {
+    "path": str,
+    "relpath": str,
+    "timestamps": list,
+    "seconds_start": int,
+    "seconds_total": int,
+    "padding_mask": list,
+    "sample_rate": int,
+    "prompt": str,
+}
+
+
+def verify(folder: str | os.PathLike[str]) -> list[str]:
+    """Look for everything that is wrong with a folder of latents.
+
+    Every value of every file is read. Nothing may be writing into the folder meanwhile.
+
+    Args:
+        folder: the `output_path` of `pre_encode`, with all of its shards.
+
+    Returns:
+        A line for each problem; none if the folder is sound and complete.
+
+    Raises:
+        InputError: the folder has no manifest, or a damaged one.
+    """
+    folder = Path(folder)
+    paths = sorted((folder / STATE_FOLDER).glob("manifest*.jsonl"))
+    if not paths:
+        raise InputError(f"{folder}: has no manifest in {STATE_FOLDER}; pass the --output_path of a pre-encode run")
+    manifests = [read_manifest(path) for path in paths]
+    rows = {row.name: row for _, rows in manifests for row in rows}
+    return [*_check_files(folder, rows), *_check_manifests(folder, manifests)]
+
+
+def _check_manifests(folder: Path, manifests: list[tuple[Settings, list[Row]]]) -> Iterator[str]:
+    """Every clip that is said to be encoded, every one that is not even tried, and the silence."""
+    first, _ = manifests[0]
+    for settings, rows in manifests:
+        if differences := settings.differences(first):
+            yield f"{folder}: its shards have other settings ({', '.join(differences)})"
+        for row in rows:
+            if row.status is None:
+                yield f"{folder}: {row.relpath!r} is not encoded yet; run pre-encode again"
+            elif row.status == "encoded":
+                yield from _check_pair(folder / f"{row.name}.npy", row, settings)
+    yield from _check_silence(folder / SILENCE_FILE, first)
+
+
+def _check_files(folder: Path, rows: dict[str, Row]) -> Iterator[str]:
+    """Files that no manifest accounts for."""
+    for path in sorted((*folder.iterdir(), *(folder / STATE_FOLDER).iterdir())):
+        row = rows.get(path.stem)
+        if temporary_target(path.name):
+            yield f"{path}: was left half-written; run pre-encode again"
+        elif path.suffix in (".npy", ".json") and path.stem.isdecimal() and (row is None or row.status != "encoded"):
+            yield f"{path}: belongs to no clip; remove it"
+
+
+def _check_pair(path: Path, row: Row, settings: Settings) -> Iterator[str]:
+    """The latents and the metadata of one clip."""
+    try:
+        latents, metadata = read_latents(path, settings.width)
+    except LatentsFileError as error:
+        yield str(error)
+        return
+    if latents.dtype != settings.dtype:
+        yield f"{path}: holds {latents.dtype} instead of {settings.dtype}"
+    if not metadata:
+        yield f"{path.with_suffix('.json')}: is missing; run pre-encode again"
+        return
+    yield from _check_metadata(path.with_suffix(".json"), metadata, row, latents.shape[-1])
+
+
+def _check_metadata(path: Path, metadata: dict[str, Any], row: Row, latents: int) -> Iterator[str]:
+    """The fields that the training code reads."""
+    wrong = [name for name, kind in _FIELDS.items() if not isinstance(metadata.get(name), kind)]
+    if wrong:
+        yield f"{path}: has no usable {', '.join(wrong)}; remove it and run pre-encode again"
+        return
+    if metadata["relpath"] != row.relpath:
+        yield f"{path}: is of {metadata['relpath']!r}, the manifest says {row.relpath!r}"
+    if metadata["padding_mask"] != [1] * row.latents + [0] * (latents - row.latents):
+        yield f"{path}: its padding_mask does not fit {row.latents} of {latents} latents"
+
+
+def _check_silence(path: Path, settings: Settings) -> Iterator[str]:
+    """The silence latents."""
+    try:
+        silence = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        yield f"{path}: cannot be read ({json.dumps(str(error))}); run pre-encode again"
+        return
+    right = silence.ndim == 3 and silence.shape[:2] == (1, settings.width) and silence.dtype == settings.dtype
+    if not right or not np.isfinite(silence).all():
+        yield f"{path}: holds no silence latents of this model; remove it and run pre-encode again"

@@ -1,0 +1,144 @@
+"""What a TensorRT engine is built from and for, and which shapes it takes; pure, shared by builder and backend.
+
+Two profiles lie in one engine. The largest shape of a profile decides how much scratch memory it needs, the optimal
+one which kernels are chosen, so short windows in batches and whole songs each have their own:
+
+    profile    batch      latents
+    narrow     1 ... 8    1 ... 256     windows, and many clips at once
+    wide       1          1 ... 4096    six minutes in one pass
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from samekit import __version__
+from samekit.spec import DECODER, ENCODER
+
+if TYPE_CHECKING:
+    from samekit.spec import EngineSpec
+
+TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt_rtx"
+"""The flavours of TensorRT, by the name of their Python module."""
+
+PORTABLE = "portable"
+"""The target of a TensorRT-RTX engine: what its builder takes unless told otherwise, see `runs_on`."""
+
+_PORTABLE_CAPABILITIES = ((8, 0), (8, 6), (8, 9))
+_PORTABLE_FROM = (12, 0)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The shapes that one optimisation profile takes, each as (least, optimal, most)."""
+
+    batch: tuple[int, int, int]
+    latents: tuple[int, int, int]
+
+    def takes(self, batch: int, latents: int) -> bool:
+        """Whether a shape lies inside."""
+        return self.batch[0] <= batch <= self.batch[2] and self.latents[0] <= latents <= self.latents[2]
+
+
+NARROW = Profile(batch=(1, 1, 8), latents=(1, 256, 256))
+WIDE = Profile(batch=(1, 1, 1), latents=(1, 1292, 4096))
+PROFILES = (NARROW, WIDE)
+"""In the order in which they lie in an engine; the first that takes a shape runs it."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Everything that decides whether an engine may run in place of a graph."""
+
+    onnx: dict[str, str]
+    """encoder / decoder -> sha256 of the graph, as in `spec.json`."""
+    flavour: str
+    """What built it: `TENSORRT`, `TENSORRT_RTX`, or `onnxruntime` for its TensorRT provider."""
+    version: str
+    """Of the flavour; an engine is read back by the same version only."""
+    target: str
+    """The compute capability that it was built for, such as `8.9`, or `PORTABLE`."""
+    precision: str
+    """Of the graphs."""
+    profiles: list[dict[str, list[int]]]
+    """The profiles as plain JSON."""
+    samekit: str
+    """Version of samekit, whose builder settings go into the engine."""
+
+    @property
+    def name(self) -> str:
+        """A folder name: readable in front, a digest of everything behind."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        return f"{self.flavour}-{self.version}-{self.target}-{self.precision}-{digest}"
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """What differs from another fingerprint, in words; empty if they are equal."""
+        words = []
+        for field in dataclasses.fields(self):
+            mine, others = getattr(self, field.name), getattr(other, field.name)
+            if mine != others:
+                short = isinstance(mine, str) and isinstance(others, str)
+                words.append(f"{field.name} {mine} instead of {others}" if short else f"other {field.name}")
+        return words
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Fingerprint:
+        """A fingerprint from `dataclasses.asdict` of one; raises TypeError where fields are missing or unknown."""
+        fingerprint = cls(**document)
+        texts = (fingerprint.flavour, fingerprint.version, fingerprint.target, fingerprint.precision)
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("fields of the fingerprint must be strings")
+        return fingerprint
+
+
+def fingerprint_of(spec: EngineSpec, precision: str, flavour: str, version: str, target: str) -> Fingerprint:
+    """The fingerprint that engines of a model's graphs have today.
+
+    Args:
+        spec: of the model; has graphs of this precision.
+        precision: of the graphs.
+        flavour: what builds the engines.
+        version: of the flavour.
+        target: a compute capability or `PORTABLE`.
+    """
+    return Fingerprint(
+        onnx={half: graph.sha256 for half, graph in spec.graphs[precision].items()},
+        flavour=flavour,
+        version=version,
+        target=target,
+        precision=precision,
+        profiles=[{"batch": list(profile.batch), "latents": list(profile.latents)} for profile in PROFILES],
+        samekit=__version__,
+    )
+
+
+def input_shape(spec: EngineSpec, half: str, batch: int, latents: int) -> tuple[int, int, int]:
+    """The shape of a half's input, `[batch, features, length]`."""
+    if half == ENCODER:
+        return (batch, spec.channels, spec.samples(latents))
+    return (batch, spec.latent_width, latents)
+
+
+def output_shape(spec: EngineSpec, half: str, batch: int, latents: int) -> tuple[int, int, int]:
+    """The shape of a half's output, which is the other half's input."""
+    return input_shape(spec, DECODER if half == ENCODER else ENCODER, batch, latents)
+
+
+def runs_on(target: str, capability: tuple[int, int]) -> bool:
+    """Whether an engine for `target` runs on a GPU of this compute capability, (major, minor).
+
+    The portable set is that of TensorRT-RTX: 8.0, 8.6, 8.9, and everything from 12.0.
+    """
+    if target == PORTABLE:
+        return capability in _PORTABLE_CAPABILITIES or capability >= _PORTABLE_FROM
+    return target == capability_name(capability)
+
+
+def capability_name(capability: tuple[int, int]) -> str:
+    """(8, 9) as `8.9`."""
+    return f"{capability[0]}.{capability[1]}"

@@ -1,0 +1,432 @@
+"""What an output folder remembers of a dataset: which number each clip has, and what became of it. Knows no audio.
+
+out/.samekit/
+  manifest.jsonl            first line: the settings; then a line for each clip, sorted by number
+  manifest.jsonl.lock       held by the process that writes into the folder
+
+While a run goes on, a line is appended for each clip that is finished; the last line about a clip counts, and the run
+ends by writing one line a clip again. A process that is killed leaves at most an incomplete last line, which the next
+run drops. The numbers are on disk before the first clip is encoded, so they are the same however often a run is cut
+short. With `--shard I/N` every shard has its own manifest and lock, and every N-th number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from samekit._files import atomic_path, output_errors
+from samekit.errors import InputError, OutputError
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from typing import BinaryIO
+
+    from typing_extensions import Self
+
+STATE_FOLDER: Final = ".samekit"
+SILENCE_FILE: Final = "silence.npy"
+# Raised when an older samekit could misread the files.
+_FORMAT: Final = 1
+
+Status = Literal["encoded", "unreadable", "empty", "silent", "no_caption", "failed"]
+Stamp = tuple[int, int]
+"""Size in bytes and time of modification in ns: what changes when a file does."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of several parts of a dataset, each encoded by its own process, maybe on its own machine."""
+
+    index: int = 1
+    """Which part, from 1."""
+    count: int = 1
+    """How many parts there are."""
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Read `I/N`.
+
+        Raises:
+            InputError: it is something else, or I is not one of 1 ... N.
+        """
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        shard = cls(*map(int, match.groups())) if match else cls(0)
+        if not 1 <= shard.index <= shard.count:
+            raise InputError(f"shard {text!r} does not exist; pass I/N with I from 1 to N, such as 1/4")
+        return shard
+
+    @classmethod
+    def of_manifest(cls, name: str) -> Shard:
+        """The part whose manifest has this file name."""
+        match = re.fullmatch(r"manifest-(\d+)-of-(\d+)\.jsonl", name)
+        return cls(*map(int, match.groups())) if match else cls()
+
+    def holds(self, relpath: str) -> bool:
+        """Whether a clip belongs to this part; it depends on nothing but its relpath."""
+        digest = hashlib.sha256(os.fsencode(relpath)).digest()
+        return int.from_bytes(digest[:8], "big") % self.count == self.index - 1
+
+    def number(self, position: int) -> int:
+        """The number of this part's clip at `position`; no other part has it."""
+        return position * self.count + self.index - 1
+
+    @property
+    def manifest(self) -> str:
+        """File name of this part's manifest."""
+        return f"manifest{self._suffix}.jsonl"
+
+    @property
+    def report(self) -> str:
+        """File name of this part's report."""
+        return f"report{self._suffix}.json"
+
+    @property
+    def _suffix(self) -> str:
+        return "" if self.count == 1 else f"-{self.index}-of-{self.count}"
+
+    def owns(self, name: str) -> bool:
+        """Whether this part alone writes a file of the output folder; the first one writes the silence latents."""
+        stem, _, _ = name.partition(".")
+        if stem.isdecimal():
+            return int(stem) % self.count == self.index - 1
+        return name in (self.manifest, self.report) or (name == SILENCE_FILE and self.index == 1)
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything but the audio that decides what the latents are; one folder holds latents of one kind."""
+
+    model: str
+    """Name of the model."""
+    model_sha256: str
+    """Digest of its checkpoint."""
+    precision: str
+    """That it computed in."""
+    dtype: str
+    """Of the files, `float32` or `float16`."""
+    width: int
+    """Features of a latent."""
+    sample_size: int
+    """Samples that a clip is cut to, and those of the silence latents."""
+    pad: bool
+    """Whether clips are padded to `sample_size`."""
+    full: bool
+    """Whether longer clips are kept whole."""
+    crop: str
+    """`start` or `random`."""
+    seed: int
+    """Of the random crops."""
+
+    def differences(self, other: Settings) -> list[str]:
+        """What differs from other settings, with both values; a model is what its digest says, whatever its name."""
+        ours, theirs = self._described(), other._described()
+        same_model = self.model_sha256 == other.model_sha256
+        return [
+            f"{name} {value} instead of {theirs[name]}"
+            for name, value in ours.items()
+            if value != theirs[name] and not (name == "model" and same_model)
+        ]
+
+    def _described(self) -> dict[str, Any]:
+        """Every field, with the model's name and digest as one."""
+        fields = dataclasses.asdict(self)
+        fields["model"] = f"{self.model} ({fields.pop('model_sha256')[:8]})"
+        return fields
+
+
+@dataclass
+class Row:
+    """What is known of one clip."""
+
+    number: int
+    """Names its files."""
+    relpath: str
+    """Path below its data folder; bytes that are no valid text are kept as surrogates."""
+    status: Status | None = None
+    """What became of it; None until it was tried."""
+    reason: str | None = None
+    """Why it was not encoded."""
+    audio: Stamp | None = None
+    """Of the audio file that was tried."""
+    caption: Stamp | None = None
+    """Of its caption; None if there is none."""
+    sha256: str | None = None
+    """Digest of the audio file, if one was asked for."""
+    latents: int = 0
+    """Latents of audio."""
+    seconds: float = 0.0
+    """Seconds of audio that were encoded."""
+
+    @property
+    def name(self) -> str:
+        """Name of its files, without the suffix."""
+        return f"{self.number:012d}"
+
+    def to_line(self) -> str:
+        """One line of JSON; it holds no line break whatever the file's name is."""
+        return json.dumps(vars(self)) + "\n"
+
+    @classmethod
+    def parse(cls, line: bytes) -> Row:
+        """Read a line of a manifest; raises what a wrong value raises."""
+        row = cls(**json.loads(line))
+        row.audio, row.caption = _stamp(row.audio), _stamp(row.caption)
+        if not isinstance(row.number, int) or not isinstance(row.relpath, str):
+            raise TypeError("a number and a relpath are needed")
+        return row
+
+
+def _stamp(value: Any) -> Stamp | None:
+    """A stamp from JSON, which knows no tuples."""
+    if value is None:
+        return None
+    size, modified = value
+    return int(size), int(modified)
+
+
+class Manifest:
+    """The rows of one output folder, on disk at every moment.
+
+    Use it inside `Manifest.open`, which holds the folder's lock.
+    """
+
+    def __init__(self, folder: Path, shard: Shard, settings: Settings, rows: Iterable[Row] = ()) -> None:
+        self.folder = folder
+        """Where the latents are."""
+        self.shard = shard
+        self.settings = settings
+        self.rows: dict[str, Row] = {row.relpath: row for row in rows}
+        """relpath -> row, in the order of the numbers."""
+        self._path = folder / STATE_FOLDER / shard.manifest
+        self._journal: BinaryIO | None = None
+
+    @classmethod
+    @contextmanager
+    def open(cls, folder: Path, shard: Shard, settings: Settings, *, reencode: bool = False) -> Iterator[Manifest]:
+        """Take an output folder for this process alone, and create it if it is not there.
+
+        Args:
+            folder: where the latents are, or will be.
+            shard: the part of the dataset that this process works on.
+            settings: of this run.
+            reencode: if the folder holds latents of other settings, forget them, but for their numbers.
+
+        Yields:
+            The folder's manifest. Whatever a killed process left behind is gone.
+
+        Raises:
+            OutputError: the folder cannot be written, or another process is writing into it.
+            InputError: it holds latents of other settings or of unknown origin, or its manifest is damaged.
+        """
+        path = folder / STATE_FOLDER / shard.manifest
+        with output_errors(folder):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.with_name(f"{path.name}.lock"), folder):
+            with output_errors(folder):
+                _remove_temporaries(folder, shard)
+            manifest = cls._begun(folder, shard, settings, reencode=reencode)
+            try:
+                yield manifest
+            finally:
+                manifest.close()
+
+    @classmethod
+    def _begun(cls, folder: Path, shard: Shard, settings: Settings, *, reencode: bool) -> Self:
+        """The manifest on disk, or a new one, once it is sure that it fits these settings."""
+        manifests = {path.name: read_manifest(path) for path in sorted((folder / STATE_FOLDER).glob("manifest*.jsonl"))}
+        found = manifests.pop(shard.manifest, None)
+        if not manifests and found is None and any(folder.glob("*.npy")):
+            raise InputError(f"{folder}: holds .npy files that no manifest lists; pass another --output_path")
+        for name, (other, _) in manifests.items():
+            if Shard.of_manifest(name).count != shard.count:
+                raise InputError(f"{folder}: was begun as {name}; go on with the same number of shards")
+            if not reencode:
+                _check_same(folder, settings, other)
+        if found is None:
+            manifest = cls(folder, shard, settings)
+            manifest.rewrite()
+            return manifest
+        old, rows = found
+        if not settings.differences(old):
+            return cls(folder, shard, old, rows)
+        if not reencode:
+            _check_same(folder, settings, old)
+        manifest = cls(folder, shard, settings, [Row(row.number, row.relpath) for row in rows])
+        manifest.rewrite()
+        return manifest
+
+    def assign(self, relpaths: Iterable[str]) -> None:
+        """Give a number to every clip that has none, in the order given; they are on disk when this returns.
+
+        Raises:
+            OutputError: the manifest cannot be written.
+        """
+        rows = []
+        for relpath in relpaths:
+            if relpath not in self.rows:
+                row = self.rows[relpath] = Row(self.shard.number(len(self.rows)), relpath)
+                rows.append(row)
+        if rows:
+            self._append("".join(row.to_line() for row in rows), sync=True)
+
+    def record(self, row: Row) -> None:
+        """Append what became of a clip.
+
+        Its files must be on disk already: after a power failure the line may be lost, and then the clip is encoded
+        again, but never the other way round.
+
+        Raises:
+            OutputError: the manifest cannot be written.
+        """
+        self.rows[row.relpath] = row
+        self._append(row.to_line(), sync=False)
+
+    def _append(self, text: str, *, sync: bool) -> None:
+        """Write lines to the end of the file, which ends with a whole line after a run that was cut short too."""
+        with output_errors(self._path):
+            if self._journal is None:
+                _drop_incomplete_line(self._path)
+                # Held open for the whole run; `close` ends it.
+                self._journal = self._path.open("ab", buffering=0)
+            data = text.encode("ascii")
+            while data:
+                data = data[self._journal.write(data) :]
+            if sync:
+                os.fsync(self._journal.fileno())
+
+    def rewrite(self) -> None:
+        """Write the whole manifest again, one line a clip, if that would change it.
+
+        Raises:
+            OutputError: the manifest cannot be written.
+        """
+        self.close()
+        header = json.dumps({"format": _FORMAT, **dataclasses.asdict(self.settings)}) + "\n"
+        text = header + "".join(row.to_line() for row in self.rows.values())
+        with output_errors(self._path):
+            if self._path.exists() and self._path.read_bytes() == text.encode("ascii"):
+                return
+        with atomic_path(self._path) as temporary:
+            temporary.write_text(text, encoding="ascii")
+
+    def close(self) -> None:
+        """End appending."""
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+
+
+def read_manifest(path: Path) -> tuple[Settings, list[Row]]:
+    """Read a manifest, without its last line if that is incomplete.
+
+    Returns:
+        The settings, and the last row of each clip, sorted by number.
+
+    Raises:
+        InputError: it cannot be read, or is damaged.
+    """
+    cure = "restore it from a copy, or encode into another folder"
+    try:
+        header, *lines = path.read_bytes().split(b"\n")[:-1]
+        fields = json.loads(header)
+        if fields.pop("format") != _FORMAT:
+            raise InputError(f"{path}: was written by another samekit; use that one, or encode into another folder")
+        settings = Settings(**fields)
+        rows = {row.relpath: row for row in map(Row.parse, lines)}
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: is damaged ({error}); {cure}") from None
+    ordered = sorted(rows.values(), key=lambda row: row.number)
+    shard = Shard.of_manifest(path.name)
+    if [row.number for row in ordered] != [shard.number(position) for position in range(len(ordered))]:
+        raise InputError(f"{path}: is damaged (numbers are missing or double); {cure}")
+    return settings, ordered
+
+
+def _check_same(folder: Path, settings: Settings, other: Settings) -> None:
+    """Refuse to mix latents of two kinds in one folder."""
+    if differences := settings.differences(other):
+        raise InputError(
+            f"{folder}: holds latents of other settings ({', '.join(differences)}); pass --reencode to encode "
+            "everything again under the same numbers, or another --output_path"
+        )
+
+
+def _drop_incomplete_line(path: Path) -> None:
+    """Cut off what follows the last line break."""
+    with path.open("r+b") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def temporary_target(name: str) -> str | None:
+    """The file for which `atomic_path` made a temporary one of this name; None if it made none."""
+    match = re.fullmatch(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp", name, re.DOTALL)
+    return match[1] if match else None
+
+
+def _remove_temporaries(folder: Path, shard: Shard) -> None:
+    """Remove what a killed process of the same shard left half-written; other shards may be writing theirs."""
+    for entry in (*os.scandir(folder), *os.scandir(folder / STATE_FOLDER)):
+        target = temporary_target(entry.name)
+        if target is not None and shard.owns(target):
+            Path(entry.path).unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, folder: Path) -> Iterator[None]:
+    """Hold a lock that the system releases when this process ends, however it ends.
+
+    Args:
+        path: the lock file; it stays, empty.
+        folder: what the message names.
+
+    Raises:
+        OutputError: another process holds the lock, or the file cannot be written.
+    """
+    with output_errors(folder), path.open("a+b") as file:
+        try:
+            _lock(file)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().decode("ascii", "replace") or "another process"
+            raise OutputError(f"{folder}: {holder} is writing there; wait for it, or pass another folder") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()}".encode("ascii"))
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def _lock(file: BinaryIO) -> None:
+    """Lock a file or raise BlockingIOError."""
+    if sys.platform == "win32":
+        try:
+            # A byte far behind the end, so that others can still read what the file holds.
+            file.seek(2**30)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            raise BlockingIOError from error
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,317 @@
+"""The TensorRT engines of an engine folder: which there are, whether they are whole and current, and clearing away.
+
+    engines/same-l/tensorrt/
+      tensorrt_rtx-1.7.1.116-portable-fp16-0123456789ab/     a build: both halves of one precision
+        encoder.engine decoder.engine
+        fingerprint.json                                     what it was built from, and what is in it
+        build.log                                            what the builder said
+      onnxruntime-1.32.0-any-fp16-fedcba987654/              what ONNX Runtime's TensorRT provider keeps
+
+A build appears whole or not at all. Knows no TensorRT.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import secrets
+import shutil
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from samekit._files import output_errors
+from samekit.errors import BackendUnavailableError, StaleEngineError
+from samekit.fingerprint import Fingerprint, capability_name, fingerprint_of, runs_on
+from samekit.spec import DECODER, ENCODER
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from samekit.spec import EngineSpec
+    from samekit.store import Engine
+
+BUILDS_FOLDER = "tensorrt"
+FINGERPRINT_FILE = "fingerprint.json"
+LOG_FILE = "build.log"
+
+# Seconds after which a temporary folder belongs to no build that is still running.
+_LONGEST_BUILD = 24 * 3600
+
+# Raised when an older samekit could misread the file.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """One engine file of a build, and what its building took."""
+
+    file: str
+    """Name inside the build's folder."""
+    size: int
+    """Bytes."""
+    sha256: str
+    layers: int
+    """Layers of the network after parsing, before TensorRT fused them."""
+    seconds: float
+    """From reading the graph to the finished engine."""
+    peak_memory: int | None
+    """Bytes: the most that the building process held until then, where the system tells."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """A finished folder of engines."""
+
+    folder: Path
+    fingerprint: Fingerprint
+    engines: dict[str, BuiltEngine]
+    """encoder / decoder -> engine; empty for a cache of ONNX Runtime."""
+
+    @classmethod
+    def load(cls, folder: Path) -> Build:
+        """Read a build and check that its files are there at their full size.
+
+        Raises:
+            StaleEngineError: it is damaged.
+        """
+        path = folder / FINGERPRINT_FILE
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            if document["format"] != FORMAT:
+                raise ValueError(f"format {document['format']}")  # noqa: TRY301 one cure for all that can be wrong
+            fingerprint = Fingerprint.from_json(document["fingerprint"])
+            engines = {half: BuiltEngine(**document["engines"][half]) for half in document["engines"]}
+            if engines and set(engines) != {ENCODER, DECODER}:
+                raise ValueError("half an autoencoder")  # noqa: TRY301 likewise
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise _damaged(path, f"cannot be read ({error!r})") from None
+        build = cls(folder, fingerprint, engines)
+        for engine in engines.values():
+            build._check_size(engine)
+        return build
+
+    def _check_size(self, engine: BuiltEngine) -> None:
+        path = self.folder / Path(engine.file).name
+        found = path.stat().st_size if path.is_file() else None
+        if found != engine.size:
+            raise _damaged(path, "is missing" if found is None else f"has {found} bytes instead of {engine.size}")
+
+    def read(self, half: str) -> bytes:
+        """The serialised engine of a half.
+
+        Raises:
+            StaleEngineError: its contents are not those that were built.
+        """
+        engine = self.engines[half]
+        path = self.folder / Path(engine.file).name
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise _damaged(path, f"cannot be read ({error.strerror})") from None
+        if hashlib.sha256(data).hexdigest() != engine.sha256:
+            raise _damaged(path, "contents have changed since it was built")
+        return data
+
+    def to_json(self) -> str:
+        """The text of `fingerprint.json`."""
+        document = {
+            "format": FORMAT,
+            "fingerprint": dataclasses.asdict(self.fingerprint),
+            "engines": {half: dataclasses.asdict(engine) for half, engine in self.engines.items()},
+        }
+        return json.dumps(document, indent=2) + "\n"
+
+
+def _damaged(path: Path, what: str) -> StaleEngineError:
+    """The error about a file of a build."""
+    return StaleEngineError(f"{path}: {what}; run: samekit clean {path.parents[2]}, and build the engine again")
+
+
+def build_folders(engine: Engine) -> list[Path]:
+    """Every finished build of an engine folder, whole or not."""
+    return sorted(path.parent for path in (engine.folder / BUILDS_FOLDER).glob(f"[!.]*/{FINGERPRINT_FILE}"))
+
+
+def why_stale(fingerprint: Fingerprint, spec: EngineSpec, versions: Mapping[str, str]) -> str | None:
+    """Why nothing here will ever run a build, or None if it is current.
+
+    Args:
+        fingerprint: of the build.
+        spec: of the engine folder that it lies in.
+        versions: of the flavours that are installed; a build of another flavour is not judged by its version.
+    """
+    if fingerprint.precision not in spec.graphs:
+        return f"there is no {fingerprint.precision} graph any more"
+    version = versions.get(fingerprint.flavour, fingerprint.version)
+    today = fingerprint_of(spec, fingerprint.precision, fingerprint.flavour, version, fingerprint.target)
+    return ", ".join(fingerprint.differences(today)) or None
+
+
+def choose_build(engine: Engine, precision: str, capability: tuple[int, int], versions: Mapping[str, str]) -> Build:
+    """The build to run on a GPU.
+
+    Args:
+        engine: the engine folder.
+        precision: of the graphs.
+        capability: compute capability of the GPU, (major, minor).
+        versions: of the flavours that are installed, the preferred one first.
+
+    Raises:
+        BackendUnavailableError: there is no build of this precision.
+        StaleEngineError: there are, but none that can run here.
+    """
+    engine.graph(ENCODER, precision)
+    usable, refusals = [], []
+    for folder in build_folders(engine):
+        try:
+            build = Build.load(folder)
+        except StaleEngineError as error:
+            refusals.append(str(error))
+            continue
+        if build.fingerprint.precision != precision or not build.engines:
+            continue
+        reason = _why_not_here(build.fingerprint, engine.spec, capability, versions)
+        if reason:
+            refusals.append(f"{folder.name}: {reason}")
+        else:
+            usable.append(build)
+    cure = f"run: samekit export {engine.spec.name} --precision {precision} --tensorrt auto"
+    if not usable and refusals:
+        raise StaleEngineError(f"{engine.folder}: no TensorRT engine can be used ({'; '.join(refusals)}); {cure}")
+    if not usable:
+        raise BackendUnavailableError(f"{engine.folder}: no TensorRT engine of {precision}; {cure}")
+    order = list(versions)
+    return min(usable, key=lambda build: order.index(build.fingerprint.flavour))
+
+
+def _why_not_here(
+    fingerprint: Fingerprint, spec: EngineSpec, capability: tuple[int, int], versions: Mapping[str, str]
+) -> str | None:
+    """Why a build cannot run on this machine today, or None."""
+    if fingerprint.flavour not in versions:
+        return f"needs {fingerprint.flavour} {fingerprint.version}, which is not installed"
+    if not runs_on(fingerprint.target, capability):
+        return f"was built for {fingerprint.target}, this GPU is {capability_name(capability)}"
+    return why_stale(fingerprint, spec, versions)
+
+
+@contextmanager
+def new_build(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes the build `folder` when the block ends well, and vanishes when it does not.
+
+    Where another process has finished the same build first, its result stays and this one goes.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    staging, aside = (folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.{role}") for role in ("new", "old"))
+    try:
+        with output_errors(folder):
+            staging.mkdir(parents=True)
+        yield staging
+        with output_errors(folder):
+            _put_in_place(staging, folder, aside)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put_in_place(staging: Path, folder: Path, aside: Path) -> None:
+    """Rename a finished build, unless there is a whole one already; a damaged one makes room."""
+    try:
+        staging.rename(folder)
+    except OSError:
+        if is_whole(folder):
+            return
+        # Another process may be doing the same: whoever comes second finds it gone, or finds the other's build.
+        with suppress(FileNotFoundError):
+            folder.rename(aside)
+        try:
+            staging.rename(folder)
+        except OSError:
+            if not is_whole(folder):
+                raise
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder holds a build whose every byte is as it was built."""
+    try:
+        build = Build.load(folder)
+        for half in build.engines:
+            build.read(half)
+    except StaleEngineError:
+        return False
+    return True
+
+
+def remove_stale(engine: Engine, versions: Mapping[str, str]) -> list[tuple[Path, int]]:
+    """Remove the builds that nothing here will ever run, and what interrupted builds left.
+
+    Args:
+        engine: the engine folder.
+        versions: of the flavours that are installed.
+
+    Returns:
+        What was removed, and how many bytes it held.
+
+    Raises:
+        OutputError: something cannot be removed.
+    """
+    removed = []
+    for folder in (*build_folders(engine), *_leftovers(engine)):
+        if folder.name.startswith(".") or _stale_reason(folder, engine.spec, versions):
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            with output_errors(folder):
+                shutil.rmtree(folder)
+            removed.append((folder, size))
+    return removed
+
+
+def _leftovers(engine: Engine) -> list[Path]:
+    """Temporary folders of builds that were killed."""
+    hidden = (path for path in (engine.folder / BUILDS_FOLDER).glob(".*.*") if path.is_dir())
+    return sorted(path for path in hidden if time.time() - path.stat().st_mtime > _LONGEST_BUILD)
+
+
+def _stale_reason(folder: Path, spec: EngineSpec, versions: Mapping[str, str]) -> str | None:
+    """Why a folder is stale or damaged, or None."""
+    try:
+        return why_stale(Build.load(folder).fingerprint, spec, versions)
+    except StaleEngineError as error:
+        return str(error)
+
+
+def describe_builds(engine: Engine, versions: Mapping[str, str]) -> Iterator[str]:
+    """A line for each build: what it is, its layers and size, and whether it is current."""
+    for folder in build_folders(engine):
+        reason = _stale_reason(folder, engine.spec, versions)
+        state = f"STALE: {reason}" if reason else "current"
+        try:
+            halves = Build.load(folder).engines
+        except StaleEngineError:
+            halves = {}
+        sizes = "; ".join(f"{half} {e.layers} layers, {e.size / 1e6:.0f} MB" for half, e in halves.items())
+        yield f"{folder.name}: {f'{sizes}; ' if sizes else ''}{state}"
+
+
+def write_document(folder: Path, build: Build) -> None:
+    """Write `fingerprint.json`, which makes a folder a build."""
+    (folder / FINGERPRINT_FILE).write_text(build.to_json(), encoding="utf-8")
+
+
+def open_cache(engine: Engine, precision: str, flavour: str, version: str) -> Path:
+    """A folder in which a runtime keeps engines of its own, under the same fingerprint as ours; made if need be.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    fingerprint = fingerprint_of(engine.spec, precision, flavour, version, target="any")
+    folder = engine.folder / BUILDS_FOLDER / fingerprint.name
+    if not (folder / FINGERPRINT_FILE).is_file():
+        with new_build(folder) as staging:
+            write_document(staging, Build(folder, fingerprint, {}))
+    return folder

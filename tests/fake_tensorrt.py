@@ -1,0 +1,184 @@
+"""A TensorRT that computes something simple in host memory, and keeps the habits of the real one that bite.
+
+It writes to the addresses that it was given, answers False instead of raising, leaves the old shape in place when a new
+one is refused, and leaves the output as it was when a launch fails.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from samekit.fingerprint import PROFILES, TENSORRT, output_shape
+from samekit.spec import ENCODER
+
+# A stream is a number; TensorRT would synchronise the device on the default one, 0.
+STREAM = 7
+
+
+def floats_at(address, shape):
+    """The memory at an address, as an array."""
+    numbers = (ctypes.c_float * int(np.prod(shape))).from_address(address)
+    return np.ctypeslib.as_array(numbers).reshape(shape)
+
+
+def computed(spec, half, array):
+    """What the fake computes: a latent's output is the sum of its input, plus the number of the feature."""
+    latents = array.shape[2] // (spec.hop if half == ENCODER else 1)
+    sums = array.reshape(array.shape[0], array.shape[1], latents, -1).sum(axis=(1, 3), dtype=np.float64)
+    shape = output_shape(spec, half, array.shape[0], latents)
+    spread = np.repeat(sums[:, None], shape[2] // latents, axis=2)
+    return (spread + np.arange(shape[1])[:, None]).astype(np.float32)
+
+
+class FakeTensorRT:
+    """The module. An engine's bytes are the name of its half."""
+
+    __name__ = TENSORRT
+    __version__ = "11.4.0"
+    TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
+    ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
+
+    def __init__(self, spec):
+        # A class of this module, as samekit derives its own from it.
+        self.ILogger = type("ILogger", (), {"Severity": SimpleNamespace(VERBOSE="VERBOSE")})
+        self.spec = spec
+        self.fails = None
+        self.events = []
+        self.contexts = []
+
+    def works(self, step):
+        """Whether a step succeeds."""
+        return self.fails != step
+
+    def Runtime(self, logger):  # noqa: N802 TensorRT's name
+        assert isinstance(logger, self.ILogger)
+        return SimpleNamespace(deserialize_cuda_engine=self._load)
+
+    def _load(self, data):
+        self.events.append(f"load {data.decode()}")
+        return FakeEngine(self, data.decode()) if self.works("load") else None
+
+
+class FakeEngine:
+    num_io_tensors = 2
+
+    def __init__(self, module, half):
+        self.module = module
+        self.half = half
+        self.names = ("audio", "latents") if half == ENCODER else ("latents", "audio")
+
+    def get_tensor_name(self, index):
+        return self.names[index]
+
+    def get_tensor_mode(self, name):
+        return "input" if name == self.names[0] else "output"
+
+    def get_device_memory_size_for_profile_v2(self, profile):
+        return 5000 + profile
+
+    def create_execution_context(self, strategy):
+        assert strategy == "user managed"
+        self.module.contexts.append(FakeContext(self))
+        return self.module.contexts[-1] if self.module.works("context") else None
+
+
+class FakeContext:
+    def __init__(self, engine):
+        self.engine = engine
+        self.module = engine.module
+        self.shape = self.profile = None
+        self.addresses = {}
+
+    def set_optimization_profile_async(self, profile, stream):
+        assert stream == STREAM
+        self.profile = profile
+        return self.module.works("profile")
+
+    def _latents(self, shape):
+        return shape[2] // (self.module.spec.hop if self.engine.half == ENCODER else 1)
+
+    def set_input_shape(self, name, shape):
+        assert name == self.engine.names[0]
+        if not PROFILES[self.profile].takes(shape[0], self._latents(shape)) or not self.module.works("shape"):
+            return False
+        self.shape = shape
+        return True
+
+    def infer_shapes(self):
+        return [] if self.module.works("infer") else ["audio"]
+
+    def get_tensor_shape(self, name):
+        assert name == self.engine.names[1]
+        if not self.module.works("output shape"):
+            return (1, 2, 3)
+        return output_shape(self.module.spec, self.engine.half, self.shape[0], self._latents(self.shape))
+
+    def update_device_memory_size_for_shapes(self):
+        return 10 * self.shape[0] * self._latents(self.shape) if self.module.works("memory") else 0
+
+    def set_device_memory(self, address, size):
+        assert address or not size
+        self.module.events.append(f"{size} bytes of scratch")
+
+    def set_tensor_address(self, name, address):
+        self.addresses[name] = address
+        return self.module.works(f"address of {name}")
+
+    def execute_async_v3(self, stream):
+        assert stream == STREAM
+        self.module.events.append("launch")
+        if not self.module.works("launch"):
+            return False
+        source, target = (self.addresses[name] for name in self.engine.names)
+        result = computed(self.module.spec, self.engine.half, floats_at(source, self.shape))
+        floats_at(target, result.shape)[:] = result
+        return True
+
+
+class FakeGpu:
+    """Host memory in place of a GPU's; notes the order of events."""
+
+    capability = (8, 9)
+
+    def __init__(self, events):
+        self.events = events
+        self.scratches = weakref.WeakSet()
+
+    def holds(self, value):
+        return isinstance(value, torch.Tensor)
+
+    def upload(self, array):
+        self.events.append("upload")
+        return torch.from_numpy(array.copy())
+
+    def download(self, tensor):
+        self.events.append("download")
+        return tensor.numpy()
+
+    def empty(self, shape):
+        return torch.full(shape, float("nan"))
+
+    def scratch(self, size):
+        block = torch.empty(size, dtype=torch.uint8)
+        self.scratches.add(block)
+        return block
+
+    def join(self, pieces):
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+    @contextmanager
+    def ordered(self):
+        self.events.append("engine waits")
+        yield STREAM
+        # What is freed before this may be given away while the engine still writes to it.
+        self.events.append("caller waits" + (" with scratch" if self.scratches else ""))
+
+    def capture(self, launch):
+        self.events.append("capture")
+        return lambda: launch(STREAM)

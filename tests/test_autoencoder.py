@@ -1,0 +1,453 @@
+"""`AutoencoderModel`: exact windows, the reference's signatures, NumPy and PyTorch, files."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+from helpers import (
+    HOP,
+    KINDS,
+    RATE,
+    FakeBackend,
+    assert_close,
+    assert_one_line,
+    each_half,
+    noise,
+    run_half,
+    smallest_window,
+)
+
+from samekit import AutoencoderModel
+from samekit.audio import read_audio
+from samekit.autoencoder import Autoencoder
+from samekit.errors import AudioFileError, BackendError, EngineNotFoundError, InputError, LatentsFileError, OutputError
+from samekit.spec import ENCODER
+from samekit_export.verify import example_input
+
+LEAST_DB = 110
+
+
+# --- Exact windows -----------------------------------------------------------------------------------------
+
+
+def recorded(backend, monkeypatch):
+    """The length of every call that a backend gets from now on, in latents."""
+    lengths, run = [], backend._run
+
+    def record(half, array):
+        lengths.append(array.shape[-1] // (backend.spec.hop if half == ENCODER else 1))
+        return run(half, array)
+
+    monkeypatch.setattr(backend, "_run", record)
+    return lengths
+
+
+@each_half
+@pytest.mark.parametrize("latents", [300, 301])
+def test_exact_windows_equal_one_pass(backend, half, latents, monkeypatch):
+    array = example_input(backend.spec, half, 1, latents, seed=latents)
+    whole = run_half(backend, half, array)
+    lengths = recorded(backend, monkeypatch)
+    assert_close(whole, run_half(Autoencoder(backend, 64), half, array), LEAST_DB)
+    assert len(lengths) >= 5
+    assert max(lengths) == 64
+
+
+@each_half
+@pytest.mark.parametrize("latents", [1, 2, 13, 30])
+def test_smallest_windows_equal_one_pass(backend, half, latents):
+    array = example_input(backend.spec, half, 2, latents, seed=latents)
+    # The decoder's window serves both halves: its context is no smaller.
+    window = smallest_window(backend.spec, "decoder")
+    assert_close(run_half(backend, half, array), run_half(Autoencoder(backend, window), half, array), LEAST_DB)
+
+
+@each_half
+def test_default_window_bounds_the_memory(backend, half, monkeypatch):
+    array = example_input(backend.spec, half, 1, 600, seed=0)
+    lengths = recorded(backend, monkeypatch)
+    run_half(Autoencoder(backend), half, array)
+    assert max(lengths) <= 128
+    assert sum(lengths) <= 600 * 1.2
+
+
+def test_window_without_room(backend):
+    with pytest.raises(InputError, match=r"a window of 1 latents .*; pass a multiple of") as caught:
+        AutoencoderModel(backend, window=1)
+    assert_one_line(caught.value)
+
+
+@pytest.mark.parametrize("window", [0, -64, 64.0, "64"], ids=repr)
+def test_windows_that_are_no_size(window):
+    with pytest.raises(InputError, match="window"):
+        AutoencoderModel(FakeBackend(), window=window)
+
+
+# --- Signatures --------------------------------------------------------------------------------------------
+
+SAMPLES = 2 * HOP + 100
+CLIP = noise((3, SAMPLES))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def onnx_model(model_of, request):
+    """Both models on ONNX Runtime; what an array becomes before that does not depend on the backend."""
+    return model_of(request.param, "onnxruntime")
+
+
+def as_batch(*clips):
+    """Stereo clips of any length as a padded batch."""
+    longest = HOP * math.ceil(max(clip.shape[-1] for clip in clips) / HOP)
+    return np.stack([np.pad(clip, ((0, 0), (0, longest - clip.shape[-1]))) for clip in clips])
+
+
+# What encode() takes: the audio, its rate, and the stereo clips at the model's rate that it stands for.
+SIGNATURES = {
+    "[2, n]": (CLIP[:2], RATE, [CLIP[:2]]),
+    "[1, n], doubled": (CLIP[:1], RATE, [CLIP[[0, 0]]]),
+    "[n], doubled": (CLIP[0], RATE, [CLIP[[0, 0]]]),
+    "[3, n], the first two": (CLIP, RATE, [CLIP[:2]]),
+    "[1, 2, n]": (CLIP[None, :2], RATE, [CLIP[:2]]),
+    "[3, 1, n]": (CLIP[:, None], RATE, [CLIP[[0, 0]], CLIP[[1, 1]], CLIP[[2, 2]]]),
+    "batch, a rate each": (CLIP[:2, None], [RATE, RATE], [CLIP[[0, 0]], CLIP[[1, 1]]]),
+    "list": ([CLIP[:2]], RATE, [CLIP[:2]]),
+    "list of lengths, a rate each": ([CLIP[0], CLIP[1:, :99]], (RATE, RATE), [CLIP[[0, 0]], CLIP[1:, :99]]),
+    "tuple, one rate": ((CLIP[0, :HOP], CLIP[:2, :1]), RATE, [CLIP[[0, 0], :HOP], CLIP[:2, :1]]),
+    "one sample": (CLIP[:2, :1], RATE, [CLIP[:2, :1]]),
+}
+
+
+@pytest.mark.parametrize("signature", SIGNATURES)
+def test_signatures(onnx_model, signature):
+    audio, rate, clips = SIGNATURES[signature]
+    prepared = as_batch(*clips)
+    latents = onnx_model.encode(audio, rate)
+    assert latents.shape == (len(clips), 32, prepared.shape[-1] // HOP)
+    assert_close(onnx_model.autoencoder.encode_audio(prepared), latents, LEAST_DB)
+
+
+def test_rates_of_a_list(onnx_model):
+    clips, rates = [noise(30_000, 1), noise((2, 9000), 2)], [48_000, 22_050]
+    together = onnx_model.encode(clips, rates)
+    assert together.shape[-1] == math.ceil(30_000 * 441 / 480 / HOP)
+    # The first is the longest: its latents do not depend on the second's.
+    assert_close(onnx_model.encode(clips[0], rates[0])[0], together[0], LEAST_DB)
+
+
+@pytest.mark.parametrize("rate", [np.int64(RATE), np.int32(RATE)], ids=repr)
+def test_rates_of_numpy(onnx_model, rate):
+    expected = onnx_model.encode(CLIP[:2], RATE)
+    assert np.array_equal(onnx_model.encode(CLIP[:2], rate), expected)
+    assert np.array_equal(onnx_model.encode([CLIP[:2]], rate), expected)
+    assert np.array_equal(onnx_model.encode([CLIP[:2]], np.array([rate])), expected)
+
+
+@pytest.mark.parametrize(
+    "audio", [CLIP[0], CLIP[:2], CLIP[None, :2], [CLIP[:2]]], ids=["[n]", "[2, n]", "batch", "list"]
+)
+@pytest.mark.parametrize("rate", [44_100.5, None, "44100", 0, -RATE, [RATE] * 3, []], ids=repr)
+def test_rates_that_are_none(onnx_model, audio, rate):
+    with pytest.raises(InputError, match="rate"):
+        onnx_model.encode(audio, rate)
+
+
+def test_audio_of_one_latent_too_little(onnx_model):
+    padded = np.pad(CLIP[:2], ((0, 0), (0, 3 * HOP - SAMPLES)))
+    assert_close(onnx_model.autoencoder.encode_audio(padded[None]), onnx_model.encode(CLIP[:2], RATE), LEAST_DB)
+    assert_close(
+        onnx_model.autoencoder.encode_audio(padded[None]), onnx_model.autoencoder.encode_audio(CLIP[None, :2]), LEAST_DB
+    )
+
+
+def test_preparation_of_one_clip(onnx_model):
+    inner = onnx_model.autoencoder
+    ready = inner.preprocess_audio_for_encoder(CLIP[0], RATE)
+    assert ready.shape == (1, 2, 3 * HOP)
+    assert np.array_equal(ready[0, :, :SAMPLES], CLIP[[0, 0]])
+    assert not ready[..., SAMPLES:].any()
+
+
+def test_facts(onnx_model):
+    model, inner = onnx_model, onnx_model.autoencoder
+    assert (model.sample_rate, model.downsampling_ratio, model.latent_dim, model.device) == (RATE, HOP, 32, "cpu")
+    assert (inner.sample_rate, inner.downsampling_ratio, inner.latent_dim) == (RATE, HOP, 32)
+    assert (inner.io_channels, inner.min_length) == (2, HOP)
+    assert model.spec.latents(441_000) == 108
+
+
+# --- NumPy and PyTorch -------------------------------------------------------------------------------------
+
+ACCEPTED = {
+    "float64": lambda array: array.astype(np.float64),
+    "big-endian": lambda array: array.astype(">f4"),
+    "Fortran order": np.asfortranarray,
+    "reversed": lambda array: array[..., ::-1].copy()[..., ::-1],
+    "every second": lambda array: np.repeat(array, 2, axis=-1)[..., ::2],
+    "tensor": torch.from_numpy,
+    "float64 tensor": lambda array: torch.from_numpy(array).double(),
+    "transposed tensor": lambda array: torch.from_numpy(array).transpose(0, 1).contiguous().transpose(0, 1),
+    "tensor with a gradient": lambda array: torch.from_numpy(array).requires_grad_(),
+}
+COARSE = {
+    "float16": lambda array: array.astype(np.float16),
+    "float16 tensor": lambda array: torch.from_numpy(array).half(),
+    "bfloat16 tensor": lambda array: torch.from_numpy(array).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("form", [*ACCEPTED, *COARSE])
+def test_same_kind_comes_back(onnx_model, form):
+    convert, least_db = (ACCEPTED[form], LEAST_DB) if form in ACCEPTED else (COARSE[form], 30)
+    latents, audio = noise((2, 32, 5), level=1), noise((2, HOP))
+    for method, array in ((onnx_model.decode, latents), (lambda clip: onnx_model.encode(clip, RATE), audio)):
+        given = convert(array)
+        output = method(given)
+        assert type(output) is type(given)
+        if isinstance(output, torch.Tensor):
+            assert output.device.type == "cpu"
+            assert not output.requires_grad
+            output = output.numpy()
+        assert_close(method(array), output, least_db)
+
+
+def test_prepared_audio_is_of_the_same_kind(onnx_model):
+    tensor = torch.from_numpy(CLIP[:2])
+    ready = onnx_model.autoencoder.preprocess_audio_list_for_encoder([tensor, tensor[:1]], RATE)
+    assert isinstance(ready, torch.Tensor)
+    assert ready.shape == (2, 2, 3 * HOP)
+    assert isinstance(onnx_model.autoencoder.encode_audio(ready), torch.Tensor)
+    assert isinstance(onnx_model.encode([tensor], RATE), torch.Tensor)
+
+
+# What neither encode() nor decode() takes, and the cure that its message names.
+REFUSED = {
+    "int16": (np.zeros((1, 32, 5), np.int16), "divide by 32768 first"),
+    "int32": (np.zeros((1, 32, 5), np.int32), "divide by 2147483648 first"),
+    "int16 tensor": (torch.zeros((1, 32, 5), dtype=torch.int16), "divide by 32768 first"),
+    "uint8": (np.zeros((1, 32, 5), np.uint8), "convert it first"),
+    "bool": (np.zeros((1, 32, 5), bool), "convert it first"),
+    "complex": (np.zeros((1, 32, 5), np.complex64), "convert it first"),
+    "text": ("song.wav", "NumPy array or a PyTorch tensor"),
+    "None": (None, "NumPy array or a PyTorch tensor"),
+    "NaN": (np.full((1, 32, 5), np.nan, np.float32), "holds NaN"),
+    "infinity": (np.full((1, 32, 5), np.inf, np.float32), "infinity"),
+    "beyond float32": (np.full((1, 32, 5), 1e39), "beyond float32"),
+    "empty": (np.zeros((1, 32, 0), np.float32), "is empty"),
+    "rank 4": (np.zeros((1, 1, 32, 5), np.float32), "must be"),
+}
+
+
+@pytest.mark.parametrize("cause", REFUSED)
+def test_arrays_that_cannot_be_used(cause):
+    value, match = REFUSED[cause]
+    model = AutoencoderModel(FakeBackend())
+    for call in (lambda: model.encode(value, RATE), lambda: model.decode(value)):
+        with pytest.raises(InputError, match=match) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    assert model.autoencoder.backend.calls == []
+
+
+def test_shapes_that_do_not_fit_the_model():
+    model = AutoencoderModel(FakeBackend())
+    for shape in ((1, 5, 7), (4, 7), (7,)):
+        with pytest.raises(InputError, match=r"latents must be \[batch, 4, length\]"):
+            model.decode(np.zeros(shape, np.float32))
+    for shape in ((1, 3, 8), (2, 8), (8,)):
+        with pytest.raises(InputError, match=r"audio must be \[batch, 2, length\]"):
+            model.autoencoder.encode_audio(np.zeros(shape, np.float32))
+    with pytest.raises(InputError, match="0 clips"):
+        model.encode([], RATE)
+    with pytest.raises(InputError, match="pass 0 <= overlap < chunk_size"):
+        model.decode(np.zeros((1, 4, 300), np.float32), chunked=True, chunk_size=32, overlap=32)
+    assert model.autoencoder.backend.calls == []
+
+
+def test_chunked_runs_the_references_chunks():
+    model = AutoencoderModel(FakeBackend())
+    assert model.decode(np.zeros((1, 4, 300), np.float32), chunked=True).shape == (1, 2, 2400)
+    # Starts 0, 96, 172 (anchored): 128 latents each, by default.
+    assert model.autoencoder.backend.calls == [128, 128, 128]
+
+
+# --- Opening and closing -----------------------------------------------------------------------------------
+
+
+def test_from_pretrained(engine_of, checkpoint_of, monkeypatch):
+    folder = engine_of("tiny-s").folder
+    latents = noise((1, 32, 3))
+    with AutoencoderModel.from_pretrained(folder, "cpu") as by_folder:
+        expected = by_folder.decode(latents)
+        assert by_folder.autoencoder.backend.name == "onnxruntime"
+    monkeypatch.setenv("SAMEKIT_CACHE", str(folder.parent))
+    with AutoencoderModel.from_pretrained("tiny-s", backend="onnxruntime", threads=1, window=8) as by_name:
+        assert_close(expected, by_name.decode(latents), LEAST_DB)
+    with AutoencoderModel.from_pretrained(checkpoint_of("tiny-s"), backend="torch") as checkpoint:
+        assert_close(expected, checkpoint.decode(latents), 100)
+
+
+def test_from_pretrained_with_options_that_are_none(engine_of):
+    with pytest.raises(InputError, match="colour"):
+        AutoencoderModel.from_pretrained(engine_of("tiny-s").folder, colour="red")
+    with pytest.raises(EngineNotFoundError, match="samekit export"):
+        AutoencoderModel.from_pretrained("nowhere", backend="onnxruntime")
+
+
+def test_closing_closes_the_backend(monkeypatch):
+    backend, closed = FakeBackend(), []
+    monkeypatch.setattr(backend, "close", lambda: closed.append(True))
+    with pytest.raises(KeyError), AutoencoderModel(backend):
+        raise KeyError
+    assert closed == [True]
+
+
+# --- Files -------------------------------------------------------------------------------------------------
+
+FILE_SAMPLES = 70 * HOP + 1234
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An empty folder for outputs, apart from the inputs."""
+    path = tmp_path / "out"
+    path.mkdir()
+    return path
+
+
+def write_wav(path, samples=FILE_SAMPLES, rate=RATE, channels=2):
+    sf.write(path, noise((samples, channels), seed=5, level=0.1), rate, "FLOAT")
+    return path
+
+
+def test_encode_file(model, tmp_path, folder):
+    song, seen = write_wav(tmp_path / "song.wav"), []
+    metadata = model.encode_file(song, folder / "song.npy", seen.append)
+    clip, _ = read_audio(song)
+    assert_close(model.encode(clip, RATE)[0], np.load(folder / "song.npy", allow_pickle=False), LEAST_DB)
+    assert json.loads((folder / "song.json").read_text(encoding="utf-8")) == metadata
+    assert metadata == {
+        "model": model.spec.name,
+        "model_sha256": model.spec.source_sha256,
+        "precision": "fp32",
+        "source": str(song),
+        "sample_rate": RATE,
+        "samples": FILE_SAMPLES,
+        "latents": 71,
+    }
+    assert sum(seen) == FILE_SAMPLES
+    assert sorted(path.name for path in folder.iterdir()) == ["song.json", "song.npy"]
+
+
+def test_encode_file_at_another_rate(onnx_model, tmp_path, folder):
+    song = write_wav(tmp_path / "song.wav", 100_001, 48_000, channels=1)
+    metadata = onnx_model.encode_file(song, folder / "song.npy")
+    clip, _ = read_audio(song)
+    assert_close(onnx_model.encode(clip, 48_000)[0], np.load(folder / "song.npy"), LEAST_DB)
+    assert metadata["samples"] == math.ceil(100_001 * 441 / 480)
+
+
+@pytest.mark.parametrize("samples", [1, HOP - 1, HOP, HOP + 1, 64 * HOP, FILE_SAMPLES])
+def test_decoded_file_has_the_exact_length(onnx_model, tmp_path, folder, samples):
+    song = write_wav(tmp_path / "song.wav", samples)
+    onnx_model.encode_file(song, folder / "song.npy")
+    seen = []
+    assert onnx_model.decode_file(folder / "song.npy", folder / "song.wav", "FLOAT", progress=seen.append) == samples
+    decoded, rate = read_audio(folder / "song.wav")
+    latents = np.load(folder / "song.npy")
+    assert rate == RATE
+    assert_close(onnx_model.decode(latents[None])[0, :, :samples], decoded, LEAST_DB)
+    assert sum(seen) == latents.shape[-1]
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_latents_that_others_saved(model, tmp_path, folder, order):
+    latents = noise((32, 9), level=1)
+    np.save(tmp_path / "song.npy", np.asarray(latents, order=order))
+    assert model.decode_file(tmp_path / "song.npy", folder / "song.wav", "FLOAT") == 9 * HOP
+    assert_close(model.decode(latents[None])[0], read_audio(folder / "song.wav")[0], LEAST_DB)
+
+
+def test_latents_of_another_model(model_of, tmp_path, folder):
+    song = write_wav(tmp_path / "song.wav", 9000)
+    model_of("tiny-s", "onnxruntime").encode_file(song, tmp_path / "song.npy")
+    # What matters is the weights, not what runs them.
+    assert model_of("tiny-s", "torch").decode_file(tmp_path / "song.npy", folder / "song.wav") == 9000
+    (folder / "song.wav").unlink()
+    with pytest.raises(LatentsFileError, match=r"another model \(tiny-s\), not of this tiny-l") as caught:
+        model_of("tiny-l", "onnxruntime").decode_file(tmp_path / "song.npy", folder / "song.wav")
+    assert_one_line(caught.value)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("samples", [1, 3 * HOP, -5, "9000", 9000.0, None], ids=repr)
+def test_length_that_does_not_fit_the_latents(onnx_model, tmp_path, folder, samples):
+    np.save(tmp_path / "song.npy", noise((32, 5)))
+    (tmp_path / "song.json").write_text(json.dumps({"samples": samples}), encoding="utf-8")
+    with pytest.raises(LatentsFileError, match=r"holds 5 latents, but .* says .* samples; encode again"):
+        onnx_model.decode_file(tmp_path / "song.npy", folder / "song.wav")
+    assert list(folder.iterdir()) == []
+
+
+def fail_on_call(backend, monkeypatch, number):
+    """Let a backend fail on its call of that number, counted from 0."""
+    run, calls = backend._run, []
+
+    def fail(half, array):
+        calls.append(half)
+        if len(calls) > number:
+            raise BackendError("the power went out; try again")
+        return run(half, array)
+
+    monkeypatch.setattr(backend, "_run", fail)
+    return calls
+
+
+def test_encoding_that_fails_midway(onnx_model, tmp_path, folder, monkeypatch):
+    song = write_wav(tmp_path / "song.wav", 300 * HOP)
+    onnx_model.encode_file(write_wav(tmp_path / "short.wav", HOP), folder / "song.npy")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    calls = fail_on_call(onnx_model.autoencoder.backend, monkeypatch, 1)
+    for target in ("song.npy", "new.npy"):
+        calls.clear()
+        with pytest.raises(BackendError, match="the power went out"):
+            onnx_model.encode_file(song, folder / target)
+        assert len(calls) == 2
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_decoding_that_fails_midway(onnx_model, tmp_path, folder, monkeypatch, number):
+    np.save(tmp_path / "song.npy", noise((32, 300)))
+    calls = fail_on_call(onnx_model.autoencoder.backend, monkeypatch, number)
+    with pytest.raises(BackendError, match="the power went out"):
+        onnx_model.decode_file(tmp_path / "song.npy", folder / "song.wav")
+    assert len(calls) == number + 1
+    assert list(folder.iterdir()) == []
+
+
+def test_audio_that_turns_bad_midway(onnx_model, tmp_path, folder):
+    samples = noise((300 * HOP, 2))
+    samples[-1, 0] = np.nan
+    sf.write(tmp_path / "song.wav", samples, RATE, "FLOAT")
+    with pytest.raises(AudioFileError, match="NaN"):
+        onnx_model.encode_file(tmp_path / "song.wav", folder / "song.npy")
+    assert list(folder.iterdir()) == []
+
+
+def test_outputs_that_cannot_be_written(onnx_model, tmp_path, folder):
+    song = write_wav(tmp_path / "song.wav", HOP)
+    np.save(tmp_path / "song.npy", noise((32, 5)))
+    with pytest.raises(OutputError, match="nowhere"):
+        onnx_model.encode_file(song, folder / "nowhere" / "song.npy")
+    with pytest.raises(OutputError, match="nowhere"):
+        onnx_model.decode_file(tmp_path / "song.npy", folder / "nowhere" / "song.wav")
+    with pytest.raises(InputError, match=r"use \.npy"):
+        onnx_model.encode_file(song, folder / "song.pt")
+    with pytest.raises(InputError, match=r"use \.wav or \.flac"):
+        onnx_model.decode_file(tmp_path / "song.npy", folder / "song.mp3")
+    assert list(folder.iterdir()) == []

@@ -1,0 +1,353 @@
+"""The contract of `samekit.backends.base`, on every backend; how backends are chosen, opened and refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from helpers import (
+    BACKEND_NAMES,
+    FakeBackend,
+    assert_close,
+    assert_one_line,
+    each_half,
+    in_one_pass,
+    run_half,
+)
+
+from samekit.backends import AUTO, BACKENDS, open_backend
+from samekit.backends.base import BackendOptions
+from samekit.errors import (
+    BackendError,
+    BackendUnavailableError,
+    EngineError,
+    EngineNotFoundError,
+    InputError,
+    NonFiniteError,
+    SamekitError,
+)
+from samekit.spec import ENCODER
+from samekit_export.verify import example_input
+
+
+def test_every_backend_is_held_to_the_contract():
+    assert set(BACKENDS) == {AUTO, *BACKEND_NAMES}
+
+
+@pytest.fixture
+def opened(place_of, kind, backend_name):
+    """A backend of this test's own."""
+    folder, device = place_of(kind, backend_name)
+    return open_backend(folder, backend_name, BackendOptions(device=device, threads=1))
+
+
+# What a half does not take: the cause, made from an array that it takes.
+REFUSED = {
+    "rank 2": lambda array: array[0],
+    "rank 4": lambda array: array[None],
+    "a feature too many": lambda array: np.concatenate([array, array[:, :1]], axis=1),
+    "a feature too few": lambda array: array[:, 1:],
+    "float64": lambda array: array.astype(np.float64),
+    "float16": lambda array: array.astype(np.float16),
+    "int16": lambda array: array.astype(np.int16),
+    "no batch": lambda array: array[:0],
+    "no latents": lambda array: array[:, :, :0],
+}
+
+
+@each_half
+class TestContract:
+    @pytest.mark.parametrize("batch", [1, 2, 3])
+    @pytest.mark.parametrize("latents", range(1, 10))
+    def test_equals_eager_pytorch(self, backend, eager_of, kind, half, latents, batch):
+        array = example_input(backend.spec, half, batch, latents, seed=latents)
+        eager = eager_of(kind)
+        expected = in_one_pass(eager.encode if half == ENCODER else eager.decode, array)
+        assert_close(expected, run_half(backend, half, array), 100)
+
+    def test_shapes_are_those_of_the_spec(self, backend, half):
+        spec = backend.spec
+        audio, latents = (2, spec.channels, 3 * spec.hop), (2, spec.latent_width, 3)
+        before, after = (audio, latents) if half == ENCODER else (latents, audio)
+        assert run_half(backend, half, np.zeros(before, np.float32)).shape == after
+
+    def test_results_are_the_callers_own(self, backend, half):
+        array = example_input(backend.spec, half, 1, 4, seed=0)
+        first = run_half(backend, half, array)
+        kept = first.copy()
+        second = run_half(backend, half, array * 2)
+        assert np.array_equal(first, kept)
+        assert not np.array_equal(second, kept)
+        assert first.flags.writeable
+        assert not np.shares_memory(first, second)
+        assert not np.shares_memory(first, array)
+
+    def test_input_is_left_alone(self, backend, half):
+        array = example_input(backend.spec, half, 1, 3, seed=0)
+        kept = array.copy()
+        run_half(backend, half, array)
+        assert np.array_equal(array, kept)
+
+    def test_same_input_same_output(self, backend, half):
+        array = example_input(backend.spec, half, 1, 3, seed=0)
+        assert np.array_equal(run_half(backend, half, array), run_half(backend, half, array))
+
+    @pytest.mark.parametrize("layout", ["read-only", "reversed", "Fortran order"])
+    def test_any_memory_layout(self, backend, half, layout):
+        array = example_input(backend.spec, half, 1, 3, seed=0)
+        if layout == "read-only":
+            other = array.copy()
+            other.flags.writeable = False
+        elif layout == "reversed":
+            other = array[..., ::-1].copy()[..., ::-1]
+        else:
+            other = np.asfortranarray(array)
+        assert np.array_equal(run_half(backend, half, other), run_half(backend, half, array))
+
+    @pytest.mark.parametrize("cause", REFUSED)
+    def test_what_it_does_not_take(self, backend, half, monkeypatch, cause):
+        monkeypatch.setattr(backend, "_run", lambda *_: pytest.fail("it ran"))
+        array = REFUSED[cause](example_input(backend.spec, half, 1, 2, seed=0))
+        with pytest.raises(InputError, match=rf"the {half} takes .*, got .*\d\]$|got .*\[\]"):
+            run_half(backend, half, array)
+
+    def test_used_by_several_threads(self, opened, half):
+        arrays = [example_input(opened.spec, half, 1, 3, seed) for seed in range(8)]
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(lambda array: run_half(opened, half, array), arrays))
+        for array, output in zip(arrays, together, strict=True):
+            assert_close(run_half(opened, half, array), output, 110)
+
+    def test_close(self, opened, half):
+        array = example_input(opened.spec, half, 1, 1, seed=0)
+        with opened as same:
+            assert same is opened
+            run_half(opened, half, array)
+        opened.close()
+        with pytest.raises(SamekitError):
+            run_half(opened, half, array)
+
+
+def test_parts_of_a_latent_are_refused(backend, monkeypatch):
+    monkeypatch.setattr(backend, "_run", lambda *_: pytest.fail("it ran"))
+    for length in (1, backend.spec.hop - 1, backend.spec.hop + 1):
+        with pytest.raises(InputError, match=f"one latent of {backend.spec.hop}, got .*{length}"):
+            backend.encode(np.zeros((1, 2, length), np.float32))
+
+
+# --- What the base class checks of every backend -----------------------------------------------------------
+
+
+@each_half
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_output_that_is_not_finite(half, value):
+    def answer(half, array):
+        output = FakeBackend().zeros(half, array)
+        output[-1, -1, -1] = value
+        return output
+
+    array = example_input(FakeBackend().spec, half, 2, 3, seed=0)
+    with pytest.raises(NonFiniteError, match=f"the fp32 {half} .fake. produced NaN or infinity") as caught:
+        run_half(FakeBackend(answer), half, array)
+    assert_one_line(caught.value)
+    with pytest.raises(NonFiniteError, match='use precision "fp32"'):
+        run_half(FakeBackend(answer, precision="fp16"), half, array)
+
+
+@each_half
+def test_output_of_a_wrong_shape(half):
+    backend = FakeBackend(lambda half, array: FakeBackend().zeros(half, array)[..., 1:])
+    with pytest.raises(BackendError, match=f"the {half} returned"):
+        run_half(backend, half, example_input(backend.spec, half, 1, 3, seed=0))
+
+
+# --- Choosing a backend ------------------------------------------------------------------------------------
+
+
+def test_unknown_names():
+    with pytest.raises(InputError, match=r"unknown backend 'tenserrt'; choose one of auto, .*onnxruntime, torch"):
+        open_backend("tiny-s", "tenserrt", BackendOptions())
+    with pytest.raises(InputError, match="unknown precision 'fp8'; choose one of fp32, fp16, int8"):
+        open_backend("tiny-s", AUTO, BackendOptions(precision="fp8"))
+
+
+@pytest.mark.parametrize(
+    "options", [{"device": "tpu"}, {"device": "cuda:0"}, {"threads": 0}, {"threads": -1}, {"threads": "2"}], ids=str
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_that_no_backend_can_use(engine_of, backend, options):
+    with pytest.raises(InputError, match=next(iter(options))):
+        open_backend(engine_of("tiny-s").folder, backend, BackendOptions(**options))
+
+
+def test_auto_takes_the_first_that_works(engine_of, caplog):
+    caplog.set_level(logging.INFO, "samekit")
+    backend = open_backend(engine_of("tiny-s").folder, AUTO, BackendOptions(device="cpu"))
+    assert (backend.name, backend.device, backend.precision) == ("onnxruntime", "cpu", "fp32")
+    assert caplog.messages == ["backend onnxruntime on cpu, fp32"]
+
+
+def test_auto_passes_over_what_cannot_be_used(engine_of, caplog):
+    caplog.set_level(logging.INFO, "samekit")
+    backend = open_backend(engine_of("tiny-s").folder, AUTO, BackendOptions(precision="fp16", device="cpu"))
+    assert (backend.name, backend.precision) == ("torch", "fp16")
+    refusal, choice = caplog.messages
+    assert "onnxruntime passed over" in refusal
+    assert "--precision fp16" in refusal
+    assert choice == "backend torch on cpu, fp16"
+
+
+def test_auto_lists_every_refusal(engine_of):
+    with pytest.raises(BackendUnavailableError) as caught:
+        open_backend(engine_of("tiny-s").folder, AUTO, BackendOptions(precision="int8"))
+    assert_one_line(caught.value)
+    for name in BACKEND_NAMES:
+        assert f"; {name}: " in str(caught.value)
+
+
+def test_half_precision_in_pytorch(engine_of, eager_of, kind):
+    backend = open_backend(engine_of(kind).folder, "torch", BackendOptions(precision="fp16", device="cpu"))
+    latents = example_input(backend.spec, "decoder", 2, 5, seed=0)
+    assert_close(in_one_pass(eager_of(kind).decode, latents), backend.decode(latents), 50)
+
+
+def test_checkpoint_folder_runs_in_pytorch(checkpoint_of, caplog):
+    folder = checkpoint_of("tiny-s")
+    backend = open_backend(folder, AUTO, BackendOptions(device="cpu"))
+    assert backend.name == "torch"
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert f"run: samekit export {folder}" in record.getMessage()
+    assert open_backend(folder, "torch", BackendOptions(device="cpu")).name == "torch"
+
+
+def test_named_backend_does_not_give_way(engine_of, checkpoint_of):
+    folder = checkpoint_of("tiny-s")
+    with pytest.raises(EngineNotFoundError, match=f"run: samekit export {folder}"):
+        open_backend(folder, "onnxruntime", BackendOptions())
+    with pytest.raises(BackendUnavailableError, match=r"no fp16 .*fp32\); export with --precision fp16"):
+        open_backend(engine_of("tiny-s").folder, "onnxruntime", BackendOptions(precision="fp16"))
+    with pytest.raises(BackendUnavailableError, match="no int8"):
+        open_backend(engine_of("tiny-s").folder, "torch", BackendOptions(precision="int8"))
+
+
+def test_no_engine(tmp_path):
+    with pytest.raises(EngineNotFoundError, match=r"no engine for 'same-s'.*; run: samekit export same-s") as caught:
+        open_backend("same-s", "onnxruntime", BackendOptions())
+    assert isinstance(caught.value, FileNotFoundError)
+    # A folder that is there but holds nothing is no name on the hub.
+    for backend in ("torch", AUTO):
+        with pytest.raises(SamekitError, match="; pass a folder that holds") as caught:
+            open_backend(tmp_path, backend, BackendOptions())
+        assert_one_line(caught.value)
+
+
+def test_package_that_is_missing(engine_of, checkpoint_of, monkeypatch):
+    engine = engine_of("tiny-s").folder
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BackendUnavailableError, match=r"run: pip install 'samekit\[cpu\]'") as caught:
+        open_backend(engine, "onnxruntime", BackendOptions())
+    assert isinstance(caught.value, ImportError)
+    assert open_backend(engine, AUTO, BackendOptions(device="cpu")).name == "torch"
+    monkeypatch.setitem(sys.modules, "samekit_export.checkpoint", None)
+    with pytest.raises(BackendUnavailableError, match=r"pip install 'samekit\[export\]'"):
+        open_backend(engine, "torch", BackendOptions())
+    with pytest.raises(EngineNotFoundError, match=r"pip install 'samekit\[export\]'"):
+        open_backend(checkpoint_of("tiny-s"), AUTO, BackendOptions())
+
+
+def test_pytorch_on_an_engine_whose_checkpoint_changed(own_engine):
+    path = own_engine.folder / "spec.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(document | {"source": document["source"] | {"seed": 1}}), encoding="utf-8")
+    with pytest.raises(BackendUnavailableError, match="export it again") as caught:
+        open_backend(own_engine.folder, "torch", BackendOptions())
+    assert_one_line(caught.value)
+
+
+# --- ONNX Runtime ------------------------------------------------------------------------------------------
+
+
+def test_provider_that_this_build_lacks(engine_of):
+    for options in (
+        BackendOptions(providers=("NoSuchProvider",)),
+        BackendOptions(providers=("CPUExecutionProvider", "NoSuchProvider")),
+    ):
+        with pytest.raises(BackendUnavailableError, match="has no NoSuchProvider") as caught:
+            open_backend(engine_of("tiny-s").folder, "onnxruntime", options)
+        assert_one_line(caught.value)
+
+
+def test_cuda_where_there_is_none(engine_of, monkeypatch):
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for backend in (*BACKEND_NAMES, AUTO):
+        with pytest.raises(BackendUnavailableError):
+            open_backend(engine_of("tiny-s").folder, backend, BackendOptions(device="cuda"))
+
+
+def test_provider_that_did_not_start(engine_of, monkeypatch):
+    session = SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(
+        "onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    monkeypatch.setattr("onnxruntime.InferenceSession", lambda *_, **__: session)
+    backend = open_backend(engine_of("tiny-s").folder, "onnxruntime", BackendOptions())
+    assert backend.device == "cuda"
+    with pytest.raises(BackendUnavailableError, match="CUDAExecutionProvider did not start"):
+        backend.decode(np.zeros((1, 32, 1), np.float32))
+
+
+def test_threads(engine_of, monkeypatch):
+    import onnxruntime
+
+    asked = []
+
+    def session(path, options, **rest):
+        asked.append(options.intra_op_num_threads)
+        return onnxruntime_session(path, options, **rest)
+
+    onnxruntime_session = onnxruntime.InferenceSession
+    monkeypatch.setattr("onnxruntime.InferenceSession", session)
+    for threads in (1, 3, None):
+        backend = open_backend(engine_of("tiny-s").folder, "onnxruntime", BackendOptions(threads=threads))
+        backend.decode(np.zeros((1, 32, 1), np.float32))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert asked == [1, 3, cores]
+
+
+def test_damaged_folder_shows_on_opening(own_engine):
+    graph = own_engine.folder / "decoder.onnx"
+    graph.write_bytes(graph.read_bytes()[:-1])
+    with pytest.raises(EngineError, match=r"decoder\.onnx: has \d+ bytes instead of \d+; export"):
+        open_backend(own_engine.folder, AUTO, BackendOptions())
+    graph.unlink()
+    with pytest.raises(EngineError, match=r"decoder\.onnx: is missing; export"):
+        open_backend(own_engine.folder, AUTO, BackendOptions())
+
+
+def test_graph_of_the_right_size_and_wrong_contents(own_engine):
+    graph = own_engine.folder / "decoder.onnx"
+    graph.write_bytes(bytes(graph.stat().st_size))
+    backend = open_backend(own_engine.folder, "onnxruntime", BackendOptions())
+    with pytest.raises(BackendError, match=r"decoder\.onnx: ONNX Runtime cannot open it .*; export it again") as caught:
+        backend.decode(np.zeros((1, 32, 1), np.float32))
+    assert_one_line(caught.value)
+
+
+def test_failure_while_running(engine_of, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of memory\nin 7 nodes")
+
+    backend = open_backend(engine_of("tiny-s").folder, "onnxruntime", BackendOptions())
+    session = SimpleNamespace(run=fail, get_inputs=lambda: [SimpleNamespace(name="latents")])
+    monkeypatch.setattr(backend, "_session", lambda _: session)
+    with pytest.raises(BackendError, match=r"out of memory\); try a smaller window") as caught:
+        backend.decode(np.zeros((1, 32, 1), np.float32))
+    assert_one_line(caught.value)

@@ -1,0 +1,450 @@
+"""The `samekit` command: what it prints, and one line with exit code 2 for everything that cannot work."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+from click.testing import CliRunner
+from helpers import HOP, RATE, assert_close, edit, noise
+from safetensors.torch import load_file, save_file
+
+from samekit import __version__
+from samekit.audio import read_audio
+from samekit.cli import main
+from samekit_export.checkpoint import published_config
+
+COMMANDS = sorted(main.commands)
+SAMPLES = 70 * HOP + 1000
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def succeeded(*arguments):
+    """Standard output of a command that works."""
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert "Traceback" not in result.stderr
+    return result.stdout
+
+
+def refused(*arguments):
+    """The one line of a command that cannot work."""
+    result = run(*arguments)
+    assert result.exit_code == 2, repr(result.exception)
+    assert isinstance(result.exception, SystemExit)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: ")
+    assert "; " in line
+    return line
+
+
+@pytest.fixture
+def engine(engine_of):
+    """The folder of an exported tiny-s; not to be changed."""
+    return engine_of("tiny-s").folder
+
+
+@pytest.fixture
+def song(tmp_path):
+    """An audio file that can be encoded."""
+    path = tmp_path / "song.wav"
+    sf.write(path, noise((SAMPLES, 2), level=0.1), RATE, "PCM_16")
+    return path
+
+
+@pytest.fixture
+def latents(tmp_path):
+    """A latents file that can be decoded, without a `.json`."""
+    path = tmp_path / "latents.npy"
+    np.save(path, noise((32, 5), level=1))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An empty folder for outputs."""
+    path = tmp_path / "out"
+    path.mkdir()
+    return path
+
+
+# --- What works --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)], ids=str)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help(command, flag):
+    text = succeeded(*command, flag)
+    assert text.startswith(f"Usage: main {' '.join(command)}".rstrip())
+    assert len(text.splitlines()) > 5
+    if not command:
+        assert all(f"\n  {name} " in text for name in COMMANDS)
+
+
+def test_commands():
+    assert {"decode", "encode", "export", "info", "verify"} <= set(COMMANDS)
+    assert __version__ in succeeded("--version")
+
+
+@pytest.mark.parametrize("backend", ["auto", "onnxruntime", "torch"])
+def test_encode_and_decode(model_of, engine, song, folder, backend):
+    chosen = ["--model", engine, "--backend", backend, "--threads", 1]
+    assert succeeded("encode", song, folder / "a.npy", *chosen) == (
+        f"{folder / 'a.npy'}: 71 latents of 32 from {SAMPLES / RATE:.2f} s\n"
+    )
+    model = model_of("tiny-s", "onnxruntime")
+    clip, _ = read_audio(song)
+    latents = np.load(folder / "a.npy")
+    assert_close(model.encode(clip, RATE)[0], latents, 100)
+    assert json.loads((folder / "a.json").read_text(encoding="utf-8"))["samples"] == SAMPLES
+
+    options = ["--bits", "float", "--window", 32]
+    assert succeeded("decode", folder / "a.npy", folder / "b.wav", *chosen, *options) == (
+        f"{folder / 'b.wav'}: {SAMPLES / RATE:.2f} s at {RATE} Hz\n"
+    )
+    assert_close(model.decode(latents[None])[0, :, :SAMPLES], read_audio(folder / "b.wav")[0], 100)
+    assert sorted(path.name for path in folder.iterdir()) == ["a.json", "a.npy", "b.wav"]
+
+
+@pytest.mark.parametrize(
+    ("bits", "suffix", "subtype"),
+    [("16", "flac", "PCM_16"), ("24", "wav", "PCM_24"), ("32", "wav", "PCM_32"), ("float", "wav", "FLOAT")],
+)
+def test_bits(engine, latents, folder, bits, suffix, subtype):
+    path = folder / f"song.{suffix}"
+    succeeded("decode", latents, path, "--model", engine, "--bits", bits)
+    info = sf.info(path)
+    assert (info.subtype, info.frames, info.samplerate, info.channels) == (subtype, 5 * HOP, RATE, 2)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_clip(engine, tmp_path, folder, clip):
+    np.save(tmp_path / "loud.npy", noise((32, 4), level=5))
+    flags = ["--clip"] if clip else []
+    succeeded("decode", tmp_path / "loud.npy", folder / "a.wav", "--model", engine, "--bits", "float", *flags)
+    assert (np.abs(read_audio(folder / "a.wav")[0]).max() > 1) != clip
+
+
+def test_checkpoint_folder_in_place_of_an_engine(checkpoint_of, latents, folder):
+    succeeded("decode", latents, folder / "a.wav", "--model", checkpoint_of("tiny-s"))
+    assert sf.info(folder / "a.wav").frames == 5 * HOP
+
+
+def test_model_by_name(engine, latents, folder, monkeypatch):
+    monkeypatch.setenv("SAMEKIT_CACHE", str(engine.parent))
+    succeeded("decode", latents, folder / "a.wav", "--model", "tiny-s", "--backend", "onnxruntime")
+    assert "tiny-s in" in succeeded("info", "tiny-s")
+
+
+def test_info(engine):
+    text = succeeded("info", engine)
+    for fact in (f"tiny-s in {engine}", "44100 Hz", "4096 samples", "32 wide", "multiples of 2", "kind random", "fp32"):
+        assert fact in text
+    (graphs,) = [line for line in text.splitlines() if line.lstrip().startswith("fp32")]
+    worst = float(graphs.split("at least ")[1].split(" dB")[0])
+    assert worst >= 100
+
+
+def test_verify(engine):
+    lines = succeeded("verify", engine).splitlines()
+    assert len(lines) >= 10
+    assert all(line.startswith("fp32 ") and line.endswith(" dB") for line in lines)
+
+
+def test_export(ready_graphs, folder):
+    text = succeeded("export", "tiny-s", "--weights", "random", "--out", folder)
+    assert text.splitlines()[-1] == f"{folder / 'tiny-s'} is ready"
+    assert len(ready_graphs) == 2
+    assert "is current" in succeeded("export", "tiny-s", "--weights", "random", "--out", folder)
+    assert len(ready_graphs) == 2
+    succeeded("export", "tiny-s", "--weights", "random", "--out", folder, "--force", "--precision", "fp32")
+    assert len(ready_graphs) == 4
+
+
+def test_export_of_a_folder(ready_graphs, checkpoint_of, folder):
+    succeeded("export", checkpoint_of("tiny-s"), "--out", folder)
+    succeeded("export", "my-model", "--weights", checkpoint_of("tiny-s"), "--out", folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["my-model", "tiny-s"]
+    assert len(ready_graphs) == 4
+
+
+def test_export_writes_to_engines_where_others_look(ready_graphs, latents, folder):
+    succeeded("export", "tiny-s", "--weights", "random")
+    assert Path("engines", "tiny-s", "spec.json").is_file()
+    assert ready_graphs
+    succeeded("decode", latents, folder / "a.wav", "--model", "tiny-s")
+
+
+# --- Bad audio ---------------------------------------------------------------------------------------------
+
+
+def with_nan(path):
+    samples = noise((SAMPLES, 2))
+    samples[SAMPLES // 2] = np.nan
+    sf.write(path, samples, RATE, "FLOAT")
+
+
+# What is done to a good file, and what the message names.
+BAD_AUDIO = {
+    "missing": (Path.unlink, "No such file"),
+    "empty": (lambda path: path.write_bytes(b""), "is empty"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:50_000]), "is cut off"),
+    "text": (lambda path: path.write_text("hello " * 1000), "cannot be read as audio"),
+    "NaN": (with_nan, "NaN"),
+    "no samples": (lambda path: sf.write(path, np.zeros((0, 2)), RATE), "holds no samples"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "Is a directory"),
+}
+
+
+@pytest.mark.parametrize("cause", BAD_AUDIO)
+def test_bad_audio(engine, song, folder, cause):
+    damage, named = BAD_AUDIO[cause]
+    damage(song)
+    line = refused("encode", song, folder / "a.npy", "--model", engine)
+    assert named in line
+    assert str(song) in line
+    assert list(folder.iterdir()) == []
+
+
+# --- Bad latents -------------------------------------------------------------------------------------------
+
+
+def saving(array):
+    return lambda path: np.save(path, array)
+
+
+BAD_LATENTS = {
+    "missing": (Path.unlink, "No such file"),
+    "empty": (lambda path: path.write_bytes(b""), "no .npy file"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:300]), "is cut off"),
+    "text": (lambda path: path.write_text("hello " * 1000), "no .npy file"),
+    "NaN": (saving(np.full((32, 5), np.nan, np.float32)), "NaN"),
+    "rank 1": (saving(np.zeros(32, np.float32)), "has shape (32,)"),
+    "rank 3": (saving(np.zeros((2, 32, 5), np.float32)), "has shape (2, 32, 5)"),
+    "another width": (saving(np.zeros((64, 5), np.float32)), "64 wide, the model's 32"),
+    "no latents": (saving(np.zeros((32, 0), np.float32)), "holds no latents"),
+    "int16": (saving(np.zeros((32, 5), np.int16)), "int16"),
+    "another model": (
+        lambda path: path.with_suffix(".json").write_text('{"model_sha256": "0", "model": "same-l"}'),
+        "another model (same-l)",
+    ),
+    "another length": (lambda path: path.with_suffix(".json").write_text('{"samples": 99999}'), "99999 samples"),
+    "damaged .json": (lambda path: path.with_suffix(".json").write_text("{"), "latents.json: is damaged"),
+}
+
+
+@pytest.mark.parametrize("cause", BAD_LATENTS)
+def test_bad_latents(engine, latents, folder, cause):
+    damage, named = BAD_LATENTS[cause]
+    damage(latents)
+    assert named in refused("decode", latents, folder / "a.wav", "--model", engine)
+    assert list(folder.iterdir()) == []
+
+
+# --- Bad models --------------------------------------------------------------------------------------------
+
+
+def spec_with(**changes):
+    def change(folder):
+        path = folder / "spec.json"
+        path.write_text(json.dumps(edit(json.loads(path.read_text(encoding="utf-8")), changes)))
+
+    return change
+
+
+BAD_ENGINES = {
+    "half-written": (lambda folder: (folder / "spec.json").unlink(), "its export was cut short"),
+    "graph missing": (lambda folder: (folder / "encoder.onnx").unlink(), "encoder.onnx: is missing"),
+    "graph truncated": (lambda folder: (folder / "encoder.onnx").write_bytes(b"short"), "has 5 bytes instead of"),
+    "spec.json truncated": (lambda folder: (folder / "spec.json").write_text('{"format": 1, "na'), "cannot be read"),
+    "spec.json of the future": (spec_with(format=2), "not of format 1"),
+    "spec.json damaged": (spec_with(hop="4096"), "damaged"),
+}
+# As `run` takes them; ENGINE, SONG and OUT stand for paths.
+USES = {
+    "encode": ["encode", "SONG", "OUT/a.npy", "--model", "ENGINE"],
+    "decode": ["decode", "LATENTS", "OUT/a.wav", "--model", "ENGINE"],
+    "info": ["info", "ENGINE"],
+    "verify": ["verify", "ENGINE"],
+}
+
+
+def place(argument, places):
+    """Words that stand for paths replaced by these."""
+    return functools.reduce(lambda text, word: text.replace(word, places[word]), places, argument)
+
+
+@pytest.fixture
+def using(song, latents, folder):
+    """The arguments of a command that uses an engine."""
+    places = {"SONG": str(song), "LATENTS": str(latents), "OUT": str(folder)}
+
+    def fill(command, engine):
+        return [place(argument, places | {"ENGINE": str(engine)}) for argument in USES[command]]
+
+    return fill
+
+
+@pytest.mark.parametrize("cause", BAD_ENGINES)
+@pytest.mark.parametrize("command", USES)
+def test_bad_engine(own_engine, folder, using, command, cause):
+    damage, named = BAD_ENGINES[cause]
+    damage(own_engine.folder)
+    line = refused(*using(command, own_engine.folder))
+    assert named in line
+    assert "export" in line
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", USES)
+@pytest.mark.parametrize("name", ["nowhere", "engines/nowhere", "x" * 5000, ""], ids=["name", "path", "long", "empty"])
+def test_no_engine(folder, using, command, name):
+    refused(*using(command, name))
+    assert list(folder.iterdir()) == []
+
+
+def test_graph_of_the_right_size_and_wrong_contents(own_engine, latents, folder):
+    graph = own_engine.folder / "decoder.onnx"
+    graph.write_bytes(bytes(graph.stat().st_size))
+    line = refused("decode", latents, folder / "a.wav", "--model", own_engine.folder)
+    assert "ONNX Runtime cannot open it" in line
+    assert list(folder.iterdir()) == []
+    assert "contents have changed" in refused("verify", own_engine.folder)
+
+
+def test_verify_without_the_checkpoint(own_engine, checkpoint_of, tmp_path):
+    moved = tmp_path / "checkpoint"
+    spec_with(source={"kind": "folder", "folder": str(moved), "name": "tiny-s"})(own_engine.folder)
+    assert "model_config.json" in refused("verify", own_engine.folder)
+    shutil.copytree(checkpoint_of("tiny-l"), moved)
+    assert "its checkpoint has changed" in refused("verify", own_engine.folder)
+
+
+def without_a_key(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["encoder.layers.0.new_tokens"]
+    save_file(tensors, path)
+
+
+def with_a_conformer(folder):
+    document = published_config("tiny-s")
+    document["model"]["encoder"]["config"]["conformer"] = True
+    (folder / "model_config.json").write_text(json.dumps(document))
+
+
+BAD_CHECKPOINTS = {
+    "key missing": (without_a_key, "encoder.layers.0.new_tokens"),
+    "not implemented": (with_a_conformer, "conformer = True"),
+    "weights missing": (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
+    "weights truncated": (
+        lambda folder: (folder / "model.safetensors").write_bytes(b"0"),
+        "not a readable safetensors",
+    ),
+    "configuration missing": (lambda folder: (folder / "model_config.json").unlink(), "no model_config.json"),
+    "configuration damaged": (lambda folder: (folder / "model_config.json").write_text("{"), "cannot be read as JSON"),
+}
+
+
+@pytest.mark.parametrize("cause", BAD_CHECKPOINTS)
+def test_bad_checkpoint(checkpoint_of, tmp_path, song, folder, cause):
+    damage, named = BAD_CHECKPOINTS[cause]
+    checkpoint = shutil.copytree(checkpoint_of("tiny-s"), tmp_path / "checkpoint")
+    damage(checkpoint)
+    for arguments in (
+        ["export", checkpoint, "--out", folder],
+        ["export", "same-s", "--weights", checkpoint, "--out", folder],
+        ["encode", song, folder / "a.npy", "--model", checkpoint],
+    ):
+        assert named in refused(*arguments)
+        assert list(folder.iterdir()) == []
+
+
+def test_export_of_nothing(ready_graphs, folder, tmp_path):
+    offline = refused("export", "same-l", "--out", folder)
+    assert "stabilityai/SAME-L cannot be fetched from the hub" in offline
+    assert "--weights DIR" in offline
+    assert "no model_config.json" in refused("export", tmp_path, "--out", folder)
+    assert "no random weights for 'same-m'" in refused("export", "same-m", "--weights", "random", "--out", folder)
+    assert "cannot export precision" in refused(
+        "export", "tiny-s", "--weights", "random", "--out", folder, "--precision", "fp32,fp8"
+    )
+    assert "is no published model" in refused("export", "same-m", "--out", folder)
+    assert ready_graphs == []
+    assert list(folder.iterdir()) == []
+
+
+def test_export_over_a_file(ready_graphs, folder):
+    (folder / "engines").write_text("mine")
+    refused("export", "tiny-s", "--weights", "random", "--out", folder / "engines")
+    assert (folder / "engines").read_text() == "mine"
+    assert ready_graphs == []
+
+
+# --- Bad options -------------------------------------------------------------------------------------------
+
+
+def test_options_that_cannot_be_used(engine, song, latents, folder):
+    encoding = ["encode", song, folder / "a.npy", "--model", engine]
+    decoding = ["decode", latents, folder / "a.wav", "--model", engine]
+    assert "unknown backend 'tpu'" in refused(*encoding, "--backend", "tpu")
+    assert "pass a multiple of 2 from" in refused(*encoding, "--window", 3)
+    assert "no fp16" in refused(*encoding, "--backend", "onnxruntime", "--precision", "fp16")
+    assert "no int8" in refused(*decoding, "--precision", "int8")
+    assert "use .npy" in refused("encode", song, folder / "a.pt", "--model", engine)
+    assert "use .wav or .flac" in refused("decode", latents, folder / "a.mp3", "--model", engine)
+    assert "use one of" in refused("decode", latents, folder / "a.flac", "--model", engine, "--bits", "float")
+    for command, source, name in (("encode", song, "a.npy"), ("decode", latents, "a.wav")):
+        assert "cannot be written" in refused(command, source, folder / "nowhere" / name, "--model", engine)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "option", [["--window", "0"], ["--threads", "0"], ["--precision", "fp8"], ["--device", "tpu"], ["--colour", "red"]]
+)
+def test_options_that_click_refuses(engine, song, folder, option):
+    result = run("encode", song, folder / "a.npy", "--model", engine, *option)
+    assert result.exit_code == 2
+    assert option[0] in result.stderr
+    assert list(folder.iterdir()) == []
+
+
+# --- As a process ------------------------------------------------------------------------------------------
+
+
+def command_line(*arguments):
+    script = Path(sys.executable).with_name("samekit")
+    return subprocess.run([script, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_process_prints_one_line(song, own_engine, folder):
+    graph = own_engine.folder / "encoder.onnx"
+    graph.write_bytes(bytes(graph.stat().st_size))
+    result = command_line("encode", song, folder / "a.npy", "--model", own_engine.folder)
+    assert (result.returncode, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: ")
+    assert "ONNX Runtime cannot open it" in line
+    assert list(folder.iterdir()) == []
+
+
+def test_process_says_what_it_chose(song, latents, folder, engine, checkpoint_of):
+    quiet = command_line("encode", song, folder / "a.npy", "--model", engine)
+    assert (quiet.returncode, quiet.stderr) == (0, "")
+    verbose = command_line("-v", "encode", song, folder / "a.npy", "--model", engine)
+    assert verbose.stderr.splitlines()[-1] == "samekit: backend onnxruntime on cpu, fp32"
+    fallback = command_line("decode", latents, folder / "a.wav", "--model", checkpoint_of("tiny-s"))
+    (line,) = fallback.stderr.splitlines()
+    assert fallback.returncode == 0
+    assert line.startswith("samekit: no engine for ")
+    assert f"samekit export {checkpoint_of('tiny-s')}" in line

@@ -1,0 +1,850 @@
+"""Pre-encoding a dataset: the latents of the definition, nothing lost, nothing encoded twice or in vain."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import click
+import numpy as np
+import psutil
+import pytest
+import soundfile as sf
+from click.testing import CliRunner
+from helpers import HOP, KINDS, RATE, FakeBackend, assert_close, assert_one_line, noise
+
+from samekit import AutoencoderModel
+from samekit.audio import PreparedReader
+from samekit.cli import main
+from samekit.dataset import PreEncodeOptions, pre_encode, silence_latents
+from samekit.dataset_check import verify
+from samekit.errors import BackendError, InputError, NonFiniteError, OutputError
+from samekit.manifest import Manifest, Shard, read_manifest
+from samekit.progress import describe
+
+FAKE_HOP = 8
+EXACT_DB = 100
+FIELDS = {
+    "path",
+    "relpath",
+    "timestamps",
+    "seconds_start",
+    "seconds_total",
+    "padding_mask",
+    "sample_rate",
+    "prompt",
+}
+
+
+# --- Helpers ------------------------------------------------------------------------------------------------
+
+
+def write_clip(path, samples, *, rate=RATE, channels=2, seed=0, level=0.1, caption="a caption"):
+    """An audio file of noise and its caption."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sf.write(os.fsencode(path), noise((samples, channels), seed, level), rate, format=path.suffix[1:].upper())
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    return path
+
+
+def write_clips(folder, count, samples=100):
+    """`count` short clips, none like another."""
+    for index in range(count):
+        write_clip(folder / f"clip{index:05d}.wav", samples + index % 50, seed=index, caption=f"caption {index}")
+    return folder
+
+
+def first_samples(half, array):
+    """Latents that tell from which samples they come."""
+    del half
+    return np.ascontiguousarray(array[:, 0].reshape(len(array), -1, FAKE_HOP)[:, :, :4].swapaxes(1, 2))
+
+
+def fake_model(answer=first_samples):
+    return AutoencoderModel(FakeBackend(answer))
+
+
+def run(data, out, model=None, **options):
+    return pre_encode(model or fake_model(), data, out, PreEncodeOptions(**options))
+
+
+def contents(folder):
+    """Relative path -> bytes of every file."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def rows_of(out):
+    """Relpath -> row of the manifest."""
+    return {row.relpath: row for row in read_manifest(out / ".samekit" / "manifest.jsonl")[1]}
+
+
+def pair(out, number):
+    path = out / f"{number:012d}.npy"
+    return np.load(path, allow_pickle=False), json.loads(path.with_suffix(".json").read_text())
+
+
+def prepared(path):
+    """A clip as it is encoded, `[2, samples]`."""
+    with PreparedReader(path, RATE, 2) as reader:
+        return np.clip(np.concatenate(list(reader), axis=1), -1, 1)
+
+
+def one_pass(model, audio, latents):
+    """Definition: the clip, zeros up to so many latents, one pass over everything."""
+    sequence = np.zeros((1, 2, latents * model.downsampling_ratio), np.float32)
+    sequence[0, :, : audio.shape[1]] = audio
+    return model.autoencoder.backend.encode(sequence)[0]
+
+
+@pytest.fixture
+def data(tmp_path):
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def tiny(model_of, kind):
+    """Both kinds of attention span."""
+    return model_of(kind, "onnxruntime")
+
+
+# --- The same latents ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_latents_are_those_of_the_definition(tiny, data, out, batch_size):
+    lengths = [0.05, 0.3, 1.0, 2.2, 5.9, 6.0, 7.3, 11.0, 23.4, 40.0]
+    for index, seconds in enumerate(lengths):
+        rate = (44_100, 48_000, 22_050, 32_000)[index % 4]
+        suffix = ("wav", "flac", "ogg")[index % 3]
+        path = data / f"{index % 2}" / f"{index}.{suffix}"
+        write_clip(path, round(seconds * rate), rate=rate, channels=1 + index % 2, seed=index)
+    assert run(data, out, tiny, batch_size=batch_size).encoded == len(lengths)
+    for number in range(len(lengths)):
+        latents, metadata = pair(out, number)
+        audio = prepared(metadata["path"])
+        kept = math.ceil(audio.shape[1] / HOP)
+        assert_close(one_pass(tiny, audio, kept + 64)[:, :kept], latents, EXACT_DB)
+    assert verify(out) == []
+
+
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize("limit", [3, 40, 41])
+def test_zeros_end_where_the_sample_size_ends(tiny, data, out, limit, pad):
+    lengths = {1, 2, 3, 4, 5, 12, 13, 14, 15, 25, 26, 27, 28, 29, 38, 39, 40, 41, 50}
+    for latents in lengths:
+        write_clip(data / f"{latents:02d}.wav", latents * HOP - 1000, seed=latents)
+    run(data, out, tiny, sample_size=limit * HOP, pad=pad)
+    for number in range(len(lengths)):
+        latents, metadata = pair(out, number)
+        audio = prepared(metadata["path"])[:, : limit * HOP]
+        kept = limit if pad else math.ceil(audio.shape[1] / HOP)
+        assert_close(one_pass(tiny, audio, limit)[:, :kept], latents, EXACT_DB)
+        ones = math.ceil(audio.shape[1] / HOP)
+        assert metadata["padding_mask"] == [1] * ones + [0] * (kept - ones)
+
+
+@pytest.mark.parametrize("latents", [1, 2, 3, 5, 6, 24, 25, 26, 27, 70, 71])
+def test_silence_equals_the_directly_computed_one(tiny, latents):
+    direct = one_pass(tiny, np.zeros((2, 0), np.float32), latents)
+    assert_close(direct, silence_latents(tiny.autoencoder, latents), EXACT_DB)
+
+
+def test_silence_of_the_default_length_costs_a_few_latents():
+    model = fake_model()
+    silence = silence_latents(model.autoencoder, 3072)
+    assert silence.shape == (4, 3072)
+    assert model.autoencoder.backend.calls == [6]
+
+
+def test_whole_clips_are_followed_by_zeros(tiny, data, out):
+    write_clip(data / "long.wav", 90 * HOP)
+    run(data, out, tiny, sample_size=10 * HOP, full=True)
+    latents, metadata = pair(out, 0)
+    assert_close(one_pass(tiny, prepared(data / "long.wav"), 154)[:, :90], latents, EXACT_DB)
+    assert metadata["timestamps"] == [0.0, 1.0]
+
+
+def test_no_latent_is_computed_in_vain(data, out):
+    model = fake_model()
+    for latents in (1, 2, 3, 4, 63, 64, 65, 130):
+        write_clip(data / f"{latents:03d}.wav", latents * FAKE_HOP)
+    run(data, out, model, readers=1)
+    # Context 1, aligned to 2, windows of 64 in steps of 62; the first call is the silence.
+    assert model.autoencoder.backend.calls[1:] == [2, 4, 4, 6, 64, 64, 4, 64, 4, 64, 64, 8]
+
+
+def test_batches_hold_windows_of_one_length(data, out):
+    batches = []
+
+    def answer(half, array):
+        batches.append((len(array), array.shape[-1] // FAKE_HOP))
+        return first_samples(half, array)
+
+    for index in range(12):
+        write_clip(data / f"{index:02d}.wav", (10, 20)[index % 2] * FAKE_HOP, seed=index)
+    run(data, out, fake_model(answer), batch_size=4)
+    assert sorted(batches[1:]) == [(2, 12), (2, 22), (4, 12), (4, 22)]
+    single = out.with_name("single")
+    run(data, single)
+    assert contents(single) == contents(out)
+
+
+def test_samples_past_full_scale_are_clipped(data, out):
+    data.mkdir()
+    sf.write(data / "loud.wav", np.full((80, 2), 1.7), RATE, subtype="FLOAT")
+    (data / "loud.txt").write_text("loud")
+    run(data, out)
+    assert pair(out, 0)[0].max() == 1.0
+
+
+# --- The format ---------------------------------------------------------------------------------------------
+
+
+def test_reader_of_the_format_alone_loads_every_pair(model_of, data, out):
+    """Nothing of samekit from here on: folder, `.npy`, `.json`, as the training code takes them."""
+    for index, seconds in enumerate((0.2, 1.5, 3.0)):
+        write_clip(data / "deep" / "er" / f"{index}.flac", round(RATE * seconds), caption=f"  caption {index}\n")
+    run(data, out, model_of(KINDS[0], "onnxruntime"), sample_size=20 * HOP)
+
+    names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    arrays = [name for name in names if name.endswith(".npy") and name != "silence.npy"]
+    assert names == sorted([*arrays, *(name.replace(".npy", ".json") for name in arrays), "silence.npy"])
+    assert arrays == ["000000000000.npy", "000000000001.npy", "000000000002.npy"]
+    silence = np.load(out / "silence.npy", allow_pickle=False)
+    for index, (name, seconds) in enumerate(zip(arrays, (0.2, 1.5, 3.0), strict=True)):
+        latents = np.load(out / name, allow_pickle=False)
+        info = json.loads((out / name.replace(".npy", ".json")).read_text())
+        assert set(info) == FIELDS
+        kept = min(20, math.ceil(seconds * RATE / HOP))
+        assert latents.dtype == np.float32
+        assert latents.shape == (silence.shape[1], kept)
+        assert info["path"] == str(data / "deep" / "er" / f"{index}.flac")
+        assert info["relpath"] == f"deep/er/{index}.flac"
+        assert info["prompt"] == f"caption {index}"
+        assert info["padding_mask"] == [1] * kept
+        assert info["sample_rate"] == RATE
+        assert info["seconds_start"] == 0
+        assert info["seconds_total"] == math.ceil(seconds)
+        assert info["timestamps"] == [0.0, min(1.0, 20 * HOP / (seconds * RATE))]
+    assert silence.shape[0] == 1
+    assert silence.shape[2] == 20
+
+
+def test_half_files_are_float16(data, out):
+    write_clips(data, 2)
+    run(data, out, half=True, sample_size=800)
+    assert pair(out, 1)[0].dtype == np.float16
+    assert np.load(out / "silence.npy").dtype == np.float16
+    assert verify(out) == []
+
+
+def test_sound_of_several_folders(tmp_path, out):
+    write_clip(tmp_path / "a" / "x.wav", 100)
+    write_clip(tmp_path / "b" / "y.WAV", 100)
+    assert run([tmp_path / "a", tmp_path / "b"], out).encoded == 2
+    write_clip(tmp_path / "b" / "x.wav", 100)
+    with pytest.raises(InputError, match="one name") as error:
+        run([tmp_path / "a", tmp_path / "b"], out)
+    assert_one_line(error.value)
+
+
+def test_long_clip_is_cut_from_the_start(data, out):
+    write_clip(data / "long.wav", 3 * RATE)
+    run(data, out, sample_size=RATE)
+    latents, metadata = pair(out, 0)
+    assert latents.shape[1] == math.ceil(RATE / FAKE_HOP)
+    assert np.array_equal(latents[:, 0], prepared(data / "long.wav")[0, :4])
+    assert (metadata["seconds_start"], metadata["seconds_total"]) == (0, 3)
+    assert metadata["timestamps"] == [0.0, pytest.approx(1 / 3)]
+
+
+@pytest.mark.parametrize("suffix", ["wav", "mp3"])
+def test_random_crop_depends_on_the_seed_alone(data, out, tmp_path, suffix):
+    write_clip(data / f"long.{suffix}", 5 * RATE)
+    run(data, out, sample_size=RATE, crop="random", seed=3)
+    latents, metadata = pair(out, 0)
+    begin, end = metadata["timestamps"]
+    whole = prepared(data / f"long.{suffix}")
+    offset = round(begin * whole.shape[1])
+    assert end - begin == pytest.approx(RATE / whole.shape[1])
+    assert offset > 0
+    assert metadata["seconds_start"] == offset // RATE
+    assert np.array_equal(latents[:, 0], whole[0, offset : offset + 4])
+    run(data, tmp_path / "again", sample_size=RATE, crop="random", seed=3)
+    run(data, tmp_path / "other", sample_size=RATE, crop="random", seed=4)
+    assert contents(tmp_path / "again") == contents(out)
+    assert pair(tmp_path / "other", 0)[1]["timestamps"] != metadata["timestamps"]
+
+
+# --- Which clips --------------------------------------------------------------------------------------------
+
+
+def test_bad_clips_become_rows_and_the_others_are_encoded(data, out):
+    write_clips(data, 3)
+    write_clip(data / "silent.wav", 4 * RATE, level=1e-5)
+    write_clip(data / "mute.wav", 100, caption=None)
+    write_clip(data / "blank.wav", 100, caption=" \n")
+    write_clip(data / "latin.wav", 100).with_suffix(".txt").write_bytes(b"caf\xe9")
+    write_clip(data / "nothing.wav", 0)
+    (data / "zero.wav").touch()
+    (data / "zero.txt").write_text("empty")
+    (data / "text.flac").write_text("this is no audio")
+    (data / "text.txt").write_text("unreadable")
+    cut = write_clip(data / "cut.wav", 5000)
+    cut.write_bytes(cut.read_bytes()[:-4000])
+    (data / "dangling.wav").symlink_to("nowhere")
+    (data / "dangling.txt").write_text("unreadable")
+    report = run(data, out)
+    expected = {
+        "silent.wav": "silent",
+        "mute.wav": "no_caption",
+        "blank.wav": "no_caption",
+        "latin.wav": "no_caption",
+        "nothing.wav": "empty",
+        "zero.wav": "empty",
+        "text.flac": "unreadable",
+        "cut.wav": "unreadable",
+        "dangling.wav": "unreadable",
+    }
+    assert {row["relpath"]: row["status"] for row in report.bad} == expected
+    assert report.encoded == 3
+    assert report.statuses == {"encoded": 3, "silent": 1, "no_caption": 3, "empty": 2, "unreadable": 3}
+    for row in report.bad:
+        assert row["relpath"].split(".")[0] in row["reason"]
+        assert "\n" not in row["reason"]
+    assert json.loads((out / ".samekit" / "report.json").read_text())["bad"] == report.bad
+    assert verify(out) == []
+    with pytest.raises(InputError, match="9 of 12 clips are bad") as error:
+        run(data, out, strict=True)
+    assert_one_line(error.value)
+
+
+def test_silence_before_sound_is_no_silent_clip(data, out):
+    data.mkdir()
+    audio = np.concatenate([np.zeros((10 * RATE, 2)), noise((100, 2))])
+    sf.write(data / "late.wav", audio, RATE)
+    (data / "late.txt").write_text("late")
+    sf.write(data / "cut away.wav", audio, RATE)
+    (data / "cut away.txt").write_text("silent where it is kept")
+    assert run(data, out).encoded == 2
+    assert run(data, out.with_name("cut"), sample_size=RATE).statuses == {"silent": 2}
+
+
+def test_file_damaged_in_the_middle_leaves_nothing(data, out):
+    path = write_clip(data / "x.flac", 20 * RATE)
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2 : len(whole) // 2 + 4000] = bytes(4000)
+    path.write_bytes(whole)
+    assert run(data, out).statuses == {"unreadable": 1}
+    assert sorted(path.name for path in out.iterdir()) == [".samekit", "silence.npy"]
+
+
+@pytest.mark.parametrize(
+    "name", [b"new\nline.wav", b"quote\"'.wav", b"caf\xe9 \xff.wav", "音.wav".encode(), b"dot.dot.wav", b"-x .wav"]
+)
+def test_odd_file_names(data, out, name):
+    path = write_clip(data / os.fsdecode(name), 100)
+    assert run(data, out).encoded == 1
+    assert pair(out, 0)[1]["relpath"] == os.fsdecode(name)
+    assert run(data, out).unchanged == 1
+    path.with_suffix(".txt").unlink()
+    result = CliRunner().invoke(main, ["pre-encode", "--verify", str(out)])
+    assert result.exit_code == 0, result.output
+    assert run(data, out).statuses == {"no_caption": 1}
+
+
+def test_hidden_files_links_and_pipes(data, out):
+    write_clip(data / "in" / "x.wav", 100)
+    write_clip(data / "in" / "._x.wav", 100)
+    (data / "in" / "loop").symlink_to(data)
+    os.mkfifo(data / "pipe.wav")
+    (data / "pipe.txt").write_text("pipe")
+    report = run(data, out)
+    assert report.statuses == {"encoded": 1, "unreadable": 1}
+
+
+def test_dataset_without_audio_is_refused(data, out):
+    with pytest.raises(InputError, match="cannot be listed"):
+        run(data, out)
+    data.mkdir()
+    with pytest.raises(InputError, match="no audio") as error:
+        run(data, out)
+    assert_one_line(error.value)
+    assert not out.exists()
+
+
+def test_clip_that_overflows_the_model_fails_alone(data, out):
+    write_clips(data, 5)
+    loud = prepared(data / "clip00002.wav")[0, 0]
+
+    def answer(half, array):
+        if (array[:, 0, 0] == loud).any():
+            raise NonFiniteError("the encoder produced NaN; use fp32")
+        return first_samples(half, array)
+
+    report = run(data, out, fake_model(answer), batch_size=4)
+    assert [(row["relpath"], row["status"]) for row in report.bad] == [("clip00002.wav", "failed")]
+    assert report.encoded == 4
+    # It may work another time, so it is tried again.
+    assert run(data, out).encoded == 1
+
+
+def test_latents_too_large_for_float16_fail(data, out):
+    write_clips(data, 2)
+    report = run(data, out, fake_model(lambda half, array: first_samples(half, array) * 1e6 + 1e6), half=False)
+    assert report.encoded == 2
+    half = out.with_name("half")
+    with pytest.warns(RuntimeWarning):
+        report = run(data, half, fake_model(lambda half, array: first_samples(half, array) * 1e6 + 1e6), half=True)
+    assert report.statuses == {"failed": 2}
+
+
+# --- Going on -----------------------------------------------------------------------------------------------
+
+
+def test_second_run_encodes_only_what_is_new_or_changed(data, out):
+    write_clips(data, 6)
+    run(data, out)
+    before = contents(out)
+    model = fake_model()
+    report = run(data, out, model)
+    assert (report.encoded, report.unchanged) == (0, 6)
+    assert model.autoencoder.backend.calls == []
+    assert contents(out) == before
+
+    write_clip(data / "a first one.wav", 100, seed=50)
+    write_clip(data / "clip00001.wav", 130, seed=51)
+    (data / "clip00002.txt").write_text("other words")
+    (data / "clip00003.wav").unlink()
+    (out / f"{4:012d}.json").unlink()
+    report = run(data, out)
+    assert (report.encoded, report.unchanged, report.gone) == (4, 2, 1)
+    assert pair(out, 6)[1]["relpath"] == "a first one.wav"
+    assert pair(out, 2)[1]["prompt"] == "other words"
+    assert pair(out, 1)[0].shape[1] == math.ceil(130 / FAKE_HOP)
+    assert {name: data for name, data in contents(out).items() if "00005." in name or "00004." in name} == {
+        name: data for name, data in before.items() if "00005." in name or "00004." in name
+    }
+
+
+def test_clip_that_turned_bad_loses_its_files_but_not_its_number(data, out):
+    write_clips(data, 2)
+    run(data, out)
+    (data / "clip00000.txt").unlink()
+    assert run(data, out).statuses == {"encoded": 1, "no_caption": 1}
+    assert not list(out.glob("000000000000.*"))
+    assert run(data, out).unchanged == 2
+    (data / "clip00000.txt").write_text("back")
+    run(data, out)
+    assert pair(out, 0)[1]["prompt"] == "back"
+
+
+def test_checksum_judges_by_contents(data, out):
+    write_clips(data, 2)
+    run(data, out, checksum=True)
+    first, second = data / "clip00000.wav", data / "clip00001.wav"
+    os.utime(first, (1, 1))
+    times = second.stat()
+    write_clip(second, 101, seed=77, caption=None)
+    os.utime(second, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert second.stat().st_size == times.st_size
+    assert run(data, out, checksum=True).encoded == 1
+    assert np.array_equal(pair(out, 1)[0][:, 0], prepared(second)[0, :4])
+    assert run(data, out).encoded == 0
+
+
+@pytest.mark.parametrize(
+    "change", [{"half": True}, {"sample_size": 500}, {"pad": True}, {"full": True}, {"crop": "random"}]
+)
+def test_other_settings_are_refused(data, out, change):
+    write_clips(data, 2)
+    run(data, out, sample_size=1000)
+    before = contents(out)
+    with pytest.raises(InputError, match="other settings") as error:
+        run(data, out, **{"sample_size": 1000} | change)
+    assert_one_line(error.value)
+    assert contents(out) == before
+    report = run(data, out, **{"sample_size": 1000, "reencode": True} | change)
+    assert (report.encoded, report.unchanged) == (2, 0)
+    fresh = out.with_name("fresh")
+    run(data, fresh, **{"sample_size": 1000} | change)
+    assert contents(fresh) == contents(out)
+
+
+def test_other_model_is_refused_and_another_name_is_not(data, out):
+    write_clips(data, 1)
+    run(data, out)
+    renamed, other = fake_model(), fake_model()
+    object.__setattr__(renamed.spec, "name", "renamed")
+    object.__setattr__(other.spec, "source_sha256", "1" * 64)
+    assert run(data, out, renamed).unchanged == 1
+    with pytest.raises(InputError, match=r"model fake \(11111111\) instead of fake"):
+        run(data, out, other)
+
+
+def test_latents_of_unknown_origin_are_refused(data, out):
+    write_clips(data, 1)
+    out.mkdir()
+    np.save(out / "0000000000.npy", np.zeros(3))
+    with pytest.raises(InputError, match="no manifest lists") as error:
+        run(data, out)
+    assert_one_line(error.value)
+
+
+def test_second_process_is_told_and_stops(data, out):
+    write_clips(data, 1)
+    run(data, out)
+    settings, _ = read_manifest(out / ".samekit" / "manifest.jsonl")
+    with Manifest.open(out, Shard(), settings), pytest.raises(OutputError, match=f"process {os.getpid()}") as error:
+        run(data, out)
+    assert_one_line(error.value)
+    assert run(data, out).unchanged == 1
+
+
+def test_incomplete_last_line_is_dropped(data, out):
+    write_clips(data, 4)
+    run(data, out)
+    before = contents(out)
+    path = out / ".samekit" / "manifest.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert run(data, out).encoded == 1
+    assert contents(out) == before
+
+
+def test_damaged_manifest_is_an_error_of_one_line(data, out):
+    write_clips(data, 4)
+    run(data, out)
+    path = out / ".samekit" / "manifest.jsonl"
+    whole = path.read_text()
+    for damaged in ("", "[]\n", "{}\n", whole.replace('"number"', '"numbr"'), whole.replace("00001", "00000")):
+        path.write_text(damaged)
+        with pytest.raises(InputError, match="manifest") as error:
+            run(data, out)
+        assert_one_line(error.value)
+
+
+def test_what_a_killed_process_left_is_removed(data, out):
+    write_clips(data, 2)
+    run(data, out, shard=Shard(2, 2))
+    before = contents(out)
+    for name in (".000000000001.npy.123-00000000.tmp", ".samekit/.manifest-2-of-2.jsonl.123-00000000.tmp"):
+        (out / name).touch()
+    others = (".000000000000.npy.9-00000000.tmp", ".silence.npy.9-00000000.tmp", "notes.tmp")
+    for name in others:
+        (out / name).touch()
+    run(data, out, shard=Shard(2, 2))
+    assert contents(out) == before | dict.fromkeys(others, b"")
+
+
+def test_shards_make_up_the_whole(data, out):
+    write_clips(data, 30)
+    reports = [run(data, out, shard=Shard.parse(f"{index}/3")) for index in (1, 2, 3)]
+    assert sum(report.clips for report in reports) == 30
+    assert min(report.clips for report in reports) > 3
+    relpaths = {json.loads(path.read_text())["relpath"] for path in out.glob("*.json")}
+    assert len(relpaths) == len(list(out.glob("0*.npy"))) == 30
+    assert verify(out) == []
+    assert run(data, out, shard=Shard(2, 3)).encoded == 0
+    # A shard's clips and numbers are the same wherever it is encoded.
+    alone = out.with_name("alone")
+    run(data, alone, shard=Shard(3, 3))
+    assert contents(alone).items() <= contents(out).items()
+    for other in ("1/1", "1/2"):
+        with pytest.raises(InputError, match="same number of shards"):
+            run(data, out, shard=Shard.parse(other))
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0", "-1/4", ""])
+def test_shards_that_do_not_exist(text):
+    with pytest.raises(InputError, match="does not exist") as error:
+        Shard.parse(text)
+    assert_one_line(error.value)
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 0}, {"sample_size": 0}, {"crop": "end"}, {"full": True, "crop": "random"}]
+)
+def test_options_that_do_not_work(options):
+    with pytest.raises(InputError) as error:
+        PreEncodeOptions(**options)
+    assert_one_line(error.value)
+
+
+# --- When it goes wrong -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [BackendError("out of memory; try again"), KeyboardInterrupt(), RuntimeError("bug")])
+def test_error_of_the_encoder_ends_the_run_and_leaves_whole_pairs(data, out, error):
+    write_clips(data, 12)
+    whole = out.with_name("whole")
+    run(data, whole)
+    calls = []
+
+    def answer(half, array):
+        calls.append(1)
+        if len(calls) == 7:
+            raise error
+        return first_samples(half, array)
+
+    with pytest.raises(type(error)):
+        run(data, out, fake_model(answer))
+    assert not list(out.rglob(".*.tmp"))
+    arrays = {path.stem for path in out.glob("0*.npy")}
+    assert arrays == {path.stem for path in out.glob("*.json")}
+    assert run(data, out).encoded == 12 - len(arrays)
+    assert contents(out) == contents(whole)
+
+
+@pytest.mark.parametrize("where", ["file", "file/below", "/proc/self/out"])
+def test_folder_that_cannot_be_written(data, tmp_path, where):
+    write_clips(data, 1)
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError) as error:
+        run(data, tmp_path / where)
+    assert_one_line(error.value)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 300 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_full_disk_stops_with_one_line_and_can_be_resumed(data, small_disk):
+    write_clips(data, 60)
+    out = small_disk / "out"
+    with pytest.raises(OutputError, match="No space left") as error:
+        run(data, out, sample_size=800)
+    assert_one_line(error.value)
+    assert not list(out.rglob(".*.tmp"))
+    subprocess.run(["mount", "-o", "remount,size=3m", small_disk], check=True)
+    report = run(data, out, sample_size=800)
+    assert 0 < report.unchanged < 60
+    whole = data.parent / "whole"
+    run(data, whole, sample_size=800)
+    assert contents(out) == contents(whole)
+
+
+def kill_and_resume(engine, data, folder, kills):
+    """Kill runs at random moments, then let one finish; returns how many died in the middle."""
+    command = [sys.executable, "-c", "from samekit.cli import main; main()", "pre-encode", "--threads", "1"]
+    command += ["--backend", "onnxruntime", "--model", engine, "--data_dir", data, "--output_path"]
+    seconds = []
+    for _ in range(2):
+        start = time.monotonic()
+        subprocess.run([*command, folder / "whole"], check=True, capture_output=True)
+        seconds.append(time.monotonic() - start)
+    whole, idle = seconds
+    moments, died = random.Random(kills), 0  # noqa: S311 no secret
+    for _ in range(kills):
+        process = subprocess.Popen([*command, folder / "out"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            # Some while the run begins, most at work, and so early that the last ones still find something to do.
+            process.wait(idle / 2 + moments.random() * (idle / 2 + (whole - idle) / kills))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            died += process.wait() == -signal.SIGKILL
+    subprocess.run([*command, folder / "out"], check=True, capture_output=True)
+    assert contents(folder / "out") == contents(folder / "whole")
+    return died
+
+
+def test_killed_runs_leave_the_same_folder(engine_of, data, tmp_path):
+    write_clips(data, 30, samples=RATE)
+    assert kill_and_resume(engine_of(KINDS[0]).folder, data, tmp_path, kills=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_twenty_kills_leave_the_same_folder(engine_of, data, tmp_path, name):
+    write_clips(data, 300, samples=RATE)
+    assert kill_and_resume(engine_of(name).folder, data, tmp_path, kills=20) >= 10
+
+
+# --- Verifying ----------------------------------------------------------------------------------------------
+
+
+def test_verify_finds_every_damage(data, out):
+    write_clips(data, 9)
+    run(data, out, sample_size=800)
+    assert verify(out) == []
+    name = "{:012d}".format
+    (out / f"{name(0)}.npy").unlink()
+    (out / f"{name(1)}.json").unlink()
+    cut = out / f"{name(2)}.npy"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    np.save(out / f"{name(3)}.npy", np.full((4, 13), np.nan, np.float32))
+    np.save(out / f"{name(4)}.npy", np.zeros((4, 13), np.float16))
+    for number, change in ((5, {"prompt": None}), (6, {"relpath": "x"}), (7, {"padding_mask": [1]})):
+        path = out / f"{name(number)}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    np.save(out / "silence.npy", np.zeros((1, 5, 3), np.float32))
+    (out / f".{name(8)}.npy.1-00000000.tmp").touch()
+    np.save(out / f"{name(20)}.npy", np.zeros(3))
+    problems = verify(out)
+    parts = [f"{name(n)}." for n in (20, 8, 0, 1, 2, 3, 4, 5, 6, 7)] + ["silence"]
+    assert len(problems) == len(parts)
+    for part in parts:
+        assert any(part in problem for problem in problems), part
+    run(data, out, sample_size=800)
+
+
+def test_verify_without_a_manifest(tmp_path):
+    with pytest.raises(InputError, match="no manifest") as error:
+        verify(tmp_path)
+    assert_one_line(error.value)
+
+
+# --- The command --------------------------------------------------------------------------------------------
+
+
+def command(*arguments):
+    result = CliRunner().invoke(main, ["pre-encode", *map(str, arguments)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def test_command(engine_of, data, out):
+    write_clips(data, 3)
+    (data / "clip00001.txt").unlink()
+    options = ["--model", engine_of(KINDS[0]).folder, "--data_dir", data, "--output_path", out, "--threads", 1]
+    result = command(*options)
+    assert result.exit_code == 0
+    summary, last = result.stdout.splitlines()
+    assert "3 clips (2 encoded, 1 no_caption)" in summary
+    assert json.loads(last)["encoded"] == 2
+    assert "3 of 3 clips" in result.stderr
+    assert "clip00001.txt" in result.stderr
+    result = command(*options, "--strict")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert command("--verify", out).exit_code == 0
+    (out / "000000000000.json").unlink()
+    result = command("--verify", out)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+
+
+def test_command_has_the_flags_and_defaults_of_the_reference():
+    options = {option.opts[0]: option for option in main.commands["pre-encode"].params}
+    defaults = {
+        "--model": "same-l",
+        "--batch_size": 1,
+        "--sample_size": 12582912,
+        "--model_half": False,
+        "--pad": False,
+    }
+    assert {name: options[name].get_default(click.Context(main)) for name in defaults} == defaults
+    assert {"--data_dir", "--output_path"} <= set(options)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--data_dir", "x"], ["--data_dir", "x", "--output_path", "y", "--shard", "2/1"], ["--verify", "nowhere"]],
+)
+def test_command_that_lacks_something(arguments):
+    result = command(*arguments)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+
+
+def test_half_model_without_its_graph_is_refused(engine_of, data, out):
+    write_clips(data, 1)
+    options = ["--model", engine_of(KINDS[0]).folder, "--data_dir", data, "--output_path", out, "--model_half"]
+    result = command(*options, "--backend", "onnxruntime")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "no fp16 graph" in result.stderr
+
+
+def test_progress_tells_speed_time_left_and_failures(data, out):
+    write_clips(data, 3)
+    (data / "clip00001.txt").unlink()
+    seen = []
+    pre_encode(fake_model(), data, out, progress=seen.append)
+    assert [(progress.done, progress.total) for progress in seen] == [(1, 3), (2, 3), (3, 3)]
+    assert seen[-1].bad == 1
+    line = describe(seen[-1])
+    assert "3 of 3 clips" in line
+    assert "0:00:00 left, 1 bad" in line
+
+
+def test_torch_is_not_imported(engine_of, data, out):
+    write_clips(data, 1)
+    code = (
+        "import sys; from samekit import AutoencoderModel; from samekit.dataset import pre_encode;"
+        "model = AutoencoderModel.from_pretrained(sys.argv[1], 'cpu', backend='onnxruntime');"
+        "pre_encode(model, sys.argv[2], sys.argv[3]);"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, engine_of(KINDS[0]).folder, data, out], check=True)
+
+
+# --- At size ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_ten_thousand_clips_cost_the_same_each(engine_of, data, out):
+    first = write_clip(data / "clip00000.wav", 2000)
+    for index in range(1, 10_000):
+        shutil.copyfile(first, data / f"clip{index:05d}.wav")
+        (data / f"clip{index:05d}.txt").write_text(f"caption {index}")
+    times, memory, process = [], [], psutil.Process()
+
+    def note(progress):
+        times.append(progress.elapsed)
+        if progress.done % 500 == 0:
+            memory.append(process.memory_info().rss)
+
+    model = AutoencoderModel.from_pretrained(engine_of(KINDS[0]).folder, "cpu", threads=1)
+    report = pre_encode(model, data, out, PreEncodeOptions(), note)
+    assert report.encoded == 10_000
+    early, late = times[2999] - times[999], times[9999] - times[7999]
+    growth = (memory[-1] - memory[3]) / 2**20
+    command = [sys.executable, "-c", "from samekit.cli import main; main()", "pre-encode", "--backend", "onnxruntime"]
+    command += ["--model", engine_of(KINDS[0]).folder, "--data_dir", data, "--output_path", out]
+    start = time.monotonic()
+    subprocess.run(command, check=True, capture_output=True)
+    again = time.monotonic() - start
+    print(  # noqa: T201 shown by `pytest -s`
+        f"2,000 clips: early {early:.2f} s, late {late:.2f} s; memory +{growth:.1f} MiB; done run {again:.2f} s"
+    )
+    assert late < 1.5 * early
+    assert growth < 20
+    assert again < 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["same-s", "same-l"])
+def test_full_size_latents_are_those_of_the_definition(engine_of, data, out, name):
+    model = AutoencoderModel.from_pretrained(engine_of(name).folder, "cpu")
+    for index, samples in enumerate((2000, 3 * RATE, 7 * RATE)):
+        write_clip(data / f"{index}.wav", samples, seed=index)
+    run(data, out, model)
+    for number in range(3):
+        latents, metadata = pair(out, number)
+        audio = prepared(metadata["path"])
+        kept = math.ceil(audio.shape[1] / HOP)
+        assert_close(one_pass(model, audio, kept + 64)[:, :kept], latents, EXACT_DB)
+    silence = np.load(out / "silence.npy")
+    assert silence.shape == (1, model.latent_dim, 3072)
+    direct = one_pass(model, np.zeros((2, 0), np.float32), 64)
+    assert_close(direct[:, :32], silence[0, :, :32], EXACT_DB)
+    assert_close(direct[:, -32:], silence[0, :, -32:], EXACT_DB)

@@ -1,0 +1,367 @@
+"""The exported graphs, and an export that is whole, current and verified, or not there at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from helpers import HALVES, HOP, KINDS, assert_close, assert_one_line, each_half, in_one_pass, seeded, variant
+from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from samekit.backends.base import BackendOptions
+from samekit.backends.ort import OnnxRuntimeBackend
+from samekit.errors import EngineError, InputError, OutputError, VerificationError
+from samekit.spec import ENCODER
+from samekit.store import Engine, describe_graph
+from samekit_export import export as export_module
+from samekit_export.checkpoint import random_checkpoint
+from samekit_export.export import export, is_current, spec_of
+from samekit_export.graph import GraphEncoder
+from samekit_export.model import Same
+from samekit_export.to_onnx import OPSET, write_onnx
+from samekit_export.verify import FLOOR_DB, example_input, verify
+
+# --- The graphs --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def graph_of(engine_of):
+    """A parsed graph: model and half -> ModelProto."""
+    return lambda name, half: onnx.load(engine_of(name).folder / f"{half}.onnx")
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+def nodes(graph):
+    """Every node, those of subgraphs included."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in [attribute.g, *attribute.graphs]:
+                yield from nodes(inner)
+
+
+@each_half
+class TestGraph:
+    def test_standard_operators_only(self, graph_of, kind, half):
+        model = graph_of(kind, half)
+        onnx.checker.check_model(model, full_check=True)
+        assert {node.domain for node in nodes(model.graph)} == {""}
+        assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
+        assert not model.functions
+
+    def test_names_and_dynamic_axes(self, graph_of, kind, half):
+        def described(value):
+            shape = [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+            return value.name, value.type.tensor_type.elem_type, shape
+
+        graph = graph_of(kind, half).graph
+        audio = ("audio", onnx.TensorProto.FLOAT, ["batch", 2, f"{HOP}*latents"])
+        latents = ("latents", onnx.TensorProto.FLOAT, ["batch", 32, "latents"])
+        assert [described(value) for value in graph.input] == [audio if half == ENCODER else latents]
+        assert [described(value) for value in graph.output] == [latents if half == ENCODER else audio]
+
+    def test_every_intermediate_grows_linearly(self, graph_of, engine_of, kind, half):
+        evaluator = ReferenceEvaluator(graph_of(kind, half))
+        sizes = []
+        for latents in (4, 8, 12):
+            array = example_input(engine_of(kind).spec, half, 1, latents, seed=0)
+            values = evaluator.run(None, {evaluator.input_names[0]: array}, intermediate=True)
+            sizes.append({name: np.size(value) for name, value in values.items()})
+        short, middle, long = sizes
+        assert sum(middle[name] > short[name] for name in short) > 100
+        # Equal steps for equal lengths; a square would show as a second difference.
+        quadratic = [name for name in short if long[name] - middle[name] != middle[name] - short[name]]
+        assert quadratic == []
+
+    def test_reference_evaluator_agrees(self, graph_of, engine_of, eager_of, kind, half):
+        """What the standard says the graph computes, not only what one runtime makes of it."""
+        evaluator, eager = ReferenceEvaluator(graph_of(kind, half)), eager_of(kind)
+        array = example_input(engine_of(kind).spec, half, 2, 3, seed=0)
+        (output,) = evaluator.run(None, {evaluator.input_names[0]: array})
+        assert_close(in_one_pass(eager.encode if half == ENCODER else eager.decode, array), output, 100)
+
+    def test_weights_are_stored_once(self, graph_of, kind, half):
+        stored = sum(np.prod(tensor.dims) for tensor in graph_of(kind, half).graph.initializer)
+        parameters = sum(tensor.numel() for key, tensor in seeded(kind).tensors.items() if key.startswith(half))
+        assert 0.9 * parameters < stored < 1.2 * parameters
+
+
+def test_large_weights_lie_beside_the_graph(tmp_path, monkeypatch):
+    monkeypatch.setattr("samekit_export.to_onnx.EXTERNAL_DATA_ABOVE", 1000)
+    checkpoint = variant("tiny-l", {"*.config.transformer_depths": [1]})
+    model = Same.from_checkpoint(checkpoint)
+    write_onnx(GraphEncoder(model), tmp_path / "encoder.onnx")
+    graph = describe_graph(tmp_path, "encoder.onnx")
+    assert graph.sizes["encoder.onnx"] < graph.sizes["encoder.onnx.data"] / 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(graph.sizes)
+
+    spec = dataclasses.replace(spec_of(checkpoint), graphs={"fp32": dict.fromkeys(HALVES, graph)})
+    engine = Engine(tmp_path, spec)
+    array = example_input(spec, ENCODER, 1, 5, seed=0)
+    with OnnxRuntimeBackend(engine, BackendOptions(device="cpu")) as backend:
+        assert_close(in_one_pass(model.encode, array), backend.encode(array), 100)
+    (tmp_path / "encoder.onnx.data").unlink()
+    with pytest.raises(EngineError, match=r"encoder\.onnx\.data: is missing"):
+        OnnxRuntimeBackend(engine, BackendOptions(device="cpu"))
+
+
+# --- The folder --------------------------------------------------------------------------------------------
+
+
+def test_exported_folder(engine_of, kind):
+    engine = engine_of(kind)
+    spec = engine.spec
+    assert sorted(path.name for path in engine.folder.iterdir()) == ["decoder.onnx", "encoder.onnx", "spec.json"]
+    assert sorted(path.name for path in engine.folder.parent.iterdir() if path.name.startswith(".")) == []
+    engine.check_digests()
+    assert spec.name == kind
+    assert spec.source == {"kind": "random", "name": kind, "seed": 0}
+    assert spec.source_sha256 == seeded(kind).sha256
+    assert (spec.sample_rate, spec.channels, spec.hop, spec.latent_width) == (44_100, 2, HOP, 32)
+    assert spec.alignment == (2 if kind == "tiny-s" else 1)
+    assert spec.contexts == ({"encoder": 1, "decoder": 2} if kind == "tiny-s" else {"encoder": 4, "decoder": 4})
+    assert {"samekit", "torch", "onnx", "opset"} <= spec.tools.keys()
+
+
+def test_verification_is_recorded(engine_of, kind):
+    (rows,) = engine_of(kind).spec.verification.values()
+    for half in HALVES:
+        cases = [row for row in rows if row["half"] == half]
+        assert {1, 2} <= {row["latents"] for row in cases}
+        assert any(row["latents"] % 2 and row["latents"] > 1 for row in cases)
+        assert any(row["batch"] > 1 for row in cases)
+        assert any(row["window"] and row["latents"] > row["window"] for row in cases)
+    assert all(row["snr_db"] >= 100 and 0 < row["max_error"] < 1e-3 for row in rows)
+
+
+WRITTEN = ["GraphEncoder encoder.onnx", "GraphDecoder decoder.onnx"]
+
+
+@pytest.fixture
+def exported(ready_graphs, tmp_path):
+    """A folder of engine folders with tiny-s in it."""
+    export(seeded("tiny-s"), tmp_path / "engines")
+    assert ready_graphs == WRITTEN
+    ready_graphs.clear()
+    return tmp_path / "engines"
+
+
+def contents(folder):
+    """Every file below a folder with a digest of what it holds."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_current_folder_is_left_alone(exported, ready_graphs):
+    before, lines = contents(exported), []
+    engine = export(seeded("tiny-s"), exported, report=lines.append)
+    assert ready_graphs == []
+    assert engine.folder == exported / "tiny-s"
+    assert lines == [f"{engine.folder} is current; --force exports it again"]
+    assert contents(exported) == before
+
+
+def test_force(exported, ready_graphs):
+    export(seeded("tiny-s"), exported, force=True)
+    assert ready_graphs == WRITTEN
+    assert sorted(path.name for path in exported.iterdir()) == ["tiny-s"]
+
+
+def change_spec(folder, **changes):
+    path = folder / "spec.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+def cut_off(folder):
+    (folder / "decoder.onnx").write_bytes(b"short")
+
+
+STALE = {
+    "other tools": lambda folder: change_spec(folder, tools={"samekit": "0.0.1"}),
+    "other source": lambda folder: change_spec(folder, source_sha256="0"),
+    "no graphs of that precision": lambda folder: change_spec(folder, graphs={}),
+    "no spec.json": lambda folder: (folder / "spec.json").unlink(),
+    "damaged spec.json": lambda folder: (folder / "spec.json").write_text("{"),
+    "a graph missing": lambda folder: (folder / "encoder.onnx").unlink(),
+    "a graph cut off": cut_off,
+}
+
+
+@pytest.mark.parametrize("cause", STALE)
+def test_stale_folder_is_exported_again(exported, ready_graphs, cause):
+    assert is_current(exported / "tiny-s", spec_of(seeded("tiny-s")), ["fp32"])
+    STALE[cause](exported / "tiny-s")
+    assert not is_current(exported / "tiny-s", spec_of(seeded("tiny-s")), ["fp32"])
+    engine = export(seeded("tiny-s"), exported)
+    assert ready_graphs == WRITTEN
+    engine.check_digests()
+    assert is_current(engine.folder, spec_of(seeded("tiny-s")), ["fp32"])
+    assert sorted(path.name for path in exported.iterdir()) == ["tiny-s"]
+
+
+def test_other_weights_are_exported(exported, ready_graphs):
+    other = random_checkpoint("tiny-s", seed=1)
+    assert export(other, exported).spec.source_sha256 == other.sha256
+    assert ready_graphs == WRITTEN
+
+
+def test_new_version_exports_again(exported, ready_graphs, monkeypatch):
+    monkeypatch.setattr(export_module, "version", lambda package: f"9.9 of {package}")
+    assert export(seeded("tiny-s"), exported).spec.tools["torch"] == "9.9 of torch"
+    assert ready_graphs == WRITTEN
+
+
+def test_another_precision_exports_again(exported, ready_graphs):
+    engine = export(seeded("tiny-s"), exported, ["fp32", "fp16"])
+    assert ready_graphs == [*WRITTEN, "GraphEncoder encoder.fp16.onnx", "GraphDecoder decoder.fp16.onnx"]
+    assert list(engine.spec.graphs) == ["fp32", "fp16"]
+    export(seeded("tiny-s"), exported, ["fp16"])
+    export(seeded("tiny-s"), exported)
+    assert len(ready_graphs) == 4
+
+
+def test_unknown_precision(ready_graphs, tmp_path):
+    with pytest.raises(InputError, match="cannot export precision 'fp8'; choose of fp32") as caught:
+        export(seeded("tiny-s"), tmp_path, ["fp32", "fp8"])
+    assert_one_line(caught.value)
+    assert ready_graphs == []
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- An export that fails ----------------------------------------------------------------------------------
+
+
+def failing(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("step", ["write_onnx", "verify", "describe_graph"])
+@pytest.mark.parametrize("error", [VerificationError("too far; report this"), RuntimeError("bug"), KeyboardInterrupt()])
+def test_failure_leaves_nothing(ready_graphs, tmp_path, monkeypatch, step, error):
+    monkeypatch.setattr(export_module, step, failing(error))
+    with pytest.raises(type(error)):
+        export(seeded("tiny-s"), tmp_path / "engines")
+    assert contents(tmp_path) == {}
+    assert not (tmp_path / "engines" / "tiny-s").exists()
+    assert list((tmp_path / "engines").iterdir()) == []
+    assert len(ready_graphs) <= 2
+
+
+def test_failure_leaves_the_older_engine(exported, monkeypatch):
+    before = contents(exported)
+    monkeypatch.setattr(export_module, "verify", failing(VerificationError("too far; report this")))
+    with pytest.raises(VerificationError):
+        export(seeded("tiny-s"), exported, force=True)
+    assert contents(exported) == before
+
+
+def test_failure_to_take_its_place_leaves_the_older_engine(exported, monkeypatch):
+    before, rename = contents(exported), Path.rename
+
+    def refuse_new(self, target):
+        if ".new." in self.name:
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse_new)
+    with pytest.raises(OutputError, match="No space left on device"):
+        export(seeded("tiny-s"), exported, force=True)
+    assert contents(exported) == before
+
+
+@pytest.mark.parametrize("place", ["engines", "engines/tiny-s"])
+def test_file_in_the_way(ready_graphs, tmp_path, place):
+    path = tmp_path / place
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    with pytest.raises(OutputError, match="tiny-s: ") as caught:
+        export(seeded("tiny-s"), tmp_path / "engines")
+    assert_one_line(caught.value)
+    assert path.read_text() == "mine"
+    assert [found for found in tmp_path.rglob("*") if found.is_file()] == [path]
+    assert len(ready_graphs) <= 2
+
+
+def test_folder_of_something_else_is_not_replaced(ready_graphs, tmp_path):
+    """Such as the checkpoint itself, where `--out` is the folder of checkpoints."""
+    weights = tmp_path / "tiny-s" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"not to be lost")
+    before = contents(tmp_path)
+    with pytest.raises(OutputError, match="tiny-s: ") as caught:
+        export(seeded("tiny-s"), tmp_path)
+    assert_one_line(caught.value)
+    assert contents(tmp_path) == before
+    assert len(ready_graphs) <= 2
+
+
+# --- Verification ------------------------------------------------------------------------------------------
+
+
+def spoil(path, change):
+    """Change the largest weight of a graph on disk."""
+    model = onnx.load(path)
+    weight = max(model.graph.initializer, key=lambda tensor: np.prod(tensor.dims))
+    weight.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(weight).copy()), weight.name))
+    onnx.save(model, path)
+
+
+def one_value_off(weight):
+    weight.flat[0] += 1
+    return weight
+
+
+SPOILED = {
+    "one value off": (one_value_off, r"is -?\d+\.\d+ dB from eager PyTorch at 1 x \d+ latents, 90.0 dB is the least"),
+    "infinite": (lambda weight: weight * np.float32(np.inf), "NaN or infinity"),
+}
+
+
+@each_half
+@pytest.mark.parametrize("cause", SPOILED)
+def test_wrong_graph_is_found_out(own_engine, eager_of, half, cause):
+    change, match = SPOILED[cause]
+    spoil(own_engine.folder / f"{half}.onnx", change)
+    graphs = {"fp32": {name: describe_graph(own_engine.folder, f"{name}.onnx") for name in HALVES}}
+    spoiled = Engine(own_engine.folder, dataclasses.replace(own_engine.spec, graphs=graphs))
+    spoiled.check_digests()
+    with pytest.raises(VerificationError, match=match) as caught:
+        verify(spoiled, eager_of("tiny-s"), "fp32")
+    assert f"fp32 {half}" in str(caught.value)
+    assert_one_line(caught.value)
+
+
+def test_wrong_graph_is_not_exported(ready_graphs, tmp_path, monkeypatch):
+    copied = export_module.write_onnx
+
+    def write_wrong(graph, path):
+        copied(graph, path)
+        spoil(path, one_value_off)
+
+    monkeypatch.setattr(export_module, "write_onnx", write_wrong)
+    monkeypatch.setattr(export_module, "verify", verify)
+    with pytest.raises(VerificationError, match="nothing was written"):
+        export(seeded("tiny-s"), tmp_path / "engines")
+    assert ready_graphs == WRITTEN
+    assert list((tmp_path / "engines").iterdir()) == []
+
+
+def test_verify_reports_every_case(engine_of, eager_of):
+    lines = []
+    rows = verify(engine_of("tiny-s"), eager_of("tiny-s"), "fp32", lines.append)
+    assert len(lines) == len(rows)
+    assert all(line.startswith("fp32 ") and line.endswith(" dB") for line in lines)
+    assert min(row["snr_db"] for row in rows) >= FLOOR_DB["fp32"] == 90

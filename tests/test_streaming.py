@@ -1,0 +1,179 @@
+"""Streams in blocks of any size give the numbers of one pass, and keep no more than a window."""
+
+from __future__ import annotations
+
+import itertools
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from helpers import RATE, FakeBackend, assert_close, each_half, noise
+
+from samekit.autoencoder import AutoencoderModel
+from samekit.chunking import ExactWindows
+from samekit.errors import InputError
+from samekit.spec import DECODER, ENCODER
+from samekit.streaming import HalfRunner, StreamDecoder, StreamEncoder, WindowedRun
+
+LEAST_DB = 110
+
+
+@pytest.fixture
+def windowed(backend):
+    """Every model on every backend, in windows of 16 latents."""
+    return AutoencoderModel(backend, window=16)
+
+
+def in_blocks(array, sizes):
+    """Pieces of the last axis, in the given sizes over and over."""
+    start = 0
+    for size in itertools.cycle(sizes):
+        if start >= array.shape[-1]:
+            return
+        yield array[..., start : start + size]
+        start += size
+
+
+def through(stream, array, sizes):
+    """Everything that a stream gives for an array pushed in blocks."""
+    outputs = [stream.push(block) for block in in_blocks(array, sizes)]
+    return np.concatenate([*outputs, stream.finish()], axis=-1)
+
+
+@pytest.mark.parametrize("sizes", [[4096], [1, 5000, 4095, 100_001], [10**7]], ids=str)
+def test_encoder(windowed, backend, sizes):
+    clip = noise((2, 41 * 4096 - 1000))
+    padded = np.pad(clip, ((0, 0), (0, 1000)))
+    assert_close(backend.encode(padded[None])[0], through(windowed.stream_encoder(RATE), clip, sizes), LEAST_DB)
+
+
+@pytest.mark.parametrize("sizes", [[1], [3, 1, 17, 50], [1000]], ids=str)
+def test_decoder(windowed, backend, sizes):
+    latents = noise((32, 41), level=1)
+    assert_close(backend.decode(latents[None])[0], through(windowed.stream_decoder(), latents, sizes), LEAST_DB)
+
+
+@pytest.mark.parametrize("rate", [48_000, 22_050])
+def test_encoder_at_another_rate(windowed, rate):
+    clip = noise((1, 3 * rate + 17))
+    stream = windowed.stream_encoder(rate)
+    output = through(stream, clip, [999, 10_001])
+    assert_close(windowed.encode(clip, rate)[0], output, LEAST_DB)
+    assert stream.samples == -(-clip.shape[1] * RATE // rate)
+
+
+@pytest.fixture
+def one_model(model_of):
+    """One model, for what no model decides."""
+    return AutoencoderModel(model_of("tiny-s", "onnxruntime").autoencoder.backend, window=16)
+
+
+def test_blocks_of_other_kinds(one_model):
+    clip = noise(50_000)
+    expected = through(one_model.stream_encoder(RATE), np.stack([clip, clip]), [9000])
+    assert_close(expected, through(one_model.stream_encoder(RATE), torch.from_numpy(clip), [9000]), LEAST_DB)
+    assert_close(expected, through(one_model.stream_encoder(RATE), clip[None].astype(np.float64), [9000]), LEAST_DB)
+
+
+def test_decoder_takes_what_the_encoder_gives(one_model):
+    clip = noise((2, 40 * 4096))
+    encoder, decoder = one_model.stream_encoder(RATE), one_model.stream_decoder()
+    blocks = [decoder.push(encoder.push(block)) for block in in_blocks(clip, [30_000])]
+    blocks += [decoder.push(encoder.finish()), decoder.finish()]
+    expected = one_model.decode(one_model.encode(clip, RATE))[0]
+    assert_close(expected, np.concatenate(blocks, axis=-1), LEAST_DB)
+
+
+def test_empty_blocks_change_nothing(one_model):
+    clip = noise((2, 10_000))
+    stream = one_model.stream_encoder(RATE)
+    outputs = [stream.push(block) for block in (clip[:, :0], clip, clip[:, :0])]
+    assert_close(one_model.encode(clip, RATE)[0], np.concatenate([*outputs, stream.finish()], axis=-1), LEAST_DB)
+
+
+def test_stream_begins_anew_after_finish(one_model):
+    stream = one_model.stream_decoder()
+    for seed in (1, 2):
+        latents = noise((32, 20), seed, level=1)
+        assert_close(one_model.decode(latents[None])[0], through(stream, latents, [7]), LEAST_DB)
+    stream = one_model.stream_encoder(RATE)
+    for seed in (1, 2):
+        clip = noise((2, 90_000), seed)
+        assert_close(one_model.encode(clip, RATE)[0], through(stream, clip, [40_000]), LEAST_DB)
+
+
+PLAN = ExactWindows(size=8, context=2, alignment=2)
+
+
+def test_encoder_keeps_its_promise_of_latency():
+    stream = StreamEncoder(FakeBackend(), PLAN, RATE)
+    given = 0
+    for latents in range(1, 60):
+        given += stream.push(noise((2, 8))).shape[-1]
+        assert latents - stream.latency <= given < latents
+
+
+def test_decoder_keeps_its_promise_of_latency():
+    stream = StreamDecoder(FakeBackend(), PLAN)
+    given = 0
+    for latents in range(1, 60):
+        given += stream.push(noise((4, 1))).shape[-1] // 8
+        assert latents - stream.latency <= given < latents
+
+
+@each_half
+def test_nothing_but_a_window_is_kept(half):
+    backend = FakeBackend()
+    features, unit = (2, 8) if half == ENCODER else (4, 1)
+    run = WindowedRun(HalfRunner(backend, half), ExactWindows(size=200, context=2, alignment=2))
+    tracemalloc.start()
+    try:
+        for _ in range(10):
+            # A block of a hundred windows: neither it nor its tail, which is a view of it, stays alive.
+            for _ in run.push(np.zeros((3, features, 20_000 * unit), np.float32)):
+                pass
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 3 * features * 10_000 * unit * 4
+    assert set(backend.calls) == {200}
+
+
+def test_streams_without_input(one_model):
+    with pytest.raises(InputError, match="no samples were received"):
+        one_model.stream_encoder(RATE).finish()
+    with pytest.raises(InputError, match="no latents were received"):
+        one_model.stream_decoder().finish()
+
+
+@pytest.mark.parametrize(
+    ("block", "match"),
+    [
+        (np.zeros((2, 3, 10), np.float32), "a clip must be"),
+        (np.zeros((2, 10), np.int16), "divide by 32768"),
+        (np.full((2, 10), np.nan, np.float32), "NaN"),
+        ([0.0, 0.1], "NumPy array or a PyTorch tensor"),
+    ],
+    ids=["rank", "int16", "NaN", "list"],
+)
+def test_blocks_that_cannot_be_encoded(one_model, block, match):
+    with pytest.raises(InputError, match=match):
+        one_model.stream_encoder(RATE).push(block)
+
+
+@pytest.mark.parametrize("shape", [(33, 2), (32,), (1, 32, 2)])
+def test_blocks_that_cannot_be_decoded(one_model, shape):
+    with pytest.raises(InputError, match=r"latents must be \[32, length\]"):
+        one_model.stream_decoder().push(np.zeros(shape, np.float32))
+
+
+@pytest.mark.parametrize("half", [ENCODER, DECODER])
+def test_refused_block_does_not_end_the_stream(one_model, half):
+    stream = one_model.stream_encoder(RATE) if half == ENCODER else one_model.stream_decoder()
+    array = noise((2, 90_000)) if half == ENCODER else noise((32, 20))
+    expected = one_model.encode(array, RATE)[0] if half == ENCODER else one_model.decode(array[None])[0]
+    first = stream.push(array[:, :7])
+    with pytest.raises(InputError):
+        stream.push(array[:, 7:9] * np.float32(np.inf))
+    assert_close(expected, np.concatenate([first, stream.push(array[:, 7:]), stream.finish()], axis=-1), LEAST_DB)

@@ -1,0 +1,985 @@
+"""TensorRT: engines built by NVIDIA's own compiler, the store of engines, and the backend on a fake runtime.
+
+Running an engine needs a GPU: those tests are marked so, and the contract of every backend covers it there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import re
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner
+from fake_tensorrt import FakeGpu, FakeTensorRT, computed
+from helpers import (
+    HALVES,
+    KINDS,
+    assert_close,
+    assert_one_line,
+    each_half,
+    in_one_pass,
+    noise,
+    run_half,
+    seeded,
+    variant,
+)
+
+from samekit import AutoencoderModel
+from samekit.autoencoder import Autoencoder
+from samekit.backends import open_backend
+from samekit.backends.base import BackendOptions
+from samekit.backends.ort import INPUT_NAMES
+from samekit.backends.tensorrt import Gpu, TensorRTBackend, split
+from samekit.cli import main
+from samekit.errors import BackendError, BackendUnavailableError, BuildError, InputError, OutputError, StaleEngineError
+from samekit.fingerprint import (
+    NARROW,
+    PORTABLE,
+    PROFILES,
+    TENSORRT,
+    TENSORRT_RTX,
+    WIDE,
+    fingerprint_of,
+    input_shape,
+    runs_on,
+)
+from samekit.spec import DECODER, ENCODER
+from samekit.store import Engine
+from samekit.tensorrt_api import import_flavour, installed_versions
+from samekit.tensorrt_store import (
+    FINGERPRINT_FILE,
+    LOG_FILE,
+    Build,
+    BuiltEngine,
+    build_folders,
+    choose_build,
+    is_whole,
+    new_build,
+    write_document,
+)
+from samekit_export import to_tensorrt
+from samekit_export.export import GRAPHS, export
+from samekit_export.to_tensorrt import BUILDABLE, add_engines
+from samekit_export.verify import example_input
+
+PRECISIONS = list(BUILDABLE)
+needs_rtx = pytest.mark.skipif(TENSORRT_RTX not in installed_versions(), reason="tensorrt-rtx is not installed")
+
+# --- Building with TensorRT-RTX, which needs no GPU -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def built(engine_of, tmp_path_factory):
+    """Build the engines of a seeded model, once a run: name and precision -> Engine and Build. Not to be changed."""
+    folder = tmp_path_factory.mktemp("engines")
+
+    def exported(name, precision):
+        """The session's own float32 graphs; half precision of two blocks, which is exported in half the time."""
+        if precision == "fp32":
+            return Engine.load(shutil.copytree(engine_of(name).folder, folder / "fp32" / name))
+        checkpoint = variant(name, {"*.config.transformer_depths": [2]})
+        with mock.patch("samekit_export.export.verify", return_value=[]):
+            return export(checkpoint, folder / precision, [precision])
+
+    def build(name, precision):
+        engine = exported(name, precision)
+        (build,) = add_engines(engine, [precision], "rtx", lambda _: None)
+        return engine, build
+
+    return functools.cache(build)
+
+
+def log_of(build):
+    return (build.folder / LOG_FILE).read_text(encoding="utf-8")
+
+
+def bytes_in_log(build, what):
+    """Every size that the log gives for something."""
+    return [int(size) for size in re.findall(rf"{what} Memory: (\d+) bytes", log_of(build))]
+
+
+@needs_rtx
+@pytest.mark.parametrize("precision", PRECISIONS)
+class TestBuilding:
+    @pytest.fixture
+    def build(self, built, kind, precision):
+        return built(kind, precision)[1]
+
+    def test_it_is_whole_and_says_what_it_is(self, build, precision):
+        assert is_whole(build.folder)
+        assert build.folder.name == build.fingerprint.name
+        assert build.fingerprint.name.startswith(f"tensorrt_rtx-{build.fingerprint.version}-portable-{precision}-")
+        assert set(build.engines) == set(HALVES)
+        for engine in build.engines.values():
+            assert engine.size == (build.folder / engine.file).stat().st_size > 1_000_000
+            assert engine.seconds > 0
+            assert engine.peak_memory > 100_000_000
+
+    def test_compiler_has_nothing_to_complain_of(self, build):
+        assert {line.split("]")[0] for line in log_of(build).splitlines()} == {"[INFO"}
+
+    def test_layers_are_counted(self, build):
+        counts = [int(count) for count in re.findall(r"(\d+) layers after parsing", log_of(build))]
+        assert counts == [build.engines[half].layers for half in (ENCODER, DECODER)]
+        assert 0 < counts[0] < 1500
+
+    def test_both_profiles_are_in_it(self, build):
+        # The builder sizes the scratch memory of each profile, and that of the most latents is largest.
+        narrow_encoder, wide_encoder, narrow_decoder, wide_decoder = bytes_in_log(build, "Max Scratch")
+        assert 1.5 < wide_encoder / narrow_encoder < 2.5
+        assert 1.5 < wide_decoder / narrow_decoder < 2.5
+
+    def test_weights_keep_their_precision(self, built, kind, precision):
+        engine, build = built(kind, precision)
+        graphs = engine.spec.graphs[precision].values()
+        exported = sum(size for graph in graphs for size in graph.sizes.values())
+        assert 0.8 * exported < sum(bytes_in_log(build, "Total Weights")) < exported
+
+
+@needs_rtx
+@pytest.mark.slow
+def test_full_size(tmp_path):
+    engine = export(seeded("same-s"), tmp_path, PRECISIONS)
+    full, half = add_engines(engine, PRECISIONS, "rtx", print)
+    for build in (full, half):
+        assert {line.split("]")[0] for line in log_of(build).splitlines()} == {"[INFO"}
+    full, half = (sum(engine.size for engine in build.engines.values()) for build in (full, half))
+    parameters = sum(tensor.numel() for tensor in seeded("same-s").tensors.values())
+    assert full == pytest.approx(4 * parameters, rel=0.1)
+    assert half == pytest.approx(full / 2, rel=0.1)
+
+
+@pytest.fixture
+def own_built(built, tmp_path):
+    """An engine folder with its engines, to be changed."""
+    return Engine.load(shutil.copytree(built("tiny-s", "fp32")[0].folder, tmp_path / "tiny-s"))
+
+
+@needs_rtx
+def test_current_engines_are_left_alone(own_built):
+    lines = []
+    (folder,) = build_folders(own_built)
+    assert add_engines(own_built, ["fp32"], "auto", lines.append) == [Build.load(folder)]
+    assert lines == [f"{folder} is current"]
+
+
+@needs_rtx
+def test_a_damaged_engine_is_built_again(own_built, monkeypatch):
+    (folder,) = build_folders(own_built)
+    engine = folder / "encoder.engine"
+    # Of the same size: only its digest tells.
+    engine.write_bytes(engine.read_bytes()[:-1] + b"x")
+
+    def build(self, path, report):  # noqa: ARG001 the signature of _HalfBuilder.build
+        path.write_bytes(b"new")
+        return BuiltEngine(path.name, 3, hashlib.sha256(b"new").hexdigest(), 1, 1.0, None)
+
+    monkeypatch.setattr(to_tensorrt._HalfBuilder, "build", build)
+    (again,) = add_engines(own_built, ["fp32"], "auto", lambda _: None)
+    assert again.folder == folder
+    assert again.read(ENCODER) == b"new"
+
+
+@needs_rtx
+def test_a_graph_that_it_does_not_take(own_engine):
+    graph = own_engine.folder / "encoder.onnx"
+    model = onnx.load(graph)
+    model.graph.node[3].op_type, model.graph.node[3].domain = "Mystery", "elsewhere"
+    node = model.graph.node[3].name
+    onnx.save(model, graph)
+    document = json.loads((own_engine.folder / "spec.json").read_text(encoding="utf-8"))
+    document["graphs"]["fp32"][ENCODER]["sizes"]["encoder.onnx"] = graph.stat().st_size
+    (own_engine.folder / "spec.json").write_text(json.dumps(document), encoding="utf-8")
+    lines = []
+    with pytest.raises(BuildError, match=f"tensorrt_rtx .* cannot build it .*Mystery {node}: ") as caught:
+        add_engines(Engine.load(own_engine.folder), ["fp32"], "rtx", lines.append)
+    assert_one_line(caught.value)
+    assert lines[-1].startswith(f"encoder.onnx: Mystery {node}: ")
+    # Of what was begun, the log is left.
+    (log,) = (own_engine.folder / "tensorrt").iterdir()
+    assert log.name.endswith(".failed.log")
+    assert str(log) in str(caught.value)
+    assert f"[ERROR] Mystery {node}" in log.read_text(encoding="utf-8")
+
+
+# --- Which TensorRT builds ------------------------------------------------------------------------------------
+
+
+def fake_module(name, version):
+    return SimpleNamespace(__name__=name, __version__=version)
+
+
+@pytest.fixture
+def nothing_builds(monkeypatch):
+    """Record what would be built; neither flavour is installed, and there is no GPU, until a test says so."""
+    asked = []
+    monkeypatch.setitem(sys.modules, TENSORRT, None)
+    monkeypatch.setitem(sys.modules, TENSORRT_RTX, None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(
+        to_tensorrt,
+        "build_engines",
+        lambda engine, precision, module, target, report: asked.append((precision, module.__name__, target)),  # noqa: ARG005
+    )
+    return asked
+
+
+def test_nothing_is_installed(nothing_builds, engine_of):
+    lines = []
+    assert add_engines(engine_of("tiny-s"), ["fp32"], "auto", lines.append) == []
+    (line,) = lines
+    assert line.startswith("left out: TensorRT engines")
+    assert "pip install 'samekit[gpu]'" in line
+    assert "pip install 'samekit[rtx]'" in line
+    with pytest.raises(BackendUnavailableError, match=r"run: pip install 'samekit\[rtx\]'") as caught:
+        add_engines(engine_of("tiny-s"), ["fp32"], "rtx", lines.append)
+    assert_one_line(caught.value)
+    assert add_engines(engine_of("tiny-s"), ["fp32"], "off", lines.append) == []
+    with pytest.raises(InputError, match="unknown TensorRT mode 'on'; choose one of auto, rtx, off"):
+        add_engines(engine_of("tiny-s"), ["fp32"], "on", lines.append)
+    assert (len(lines), nothing_builds) == (1, [])
+
+
+@pytest.mark.parametrize(
+    ("version", "gpu", "chosen"),
+    [
+        ("11.4.0", True, (TENSORRT, "8.9")),
+        ("10.15.1", True, (TENSORRT, "8.9")),
+        ("10.14.1", True, (TENSORRT_RTX, PORTABLE)),
+        ("11.4.0", False, (TENSORRT_RTX, PORTABLE)),
+        (None, True, (TENSORRT_RTX, PORTABLE)),
+    ],
+)
+def test_auto_prefers_the_gpu_at_hand(nothing_builds, monkeypatch, engine_of, version, gpu, chosen):
+    if version:
+        monkeypatch.setitem(sys.modules, TENSORRT, fake_module(TENSORRT, version))
+    monkeypatch.setitem(sys.modules, TENSORRT_RTX, fake_module(TENSORRT_RTX, "1.7.1.116"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 9))
+    lines = []
+    add_engines(engine_of("tiny-s"), ["fp32", "int8"], "auto", lines.append)
+    assert nothing_builds == [("fp32", *chosen)]
+    assert lines == ["no TensorRT engine of int8, which is for ONNX Runtime on the CPU"]
+
+
+def test_versions_that_are_too_old(monkeypatch):
+    monkeypatch.setitem(sys.modules, TENSORRT, fake_module(TENSORRT, "10.14.1.48"))
+    with pytest.raises(
+        BackendUnavailableError, match=r"tensorrt 10.14.1.48 is older than 10.15, .*--upgrade"
+    ) as caught:
+        import_flavour(TENSORRT)
+    assert_one_line(caught.value)
+
+
+class FakeTimingConfig:
+    """A builder's settings that know caches of one GPU."""
+
+    def __init__(self, fits):
+        self.fits = fits
+        self.cache = None
+
+    def create_timing_cache(self, data):
+        return SimpleNamespace(data=data, serialize=lambda: data + b"+measured")
+
+    def set_timing_cache(self, cache, ignore_mismatch):
+        assert ignore_mismatch is False
+        if cache.data not in (b"", self.fits):
+            return False
+        self.cache = cache
+        return True
+
+    def get_timing_cache(self):
+        return self.cache
+
+
+def test_timing_cache_is_kept(engine_of, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAMEKIT_CACHE", str(tmp_path))
+    engine = engine_of("tiny-s")
+    module = FakeTensorRT(engine.spec)
+
+    def times(flavour, fits):
+        """Attach and keep the cache as a build does; the contents afterwards."""
+        fingerprint = fingerprint_of(engine.spec, "fp32", flavour, "11.4.0", "8.9")
+        builder = to_tensorrt._HalfBuilder(engine, ENCODER, fingerprint, module, sys.stdout)
+        config = FakeTimingConfig(fits)
+        builder._attach_timing_cache(config)
+        builder._keep_timing_cache(config)
+        return [path.read_bytes() for path in sorted(tmp_path.rglob("*.cache"))]
+
+    # TensorRT-RTX has none.
+    assert times(TENSORRT_RTX, b"") == []
+    assert times(TENSORRT, b"") == [b"+measured"]
+    assert times(TENSORRT, b"+measured") == [b"+measured+measured"]
+    # A cache that does not fit is begun anew.
+    assert times(TENSORRT, b"other") == [b"+measured"]
+
+
+# --- Fingerprints ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spec(engine_of):
+    return engine_of("tiny-s").spec
+
+
+def test_fingerprint_holds_everything_that_matters(spec):
+    here = fingerprint_of(spec, "fp32", TENSORRT, "11.4.0", "8.9")
+    assert here == fingerprint_of(spec, "fp32", TENSORRT, "11.4.0", "8.9")
+    assert here.name.startswith("tensorrt-11.4.0-8.9-fp32-")
+    changed = {
+        "onnx": {ENCODER: "0", DECODER: "1"},
+        "flavour": TENSORRT_RTX,
+        "version": "11.4.1",
+        "target": "12.0",
+        "precision": "fp16",
+        "profiles": [],
+        "samekit": "0.0.1",
+    }
+    assert set(changed) == {field.name for field in dataclasses.fields(here)}
+    others = [dataclasses.replace(here, **{field: value}) for field, value in changed.items()]
+    assert len({here.name, *(other.name for other in others)}) == 1 + len(changed)
+    for field, other in zip(changed, others, strict=True):
+        (difference,) = here.differences(other)
+        assert field in difference
+
+
+def test_profiles_are_those_of_the_readme():
+    assert (NARROW.latents[0], NARROW.latents[2], NARROW.batch[0], NARROW.batch[2]) == (1, 256, 1, 8)
+    assert (WIDE.latents[0], WIDE.latents[2], WIDE.batch[0], WIDE.batch[2]) == (1, 4096, 1, 1)
+    for profile in PROFILES:
+        assert profile.takes(profile.batch[1], profile.latents[1])
+
+
+@pytest.mark.parametrize(
+    ("target", "capability", "runs"),
+    [
+        ("8.9", (8, 9), True),
+        ("8.9", (8, 6), False),
+        (PORTABLE, (8, 0), True),
+        (PORTABLE, (8, 9), True),
+        (PORTABLE, (12, 0), True),
+        (PORTABLE, (12, 1), True),
+        (PORTABLE, (7, 5), False),
+        (PORTABLE, (9, 0), False),
+        (PORTABLE, (10, 0), False),
+    ],
+)
+def test_which_gpus_a_target_covers(target, capability, runs):
+    assert runs_on(target, capability) is runs
+
+
+@each_half
+def test_shapes(spec, half):
+    shapes = {ENCODER: (2, 2, 3 * 4096), DECODER: (2, spec.latent_width, 3)}
+    assert input_shape(spec, half, 2, 3) == shapes[half]
+
+
+# --- The engine store -----------------------------------------------------------------------------------------
+
+VERSIONS = {TENSORRT: "11.4.0", TENSORRT_RTX: "1.7.1"}
+CAPABILITY = (8, 9)
+
+
+def put_build(engine, flavour=TENSORRT, target="8.9", contents=None, **changes):
+    """A build that holds the names of its halves in place of engines; fields of its fingerprint may be changed."""
+    fingerprint = fingerprint_of(engine.spec, "fp32", flavour, VERSIONS.get(flavour, "1.0"), target)
+    fingerprint = dataclasses.replace(fingerprint, **changes)
+    folder = engine.folder / "tensorrt" / fingerprint.name
+    with new_build(folder) as staging:
+        engines = {}
+        for half in HALVES:
+            data = (contents or half).encode()
+            (staging / f"{half}.engine").write_bytes(data)
+            digest = hashlib.sha256(data).hexdigest()
+            engines[half] = BuiltEngine(f"{half}.engine", len(data), digest, 700, 1.5, None)
+        write_document(staging, Build(folder, fingerprint, engines))
+    return Build.load(folder)
+
+
+def choose(engine, **changes):
+    arguments = {"precision": "fp32", "capability": CAPABILITY, "versions": VERSIONS} | changes
+    return choose_build(engine, **arguments)
+
+
+def test_the_build_for_this_gpu_is_preferred(own_engine):
+    with pytest.raises(
+        BackendUnavailableError, match="no TensorRT engine of fp32; run: samekit export tiny-s"
+    ) as caught:
+        choose(own_engine)
+    assert_one_line(caught.value)
+    portable = put_build(own_engine, TENSORRT_RTX, PORTABLE)
+    assert choose(own_engine) == portable
+    fitting = put_build(own_engine)
+    put_build(own_engine, target="12.0")
+    assert choose(own_engine) == fitting
+    assert choose(own_engine, capability=(12, 0)).fingerprint.target == "12.0"
+    assert choose(own_engine, capability=(8, 0)) == portable
+    with pytest.raises(BackendUnavailableError, match="--precision fp16"):
+        choose(own_engine, precision="fp16")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"onnx": {ENCODER: "0", DECODER: "0"}}, "other onnx"),
+        ({"version": "10.15.1"}, "version 10.15.1 instead of 11.4.0"),
+        ({"samekit": "0.0.1"}, "samekit 0.0.1 instead of"),
+        ({"profiles": []}, "other profiles"),
+        ({"target": "8.6"}, "was built for 8.6, this GPU is 8.9"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_stale_engines_are_refused(own_engine, changes, reason):
+    put_build(own_engine, **changes)
+    with pytest.raises(StaleEngineError, match=f"{reason}.*; run: samekit export tiny-s .*--tensorrt auto") as caught:
+        choose(own_engine)
+    assert_one_line(caught.value)
+
+
+def test_engine_of_a_flavour_that_is_not_installed(own_engine):
+    put_build(own_engine)
+    with pytest.raises(StaleEngineError, match=r"needs tensorrt 11.4.0, which is not installed"):
+        choose(own_engine, versions={TENSORRT_RTX: "1.7.1"})
+
+
+DAMAGES = {
+    "fingerprint missing a field": (
+        lambda path: _edit(path, lambda d: d["fingerprint"].pop("target")),
+        "cannot be read",
+    ),
+    "fingerprint of another kind": (lambda path: _edit(path, lambda d: d.update(engines=[1])), "cannot be read"),
+    "fingerprint of a later format": (lambda path: _edit(path, lambda d: d.update(format=2)), "format 2"),
+    "fingerprint with half a model": (lambda path: _edit(path, lambda d: d["engines"].pop(DECODER)), "half an auto"),
+    "fingerprint cut short": (lambda path: path.write_bytes(path.read_bytes()[:100]), "cannot be read"),
+    "engine cut short": (lambda path: _shorten(path.with_name("decoder.engine")), "has 6 bytes instead of 7"),
+    "engine missing": (lambda path: path.with_name("encoder.engine").unlink(), "is missing"),
+}
+
+
+def _edit(path, change):
+    document = json.loads(path.read_text(encoding="utf-8"))
+    change(document)
+    path.write_text(json.dumps(document), encoding="utf-8")
+
+
+def _shorten(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_builds_are_refused(own_engine, damage):
+    build = put_build(own_engine)
+    inflict, message = DAMAGES[damage]
+    inflict(build.folder / FINGERPRINT_FILE)
+    with pytest.raises(StaleEngineError, match=rf"{message}.*; run: samekit clean") as caught:
+        choose(own_engine)
+    assert_one_line(caught.value)
+    assert not is_whole(build.folder)
+
+
+def test_contents_are_checked_when_they_are_read(own_engine):
+    build = put_build(own_engine)
+    (build.folder / "encoder.engine").write_bytes(b"foreign")
+    assert choose(own_engine).read(DECODER) == b"decoder"
+    with pytest.raises(StaleEngineError, match="contents have changed since it was built") as caught:
+        choose(own_engine).read(ENCODER)
+    assert_one_line(caught.value)
+
+
+def test_a_build_appears_whole_or_not_at_all(own_engine):
+    folder = own_engine.folder / "tensorrt" / "some"
+
+    def fail():
+        with new_build(folder) as staging:
+            (staging / "encoder.engine").write_bytes(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert list(folder.parent.iterdir()) == []
+    folder.parent.rmdir()
+    folder.parent.write_bytes(b"")
+    with pytest.raises(OutputError, match="cannot be written") as caught, new_build(folder):
+        pass
+    assert_one_line(caught.value)
+
+
+@pytest.mark.parametrize("before", ["nothing", "a damaged build"])
+def test_two_builds_at_once_leave_one(own_engine, before):
+    build = put_build(own_engine)
+    if before == "nothing":
+        shutil.rmtree(build.folder)
+    else:
+        (build.folder / "encoder.engine").write_bytes(b"")
+    with new_build(build.folder) as first, new_build(build.folder) as second:
+        for name, staging in (("first", first), ("second", second)):
+            for half in HALVES:
+                (staging / f"{half}.engine").write_text(half)
+            write_document(staging, build)
+            (staging / name).touch()
+    assert is_whole(build.folder)
+    # The inner block ends first.
+    assert (build.folder / "second").exists()
+    assert [path.name for path in build.folder.parent.iterdir()] == [build.folder.name]
+
+
+def test_info_names_stale_engines_and_clean_removes_them(own_engine, monkeypatch):
+    monkeypatch.setattr("samekit.tensorrt_api.installed_versions", lambda: VERSIONS)
+    current = put_build(own_engine)
+    elsewhere = put_build(own_engine, target="12.0")
+    stale = put_build(own_engine, samekit="0.0.1")
+    damaged = put_build(own_engine, TENSORRT_RTX, PORTABLE)
+    _shorten(damaged.folder / "encoder.engine")
+    left = own_engine.folder / "tensorrt" / ".some.1234.new"
+    left.mkdir()
+    shutil.os.utime(left, (0, 0))
+    running = own_engine.folder / "tensorrt" / ".some.5678.new"
+    running.mkdir()
+
+    def run(command):
+        result = CliRunner().invoke(main, [command, str(own_engine.folder)])
+        assert result.exit_code == 0, result.output
+        return [line for line in result.output.splitlines() if "tensorrt" in line or "nothing" in line]
+
+    state = {line.split()[1].strip(":"): line for line in run("info")}
+    assert set(state) == {build.folder.name for build in (current, elsewhere, stale, damaged)}
+    assert state[current.folder.name].endswith("encoder 700 layers, 0 MB; decoder 700 layers, 0 MB; current")
+    assert state[elsewhere.folder.name].endswith("current")
+    assert "STALE: samekit 0.0.1 instead of" in state[stale.folder.name]
+    assert "STALE: " in state[damaged.folder.name]
+
+    assert {line.split()[1].strip(",") for line in run("clean")} == {
+        str(path) for path in (stale.folder, damaged.folder, left)
+    }
+    assert build_folders(own_engine) == sorted([current.folder, elsewhere.folder])
+    assert running.exists()
+    assert run("clean") == ["nothing to remove"]
+
+
+# --- The backend, on a fake runtime ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def module(spec):
+    return FakeTensorRT(spec)
+
+
+@pytest.fixture
+def opened(own_engine, module):
+    return TensorRTBackend(own_engine.spec, put_build(own_engine), module, FakeGpu(module.events))
+
+
+def test_pieces_of_a_batch():
+    def pieces(batch, latents):
+        return [(piece.profile, piece.rows.start, piece.rows.stop) for piece in split(batch, latents)]
+
+    assert pieces(1, 1) == pieces(1, 256) == [(0, 0, 1)]
+    assert pieces(8, 256) == [(0, 0, 8)]
+    assert pieces(19, 200) == [(0, 0, 8), (0, 8, 16), (0, 16, 19)]
+    assert pieces(1, 257) == pieces(1, 4096) == [(1, 0, 1)]
+    assert pieces(2, 300) == [(1, 0, 1), (1, 1, 2)]
+    with pytest.raises(InputError, match="takes 1 to 4096 latents at once, got 4097; choose a smaller window"):
+        split(1, 4097)
+
+
+@each_half
+@pytest.mark.parametrize(("batch", "latents"), [(1, 1), (3, 5), (8, 256), (9, 2), (1, 257), (2, 300)])
+def test_every_shape_comes_out_right(opened, half, batch, latents):
+    array = noise(input_shape(opened.spec, half, batch, latents))
+    np.testing.assert_allclose(run_half(opened, half, array), computed(opened.spec, half, array), rtol=1e-5, atol=1e-4)
+
+
+def test_too_long_is_refused_before_anything_happens(opened, module):
+    with pytest.raises(InputError, match="got 4097"):
+        opened.decode(np.zeros((1, 32, 4097), np.float32))
+    with pytest.raises(InputError, match="got 4097"):
+        opened.run_tensor(DECODER, torch.zeros(1, 32, 4097))
+    assert module.events == []
+
+
+def test_work_is_ordered(opened, module):
+    opened.decode(noise((1, 32, 3)))
+    module.events.clear()
+    opened.decode(noise((2, 32, 3)))
+    assert module.events == [
+        "upload",
+        "engine waits",
+        "60 bytes of scratch",
+        "launch",
+        "caller waits with scratch",
+        "download",
+    ]
+
+
+def test_engines_are_read_when_they_are_used(opened, module):
+    assert module.events == []
+    opened.decode(noise((1, 32, 1)))
+    opened.decode(noise((1, 32, 2)))
+    assert [event for event in module.events if event.startswith("load")] == ["load decoder"]
+    opened.encode(noise((1, 2, 4096)))
+    assert [event for event in module.events if event.startswith("load")] == ["load decoder", "load encoder"]
+
+
+def test_a_context_for_each_profile_when_it_is_used(opened, module):
+    for latents in (1, 256, 2):
+        opened.decode(noise((1, 32, latents)))
+    assert [context.profile for context in module.contexts] == [0]
+    opened.decode(noise((1, 32, 257)))
+    opened.decode(noise((1, 32, 4096)))
+    assert [context.profile for context in module.contexts] == [0, 1]
+
+
+def test_scratch_is_what_the_shape_needs(opened, module):
+    for latents in (1, 100, 1000):
+        opened.decode(noise((1, 32, latents)))
+    module.fails = "memory"
+    opened.decode(noise((1, 32, 1000)))
+    sizes = [event.split()[0] for event in module.events if "scratch" in event and "bytes" in event]
+    assert sizes == ["10", "1000", "10000", "5001"]
+    assert not opened._gpu.scratches
+
+
+FAILURES = {
+    "context": "could not create an execution context",
+    "profile": "could not select profile 0",
+    "shape": r"could not take the shape \(1, 32, 3\)",
+    "infer": "could not infer the shapes of .'audio'.",
+    "output shape": r"could not give \(1, 2, 12288\): it infers \(1, 2, 3\)",
+    "address of latents": "could not bind the input",
+    "address of audio": "could not bind the output",
+    "launch": "could not launch the engine",
+}
+
+
+@pytest.mark.parametrize("step", FAILURES)
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_every_answer_is_heard(opened, module, step, cuda_graph):
+    opened._cuda_graph = cuda_graph
+    module.fails = step
+    for _ in range(2):
+        with pytest.raises(BackendError, match=f"TensorRT {FAILURES[step]}; see .*use backend onnxruntime") as caught:
+            opened.decode(noise((1, 32, 3)))
+    assert_one_line(caught.value)
+    module.fails = None
+    array = noise((1, 32, 3))
+    for _ in range(3):
+        np.testing.assert_allclose(opened.decode(array), computed(opened.spec, DECODER, array), rtol=1e-5, atol=1e-4)
+
+
+def test_engine_that_cannot_be_loaded(opened, module):
+    module.fails = "load"
+    with pytest.raises(
+        StaleEngineError, match=r"decoder\.engine: tensorrt 11.4.0 cannot load it, .*; update"
+    ) as caught:
+        opened.decode(noise((1, 32, 3)))
+    assert_one_line(caught.value)
+
+
+def test_engine_that_was_changed_is_never_run(opened, module):
+    (opened._build.folder / "decoder.engine").write_bytes(b"encoder")
+    with pytest.raises(StaleEngineError, match="contents have changed"):
+        opened.decode(noise((1, 32, 3)))
+    assert module.events == ["upload"]
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_results_are_the_callers_own(opened, cuda_graph):
+    opened._cuda_graph = cuda_graph
+    arrays = [noise((1, 32, 3), seed) for seed in range(4)]
+    outputs = [opened.decode(array) for array in arrays]
+    for array, output in zip(arrays, outputs, strict=True):
+        np.testing.assert_allclose(output, computed(opened.spec, DECODER, array), rtol=1e-5, atol=1e-4)
+    tensors = [opened.run_tensor(DECODER, torch.from_numpy(array)) for array in arrays]
+    assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors)
+
+
+def test_a_shape_that_comes_again_is_recorded(opened, module):
+    opened._cuda_graph = True
+    for latents in (3, 3, 3, 3, 4, 3, 4, 4):
+        array = noise((1, 32, latents), latents)
+        output = opened.decode(array)
+        np.testing.assert_allclose(output, computed(opened.spec, DECODER, array), rtol=1e-5, atol=1e-4)
+    assert module.events.count("capture") == 2
+    # A context for each profile, and one for each recording.
+    assert len(module.contexts) == 3
+
+
+def test_used_by_several_threads(opened):
+    arrays = [noise((1, 32, 1 + seed % 3), seed) for seed in range(16)]
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(opened.decode, arrays))
+    for array, output in zip(arrays, outputs, strict=True):
+        np.testing.assert_allclose(output, computed(opened.spec, DECODER, array), rtol=1e-5, atol=1e-4)
+
+
+def test_close(opened):
+    opened.decode(noise((1, 32, 1)))
+    opened.close()
+    with pytest.raises(BackendError, match="is closed; open the model again"):
+        opened.decode(noise((1, 32, 1)))
+
+
+# --- Tensors on the device ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunks", [{}, {"chunked": True, "chunk_size": 8, "overlap": 4}], ids=["windows", "chunks"])
+def test_tensors_stay_on_the_device(opened, module, chunks):
+    model = AutoencoderModel.__new__(AutoencoderModel)
+    model.autoencoder = Autoencoder(opened, window=16)
+    audio, latents = noise((2, 2, 40 * 4096 + 5)), noise((2, 32, 41))
+    from_arrays = model.encode(audio, 44_100, **chunks), model.decode(latents, **chunks)
+    module.events.clear()
+    from_tensors = (
+        model.encode(torch.from_numpy(audio), 44_100, **chunks),
+        model.decode(torch.from_numpy(latents), **chunks),
+    )
+    assert not {"upload", "download"} & set(module.events)
+    for array, tensor in zip(from_arrays, from_tensors, strict=True):
+        assert isinstance(tensor, torch.Tensor)
+        np.testing.assert_array_equal(array, tensor.numpy())
+
+
+def test_tensors_that_cannot_be_used(opened):
+    codec = Autoencoder(opened)
+    with pytest.raises(InputError, match="NaN or infinity"):
+        codec.decode_audio(torch.full((1, 32, 2), float("nan")))
+    with pytest.raises(InputError, match=r"takes float32 .batch, 32, length."):
+        codec.decode_audio(torch.zeros(1, 31, 2))
+    with pytest.raises(InputError, match="empty"):
+        codec.decode_audio(torch.zeros(0, 32, 2))
+    assert not opened.accepts(torch.zeros(1, 32, 2, dtype=torch.float16))
+    assert not opened.accepts(np.zeros((1, 32, 2), np.float32))
+
+
+def test_other_backends_take_arrays_only(engine_of):
+    backend = open_backend(engine_of("tiny-s").folder, "onnxruntime", BackendOptions(device="cpu", threads=1))
+    assert not backend.accepts(torch.zeros(1, 32, 2))
+    with pytest.raises(BackendError, match="takes NumPy arrays only; copy") as caught:
+        backend.run_tensor(DECODER, torch.zeros(1, 32, 2))
+    assert_one_line(caught.value)
+
+
+# --- Opening --------------------------------------------------------------------------------------------------
+
+
+def test_no_gpu(own_engine, monkeypatch):
+    put_build(own_engine)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(
+        BackendUnavailableError, match="finds no CUDA device, which TensorRT needs; use another"
+    ) as caught:
+        open_backend(own_engine.folder, "tensorrt", BackendOptions())
+    assert_one_line(caught.value)
+    with pytest.raises(BackendUnavailableError, match="on GPUs only; choose device cuda"):
+        open_backend(own_engine.folder, "tensorrt", BackendOptions(device="cpu"))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(BackendUnavailableError, match=r"keeps its memory with PyTorch .*; run: pip install"):
+        open_backend(own_engine.folder, "tensorrt", BackendOptions())
+
+
+@pytest.fixture
+def gpu_here(monkeypatch, module):
+    """A machine with a GPU and TensorRT, as far as opening is concerned."""
+    monkeypatch.setattr("samekit.backends.tensorrt.Gpu", lambda _: FakeGpu(module.events))
+    monkeypatch.setattr("samekit.backends.tensorrt.installed_flavours", lambda: {TENSORRT: module})
+    monkeypatch.setattr("samekit.backends.ort.CUDA_PROVIDER", "none")
+
+
+@pytest.mark.usefixtures("gpu_here")
+def test_auto_takes_tensorrt_first(own_engine, caplog):
+    caplog.set_level(logging.INFO, "samekit")
+    build = put_build(own_engine)
+    backend = open_backend(own_engine.folder, "auto", BackendOptions())
+    assert (backend.name, backend.device, backend._build) == ("tensorrt", "cuda", build)
+    assert caplog.messages == ["backend tensorrt on cuda, fp32"]
+
+
+@pytest.mark.usefixtures("gpu_here")
+def test_auto_says_why_it_passed_over_a_stale_engine(own_engine, caplog):
+    put_build(own_engine, samekit="0.0.1")
+    assert open_backend(own_engine.folder, "auto", BackendOptions()).name == "onnxruntime"
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "backend tensorrt passed over: " in record.getMessage()
+    assert "samekit 0.0.1 instead of" in record.getMessage()
+    with pytest.raises(StaleEngineError):
+        open_backend(own_engine.folder, "tensorrt", BackendOptions())
+
+
+@pytest.mark.usefixtures("gpu_here")
+def test_no_flavour_is_installed(own_engine, monkeypatch):
+    put_build(own_engine)
+    monkeypatch.setattr("samekit.backends.tensorrt.installed_flavours", dict)
+    with pytest.raises(BackendUnavailableError, match=r"run: pip install 'samekit\[gpu\]' or pip") as caught:
+        open_backend(own_engine.folder, "tensorrt", BackendOptions())
+    assert_one_line(caught.value)
+
+
+def test_windows_fit_the_narrow_profile(opened):
+    codec = Autoencoder(opened)
+    codec._plans = Autoencoder(opened)._plans
+    assert all(codec.windows(half).size <= NARROW.latents[2] for half in HALVES)
+
+
+class FakeStream:
+    """A stream that notes whom it waits for."""
+
+    cuda_stream = 7
+
+    def __init__(self, events, name):
+        self.events, self.name = events, name
+
+    def wait_stream(self, other):
+        self.events.append(f"{self.name} waits for {other.name}")
+
+
+def test_streams_wait_for_each_other(monkeypatch):
+    events = []
+    callers = FakeStream(events, "caller")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.Stream", lambda _: FakeStream(events, "engine"))
+    monkeypatch.setattr("torch.cuda.current_stream", lambda: callers)
+    monkeypatch.setattr("torch.cuda.device", lambda _: nullcontext())
+    with pytest.raises(BackendUnavailableError, match="there is no GPU 1, only 1; choose"):
+        Gpu(1)
+    gpu = Gpu(0)
+
+    def fail():
+        with gpu.ordered() as stream:
+            events.append(f"work on {stream}")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert events == ["engine waits for caller", "work on 7", "caller waits for engine"]
+    assert not gpu.holds(torch.zeros(1))
+    assert not gpu.holds(np.zeros(1))
+
+
+# --- ONNX Runtime's providers ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked_of_onnxruntime(monkeypatch):
+    """What sessions are opened with on a machine whose ONNX Runtime has every provider."""
+    asked = []
+
+    def session(path, options, providers):  # noqa: ARG001 the signature of InferenceSession
+        asked.append(dict(providers))
+        names = [name for name, _ in providers]
+        output = np.zeros((1, 2, 4096), np.float32)
+        return SimpleNamespace(
+            get_providers=lambda: names,
+            get_inputs=lambda: [SimpleNamespace(name="latents")],
+            run=lambda *_: [output],
+        )
+
+    names = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: names)
+    monkeypatch.setattr("onnxruntime.InferenceSession", session)
+    return asked
+
+
+def test_engine_cache_of_onnxruntime(own_engine, asked_of_onnxruntime):
+    providers = ("TensorrtExecutionProvider", "CUDAExecutionProvider")
+    backend = open_backend(own_engine.folder, "onnxruntime", BackendOptions(providers=providers, device_id=1))
+    backend.decode(np.zeros((1, 32, 1), np.float32))
+    (asked,) = asked_of_onnxruntime
+    settings = asked["TensorrtExecutionProvider"]
+    build = Build.load(Path(settings["trt_engine_cache_path"]))
+    assert build.folder.parent == own_engine.folder / "tensorrt"
+    assert (build.fingerprint.flavour, build.engines) == ("onnxruntime", {})
+    assert build.fingerprint.onnx == {half: own_engine.spec.graphs["fp32"][half].sha256 for half in HALVES}
+    assert settings["trt_profile_min_shapes"] == "latents:1x32x1"
+    assert settings["trt_profile_max_shapes"] == "latents:8x32x256"
+    assert asked["CUDAExecutionProvider"] == {"device_id": 1, "use_tf32": "0"}
+    assert backend.longest_window == 256
+    # The cache is no build that the other backend could run, and it is found again.
+    with pytest.raises(BackendUnavailableError, match="no TensorRT engine"):
+        choose(own_engine)
+    open_backend(own_engine.folder, "onnxruntime", BackendOptions(providers=providers))
+    assert build_folders(own_engine) == [build.folder]
+
+
+def test_engine_cache_that_cannot_be_kept(own_engine, asked_of_onnxruntime, caplog):
+    (own_engine.folder / "tensorrt").write_bytes(b"")
+    options = BackendOptions(providers=("TensorrtExecutionProvider",))
+    open_backend(own_engine.folder, "onnxruntime", options).decode(np.zeros((1, 32, 1), np.float32))
+    assert "trt_engine_cache_path" not in asked_of_onnxruntime[0]["TensorrtExecutionProvider"]
+    assert "are not kept" in caplog.text
+
+
+def test_input_names_are_those_of_the_graphs():
+    assert {half: graph.input_name for half, graph in GRAPHS.items()} == INPUT_NAMES
+
+
+# --- On a GPU -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+class TestOnGpu:
+    """What the contract of every backend does not say."""
+
+    @pytest.fixture(params=KINDS)
+    def name(self, request):
+        return request.param
+
+    @pytest.fixture
+    def backend(self, built_of, name):
+        with open_backend(built_of(name).folder, "tensorrt", BackendOptions()) as backend:
+            yield backend
+
+    @each_half
+    @pytest.mark.parametrize(("batch", "latents"), [(1, 255), (1, 256), (1, 257), (9, 3), (2, 301), (1, 1292)])
+    def test_equals_eager_pytorch_in_both_profiles(self, backend, eager_of, name, half, batch, latents):
+        array = example_input(backend.spec, half, batch, latents, seed=latents)
+        eager = eager_of(name)
+        reference = in_one_pass(eager.encode if half == ENCODER else eager.decode, array)
+        assert_close(reference, run_half(backend, half, array), 90)
+
+    def test_input_from_another_stream(self, backend, eager_of, name):
+        array = example_input(backend.spec, DECODER, 4, 200, seed=0)
+        reference = in_one_pass(eager_of(name).decode, array)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(5):
+                tensor = torch.zeros(array.shape, device="cuda")
+                # Long enough that an engine that did not wait would read zeros.
+                torch.cuda._sleep(50_000_000)
+                tensor.copy_(torch.from_numpy(array))
+                assert_close(reference, backend.run_tensor(DECODER, tensor).cpu().numpy(), 90)
+
+    def test_cuda_graph_gives_the_same(self, built_of, backend, name):
+        options = BackendOptions(cuda_graph=True)
+        with open_backend(built_of(name).folder, "tensorrt", options) as recording:
+            for latents in (7, 7, 7, 8, 8, 7):
+                array = example_input(backend.spec, DECODER, 1, latents, seed=latents)
+                np.testing.assert_array_equal(recording.decode(array), backend.decode(array))
+
+    def test_short_windows_take_little_memory(self, backend):
+        array = example_input(backend.spec, DECODER, 1, 16, seed=0)
+        backend.decode(array)
+        torch.cuda.reset_peak_memory_stats()
+        backend.decode(array)
+        assert torch.cuda.max_memory_allocated() < 300_000_000
+
+    def test_tensors_stay_on_the_device(self, backend):
+        codec = Autoencoder(backend)
+        latents = torch.randn(2, backend.spec.latent_width, 300, device="cuda")
+        audio = codec.decode_audio(latents)
+        assert audio.is_cuda
+        assert_close(codec.decode_audio(latents.cpu().numpy()), audio.cpu().numpy(), 110)

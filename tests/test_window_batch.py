@@ -1,0 +1,49 @@
+"""Equal windows run together: fewer calls, the same numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import FakeBackend
+
+from samekit.autoencoder import Autoencoder
+from samekit.errors import InputError
+from samekit.spec import DECODER
+from samekit.streaming import HalfRunner
+
+
+class CountingBackend(FakeBackend):
+    """Answers each latent with its own first feature, and remembers the batch of each call."""
+
+    def __init__(self, window_batch):
+        super().__init__()
+        self._window_batch = window_batch
+        self.batches = []
+
+    def _run(self, half, array):
+        assert half == DECODER
+        self.batches.append(array.shape[0])
+        return np.repeat(array[:, :2], self.spec.hop, axis=2)
+
+
+@pytest.mark.parametrize(
+    ("window_batch", "clips", "expected"),
+    [(1, 1, [1] * 5), (4, 1, [4, 1]), (4, 2, [4, 4, 2]), (4, 3, [6, 6, 3]), (100, 1, [4, 1])],
+)
+def test_equal_windows_run_together(window_batch, clips, expected):
+    backend = CountingBackend(window_batch)
+    latents = np.random.default_rng(0).standard_normal((clips, 4, 43), np.float32)
+    audio = Autoencoder(backend, window=12).decode_audio(latents)
+    assert np.array_equal(audio, np.repeat(latents[:, :2], backend.spec.hop, axis=2))
+    assert backend.batches == expected
+
+
+def test_a_batch_of_none_is_refused():
+    with pytest.raises(InputError, match="window_batch"):
+        FakeBackend.__mro__[1].__init__(FakeBackend(), FakeBackend().spec, "fp32", 0)
+
+
+def test_no_windows_no_calls():
+    backend = CountingBackend(4)
+    assert list(HalfRunner(backend, DECODER).cores([])) == []
+    assert backend.batches == []
