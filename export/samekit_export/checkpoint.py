@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import zlib
@@ -227,7 +228,7 @@ def _parse_span(fields: _Fields, stride: int) -> Span:
     window = fields.take("sliding_window", list, [])
     if window:
         fields.ignore("chunk_size", "chunk_midpoint_shift")
-        if len(window) != 2 or window[0] != window[1] or not isinstance(window[0], int) or not 1 <= window[0] <= 8:
+        if len(window) != 2 or window[0] != window[1] or type(window[0]) is not int or not 1 <= window[0] <= 8:
             raise fields.error("sliding_window", f"= {window!r} is not implemented; two equal numbers from 1 to 8 are")
         return BandSpan(window[0])
     chunk = fields.take_size("chunk_size")
@@ -431,13 +432,17 @@ def load(model: str, weights: str = HUB, revision: str | None = None) -> Checkpo
 def load_source(source: Mapping[str, Any]) -> Checkpoint:
     """Load a checkpoint again from the `source` of one that was loaded before."""
     arguments = {key: value for key, value in source.items() if key != "kind"}
-    loaders: dict[str, Any] = {"folder": load_folder, "hub": load_hub, RANDOM: random_checkpoint}
+    loaders: dict[Any, Callable[..., Checkpoint]] = {
+        "folder": load_folder,
+        HUB: load_hub,
+        RANDOM: random_checkpoint,
+    }
     try:
-        load_again = loaders[source["kind"]]
-    except KeyError:
+        loader = loaders[source["kind"]]
+        inspect.signature(loader).bind(**arguments)
+    except (KeyError, TypeError):
         raise CheckpointError(f"a checkpoint source {dict(source)!r} is not known; export the model again") from None
-    checkpoint: Checkpoint = load_again(**arguments)
-    return checkpoint
+    return loader(**arguments)
 
 
 def load_folder(folder: str | Path, name: str | None = None) -> Checkpoint:
@@ -528,7 +533,7 @@ def published_config(name: str) -> dict[str, Any]:
     Args:
         name: `same-s` or `same-l` at their real sizes; `tiny-s` or `tiny-l`, 2 M parameters of the same kinds.
     """
-    kind = name[-1]
+    kind = name[-1:]
     if name not in ("same-s", "same-l", "tiny-s", "tiny-l"):
         raise CheckpointError(f"no random weights for {name!r}; choose same-s, same-l, tiny-s or tiny-l")
     tiny = name.startswith("tiny")
@@ -652,7 +657,10 @@ def load_hub(name: str, revision: str | None = None) -> Checkpoint:
     repository = HUB_REPOSITORIES.get(name, name)
     if repository.count("/") != 1:
         known = ", ".join(HUB_REPOSITORIES)
-        raise CheckpointError(f"{name!r} is no published model ({known}), no hub repository owner/name and no folder")
+        raise CheckpointError(
+            f"{name!r} is no published model ({known}), no hub repository owner/name and no folder; pass one of these, "
+            "or export it first"
+        )
     try:
         found, folder = _fetch(repository, CONTAINING_REPOSITORIES.get(name, ()), revision)
     except Exception as error:  # noqa: BLE001 the hub's client raises errors of several libraries; each becomes one line

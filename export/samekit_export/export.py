@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from samekit.errors import InputError, OutputError, SamekitError
 from samekit.spec import DECODER, ENCODER, SPEC_FILE, EngineSpec
 from samekit.store import Engine, describe_graph
+from samekit.tensorrt_store import BUILDS_FOLDER
 from samekit_export.checkpoint import ChunkSpan
 from samekit_export.graph import GraphDecoder, GraphEncoder
 from samekit_export.model import Same
@@ -94,7 +95,7 @@ def export(
     Raises:
         InputError: a precision cannot be exported.
         VerificationError: a graph does not equal eager PyTorch; nothing was written.
-        OutputError: the folder cannot be written.
+        OutputError: the folder cannot be written, or something else lies there.
     """
     for precision in precisions:
         if precision not in EXPORTABLE:
@@ -104,6 +105,7 @@ def export(
     if not force and is_current(folder, spec, precisions):
         report(f"{folder} is current; --force exports it again")
         return Engine.load(folder)
+    _check_place(folder)
     model = Same.from_checkpoint(checkpoint)
     with _replaced_folder(folder) as staging:
         for precision in precisions:
@@ -141,6 +143,23 @@ def is_current(folder: Path, spec: EngineSpec, precisions: Sequence[str]) -> boo
     return engine.spec.source_sha256 == spec.source_sha256 and engine.spec.tools == spec.tools
 
 
+def _check_place(folder: Path) -> None:
+    """Refuse to replace whatever is no engine folder, such as the checkpoint itself.
+
+    Raises:
+        OutputError: something else lies there.
+    """
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if not folder.is_dir() or not all(_is_engines_own(path) for path in folder.iterdir()):
+        raise OutputError(f"{folder}: is no engine folder, and is not replaced; choose another --out")
+
+
+def _is_engines_own(path: Path) -> bool:
+    """Whether an export writes files of such a name."""
+    return path.name in (SPEC_FILE, BUILDS_FOLDER) or path.name.endswith((".onnx", ".onnx.data"))
+
+
 @contextmanager
 def _replaced_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` when the block ends well, and vanishes when it does not."""
@@ -151,7 +170,13 @@ def _replaced_folder(folder: Path) -> Iterator[Path]:
         yield staging
         if folder.exists():
             folder.rename(old)
-        staging.rename(folder)
+        try:
+            staging.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         if isinstance(error, SamekitError):
             raise
@@ -160,4 +185,3 @@ def _replaced_folder(folder: Path) -> Iterator[Path]:
         ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

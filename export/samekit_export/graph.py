@@ -89,7 +89,8 @@ class Linear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.weight = _constant(weight.T)
-        self.bias = None if bias is None else _constant(bias)
+        # A row, not a vector: TensorRT turns vectors into rows first, one layer each.
+        self.bias = None if bias is None else _constant(bias[None])
 
     def forward(self, rows: Tensor) -> Tensor:
         """`[rows, in]` to `[rows, out]`, in the dtype of the weight."""
@@ -122,8 +123,8 @@ class NormedHeads(nn.Module):
         super().__init__()
         heads = weight.shape[0] // norm.gamma.shape[0]
         self.linear = Linear(weight * norm.alpha.double(), bias * norm.alpha.double())
-        self.gamma = _constant(scale * norm.gamma.double().repeat(heads))
-        self.beta = _constant(scale * norm.beta.double().repeat(heads))
+        self.gamma = _constant(scale * norm.gamma.double().repeat(1, heads))
+        self.beta = _constant(scale * norm.beta.double().repeat(1, heads))
 
     def forward(self, rows: Tensor, island: bool) -> Tensor:
         """`[rows, width]` to the same, the norm in float32 if it is an island."""
@@ -140,15 +141,16 @@ class Grid:
         self.batch = batch
         self.groups = groups
         self.total = batch * groups
-        self.key_positions = self._positions(layout.key_positions)
-        self.query_positions = self._positions(layout.query_positions)
-        self.learned_positions = self._positions(layout.learned_positions)
+        # Made of a range, which takes fewer steps than an expansion to a shape.
+        self.zeros = torch.arange(self.total) * 0
+        self.query_positions = self.key_positions = self.positions(layout.query_positions)
         if layout.neighbours:
+            self.key_positions = self.positions(layout.key_positions)
             self._look_around()
 
-    def _positions(self, of_token: Tensor) -> Tensor:
-        """A position for each row: `[rows, 1]`."""
-        return of_token[:, None].expand(-1, self.total).reshape(-1, 1)
+    def positions(self, of_token: Tensor) -> Tensor:
+        """A position for each row, from one for each token: `[rows, 1]`."""
+        return (of_token[:, None] + self.zeros).reshape(-1, 1)
 
     def _look_around(self) -> None:
         """Where the neighbouring groups of each group lie, and which keys do not exist at the ends of a sequence."""
@@ -228,16 +230,16 @@ class GraphBlock(nn.Module):
         super().__init__()
         self.islands = islands
         self.heads = config.heads
+        self.head_width = config.head_width
         self.width = config.width
         attention = block.self_attn
         qkv = attention.to_qkv.weight.double()
         q1, k1, v, q2, k2 = (qkv * block.pre_norm.gamma.double()).split(config.width)
         bias_q1, bias_k1, _, bias_q2, bias_k2 = (qkv @ block.pre_norm.beta.double()).split(config.width)
         scale = config.head_width**-0.5
-        self.q1 = NormedHeads(q1, bias_q1, attention.q_norm, scale)
-        self.q2 = NormedHeads(q2, bias_q2, attention.q_norm, scale)
-        self.k1 = NormedHeads(k1, bias_k1, attention.k_norm)
-        self.k2 = NormedHeads(k2, bias_k2, attention.k_norm)
+        # The heads of both attentions side by side: half the steps.
+        self.q = NormedHeads(torch.cat([q1, q2]), torch.cat([bias_q1, bias_q2]), attention.q_norm, scale)
+        self.k = NormedHeads(torch.cat([k1, k2]), torch.cat([bias_k1, bias_k2]), attention.k_norm)
         self.v = Linear(v)
         alpha_mid = float(block.ff_norm.alpha)
         self.out = Branch(attention.to_out.weight.double() * alpha_mid, None, alpha_mid / alpha_in)
@@ -276,16 +278,14 @@ class GraphBlock(nn.Module):
         residual = spread(residual)
         asking, positions = x, grid.query_positions
         if learned_only:
-            asking, positions = learned_rows(x, layout), grid.learned_positions
+            asking, positions = learned_rows(x, layout), grid.positions(layout.learned_positions)
             residual = learned_rows(residual, layout)
 
-        def attend(query: NormedHeads, key: NormedHeads) -> Tensor:
-            q = self._turn(spread(query(asking, islands.heads)), positions, grid).permute(1, 2, 0, 3)
-            k = self._turn(grid.keys(spread(key(x, islands.heads))), grid.key_positions, grid).permute(1, 2, 3, 0)
-            scores = _wide(q.to(product) @ k.to(product), islands.softmax)
-            return torch.softmax(grid.masked(scores, learned_only=learned_only), dim=-1)
-
-        weights = (attend(self.q1, self.k1) - attend(self.q2, self.k2)).to(product)
+        q = self._turn(spread(self.q(asking, islands.heads)), positions, grid).permute(1, 2, 0, 3)
+        k = self._turn(grid.keys(spread(self.k(x, islands.heads))), grid.key_positions, grid).permute(1, 2, 3, 0)
+        scores = _wide(q.to(product) @ k.to(product), islands.softmax)
+        both = torch.softmax(grid.masked(scores, learned_only=learned_only), dim=-1).unflatten(1, (2, self.heads))
+        weights = (both.select(1, 0) - both.select(1, 1)).to(product)
         v = self._per_head(grid.keys(spread(self.v(x))), grid).permute(1, 2, 0, 3)
         heads = (weights @ v).permute(2, 0, 1, 3).reshape(-1, self.width)
         residual = self.out(heads, residual)
@@ -301,18 +301,17 @@ class GraphBlock(nn.Module):
         rows = _wide(rows, self.islands.rotary)
         # One row a sequence: ONNX Runtime wants no sequence longer than the tables.
         turned = torch.onnx.ops.rotary_embedding(
-            rows[:, None],
+            rows.view(-1, 2 * self.heads, 1, self.head_width),
             layout.cos.to(rows.dtype),
             layout.sin.to(rows.dtype),
             positions,
-            num_heads=self.heads,
             rotary_embedding_dim=layout.rotated,
         )
         return self._per_head(turned, grid)
 
     def _per_head(self, rows: Tensor, grid: Grid) -> Tensor:
-        """`[tokens * groups, width]` to `[tokens, groups, heads, head_width]`."""
-        return rows.view(-1, grid.total, self.heads, self.width // self.heads)
+        """Rows of one attention or of both to `[tokens, groups, heads, head_width]`."""
+        return rows.reshape(-1, grid.total, rows.shape[1:].numel() // self.head_width, self.head_width)
 
 
 def _same(rows: Tensor) -> Tensor:
@@ -320,10 +319,20 @@ def _same(rows: Tensor) -> Tensor:
     return rows
 
 
+def _filled(x: Tensor, dim: int, most: int, length: int) -> Tensor:
+    """The first `length` of `x` followed by `most` zeros, along `dim`; no condition, whatever the length.
+
+    An index takes TensorRT a tenth of the layers of a slice.
+    """
+    shape = list(x.shape)
+    shape[dim] = most
+    return torch.cat([x, x.new_zeros(shape)], dim=dim).index_select(dim, torch.arange(length))
+
+
 def learned_rows(rows: Tensor, layout: Layout) -> Tensor:
     """The rows of the encoder's learned tokens, the last of each latent."""
     width = rows.shape[-1]
-    return rows.view(layout.latents, layout.tokens // layout.latents, -1, width)[:, -1].reshape(-1, width)
+    return rows.view(layout.latents, layout.tokens // layout.latents, -1, width).select(1, -1).reshape(-1, width)
 
 
 class GraphTrunk(nn.Module):
@@ -367,15 +376,18 @@ class GraphTrunk(nn.Module):
 
     def _shift(self, rows: Tensor, batch: int, groups: int) -> Tensor:
         """Chunks moved by half a chunk: the sequence is extended by copies of its first and its last half chunk."""
-        first, second = rows.view(2, -1, batch, groups, rows.shape[-1])
-        first_halves = torch.cat([first[:, :, :1], second], dim=2)
-        second_halves = torch.cat([first, second[:, :, -1:]], dim=2)
+        halves = rows.view(2, -1, batch, groups, rows.shape[-1])
+        first, second = halves.select(0, 0), halves.select(0, 1)
+        first_halves = torch.cat([first.select(2, 0).unsqueeze(2), second], dim=2)
+        second_halves = torch.cat([first, second.select(2, -1).unsqueeze(2)], dim=2)
         return torch.stack([first_halves, second_halves]).reshape(-1, rows.shape[-1])
 
     def _shift_back(self, rows: Tensor, batch: int, groups: int) -> Tensor:
         """Undo `_shift`: drop the copies."""
-        first_halves, second_halves = rows.view(2, -1, batch, groups + 1, rows.shape[-1])
-        return torch.stack([second_halves[:, :, :-1], first_halves[:, :, 1:]]).reshape(-1, rows.shape[-1])
+        halves = rows.view(2, -1, batch, groups + 1, rows.shape[-1])
+        kept = torch.arange(groups)
+        first = halves.select(0, 1).index_select(2, kept)
+        return torch.stack([first, halves.select(0, 0).index_select(2, kept + 1)])
 
 
 class Graph(nn.Module):
@@ -430,9 +442,9 @@ class GraphEncoder(Graph):
         batch, latents = audio.shape[0], audio.shape[2] // config.hop
         groups = (latents + latents_in_group - 1) // latents_in_group
         if latents_in_group > 1:
-            # Zeros fill the last chunk, as in the reference; a slice of what is always appended needs no condition.
-            filler = audio.new_zeros(batch, config.channels, (latents_in_group - 1) * config.hop)
-            audio = torch.cat([audio, filler], dim=2)[:, :, : groups * latents_in_group * config.hop]
+            # Zeros fill the last chunk, as in the reference.
+            pieces = audio.view(batch, config.channels, -1, config.hop)
+            audio = _filled(pieces, dim=2, most=latents_in_group - 1, length=groups * latents_in_group)
         patches = audio.reshape(batch, config.channels, groups, latents_in_group, trunk.stride, config.patch)
         rows = patches.permute(3, 4, 0, 2, 1, 5).reshape(-1, config.patch_width)
         rows = self.mapping(rows).view(latents_in_group, trunk.stride, -1, trunk.width)
@@ -440,7 +452,8 @@ class GraphEncoder(Graph):
         rows = torch.cat([rows, learned], dim=1).reshape(-1, trunk.width)
         rows = self.trunk(rows, batch, groups, learned_only=True)
         z = self.to_latent(rows.reshape(-1, trunk.width)).view(latents_in_group, batch, groups, -1)
-        return z.float().permute(1, 3, 2, 0).reshape(batch, config.latent_width, -1)[:, :, :latents]
+        z = z.float().permute(1, 3, 2, 0).reshape(batch, config.latent_width, -1)
+        return z.index_select(2, torch.arange(latents))
 
 
 class GraphDecoder(Graph):
@@ -469,24 +482,26 @@ class GraphDecoder(Graph):
         groups = (length + latents_in_group - 1) // latents_in_group
         rows = self.from_latent(latents.transpose(1, 2).reshape(-1, config.latent_width)).view(batch, -1, trunk.width)
         if latents_in_group > 1:
-            filler = rows.new_zeros(batch, latents_in_group - 1, trunk.width)
-            rows = torch.cat([rows, filler], dim=1)[:, : groups * latents_in_group]
+            rows = _filled(rows, dim=1, most=latents_in_group - 1, length=groups * latents_in_group)
         rows = rows.reshape(batch, groups, latents_in_group, trunk.width).permute(2, 0, 1, 3).reshape(-1, trunk.width)
 
         def spread(rows: Tensor) -> Tensor:
             """The latents' rows followed by one learned row, to the rows of all tokens."""
-            own = rows[:-1].view(latents_in_group, 1, -1, trunk.width)
+            width = rows.shape[-1]
+            own = rows[:-1].view(latents_in_group, 1, -1, width)
             learned = rows[-1:].expand(latents_in_group, trunk.stride, own.shape[2], -1)
-            return torch.cat([own, learned], dim=1).reshape(-1, trunk.width)
+            return torch.cat([own, learned], dim=1).reshape(-1, width)
 
         rows = self.trunk(torch.cat([rows, self.learned]), batch, groups, spread)
-        rows = rows.reshape(latents_in_group, trunk.latent_tokens, -1, trunk.width)[:, 1:].reshape(-1, trunk.width)
+        rows = rows.reshape(latents_in_group, trunk.latent_tokens, -1, trunk.width)
+        rows = rows.index_select(1, torch.arange(1, trunk.latent_tokens)).reshape(-1, trunk.width)
         taps = self.mapping(rows).view(latents_in_group, trunk.stride, batch, groups, self.kernel, config.patch_width)
         patches = self._convolve(taps.permute(2, 3, 0, 1, 4, 5).reshape(batch, -1, self.kernel, config.patch_width))
         audio = (
             (patches.float() + self.mapping_bias).reshape(batch, -1, config.channels, config.patch).permute(0, 2, 1, 3)
         )
-        audio = audio.reshape(batch, config.channels, -1)[:, :, : length * config.hop]
+        pieces = audio.reshape(batch, config.channels, -1, config.hop).index_select(2, torch.arange(length))
+        audio = pieces.reshape(batch, config.channels, -1)
         return torch.tanh(audio) if config.soft_clip else audio
 
     def _convolve(self, taps: Tensor) -> Tensor:
