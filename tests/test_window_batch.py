@@ -7,6 +7,7 @@ import pytest
 from helpers import FakeBackend
 
 from samekit.autoencoder import Autoencoder
+from samekit.backends.base import BackendOptions
 from samekit.errors import InputError
 from samekit.spec import DECODER
 from samekit.streaming import HalfRunner
@@ -38,9 +39,10 @@ def test_equal_windows_run_together(window_batch, clips, expected):
     assert backend.batches == expected
 
 
-def test_a_batch_of_none_is_refused():
-    with pytest.raises(InputError, match="window_batch"):
-        FakeBackend.__mro__[1].__init__(FakeBackend(), FakeBackend().spec, "fp32", 0)
+@pytest.mark.parametrize("window_batch", [0, -1, 2.0, "2", True], ids=repr)
+def test_a_batch_of_none_is_refused(window_batch):
+    with pytest.raises(InputError, match=r"window_batch is .*; pass a whole number from 1"):
+        BackendOptions(window_batch=window_batch)
 
 
 def test_no_windows_no_calls():

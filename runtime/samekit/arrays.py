@@ -43,10 +43,18 @@ def as_float32(value: Any, name: str, *, empty: bool = False) -> Array:
     if value.size == 0 and not empty:
         raise InputError(f"{name} is empty: its shape is {list(value.shape)}")
     with np.errstate(over="ignore"):
-        array = np.ascontiguousarray(value, dtype=np.float32)
+        # Not `ascontiguousarray`, which makes a clip of one sample out of a single number.
+        array = np.asarray(value, dtype=np.float32, order="C")
     if not np.isfinite(array).all():
         raise InputError(f"{name} holds NaN, infinity or values beyond float32; repair the input")
     return array
+
+
+def as_one_batch(pieces: list[Any]) -> Any:
+    """Batches of one kind as one batch of it."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return sys.modules["torch"].cat(pieces) if is_tensor(pieces[0]) else np.concatenate(pieces)
 
 
 def like(array: Array, example: Any, device: str) -> Any:

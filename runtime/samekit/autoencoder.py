@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from samekit.arrays import as_float32, like
+from samekit.arrays import as_float32, is_tensor, like
 from samekit.audio import AudioReader, AudioWriter, pad_to, prepare
 from samekit.backends import AUTO, open_backend
 from samekit.backends.base import BackendOptions
@@ -151,7 +151,9 @@ class Autoencoder:
             BackendError: the backend failed.
         """
         if self.on_device(audio):
-            return self._run_on_device(ENCODER, audio, (chunk_size, overlap) if chunked else None)
+            return self._run(
+                ENCODER, self._ready_on_device(audio, self.spec.hop), (chunk_size, overlap) if chunked else None
+            )
         array = as_float32(audio, "audio")
         self._check_batch(array, self.io_channels, "audio")
         out = self._run(ENCODER, pad_to(array, self.spec.hop), (chunk_size, overlap) if chunked else None)
@@ -162,7 +164,7 @@ class Autoencoder:
     ) -> Any:
         """Latents `[batch, latent_dim, latents]` to audio `[batch, io_channels, samples]`; arguments as above."""
         if self.on_device(latents):
-            return self._run_on_device(DECODER, latents, (chunk_size, overlap) if chunked else None)
+            return self._run(DECODER, self._ready_on_device(latents, 1), (chunk_size, overlap) if chunked else None)
         array = as_float32(latents, "latents")
         self._check_batch(array, self.latent_dim, "latents")
         out = self._run(DECODER, array, (chunk_size, overlap) if chunked else None)
@@ -172,14 +174,15 @@ class Autoencoder:
         if array.ndim != 3 or array.shape[1] != features:
             raise InputError(f"{name} must be [batch, {features}, length], got {list(array.shape)}")
 
-    def _run(self, half: str, array: Array, chunks: tuple[int, int] | None) -> Array:
-        """One half over a whole batch in memory: exact windows, or the reference's chunks."""
+    def _run(self, half: str, batch: Any, chunks: tuple[int, int] | None) -> Any:
+        """One half over a whole batch in memory, an array or `on_device`: exact windows, or the reference's chunks."""
         runner = HalfRunner(self.backend, half)
-        latents = array.shape[-1] // runner.unit_in
+        latents = batch.shape[-1] // runner.unit_in
         windows = reference_chunks(latents, *chunks) if chunks else self._plans[half].over(latents)
-        out = np.empty((array.shape[0], runner.features_out, latents * runner.unit_out), np.float32)
+        shape = (batch.shape[0], runner.features_out, latents * runner.unit_out)
+        out = batch.new_empty(shape) if is_tensor(batch) else np.empty(shape, np.float32)
         done = 0
-        for core in runner.cores(runner.cut(array, windows)):
+        for core in runner.cores(runner.cut(batch, windows)):
             out[:, :, done : done + core.shape[-1]] = core
             done += core.shape[-1]
         return out
@@ -188,24 +191,16 @@ class Autoencoder:
         """Whether a value is a batch that the backend reads where it lies, and whose result stays there."""
         return self.backend.accepts(value) and value.ndim == 3 and value.numel() > 0
 
-    def _run_on_device(self, half: str, tensor: Any, chunks: tuple[int, int] | None) -> Any:
-        """As `_run`, for a batch `on_device`; audio is padded with zeros to whole latents."""
+    def _ready_on_device(self, tensor: Any, unit: int) -> Any:
+        """A batch `on_device`, finite and padded with zeros to whole latents of `unit` values."""
         if not bool(tensor.isfinite().all()):
             raise InputError("the input holds NaN or infinity; repair the input")
-        runner = HalfRunner(self.backend, half)
-        latents = -(-tensor.shape[-1] // runner.unit_in)
-        if latents * runner.unit_in != tensor.shape[-1]:
-            padded = tensor.new_zeros((*tensor.shape[:2], latents * runner.unit_in))
-            padded[:, :, : tensor.shape[-1]] = tensor
-            tensor = padded
-        windows = reference_chunks(latents, *chunks) if chunks else self._plans[half].over(latents)
-        out = tensor.new_empty((tensor.shape[0], runner.features_out, latents * runner.unit_out))
-        for window in windows:
-            piece = tensor[:, :, window.start * runner.unit_in : window.stop * runner.unit_in]
-            core = slice(window.core.start * runner.unit_out, window.core.stop * runner.unit_out)
-            place = slice(window.core_start * runner.unit_out, window.core_stop * runner.unit_out)
-            out[:, :, place] = self.backend.run_tensor(half, piece)[:, :, core]
-        return out
+        missing = -tensor.shape[-1] % unit
+        if not missing:
+            return tensor
+        padded = tensor.new_zeros((*tensor.shape[:2], tensor.shape[-1] + missing))
+        padded[:, :, : tensor.shape[-1]] = tensor
+        return padded
 
     def stream_encoder(self, sample_rate: int) -> StreamEncoder:
         """An encoder of one stream at `sample_rate` Hz."""

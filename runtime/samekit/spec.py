@@ -110,10 +110,17 @@ class EngineSpec:
         """A spec from parsed JSON; raises what a wrong value raises."""
         for name in ("sample_rate", "channels", "hop", "latent_width", "alignment"):
             _check_count(name, document[name], minimum=1)
-        for half in (ENCODER, DECODER):
-            _check_count(f"contexts.{half}", document["contexts"][half], minimum=0)
-        if not isinstance(document["name"], str) or not isinstance(document["source_sha256"], str):
-            raise TypeError("name and source_sha256 must be strings")
+        if set(_checked_object("contexts", document["contexts"])) != {ENCODER, DECODER}:
+            raise ValueError(f"contexts = {document['contexts']!r}")
+        for half, context in document["contexts"].items():
+            _check_count(f"contexts.{half}", context, minimum=0)
+        for name in ("name", "source_sha256"):
+            _check_string(name, document[name])
+        _checked_object("source", document["source"])
+        for tool, version in _checked_object("tools", document.get("tools", {})).items():
+            _check_string(f"tools.{tool}", version)
+        for precision, rows in _checked_object("verification", document.get("verification", {})).items():
+            _check_rows(f"verification.{precision}", rows)
         graphs = {
             precision: {half: GraphFile(**halves[half]) for half in (ENCODER, DECODER)}
             for precision, halves in document.pop("graphs").items()
@@ -130,8 +137,34 @@ def _check_count(name: str, value: Any, minimum: int) -> None:
         raise ValueError(f"{name} = {value!r}")
 
 
+def _check_string(name: str, value: Any) -> None:
+    """Text."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} = {value!r}")
+
+
+def _checked_object(name: str, value: Any) -> dict[str, Any]:
+    """The value, if it is a JSON object."""
+    if not isinstance(value, dict):
+        raise TypeError(f"{name} = {value!r}")
+    return value
+
+
+def _check_rows(name: str, rows: Any) -> None:
+    """Measured cases, each with a number where numbers are read."""
+    if not isinstance(rows, list):
+        raise TypeError(f"{name} = {rows!r}")
+    for row in rows:
+        if not isinstance(_checked_object(name, row)["snr_db"], (int, float)):
+            raise TypeError(f"{name} holds {row!r}")
+
+
 def _check_graph(graph: GraphFile) -> None:
     """Plain file names only: a spec must not lead out of its folder."""
+    _check_string("sha256", graph.sha256)
+    for name, size in _checked_object("sizes", graph.sizes).items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+            raise ValueError(f"size of {name!r} = {size!r}")
     for name in (graph.file, *graph.sizes):
         if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
             raise ValueError(f"graph file name {name!r}")

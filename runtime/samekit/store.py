@@ -111,13 +111,21 @@ def find_engine(name: str | os.PathLike[str]) -> Engine:
     """
     candidates = [Path(name), *(root / name for root in engine_roots())]
     for folder in candidates:
-        if (folder / SPEC_FILE).exists():
+        if _holds(folder, SPEC_FILE):
             return Engine.load(folder)
     for folder in candidates:
-        if any(folder.glob("*.onnx")):
+        if _holds(folder, "*.onnx"):
             raise EngineError(
                 f"{folder}: no {SPEC_FILE}, so its export was cut short; run: samekit export {name} --force"
             )
     raise EngineNotFoundError(
         f"no engine for {os.fspath(name)!r} in . or {engine_roots()[0]}/; run: samekit export {os.fspath(name)}"
     )
+
+
+def _holds(folder: Path, pattern: str) -> bool:
+    """Whether a folder holds such a file; one that cannot be, its name being too long, holds none."""
+    try:
+        return any(folder.glob(pattern))
+    except OSError:
+        return False

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from samekit.arrays import as_float32
+from samekit.arrays import as_float32, as_one_batch, is_tensor
 from samekit.audio import StreamResampler, pad_to, to_channels
 from samekit.errors import InputError
 from samekit.spec import DECODER, ENCODER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
     from typing import Any
 
     from samekit.arrays import Array
@@ -24,11 +24,15 @@ if TYPE_CHECKING:
 
 
 class HalfRunner:
-    """One half of a model over windows: runs them and keeps their cores."""
+    """One half of a model over windows: runs them and keeps their cores.
+
+    Arrays stay arrays; tensors that the backend accepts stay tensors, where they lie.
+    """
 
     def __init__(self, backend: Backend, half: str) -> None:
         spec = backend.spec
-        self._run: Callable[[Array], Array] = backend.encode if half == ENCODER else backend.decode
+        self._backend = backend
+        self._half = half
         self._most = backend.window_batch
         self.unit_in, self.unit_out = (spec.hop, 1) if half == ENCODER else (1, spec.hop)
         self.features_out = spec.latent_width if half == ENCODER else spec.channels
@@ -54,10 +58,15 @@ class HalfRunner:
 
     def _run_together(self, pieces: list[tuple[Window, Array]]) -> Iterator[Array]:
         """The cores of windows of one shape, run as one batch."""
-        joined = pieces[0][1] if len(pieces) == 1 else np.concatenate([piece for _, piece in pieces])
-        outputs = np.split(self._run(joined), len(pieces))
+        output = self._run(as_one_batch([piece for _, piece in pieces]))
+        outputs = output.reshape(len(pieces), -1, *output.shape[1:])
         for (window, _), out in zip(pieces, outputs, strict=True):
             yield out[:, :, window.core.start * self.unit_out : window.core.stop * self.unit_out]
+
+    def _run(self, batch: Any) -> Any:
+        if is_tensor(batch):
+            return self._backend.run_tensor(self._half, batch)
+        return self._backend.encode(batch) if self._half == ENCODER else self._backend.decode(batch)
 
     def cut(self, array: Array, windows: Iterable[Window]) -> Iterator[tuple[Window, Array]]:
         """Windows with their inputs, from a whole array `[batch, features, length]`."""

@@ -7,7 +7,6 @@ import os
 from typing import TYPE_CHECKING
 
 from samekit.errors import BackendUnavailableError, EngineNotFoundError, InputError, StaleEngineError
-from samekit.spec import PRECISIONS
 from samekit.store import Engine, find_engine
 
 if TYPE_CHECKING:
@@ -66,15 +65,13 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
         options: how to open it.
 
     Raises:
-        InputError: unknown backend or precision.
+        InputError: unknown backend.
         EngineError: the engine folder is damaged, or has TensorRT engines of another version or GPU only.
         BackendUnavailableError: the backend cannot be used here.
         CheckpointError: PyTorch was chosen and the checkpoint cannot be loaded.
     """
     if backend not in BACKENDS:
         raise InputError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-    if options.precision not in PRECISIONS:
-        raise InputError(f"unknown precision {options.precision!r}; choose one of {', '.join(PRECISIONS)}")
     try:
         engine = find_engine(model)
     except EngineNotFoundError as error:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from samekit.errors import BackendError, InputError, NonFiniteError
-from samekit.spec import DECODER, ENCODER, EngineSpec
+from samekit.spec import DECODER, ENCODER, PRECISIONS, EngineSpec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """How to open a backend; what a backend has no use for, it ignores."""
+    """How to open a backend; what a backend has no use for, it ignores.
+
+    Raises:
+        InputError: a value that no backend could use.
+    """
 
     precision: str = "fp32"
     """One of `spec.PRECISIONS`."""
@@ -46,6 +50,32 @@ class BackendOptions:
     cuda_graph: bool = False
     """TensorRT only: launch a shape that comes again as one CUDA graph; holds its memory meanwhile."""
 
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise InputError(f"unknown precision {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
+        if self.device not in (None, "cpu", "cuda"):
+            raise InputError(f"unknown device {self.device!r}; choose cpu or cuda, and which GPU by device_id")
+        _check_whole("device_id", self.device_id, least=0)
+        if self.threads is not None:
+            _check_whole("threads", self.threads, least=1)
+        if self.window_batch is not None:
+            _check_whole("window_batch", self.window_batch, least=1)
+        if self.providers is not None and not _are_names(self.providers):
+            raise InputError(f"providers is {self.providers!r}; pass a tuple of names, or None to choose by device")
+        if not isinstance(self.cuda_graph, bool):
+            raise InputError(f"cuda_graph is {self.cuda_graph!r}; pass True or False")
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    """A whole number, and none that comes of a mistake."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name} is {value!r}; pass a whole number from {least}")
+
+
+def _are_names(value: Any) -> bool:
+    """Whether a value is a sequence of at least one name, and no name itself."""
+    return isinstance(value, (tuple, list)) and len(value) > 0 and all(isinstance(name, str) for name in value)
+
 
 class Backend(ABC):
     """Runs the two halves of one model; a context manager."""
@@ -58,11 +88,10 @@ class Backend(ABC):
     """Latents in a window, unless the user chooses; None leaves it to the model."""
 
     def __init__(self, spec: EngineSpec, precision: str, window_batch: int | None = None) -> None:
-        if window_batch is not None and window_batch < 1:
-            raise InputError(f"window_batch is {window_batch}; pass a number from 1")
         self.spec = spec
         self.precision = precision
         self._window_batch = window_batch
+        self._closed = False
 
     @property
     def window_batch(self) -> int:
@@ -75,7 +104,7 @@ class Backend(ABC):
         Raises:
             InputError: wrong shape or dtype.
             NonFiniteError: the model produced NaN or infinity.
-            BackendError: the backend failed.
+            BackendError: the backend failed, or is closed.
         """
         return self._checked(ENCODER, audio)
 
@@ -85,12 +114,13 @@ class Backend(ABC):
         Raises:
             InputError: wrong shape or dtype.
             NonFiniteError: the model produced NaN or infinity.
-            BackendError: the backend failed.
+            BackendError: the backend failed, or is closed.
         """
         return self._checked(DECODER, latents)
 
     def _checked(self, half: str, array: Array) -> Array:
         """Run one half between checks."""
+        self._check_open()
         self._check_input(half, str(array.dtype), array.shape)
         result = self._run(half, np.ascontiguousarray(array))
         self._check_output(half, array.shape, result.shape, finite=bool(np.isfinite(result).all()))
@@ -113,8 +143,9 @@ class Backend(ABC):
         Raises:
             InputError: wrong shape.
             NonFiniteError: the model produced NaN or infinity.
-            BackendError: the backend failed, or takes arrays only.
+            BackendError: the backend failed, is closed, or takes arrays only.
         """
+        self._check_open()
         self._check_input(half, "float32", tensor.shape)
         result = self._run_tensor(half, tensor)
         self._check_output(half, tensor.shape, result.shape, finite=bool(result.isfinite().all()))
@@ -123,6 +154,11 @@ class Backend(ABC):
     def _run_tensor(self, half: str, tensor: Any) -> Any:  # noqa: ARG002 as above
         """Run a half on a checked tensor in device memory."""
         raise BackendError(f"the {self.name} backend takes NumPy arrays only; copy the tensor to the host")
+
+    def _check_open(self) -> None:
+        """Refuse to go on after `close`."""
+        if self._closed:
+            raise BackendError(f"this {self.name} backend is closed; open the model again")
 
     def _check_input(self, half: str, dtype: str, shape: Sequence[int]) -> None:
         features, unit = self._layout(half)
@@ -156,8 +192,9 @@ class Backend(ABC):
     def _run(self, half: str, array: Array) -> Array:
         """Run `spec.ENCODER` or `spec.DECODER` on a checked, contiguous array."""
 
-    def close(self) -> None:  # noqa: B027 a backend may have nothing to free
+    def close(self) -> None:
         """Free what the backend holds; it cannot be used afterwards."""
+        self._closed = True
 
     def __enter__(self) -> Self:
         return self

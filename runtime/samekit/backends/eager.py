@@ -38,11 +38,14 @@ class EagerBackend(Backend):
     def _run(self, half: str, array: Array) -> Array:
         run = self._model.encode if half == ENCODER else self._model.decode
         with self._torch.inference_mode():
-            result: Array = run(self._torch.from_numpy(array).to(self._where, self._dtype)).float().cpu().numpy()
+            # A copy: PyTorch warns of sharing memory that is read-only.
+            tensor = self._torch.tensor(array, dtype=self._dtype, device=self._where)
+            result: Array = run(tensor).float().cpu().numpy()
         return result
 
     def close(self) -> None:
         """Let the weights go."""
+        super().close()
         self._model = None
 
 

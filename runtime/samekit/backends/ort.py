@@ -119,6 +119,8 @@ class OnnxRuntimeBackend(Backend):
     def _session(self, half: str) -> Any:
         """The half's session for its next call."""
         with self._opening:
+            # Once more, so that no session outlives a `close` in another thread.
+            self._check_open()
             calls = self._calls[half] = self._calls.get(half, 0) + 1
             packed = calls > MAPPED_CALLS or self.device != "cpu"
             if half not in self._sessions or calls == MAPPED_CALLS + 1:
@@ -161,7 +163,9 @@ class OnnxRuntimeBackend(Backend):
 
     def close(self) -> None:
         """Free both sessions."""
-        self._sessions.clear()
+        with self._opening:
+            super().close()
+            self._sessions.clear()
 
 
 def _first_line(error: Exception) -> str:

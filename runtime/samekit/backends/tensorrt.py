@@ -102,7 +102,8 @@ class Gpu:
 
     def upload(self, array: Array) -> Any:
         """A copy in device memory."""
-        return self._torch.from_numpy(array).to(self._device)
+        # Not `from_numpy`, which warns where an array is read-only.
+        return self._torch.tensor(array, device=self._device)
 
     def download(self, tensor: Any) -> Array:
         """A copy in host memory; waits for everything that writes the tensor."""
@@ -301,14 +302,14 @@ class TensorRTBackend(Backend):
         self._module = module
         self._gpu = gpu
         self._cuda_graph = cuda_graph
-        self._runners: dict[str, EngineRunner] | None = {}
+        self._runners: dict[str, EngineRunner] = {}
         # An execution context serves one caller at a time.
         self._busy = threading.Lock()
 
     def _runner(self, half: str) -> EngineRunner:
         """The half's engine, read once."""
-        if self._runners is None:
-            raise BackendError("this tensorrt backend is closed; open the model again")
+        # Once more, so that no engine outlives a `close` in another thread.
+        self._check_open()
         if half not in self._runners:
             data = self._build.read(half)
             origin = f"{self._build.folder / self._build.engines[half].file}"
@@ -347,7 +348,8 @@ class TensorRTBackend(Backend):
     def close(self) -> None:
         """Free engines, contexts and recordings."""
         with self._busy:
-            self._runners = None
+            super().close()
+            self._runners.clear()
 
 
 def open_tensorrt(engine: Engine, options: BackendOptions) -> TensorRTBackend:
