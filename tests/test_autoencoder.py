@@ -238,6 +238,8 @@ REFUSED = {
     "infinity": (np.full((1, 32, 5), np.inf, np.float32), "infinity"),
     "beyond float32": (np.full((1, 32, 5), 1e39), "beyond float32"),
     "empty": (np.zeros((1, 32, 0), np.float32), "is empty"),
+    "rank 0": (np.array(0.5), "must be .*, got"),
+    "rank 0 tensor": (torch.tensor(0.5), "must be .*, got"),
     "rank 4": (np.zeros((1, 1, 32, 5), np.float32), "must be"),
 }
 

@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -426,7 +427,8 @@ def load(model: str, weights: str = HUB, revision: str | None = None) -> Checkpo
         return random_checkpoint(model)
     if weights != HUB:
         return load_folder(Path(weights), model)
-    return load_folder(Path(model)) if Path(model).is_dir() else load_hub(model, revision)
+    # Not Path.is_dir, which raises on names that no file system takes.
+    return load_folder(model) if os.path.isdir(model) else load_hub(model, revision)  # noqa: PTH112
 
 
 def load_source(source: Mapping[str, Any]) -> Checkpoint:
