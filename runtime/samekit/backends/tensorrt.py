@@ -14,7 +14,9 @@ What goes wrong silently with TensorRT, and what stands here against it:
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,10 +71,22 @@ def _must(done: object, what: str) -> None:
         raise BackendError(f"TensorRT could not {what}; see its messages in the log, or use backend onnxruntime")
 
 
+def _has_driver() -> bool:
+    """Whether the library of NVIDIA's driver can be loaded."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 class Gpu:
     """One CUDA device through PyTorch: memory, and the order of work on streams."""
 
     def __init__(self, device_id: int) -> None:
+        # Asked before PyTorch, whose import takes a second that "auto" should not spend in vain.
+        if not _has_driver():
+            raise BackendUnavailableError("there is no NVIDIA driver, which TensorRT needs; use another backend")
         try:
             import torch  # noqa: PLC0415
         except ImportError as error:
