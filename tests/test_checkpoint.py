@@ -307,6 +307,7 @@ CONTRADICTIONS = [
     ({"*.config.channels": -32}, "channels must lie in"),
     ({"*.config.ff_mult": 10**9}, "ff_mult must lie in"),
     ({"*.config.strides": 16}, "strides must be of type list"),
+    ({"*.config.strides": [0]}, "strides = [0] is out of range"),
     ({"*.config.strides": ["16"]}, "strides must be of type int"),
     ({"*.config.sliding_window": 1}, "sliding_window must be of type list"),
     ({"decoder.soft_clip": "no"}, "soft_clip must be of type bool"),

@@ -27,6 +27,7 @@ from samekit.dataset import PreEncodeOptions, pre_encode, silence_latents
 from samekit.dataset_check import verify
 from samekit.errors import BackendError, InputError, NonFiniteError, OutputError
 from samekit.manifest import Manifest, Shard, read_manifest
+from samekit.pipeline import Pipeline
 from samekit.progress import describe
 
 FAKE_HOP = 8
@@ -167,6 +168,17 @@ def test_silence_of_the_default_length_costs_a_few_latents():
     silence = silence_latents(model.autoencoder, 3072)
     assert silence.shape == (4, 3072)
     assert model.autoencoder.backend.calls == [6]
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_silence_is_encoded_once(data, out, monkeypatch, pad):
+    calls = []
+    monkeypatch.setattr("samekit.dataset.silence_latents", lambda *args: calls.append(1) or silence_latents(*args))
+    write_clips(data, 2)
+    run(data, out, pad=pad, sample_size=800)
+    assert len(calls) == 1
+    run(data, out, pad=pad, sample_size=800)
+    assert len(calls) == 1
 
 
 def test_whole_clips_are_followed_by_zeros(tiny, data, out):
@@ -369,6 +381,7 @@ def test_odd_file_names(data, out, name):
 def test_hidden_files_links_and_pipes(data, out):
     write_clip(data / "in" / "x.wav", 100)
     write_clip(data / "in" / "._x.wav", 100)
+    write_clip(data / ".Trash-1000" / "files" / "y.wav", 100)
     (data / "in" / "loop").symlink_to(data)
     os.mkfifo(data / "pipe.wav")
     (data / "pipe.txt").write_text("pipe")
@@ -464,6 +477,66 @@ def test_checksum_judges_by_contents(data, out):
     assert run(data, out, checksum=True).encoded == 1
     assert np.array_equal(pair(out, 1)[0][:, 0], prepared(second)[0, :4])
     assert run(data, out).encoded == 0
+
+
+def test_checksum_judges_captions_by_contents_too(data, out):
+    write_clips(data, 3)
+    run(data, out, checksum=True)
+    touched, changed, removed = (data / f"clip0000{index}.txt" for index in range(3))
+    os.utime(touched, (1, 1))
+    times = changed.stat()
+    changed.write_text("caption X")
+    os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert changed.stat().st_size == times.st_size
+    removed.unlink()
+    report = run(data, out, checksum=True)
+    assert (report.encoded, report.unchanged) == (1, 1)
+    assert pair(out, 1)[1]["prompt"] == "caption X"
+    assert report.statuses == {"encoded": 2, "no_caption": 1}
+    assert run(data, out).unchanged == 3
+
+
+def test_digests_are_added_without_encoding_again(data, out):
+    write_clips(data, 1)
+    run(data, out)
+    assert run(data, out, checksum=True).unchanged == 1
+    os.utime(data / "clip00000.txt", (1, 1))
+    assert run(data, out, checksum=True).unchanged == 1
+
+
+def test_reencoding_removes_the_latents_of_clips_that_are_gone(data, out):
+    write_clips(data, 3)
+    run(data, out)
+    for suffix in ("wav", "txt"):
+        (data / f"clip00001.{suffix}").rename(out.with_name(f"away.{suffix}"))
+    assert run(data, out).gone == 1
+    assert pair(out, 1)[1]["prompt"] == "caption 1"
+    report = run(data, out, half=True, reencode=True)
+    assert (report.encoded, report.gone) == (2, 0)
+    assert not list(out.glob("000000000001.*"))
+    assert verify(out) == []
+    for suffix in ("wav", "txt"):
+        out.with_name(f"away.{suffix}").rename(data / f"clip00001.{suffix}")
+    assert run(data, out, half=True).encoded == 1
+    assert pair(out, 1)[1]["prompt"] == "caption 1"
+    assert verify(out) == []
+
+
+def test_clip_that_was_never_tried_and_is_gone_is_no_problem(data, out):
+    write_clips(data, 3)
+
+    def fails(half, array):
+        raise BackendError("out of memory; try again")
+
+    with pytest.raises(BackendError):
+        run(data, out, fake_model(fails))
+    assert any("not encoded yet" in problem for problem in verify(out))
+    (data / "clip00001.wav").unlink()
+    run(data, out)
+    assert rows_of(out)["clip00001.wav"].status == "gone"
+    assert verify(out) == []
+    (data / "clip00001.wav").symlink_to("nowhere")
+    assert run(data, out).statuses == {"encoded": 2, "unreadable": 1}
 
 
 @pytest.mark.parametrize(
@@ -574,8 +647,31 @@ def test_shards_that_do_not_exist(text):
     assert_one_line(error.value)
 
 
+@pytest.mark.parametrize(("index", "count"), [(0, 4), (5, 4), (-1, 4), (1, 0)])
+def test_shards_that_cannot_be_made(index, count):
+    with pytest.raises(InputError, match="does not exist") as error:
+        Shard(index, count)
+    assert_one_line(error.value)
+
+
+def test_verify_misses_the_shards_that_did_not_run(data, out):
+    write_clips(data, 12)
+    run(data, out, shard=Shard(1, 3))
+    (problem,) = verify(out)
+    assert "2 of 3 shards are missing" in problem
+    assert "--shard 2/3" in problem
+    run(data, out, shard=Shard(2, 3))
+    run(data, out, shard=Shard(3, 3))
+    assert verify(out) == []
+    state = out / ".samekit"
+    shutil.copyfile(state / "manifest-2-of-3.jsonl", state / "manifest-2-of-4.jsonl")
+    (state / "manifest-2-of-4.jsonl").write_text((state / "manifest-1-of-3.jsonl").read_text().split("\n")[0] + "\n")
+    assert any("3 and in 4 parts" in problem for problem in verify(out))
+
+
 @pytest.mark.parametrize(
-    "options", [{"batch_size": 0}, {"sample_size": 0}, {"crop": "end"}, {"full": True, "crop": "random"}]
+    "options",
+    [{"batch_size": 0}, {"sample_size": 0}, {"readers": -1}, {"crop": "end"}, {"full": True, "crop": "random"}],
 )
 def test_options_that_do_not_work(options):
     with pytest.raises(InputError) as error:
@@ -606,6 +702,17 @@ def test_error_of_the_encoder_ends_the_run_and_leaves_whole_pairs(data, out, err
     assert arrays == {path.stem for path in out.glob("*.json")}
     assert run(data, out).encoded == 12 - len(arrays)
     assert contents(out) == contents(whole)
+
+
+def test_error_that_is_not_of_the_folder_is_not_blamed_on_it(data, out):
+    write_clips(data, 1)
+
+    def answer(half, array):
+        raise FileNotFoundError("a library of the backend")
+
+    with pytest.raises(FileNotFoundError, match="a library of the backend") as error:
+        run(data, out, fake_model(answer))
+    assert not isinstance(error.value, OutputError)
 
 
 @pytest.mark.parametrize("where", ["file", "file/below", "/proc/self/out"])
@@ -795,6 +902,21 @@ def test_torch_is_not_imported(engine_of, data, out):
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, engine_of(KINDS[0]).folder, data, out], check=True)
+
+
+def test_readers_are_no_more_than_the_cores_of_this_process(data, out, monkeypatch):
+    write_clips(data, 1)
+    readers = []
+
+    def pipeline(*arguments):
+        readers.append(arguments[5])
+        return Pipeline(*arguments)
+
+    monkeypatch.setattr("samekit.dataset.Pipeline", pipeline)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5})
+    run(data, out)
+    assert readers == [2]
 
 
 # --- At size ------------------------------------------------------------------------------------------------

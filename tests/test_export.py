@@ -21,7 +21,7 @@ from samekit.spec import ENCODER
 from samekit.store import Engine, describe_graph
 from samekit_export import export as export_module
 from samekit_export.checkpoint import random_checkpoint
-from samekit_export.export import export, is_current, spec_of
+from samekit_export.export import export, spec_of
 from samekit_export.graph import GraphEncoder
 from samekit_export.model import Same
 from samekit_export.to_onnx import OPSET, write_onnx
@@ -199,13 +199,14 @@ STALE = {
 
 @pytest.mark.parametrize("cause", STALE)
 def test_stale_folder_is_exported_again(exported, ready_graphs, cause):
-    assert is_current(exported / "tiny-s", spec_of(seeded("tiny-s")), ["fp32"])
+    export(seeded("tiny-s"), exported)
+    assert ready_graphs == []
     STALE[cause](exported / "tiny-s")
-    assert not is_current(exported / "tiny-s", spec_of(seeded("tiny-s")), ["fp32"])
     engine = export(seeded("tiny-s"), exported)
     assert ready_graphs == WRITTEN
     engine.check_digests()
-    assert is_current(engine.folder, spec_of(seeded("tiny-s")), ["fp32"])
+    export(seeded("tiny-s"), exported)
+    assert ready_graphs == WRITTEN
     assert sorted(path.name for path in exported.iterdir()) == ["tiny-s"]
 
 
@@ -221,12 +222,30 @@ def test_new_version_exports_again(exported, ready_graphs, monkeypatch):
     assert ready_graphs == WRITTEN
 
 
-def test_another_precision_exports_again(exported, ready_graphs):
-    engine = export(seeded("tiny-s"), exported, ["fp32", "fp16"])
-    assert ready_graphs == [*WRITTEN, "GraphEncoder encoder.fp16.onnx", "GraphDecoder decoder.fp16.onnx"]
+def test_another_precision_joins_what_is_there(exported, ready_graphs):
+    folder = exported / "tiny-s"
+    build = folder / "tensorrt" / "some-build" / "encoder.engine"
+    build.parent.mkdir(parents=True)
+    build.write_bytes(b"hours of work")
+    before, verified = contents(folder), Engine.load(folder).spec.verification
+    engine = export(seeded("tiny-s"), exported, ["fp16"])
+    assert ready_graphs == ["GraphEncoder encoder.fp16.onnx", "GraphDecoder decoder.fp16.onnx"]
     assert list(engine.spec.graphs) == ["fp32", "fp16"]
+    assert engine.spec.verification["fp32"] == verified["fp32"]
+    after = contents(folder)
+    assert {name: after[name] for name in before if name != "spec.json"} == {
+        name: digest for name, digest in before.items() if name != "spec.json"
+    }
+    engine.check_digests()
+    export(seeded("tiny-s"), exported, ["fp32", "fp16"])
+    assert len(ready_graphs) == 2
+
+
+def test_what_is_of_another_checkpoint_does_not_stay(exported, ready_graphs):
     export(seeded("tiny-s"), exported, ["fp16"])
-    export(seeded("tiny-s"), exported)
+    engine = export(random_checkpoint("tiny-s", seed=1), exported, ["fp16"])
+    assert list(engine.spec.graphs) == ["fp16"]
+    assert not (engine.folder / "encoder.onnx").exists()
     assert len(ready_graphs) == 4
 
 

@@ -252,6 +252,8 @@ def _parse_trunk(fields: _Fields, patch_width: int, latent_width: int, *, decode
     # Training-time switches, and the noise that the reference adds to learned tokens (decoding here is noise-free).
     fields.ignore("checkpointing", "mask_noise", "use_flash", "freeze_backbone")
     stride = fields.take_level("strides", int)
+    if not 1 <= stride <= 1024:
+        raise fields.error("strides", f"= [{stride}] is out of range; 1 to 1024 is implemented")
     conv_mapping = fields.take("conv_mapping", bool, False)
     if conv_mapping and not decoder:
         raise fields.error("conv_mapping", f"= true is not implemented for encoders; {_NOT_EXPORTABLE}")

@@ -82,11 +82,13 @@ def export(
 ) -> Engine:
     """Write `out` / the checkpoint's name, or leave it if it is current.
 
+    Graphs of other precisions and TensorRT engines that lie there stay, if they are of the same checkpoint and tools.
+
     Args:
         checkpoint: what to export.
         out: the folder of engine folders.
         precisions: of `EXPORTABLE`.
-        force: export even if the folder is current.
+        force: export these precisions even if they are current.
         report: takes a line for each step.
 
     Returns:
@@ -102,17 +104,66 @@ def export(
             raise InputError(f"cannot export precision {precision!r}; choose of {', '.join(EXPORTABLE)}")
     folder = out / checkpoint.name
     spec = spec_of(checkpoint)
-    if not force and is_current(folder, spec, precisions):
+    older = _matching(folder, spec)
+    wanted = [p for p in precisions if force or older is None or not _is_whole(older, p)]
+    if not wanted:
         report(f"{folder} is current; --force exports it again")
         return Engine.load(folder)
     _check_place(folder)
     model = Same.from_checkpoint(checkpoint)
     with _replaced_folder(folder) as staging:
-        for precision in precisions:
+        if older:
+            spec = _carry_over(older, spec, wanted, staging)
+        for precision in wanted:
             spec = _add_precision(staging, spec, model, precision, report)
         (staging / SPEC_FILE).write_text(spec.to_json(), encoding="utf-8")
     report(f"{folder} is ready")
     return Engine.load(folder)
+
+
+def _matching(folder: Path, spec: EngineSpec) -> Engine | None:
+    """The engine folder there, if it is of the same checkpoint and made by the same tools."""
+    try:
+        engine = Engine.load(folder)
+    except SamekitError:
+        return None
+    same = engine.spec.source_sha256 == spec.source_sha256 and engine.spec.tools == spec.tools
+    return engine if same else None
+
+
+def _is_whole(engine: Engine, precision: str) -> bool:
+    """Whether both graphs of a precision are there at their full size."""
+    try:
+        for half in GRAPHS:
+            engine.graph(half, precision)
+    except SamekitError:
+        return False
+    return True
+
+
+def _carry_over(older: Engine, spec: EngineSpec, wanted: Sequence[str], staging: Path) -> EngineSpec:
+    """Keep what an older folder holds besides: whole graphs of other precisions, and TensorRT engines."""
+    kept = [p for p in older.spec.graphs if p not in wanted and _is_whole(older, p)]
+    for precision in kept:
+        for graph in older.spec.graphs[precision].values():
+            for name in graph.sizes:
+                _link(older.folder / name, staging / name)
+    builds = older.folder / BUILDS_FOLDER
+    if builds.is_dir():
+        shutil.copytree(builds, staging / BUILDS_FOLDER, copy_function=_link)
+    return dataclasses.replace(
+        spec,
+        graphs={p: older.spec.graphs[p] for p in kept},
+        verification={p: older.spec.verification.get(p, []) for p in kept},
+    )
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """A second name for a file, or a copy where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _add_precision(
@@ -129,18 +180,6 @@ def _add_precision(
     spec = dataclasses.replace(spec, graphs={**spec.graphs, precision: graphs})
     cases = verify(Engine(staging, spec), model, precision, report)
     return dataclasses.replace(spec, verification={**spec.verification, precision: cases})
-
-
-def is_current(folder: Path, spec: EngineSpec, precisions: Sequence[str]) -> bool:
-    """Whether a folder holds whole graphs of these precisions, of this source, made by these tools."""
-    try:
-        engine = Engine.load(folder)
-        for precision in precisions:
-            for half in GRAPHS:
-                engine.graph(half, precision)
-    except SamekitError:
-        return False
-    return engine.spec.source_sha256 == spec.source_sha256 and engine.spec.tools == spec.tools
 
 
 def _check_place(folder: Path) -> None:

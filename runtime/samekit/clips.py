@@ -62,7 +62,7 @@ class Source:
 def find_sources(folders: Sequence[str | os.PathLike[str]]) -> list[Source]:
     """Every audio file below some folders, sorted by relpath.
 
-    Hidden files are passed over, links to folders are followed.
+    Hidden files and folders are passed over, links to folders are followed.
 
     Raises:
         InputError: a folder cannot be listed, two files have the same relpath, or there is no audio.
@@ -94,9 +94,11 @@ def _walk(folder: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterat
     if identity in above:
         return
     for name, entry in entries.items():
+        if name.startswith("."):
+            continue
         if _is_folder(entry):
             yield from _walk(entry.path, str(Path(below, name)), (*above, identity))
-        elif not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
+        elif Path(name).suffix.lower() in SUFFIXES:
             caption = entries.get(str(Path(name).with_suffix(".txt")))
             yield Source(entry.path, str(Path(below, name)), _stamp(entry), _stamp(caption) if caption else None)
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 
 from samekit._files import atomic_path, output_errors
+from samekit.backends.ort import available_cpus
 from samekit.clips import CuttingRules, Source, expected_latents, find_sources
 from samekit.errors import InputError
 from samekit.manifest import SILENCE_FILE, STATE_FOLDER, Manifest, Row, Settings, Shard
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 SAMPLE_SIZE: Final = 12_582_912
 """The reference's default: 285 s at 44.1 kHz, 3,072 latents."""
 # What is worth trying again although the file has not changed.
-_PASSING: Final = ("unreadable", "failed")
+_PASSING: Final = ("unreadable", "failed", "gone")
 _HASHED_AT_ONCE: Final = 2**22
 
 
@@ -63,18 +64,19 @@ class PreEncodeOptions:
     shard: Shard = field(default_factory=Shard)
     """The part of the dataset to encode."""
     checksum: bool = False
-    """Judge by the contents of a file whether it has changed, not by its size and time."""
+    """Judge by the contents of audio and caption whether they have changed, not by their size and time."""
     strict: bool = False
     """Raise if a clip is bad, once the others are encoded."""
     reencode: bool = False
-    """If the folder holds latents of other settings, encode everything again under the same numbers."""
+    """If the folder holds latents of other settings, encode everything again under the same numbers; the latents
+    of clips that are no longer in the dataset are removed."""
     readers: int = 0
     """Threads that read ahead; 0 takes one a core, at most 4."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "sample_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; pass at least 1")
+        for name, least in (("batch_size", 1), ("sample_size", 1), ("readers", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}; pass at least {least}")
         if self.crop not in ("start", "random"):
             raise InputError(f"crop {self.crop!r} is not known; pass start or random")
         if self.full and self.crop == "random":
@@ -182,6 +184,7 @@ def pre_encode(
     with Manifest.open(Path(output_path), options.shard, settings, reencode=options.reencode) as manifest:
         manifest.assign(sources)
         run = _Run(model.autoencoder, options, manifest, progress)
+        run.retire(sources)
         run.encode([source for source in sources.values() if run.is_due(source)])
         manifest.rewrite()
         report = run.report(sources)
@@ -241,35 +244,52 @@ class _Run:
     def is_due(self, source: Source) -> bool:
         """Whether a clip has to be encoded: it is new, it has changed, its files are not there, or it may work now."""
         row = self._manifest.rows[source.relpath]
-        if row.status is None or row.status in _PASSING or row.caption != source.caption:
+        if row.status is None or row.status in _PASSING:
             return True
         if row.status == "encoded" and not {f"{row.name}.npy", f"{row.name}.json"} <= self._files:
             return True
         if not self._options.checksum:
-            return row.audio != source.audio
-        digest = self._digest(source)
-        if row.sha256 is not None and digest != row.sha256:
+            return (row.audio, row.caption) != (source.audio, source.caption)
+        seen = dataclasses.replace(row, audio=source.audio, caption=source.caption, **self._digests_of(source))
+        # Where no digest was asked for before, size and time have to do.
+        if (row.audio != seen.audio) if row.sha256 is None else (row.sha256 != seen.sha256):
             return True
-        if row.sha256 is None and row.audio != source.audio:
+        if (row.caption != seen.caption) if row.caption_sha256 is None else (row.caption_sha256 != seen.caption_sha256):
             return True
-        if (row.sha256, row.audio) != (digest, source.audio):
-            self._manifest.record(dataclasses.replace(row, sha256=digest, audio=source.audio))
+        if row != seen:
+            self._manifest.record(seen)
         return False
 
-    def _digest(self, source: Source) -> str | None:
-        """Digest of a file's contents; None if it cannot be read, which reading it as audio will tell."""
-        if source.audio is None:
-            return None
-        if source.relpath not in self._digests:
+    def _digests_of(self, source: Source) -> dict[str, str | None]:
+        """The fields of a row that hold digests."""
+        return {
+            "sha256": self._digest(source.path) if source.audio else None,
+            "caption_sha256": self._digest(str(source.caption_path)) if source.caption else None,
+        }
+
+    def _digest(self, path: str) -> str | None:
+        """Digest of a file's contents; None if it cannot be read, which encoding the clip will tell."""
+        if path not in self._digests:
             digest = hashlib.sha256()
             try:
-                with Path(source.path).open("rb") as file:
+                with Path(path).open("rb") as file:
                     while block := file.read(_HASHED_AT_ONCE):
                         digest.update(block)
             except OSError:
                 return None
-            self._digests[source.relpath] = digest.hexdigest()
-        return self._digests[source.relpath]
+            self._digests[path] = digest.hexdigest()
+        return self._digests[path]
+
+    def retire(self, sources: dict[str, Source]) -> None:
+        """Give up the clips that were never tried under these settings and never will be: they are not there.
+
+        Files under their numbers are of other settings.
+        """
+        for row in list(self._manifest.rows.values()):
+            if row.status is None and row.relpath not in sources:
+                if {f"{row.name}.npy", f"{row.name}.json"} & self._files:
+                    _remove_pair(self._manifest.folder / f"{row.name}.npy")
+                self._manifest.record(dataclasses.replace(row, status="gone"))
 
     def encode(self, due: list[Source]) -> None:
         """Encode clips, and the silence."""
@@ -278,7 +298,7 @@ class _Run:
         backend.expect_many_calls(ENCODER)
         silence = self._silence(needed=options.pad and bool(due))
         self._state = dataclasses.replace(self._state, total=len(due))
-        readers = options.readers or min(4, os.cpu_count() or 1)
+        readers = options.readers or min(4, available_cpus())
         if options.batch_size > 1:
             due = self._by_length(due, readers)
         tasks = [Task(source, folder / f"{self._manifest.rows[source.relpath].name}.npy") for source in due]
@@ -296,20 +316,21 @@ class _Run:
 
     def _silence(self, *, needed: bool) -> Array | None:
         """Write `silence.npy` if it is not there; its latents, if they are needed to pad clips."""
-        if self._options.shard.index > 1 and not needed:
-            return None
         path = self._manifest.folder / SILENCE_FILE
         dtype = np.dtype(self._manifest.settings.dtype)
         shape = (1, self._rules.spec.latent_width, self._rules.limit)
-        if self._options.shard.owns(SILENCE_FILE) and not (_is_array(path, shape, dtype) and not self._fresh()):
-            latents = silence_latents(self._autoencoder, self._rules.limit)
+        missing = self._options.shard.owns(SILENCE_FILE) and (self._fresh() or not _is_array(path, shape, dtype))
+        if not needed and not missing:
+            return None
+        latents = silence_latents(self._autoencoder, self._rules.limit)
+        if missing:
             with atomic_path(path) as temporary, output_errors(path), temporary.open("wb") as file:
                 np.save(file, latents[None].astype(dtype))
-        return silence_latents(self._autoencoder, self._rules.limit) if needed else None
+        return latents if needed else None
 
     def _fresh(self) -> bool:
         """Whether nothing was encoded under these settings yet, so that what is there is of other settings."""
-        return all(row.status is None for row in self._manifest.rows.values())
+        return all(row.status in (None, "gone") for row in self._manifest.rows.values())
 
     def _finished(self, outcome: Outcome) -> None:
         """Record an outcome; runs in the writer's thread."""
@@ -325,9 +346,9 @@ class _Run:
             reason=bad.reason if bad else None,
             audio=source.audio,
             caption=source.caption,
-            sha256=self._digest(source) if self._options.checksum else None,
             latents=clip.extent.latents if clip else 0,
             seconds=seconds,
+            **(self._digests_of(source) if self._options.checksum else {}),
         )
         self._manifest.record(row)
         state = self._state
@@ -389,7 +410,7 @@ def _is_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
 
 
 def _remove_pair(target: Path) -> None:
-    """Remove the latents of a clip that has changed and can no longer be encoded; the `.json` first."""
+    """Remove the latents of a clip that no longer can or will be encoded; the `.json` first."""
     with output_errors(target):
         target.with_suffix(".json").unlink(missing_ok=True)
         target.unlink(missing_ok=True)
@@ -402,5 +423,5 @@ def _write_report(manifest: Manifest, report: PreEncodeReport) -> None:
     path = manifest.folder / STATE_FOLDER / manifest.shard.report
     text = json.dumps(fields, indent=2) + "\n"
     if not path.exists() or path.read_text(encoding="ascii") != text:
-        with atomic_path(path) as temporary:
+        with atomic_path(path) as temporary, output_errors(path):
             temporary.write_text(text, encoding="ascii")

@@ -10,7 +10,7 @@ import numpy as np
 
 from samekit.errors import InputError, LatentsFileError
 from samekit.latents import read_latents
-from samekit.manifest import SILENCE_FILE, STATE_FOLDER, Settings, read_manifest, temporary_target
+from samekit.manifest import SILENCE_FILE, STATE_FOLDER, Settings, Shard, read_manifest, temporary_target
 
 if TYPE_CHECKING:
     import os
@@ -51,7 +51,21 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
         raise InputError(f"{folder}: has no manifest in {STATE_FOLDER}; pass the --output_path of a pre-encode run")
     manifests = [read_manifest(path) for path in paths]
     rows = {row.name: row for _, rows in manifests for row in rows}
-    return [*_check_files(folder, rows), *_check_manifests(folder, manifests)]
+    shards = [Shard.of_manifest(path.name) for path in paths]
+    return [*_check_shards(folder, shards), *_check_files(folder, rows), *_check_manifests(folder, manifests)]
+
+
+def _check_shards(folder: Path, shards: list[Shard]) -> Iterator[str]:
+    """Parts of the dataset that were never begun."""
+    counts = sorted({shard.count for shard in shards})
+    if len(counts) > 1:
+        yield f"{folder}: was encoded in {' and in '.join(map(str, counts))} parts; encode each into a folder of its own"
+        return
+    begun = {shard.index for shard in shards}
+    missing = [index for index in range(1, counts[0] + 1) if index not in begun]
+    if missing:
+        first = Shard(missing[0], counts[0])
+        yield f"{folder}: {len(missing)} of {counts[0]} shards are missing; run pre-encode with --shard {first}"
 
 
 def _check_manifests(folder: Path, manifests: list[tuple[Settings, list[Row]]]) -> Iterator[str]:

@@ -18,7 +18,7 @@ import json
 import os
 import re
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -42,7 +42,8 @@ SILENCE_FILE: Final = "silence.npy"
 # Raised when an older samekit could misread the files.
 _FORMAT: Final = 1
 
-Status = Literal["encoded", "unreadable", "empty", "silent", "no_caption", "failed"]
+Status = Literal["encoded", "unreadable", "empty", "silent", "no_caption", "failed", "gone"]
+"""`gone` is a clip that left the dataset before it was tried; one that was encoded before stays `encoded`."""
 Stamp = tuple[int, int]
 """Size in bytes and time of modification in ns: what changes when a file does."""
 
@@ -56,6 +57,10 @@ class Shard:
     count: int = 1
     """How many parts there are."""
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.index <= self.count:
+            raise InputError(f"shard {self} does not exist; pass I/N with I from 1 to N, such as 1/4")
+
     @classmethod
     def parse(cls, text: str) -> Shard:
         """Read `I/N`.
@@ -64,10 +69,9 @@ class Shard:
             InputError: it is something else, or I is not one of 1 ... N.
         """
         match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-        shard = cls(*map(int, match.groups())) if match else cls(0)
-        if not 1 <= shard.index <= shard.count:
+        if not match:
             raise InputError(f"shard {text!r} does not exist; pass I/N with I from 1 to N, such as 1/4")
-        return shard
+        return cls(*map(int, match.groups()))
 
     @classmethod
     def of_manifest(cls, name: str) -> Shard:
@@ -169,6 +173,8 @@ class Row:
     """Of its caption; None if there is none."""
     sha256: str | None = None
     """Digest of the audio file, if one was asked for."""
+    caption_sha256: str | None = None
+    """Digest of the caption, likewise."""
     latents: int = 0
     """Latents of audio."""
     seconds: float = 0.0
@@ -323,7 +329,7 @@ class Manifest:
         with output_errors(self._path):
             if self._path.exists() and self._path.read_bytes() == text.encode("ascii"):
                 return
-        with atomic_path(self._path) as temporary:
+        with atomic_path(self._path) as temporary, output_errors(self._path):
             temporary.write_text(text, encoding="ascii")
 
     def close(self) -> None:
@@ -403,20 +409,23 @@ def locked(path: Path, folder: Path) -> Iterator[None]:
     Raises:
         OutputError: another process holds the lock, or the file cannot be written.
     """
-    with output_errors(folder), path.open("a+b") as file:
-        try:
-            _lock(file)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().decode("ascii", "replace") or "another process"
-            raise OutputError(f"{folder}: {holder} is writing there; wait for it, or pass another folder") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()}".encode("ascii"))
-        file.flush()
+    with ExitStack() as stack:
+        with output_errors(folder):
+            file = stack.enter_context(path.open("a+b"))
+            try:
+                _lock(file)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().decode("ascii", "replace") or "another process"
+                raise OutputError(f"{folder}: {holder} is writing there; wait for it, or pass another folder") from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()}".encode("ascii"))
+            file.flush()
         try:
             yield
         finally:
-            file.truncate(0)
+            with output_errors(folder):
+                file.truncate(0)
 
 
 def _lock(file: BinaryIO) -> None:
