@@ -1,7 +1,7 @@
 """A TensorRT that computes something simple in host memory, and keeps the habits of the real one that bite.
 
 It writes to the addresses that it was given, answers False instead of raising, leaves the old shape in place when a new
-one is refused, and leaves the output as it was when a launch fails.
+one is refused, leaves the output as it was when a launch fails, and keeps nothing alive that a CUDA graph uses.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class FakeTensorRT:
         self.spec = spec
         self.fails = None
         self.events = []
-        self.contexts = []
+        # Of every context, as none is kept alive here.
+        self.profiles = []
 
     def works(self, step):
         """Whether a step succeeds."""
@@ -82,14 +83,34 @@ class FakeEngine:
     def get_device_memory_size_for_profile_v2(self, profile):
         return 5000 + profile
 
+    def create_runtime_config(self):
+        return FakeRuntimeConfig()
+
     def create_execution_context(self, strategy):
+        config = None if strategy == "user managed" else strategy
+        return FakeContext(self, config) if self.module.works("context") else None
+
+
+class FakeRTX(FakeTensorRT):
+    """A module that records CUDA graphs by itself."""
+
+    CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole graph")
+
+
+class FakeRuntimeConfig:
+    def set_execution_context_allocation_strategy(self, strategy):
         assert strategy == "user managed"
-        self.module.contexts.append(FakeContext(self))
-        return self.module.contexts[-1] if self.module.works("context") else None
 
 
 class FakeContext:
-    def __init__(self, engine):
+    captured = None
+    """What a capture has seen so far; None where nothing is captured."""
+
+    def __init__(self, engine, config):
+        self.config = lambda: True
+        if config is not None:
+            assert config.cuda_graph_strategy == "whole graph"
+            self.config = weakref.ref(config)
         self.engine = engine
         self.module = engine.module
         self.shape = self.profile = None
@@ -98,6 +119,7 @@ class FakeContext:
     def set_optimization_profile_async(self, profile, stream):
         assert stream == STREAM
         self.profile = profile
+        self.module.profiles.append(profile)
         return self.module.works("profile")
 
     def _latents(self, shape):
@@ -132,9 +154,13 @@ class FakeContext:
 
     def execute_async_v3(self, stream):
         assert stream == STREAM
+        assert self.config() is not None, "the context has outlived its configuration"
         self.module.events.append("launch")
         if not self.module.works("launch"):
             return False
+        if FakeContext.captured is not None:
+            FakeContext.captured.append(weakref.ref(self))
+            return True
         source, target = (self.addresses[name] for name in self.engine.names)
         result = computed(self.module.spec, self.engine.half, floats_at(source, self.shape))
         floats_at(target, result.shape)[:] = result
@@ -181,4 +207,15 @@ class FakeGpu:
 
     def capture(self, launch):
         self.events.append("capture")
-        return lambda: launch(STREAM)
+        FakeContext.captured = captured = []
+        try:
+            launch(STREAM)
+        finally:
+            FakeContext.captured = None
+
+        def replay():
+            for context in captured:
+                assert context() is not None, "the graph has outlived its execution context"
+                context().execute_async_v3(STREAM)
+
+        return replay

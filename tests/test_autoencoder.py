@@ -215,6 +215,19 @@ def test_same_kind_comes_back(onnx_model, form):
         assert_close(method(array), output, least_db)
 
 
+@pytest.mark.parametrize(("torch_has_cuda", "places"), [(True, ["cuda:1"] * 3), (False, [torch.device("cpu")] * 3)])
+def test_tensors_return_to_the_gpu_that_was_chosen(monkeypatch, torch_has_cuda, places):
+    asked = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: torch_has_cuda)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, place: asked.append(place) or self)
+    backend = FakeBackend()
+    backend.device, backend.device_id = "cuda", 1
+    model = AutoencoderModel(backend)
+    model.encode(torch.zeros(2, 80), RATE)
+    model.decode(torch.zeros(1, 4, 3))
+    assert asked == places
+
+
 def test_prepared_audio_is_of_the_same_kind(onnx_model):
     tensor = torch.from_numpy(CLIP[:2])
     ready = onnx_model.autoencoder.preprocess_audio_list_for_encoder([tensor, tensor[:1]], RATE)

@@ -26,6 +26,7 @@ from samekit.backends.base import BackendOptions
 from samekit.errors import (
     BackendError,
     BackendUnavailableError,
+    CheckpointError,
     EngineError,
     EngineNotFoundError,
     InputError,
@@ -197,10 +198,13 @@ def test_auto_passes_over_what_cannot_be_used(engine_of, caplog):
     caplog.set_level(logging.INFO, "samekit")
     backend = open_backend(engine_of("tiny-s").folder, AUTO, BackendOptions(precision="fp16", device="cpu"))
     assert (backend.name, backend.precision) == ("torch", "fp16")
-    refusal, choice = caplog.messages
+    refusal, choice, warning = caplog.messages
     assert "onnxruntime passed over" in refusal
     assert "--precision fp16" in refusal
     assert choice == "backend torch on cpu, fp16"
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [warning]
+    assert "running in PyTorch, slower than the engine" in warning
+    assert "--precision fp16" in warning
 
 
 def test_auto_lists_every_refusal(engine_of):
@@ -209,6 +213,21 @@ def test_auto_lists_every_refusal(engine_of):
     assert_one_line(caught.value)
     for name in BACKEND_NAMES:
         assert f"; {name}: " in str(caught.value)
+
+
+def test_auto_lists_a_checkpoint_that_has_moved(own_engine):
+    path = own_engine.folder / "spec.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    source = {"kind": "folder", "folder": str(own_engine.folder / "elsewhere"), "name": "tiny-s"}
+    path.write_text(json.dumps(document | {"source": source}), encoding="utf-8")
+    options = BackendOptions(precision="fp16", device="cpu")
+    with pytest.raises(
+        BackendUnavailableError, match=r"; onnxruntime: .*--precision fp16.*; torch: .*elsewhere"
+    ) as caught:
+        open_backend(own_engine.folder, AUTO, options)
+    assert_one_line(caught.value)
+    with pytest.raises(CheckpointError, match="elsewhere"):
+        open_backend(own_engine.folder, "torch", options)
 
 
 def test_half_precision_in_pytorch(engine_of, eager_of, kind):
@@ -262,6 +281,27 @@ def test_package_that_is_missing(engine_of, checkpoint_of, monkeypatch):
         open_backend(checkpoint_of("tiny-s"), AUTO, BackendOptions())
 
 
+@pytest.mark.parametrize("package", ["torch", "safetensors"])
+def test_packages_that_the_checkpoint_needs(engine_of, checkpoint_of, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    install = rf"{package}.*; run: pip install 'samekit\[export\]'"
+    with pytest.raises(BackendUnavailableError, match=install) as caught:
+        open_backend(engine_of("tiny-s").folder, "torch", BackendOptions())
+    assert_one_line(caught.value)
+    for backend in ("torch", AUTO):
+        with pytest.raises(EngineNotFoundError, match=install) as caught:
+            open_backend(checkpoint_of("tiny-s"), backend, BackendOptions())
+        assert_one_line(caught.value)
+
+
+def test_package_that_the_hub_needs(checkpoint_of, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(EngineNotFoundError, match=r"no engine for 'same-s'.*huggingface_hub.*pip install") as caught:
+        open_backend("same-s", AUTO, BackendOptions())
+    assert_one_line(caught.value)
+    assert open_backend(checkpoint_of("tiny-s"), "torch", BackendOptions(device="cpu")).name == "torch"
+
+
 def test_pytorch_on_an_engine_whose_checkpoint_changed(own_engine):
     path = own_engine.folder / "spec.json"
     document = json.loads(path.read_text(encoding="utf-8"))
@@ -292,16 +332,41 @@ def test_cuda_where_there_is_none(engine_of, monkeypatch):
             open_backend(engine_of("tiny-s").folder, backend, BackendOptions(device="cuda"))
 
 
-def test_provider_that_did_not_start(engine_of, monkeypatch):
-    session = SimpleNamespace(get_providers=lambda: ["CPUExecutionProvider"])
+@pytest.fixture
+def build_for_gpus(monkeypatch):
+    """An onnxruntime-gpu whose CUDA provider never starts."""
+    session = SimpleNamespace(
+        get_providers=lambda: ["CPUExecutionProvider"],
+        get_inputs=lambda: [SimpleNamespace(name="latents")],
+        run=lambda *_: [np.zeros((1, 2, 4096), np.float32)],
+    )
     monkeypatch.setattr(
         "onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
     )
     monkeypatch.setattr("onnxruntime.InferenceSession", lambda *_, **__: session)
-    backend = open_backend(engine_of("tiny-s").folder, "onnxruntime", BackendOptions())
-    assert backend.device == "cuda"
+
+
+@pytest.mark.usefixtures("build_for_gpus")
+@pytest.mark.parametrize("options", [{"device": "cuda"}, {"providers": ("CUDAExecutionProvider",)}], ids=str)
+def test_provider_that_did_not_start(engine_of, options):
+    backend = open_backend(engine_of("tiny-s").folder, "onnxruntime", BackendOptions(device_id=1, **options))
+    assert (backend.device, backend.place) == ("cuda", "cuda:1")
     with pytest.raises(BackendUnavailableError, match="CUDAExecutionProvider did not start"):
         backend.decode(np.zeros((1, 32, 1), np.float32))
+
+
+@pytest.mark.usefixtures("build_for_gpus")
+@pytest.mark.parametrize("driver", [False, True])
+def test_provider_that_nobody_asked_for_gives_way(engine_of, monkeypatch, caplog, driver):
+    monkeypatch.setattr("samekit.backends.ort.has_driver", lambda: driver)
+    backend = open_backend(engine_of("tiny-s").folder, "onnxruntime", BackendOptions())
+    assert backend.device == ("cuda" if driver else "cpu")
+    for _ in range(2):
+        assert backend.decode(np.zeros((1, 32, 1), np.float32)).shape == (1, 2, 4096)
+    assert (backend.device, backend.place) == ("cpu", "cpu")
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().endswith(": running on the CPU")
 
 
 def test_threads(engine_of, monkeypatch):

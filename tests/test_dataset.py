@@ -69,6 +69,16 @@ def first_samples(half, array):
     return np.ascontiguousarray(array[:, 0].reshape(len(array), -1, FAKE_HOP)[:, :, :4].swapaxes(1, 2))
 
 
+def raising(error):
+    """A backend that never answers."""
+
+    def answer(half, array):
+        del half, array
+        raise error
+
+    return answer
+
+
 def fake_model(answer=first_samples):
     return AutoencoderModel(FakeBackend(answer))
 
@@ -525,11 +535,8 @@ def test_reencoding_removes_the_latents_of_clips_that_are_gone(data, out):
 def test_clip_that_was_never_tried_and_is_gone_is_no_problem(data, out):
     write_clips(data, 3)
 
-    def fails(half, array):
-        raise BackendError("out of memory; try again")
-
     with pytest.raises(BackendError):
-        run(data, out, fake_model(fails))
+        run(data, out, fake_model(raising(BackendError("out of memory; try again"))))
     assert any("not encoded yet" in problem for problem in verify(out))
     (data / "clip00001.wav").unlink()
     run(data, out)
@@ -707,11 +714,8 @@ def test_error_of_the_encoder_ends_the_run_and_leaves_whole_pairs(data, out, err
 def test_error_that_is_not_of_the_folder_is_not_blamed_on_it(data, out):
     write_clips(data, 1)
 
-    def answer(half, array):
-        raise FileNotFoundError("a library of the backend")
-
     with pytest.raises(FileNotFoundError, match="a library of the backend") as error:
-        run(data, out, fake_model(answer))
+        run(data, out, fake_model(raising(FileNotFoundError("a library of the backend"))))
     assert not isinstance(error.value, OutputError)
 
 

@@ -8,13 +8,13 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from helpers import RATE, FakeBackend, assert_close, each_half, noise
+from helpers import RATE, FakeBackend, assert_close, assert_one_line, each_half, noise
 
 from samekit.autoencoder import AutoencoderModel
 from samekit.chunking import ExactWindows
-from samekit.errors import InputError
+from samekit.errors import BackendError, InputError
 from samekit.spec import DECODER, ENCODER
-from samekit.streaming import HalfRunner, StreamDecoder, StreamEncoder, WindowedRun
+from samekit.streaming import HalfRunner, StreamDecoder, StreamEncoder, WindowCutter, WindowedRun
 
 LEAST_DB = 110
 
@@ -177,3 +177,31 @@ def test_refused_block_does_not_end_the_stream(one_model, half):
     with pytest.raises(InputError):
         stream.push(array[:, 7:9] * np.float32(np.inf))
     assert_close(expected, np.concatenate([first, stream.push(array[:, 7:]), stream.finish()], axis=-1), LEAST_DB)
+
+
+@each_half
+@pytest.mark.parametrize("failing", ["push", "finish"])
+def test_failure_ends_the_stream(half, failing):
+    def fail(*_):
+        raise BackendError("the power went out; try again")
+
+    backend = FakeBackend()
+    stream = StreamEncoder(backend, PLAN, RATE) if half == ENCODER else StreamDecoder(backend, PLAN)
+    block = noise((2, 8 * 20)) if half == ENCODER else noise((4, 20))
+    stream.push(block)
+    backend.answer = fail
+    with pytest.raises(BackendError, match="the power went out"):
+        stream.push(block) if failing == "push" else stream.finish()
+    backend.answer = backend.zeros
+    # Again would drop what the failed step had taken already.
+    for again in (lambda: stream.push(block), stream.finish, lambda: stream.push(block)):
+        with pytest.raises(BackendError, match="; begin a new stream") as caught:
+            again()
+        assert_one_line(caught.value)
+
+
+def test_windows_that_were_not_all_taken():
+    cutter = WindowCutter(PLAN, 1)
+    assert next(cutter.push(np.zeros((1, 4, 100), np.float32)))
+    with pytest.raises(BackendError, match="; begin a new stream"):
+        next(cutter.push(np.zeros((1, 4, 100), np.float32)))

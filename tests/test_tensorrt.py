@@ -24,7 +24,7 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
-from fake_tensorrt import FakeGpu, FakeTensorRT, computed
+from fake_tensorrt import FakeGpu, FakeRTX, FakeTensorRT, computed
 from helpers import (
     HALVES,
     KINDS,
@@ -326,6 +326,77 @@ def test_timing_cache_is_kept(engine_of, tmp_path, monkeypatch):
     assert times(TENSORRT, b"+measured") == [b"+measured+measured"]
     # A cache that does not fit is begun anew.
     assert times(TENSORRT, b"other") == [b"+measured"]
+
+
+@pytest.fixture
+def half_builder(engine_of, tmp_path, monkeypatch):
+    """A builder of the encoder whose compiler is not run, with its settings; its log goes to `build.log`."""
+    monkeypatch.setenv("SAMEKIT_CACHE", str(tmp_path / "cache"))
+    engine = engine_of("tiny-s")
+    fingerprint = fingerprint_of(engine.spec, "fp32", TENSORRT, "11.4.0", "8.9")
+    module, config = FakeTensorRT(engine.spec), FakeTimingConfig(b"")
+    module.NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=0)
+    network = SimpleNamespace(num_layers=3)
+    module.Builder = lambda _: SimpleNamespace(
+        create_network=lambda _: network, build_serialized_network=lambda *_: b"engine"
+    )
+    with (tmp_path / "build.log").open("w", encoding="utf-8") as log:
+        builder = to_tensorrt._HalfBuilder(engine, ENCODER, fingerprint, module, log)
+
+        def configure(*_):
+            builder._attach_timing_cache(config)
+            return config
+
+        monkeypatch.setattr(builder, "_parse", lambda *_: None)
+        monkeypatch.setattr(builder, "_configure", configure)
+        yield builder
+
+
+@pytest.mark.parametrize("broken", ["folder", "file"])
+def test_timing_cache_that_cannot_be_used(half_builder, tmp_path, monkeypatch, broken):
+    path = half_builder._timing_path
+    if broken == "folder":
+        path.parent.parent.mkdir(parents=True)
+        path.parent.write_bytes(b"in the way")
+    else:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"+measured")
+        read = Path.read_bytes
+
+        def refuse(self):
+            if self == path:
+                raise PermissionError(13, "Permission denied")
+            return read(self)
+
+        monkeypatch.setattr(Path, "read_bytes", refuse)
+    lines = []
+    built = half_builder.build(tmp_path / "encoder.engine", lines.append)
+    assert (tmp_path / "encoder.engine").read_bytes() == b"engine"
+    assert built.size == 6
+    half_builder._log.flush()
+    assert "[WARNING] the timing cache " in (tmp_path / "build.log").read_text(encoding="utf-8")
+
+
+def test_disk_that_is_full_while_building(own_engine, monkeypatch):
+    def build(self, path, report):  # noqa: ARG001 the signature of _HalfBuilder.build
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(to_tensorrt._HalfBuilder, "build", build)
+    module = FakeTensorRT(own_engine.spec)
+    with pytest.raises(OutputError, match=r"tensorrt-11\.4\.0.* cannot be written \(No space left.*; choose") as caught:
+        to_tensorrt.build_engines(own_engine, "fp32", module, "8.9", lambda _: None)
+    assert_one_line(caught.value)
+    assert list((own_engine.folder / "tensorrt").iterdir()) == []
+
+
+def test_build_log_that_cannot_be_written(half_builder, tmp_path):
+    # TensorRT calls the logger from C++ and takes no exceptions.
+    def write(_):
+        raise OSError(28, "No space left on device")
+
+    half_builder._log = SimpleNamespace(write=write)
+    half_builder.build(tmp_path / "encoder.engine", lambda _: None)
+    assert (tmp_path / "encoder.engine").read_bytes() == b"engine"
 
 
 # --- Fingerprints ---------------------------------------------------------------------------------------------
@@ -637,10 +708,10 @@ def test_engines_are_read_when_they_are_used(opened, module):
 def test_a_context_for_each_profile_when_it_is_used(opened, module):
     for latents in (1, 256, 2):
         opened.decode(noise((1, 32, latents)))
-    assert [context.profile for context in module.contexts] == [0]
+    assert module.profiles == [0]
     opened.decode(noise((1, 32, 257)))
     opened.decode(noise((1, 32, 4096)))
-    assert [context.profile for context in module.contexts] == [0, 1]
+    assert module.profiles == [0, 1]
 
 
 def test_scratch_is_what_the_shape_needs(opened, module):
@@ -715,7 +786,18 @@ def test_a_shape_that_comes_again_is_recorded(opened, module):
         np.testing.assert_allclose(output, computed(opened.spec, DECODER, array), rtol=1e-5, atol=1e-4)
     assert module.events.count("capture") == 2
     # A context for each profile, and one for each recording.
-    assert len(module.contexts) == 3
+    assert len(module.profiles) == 3
+
+
+def test_tensorrt_rtx_records_by_itself(own_engine, spec):
+    module = FakeRTX(spec)
+    with TensorRTBackend(
+        own_engine.spec, put_build(own_engine), module, FakeGpu(module.events), cuda_graph=True
+    ) as backend:
+        for seed in range(4):
+            array = noise((1, 32, 3), seed)
+            np.testing.assert_allclose(backend.decode(array), computed(spec, DECODER, array), rtol=1e-5, atol=1e-4)
+    assert "capture" not in module.events
 
 
 def test_used_by_several_threads(opened):
@@ -778,10 +860,10 @@ def test_other_backends_take_arrays_only(engine_of):
 
 def test_no_gpu(own_engine, monkeypatch):
     put_build(own_engine)
-    monkeypatch.setattr("samekit.backends.tensorrt._has_driver", lambda: False)
+    monkeypatch.setattr("samekit.backends.tensorrt.has_driver", lambda: False)
     with pytest.raises(BackendUnavailableError, match="no NVIDIA driver, which TensorRT needs; use another"):
         open_backend(own_engine.folder, "tensorrt", BackendOptions())
-    monkeypatch.setattr("samekit.backends.tensorrt._has_driver", lambda: True)
+    monkeypatch.setattr("samekit.backends.tensorrt.has_driver", lambda: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(
         BackendUnavailableError, match="finds no CUDA device, which TensorRT needs; use another"
@@ -810,6 +892,8 @@ def test_auto_takes_tensorrt_first(own_engine, caplog):
     backend = open_backend(own_engine.folder, "auto", BackendOptions())
     assert (backend.name, backend.device, backend._build) == ("tensorrt", "cuda", build)
     assert caplog.messages == ["backend tensorrt on cuda, fp32"]
+    assert backend.place == "cuda:0"
+    assert open_backend(own_engine.folder, "tensorrt", BackendOptions(device_id=1)).place == "cuda:1"
 
 
 @pytest.mark.usefixtures("gpu_here")
@@ -854,7 +938,7 @@ class FakeStream:
 def test_streams_wait_for_each_other(monkeypatch):
     events = []
     callers = FakeStream(events, "caller")
-    monkeypatch.setattr("samekit.backends.tensorrt._has_driver", lambda: True)
+    monkeypatch.setattr("samekit.backends.tensorrt.has_driver", lambda: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.Stream", lambda _: FakeStream(events, "engine"))

@@ -1,1 +1,1 @@
-"""Makes engine folders out of SAME checkpoints; needs torch and onnx, and is never imported by `samekit` itself."""
+"""Makes engine folders out of SAME checkpoints; needs torch and onnx, and `samekit` imports it only on use."""

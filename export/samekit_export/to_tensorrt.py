@@ -16,7 +16,7 @@ from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from samekit._files import atomic_path
+from samekit._files import atomic_path, output_errors
 from samekit.errors import BackendUnavailableError, BuildError, InputError
 from samekit.fingerprint import PORTABLE, PROFILES, TENSORRT, TENSORRT_RTX, capability_name, fingerprint_of, input_shape
 from samekit.spec import DECODER, ENCODER
@@ -132,7 +132,7 @@ def build_engines(engine: Engine, precision: str, module: Any, target: str, repo
     if is_whole(folder):
         report(f"{folder} is current")
         return Build.load(folder)
-    with new_build(folder) as staging:
+    with new_build(folder) as staging, output_errors(folder):
         report(f"building {folder}")
         try:
             engines = _build_halves(engine, fingerprint, module, staging, report)
@@ -176,7 +176,9 @@ class _HalfBuilder:
 
     def _note(self, severity: str, message: str) -> None:
         """One line of the build log."""
-        self._log.write(f"[{severity}] {' '.join(message.split())}\n")
+        # TensorRT calls this and takes no exceptions; a full disk shows when the engine is written.
+        with suppress(OSError):
+            self._log.write(f"[{severity}] {' '.join(message.split())}\n")
         if severity.endswith("ERROR"):
             self._complaints.append(" ".join(message.split()))
 
@@ -193,9 +195,9 @@ class _HalfBuilder:
         plan = builder.build_serialized_network(network, config)
         if plan is None:
             raise self._failure(self._complaints or ["no reason given"])
-        self._keep_timing_cache(config)
         data = memoryview(plan)
         path.write_bytes(data)
+        self._keep_timing_cache(config)
         built = BuiltEngine(
             file=path.name,
             size=len(data),
@@ -260,11 +262,16 @@ class _HalfBuilder:
         return engine_roots()[-1] / ".timing" / f"{TENSORRT}-{fingerprint.version}-{fingerprint.target}.cache"
 
     def _attach_timing_cache(self, config: Any) -> None:
-        """Let kernels be timed once for all models; a cache that does not fit is begun anew."""
+        """Let kernels be timed once for all models; a cache that does not fit or cannot be read is begun anew."""
         path = self._timing_path
         if path is None:
             return
-        known = path.read_bytes() if path.is_file() else b""
+        known = b""
+        try:
+            if path.is_file():
+                known = path.read_bytes()
+        except OSError as error:
+            self._note("WARNING", f"the timing cache cannot be read ({error})")
         for data in (known, b""):
             cache = config.create_timing_cache(data)
             if cache is not None and config.set_timing_cache(cache, False):
@@ -272,13 +279,17 @@ class _HalfBuilder:
         self._note("WARNING", f"no timing cache could be attached ({path})")
 
     def _keep_timing_cache(self, config: Any) -> None:
+        """Keep what was timed, where that can be written; the engine is worth more than it."""
         path = self._timing_path
         cache = config.get_timing_cache() if path else None
         if path is None or cache is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(memoryview(cache.serialize()))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(memoryview(cache.serialize()))
+        except OSError as error:
+            self._note("WARNING", f"the timing cache is not kept ({error})")
 
 
 def _parser_line(error: Any) -> str:

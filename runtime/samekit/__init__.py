@@ -1,4 +1,4 @@
-"""Run the SAME audio autoencoders of Stable Audio 3: audio to latents and back, on ONNX Runtime or PyTorch."""
+"""Run the SAME audio autoencoders of Stable Audio 3: audio to latents and back, on three backends."""
 
 from __future__ import annotations
 

@@ -57,8 +57,10 @@ def as_one_batch(pieces: list[Any]) -> Any:
     return sys.modules["torch"].cat(pieces) if is_tensor(pieces[0]) else np.concatenate(pieces)
 
 
-def like(array: Array, example: Any, device: str) -> Any:
-    """The array as the kind that `example` is; a tensor lands on `device`."""
-    if is_tensor(example):
-        return sys.modules["torch"].from_numpy(array).to(device)
-    return array
+def like(array: Array, example: Any, place: str) -> Any:
+    """The array as the kind that `example` is; a tensor lands at `place`, or by `example` if PyTorch has no GPU."""
+    if not is_tensor(example):
+        return array
+    torch = sys.modules["torch"]
+    reachable = place == "cpu" or torch.cuda.is_available()
+    return torch.from_numpy(array).to(place if reachable else example.device)

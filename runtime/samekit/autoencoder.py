@@ -132,7 +132,7 @@ class Autoencoder:
         batch = np.zeros((len(ready), self.io_channels, longest), np.float32)
         for row, clip in zip(batch, ready, strict=True):
             row[:, : clip.shape[-1]] = clip
-        return like(pad_to(batch, self.min_length), clips[0], self.backend.device)
+        return like(pad_to(batch, self.min_length), clips[0], self.backend.place)
 
     def encode_audio(
         self, audio: Any, chunked: bool = False, chunk_size: int = CHUNK_SIZE, overlap: int = OVERLAP
@@ -157,7 +157,7 @@ class Autoencoder:
         array = as_float32(audio, "audio")
         self._check_batch(array, self.io_channels, "audio")
         out = self._run(ENCODER, pad_to(array, self.spec.hop), (chunk_size, overlap) if chunked else None)
-        return like(out, audio, self.backend.device)
+        return like(out, audio, self.backend.place)
 
     def decode_audio(
         self, latents: Any, chunked: bool = False, chunk_size: int = CHUNK_SIZE, overlap: int = OVERLAP
@@ -168,7 +168,7 @@ class Autoencoder:
         array = as_float32(latents, "latents")
         self._check_batch(array, self.latent_dim, "latents")
         out = self._run(DECODER, array, (chunk_size, overlap) if chunked else None)
-        return like(out, latents, self.backend.device)
+        return like(out, latents, self.backend.place)
 
     def _check_batch(self, array: Array, features: int, name: str) -> None:
         if array.ndim != 3 or array.shape[1] != features:
@@ -238,7 +238,7 @@ class AutoencoderModel:
                 folder; or a checkpoint folder, which runs in PyTorch.
             device: `cpu` or `cuda`; the best there is unless given.
             backend: `auto`, `tensorrt`, `onnxruntime` or `torch`.
-            precision: `fp32`, `fp16` (the reference's `.half()`) or `int8`.
+            precision: `fp32` or `fp16` (the reference's `.half()`).
             window: latents that are computed at once; bounds the memory, does not change the numbers.
             options: further fields of `samekit.backends.base.BackendOptions`, such as `threads`.
 
@@ -277,7 +277,7 @@ class AutoencoderModel:
 
     @property
     def device(self) -> str:
-        """Where the model computes, and where returned tensors lie: `cpu` or `cuda`."""
+        """Where the model computes, and where returned tensors lie (on GPU `device_id`): `cpu` or `cuda`."""
         return self.autoencoder.backend.device
 
     def encode(

@@ -250,7 +250,10 @@ class _Run:
             return True
         if not self._options.checksum:
             return (row.audio, row.caption) != (source.audio, source.caption)
-        seen = dataclasses.replace(row, audio=source.audio, caption=source.caption, **self._digests_of(source))
+        sha256, caption_sha256 = self._digests_of(source)
+        seen = dataclasses.replace(
+            row, audio=source.audio, caption=source.caption, sha256=sha256, caption_sha256=caption_sha256
+        )
         # Where no digest was asked for before, size and time have to do.
         if (row.audio != seen.audio) if row.sha256 is None else (row.sha256 != seen.sha256):
             return True
@@ -260,12 +263,12 @@ class _Run:
             self._manifest.record(seen)
         return False
 
-    def _digests_of(self, source: Source) -> dict[str, str | None]:
-        """The fields of a row that hold digests."""
-        return {
-            "sha256": self._digest(source.path) if source.audio else None,
-            "caption_sha256": self._digest(str(source.caption_path)) if source.caption else None,
-        }
+    def _digests_of(self, source: Source) -> tuple[str | None, str | None]:
+        """Digests of a clip's audio and caption; None for a file that is not there."""
+        return (
+            self._digest(source.path) if source.audio else None,
+            self._digest(str(source.caption_path)) if source.caption else None,
+        )
 
     def _digest(self, path: str) -> str | None:
         """Digest of a file's contents; None if it cannot be read, which encoding the clip will tell."""
@@ -339,6 +342,7 @@ class _Run:
         if bad:
             _remove_pair(outcome.task.target)
         seconds = clip.kept / self._rules.spec.sample_rate if clip else 0.0
+        sha256, caption_sha256 = self._digests_of(source) if self._options.checksum else (None, None)
         row = Row(
             number=old.number,
             relpath=source.relpath,
@@ -346,9 +350,10 @@ class _Run:
             reason=bad.reason if bad else None,
             audio=source.audio,
             caption=source.caption,
+            sha256=sha256,
+            caption_sha256=caption_sha256,
             latents=clip.extent.latents if clip else 0,
             seconds=seconds,
-            **(self._digests_of(source) if self._options.checksum else {}),
         )
         self._manifest.record(row)
         state = self._state
@@ -422,6 +427,8 @@ def _write_report(manifest: Manifest, report: PreEncodeReport) -> None:
     fields |= {"gone": report.gone, "bad": report.bad}
     path = manifest.folder / STATE_FOLDER / manifest.shard.report
     text = json.dumps(fields, indent=2) + "\n"
-    if not path.exists() or path.read_text(encoding="ascii") != text:
+    with output_errors(path):
+        written = path.exists() and path.read_bytes() == text.encode("ascii")
+    if not written:
         with atomic_path(path) as temporary, output_errors(path):
             temporary.write_text(text, encoding="ascii")

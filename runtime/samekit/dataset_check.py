@@ -59,7 +59,7 @@ def _check_shards(folder: Path, shards: list[Shard]) -> Iterator[str]:
     """Parts of the dataset that were never begun."""
     counts = sorted({shard.count for shard in shards})
     if len(counts) > 1:
-        yield f"{folder}: was encoded in {' and in '.join(map(str, counts))} parts; encode each into a folder of its own"
+        yield f"{folder}: was encoded in {' and in '.join(map(str, counts))} parts; encode it again into another folder"
         return
     begun = {shard.index for shard in shards}
     missing = [index for index in range(1, counts[0] + 1) if index not in begun]

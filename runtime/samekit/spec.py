@@ -24,7 +24,7 @@ ENCODER, DECODER = "encoder", "decoder"
 """The two halves of an autoencoder; an engine folder holds a graph of each."""
 
 PRECISIONS = ("fp32", "fp16", "int8")
-"""Every precision that an export can write, most accurate first."""
+"""Every precision of the format, most accurate first; no export writes int8 yet."""
 
 
 @dataclass(frozen=True)

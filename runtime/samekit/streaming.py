@@ -5,13 +5,14 @@ One array, a file and a live stream all go through `WindowedRun`, so all give th
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from samekit.arrays import as_float32, as_one_batch, is_tensor
 from samekit.audio import StreamResampler, pad_to, to_channels
-from samekit.errors import InputError
+from samekit.errors import BackendError, InputError
 from samekit.spec import DECODER, ENCODER
 
 if TYPE_CHECKING:
@@ -74,12 +75,33 @@ class HalfRunner:
             yield window, array[:, :, window.start * self.unit_in : window.stop * self.unit_in]
 
 
+class _Steps:
+    """The steps of a stream: after one that was left in its middle, another would drop or shift values."""
+
+    def __init__(self) -> None:
+        self._broken = False
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Take one step; whatever raises inside ends the stream.
+
+        Raises:
+            BackendError: an earlier step was left in its middle.
+        """
+        if self._broken:
+            raise BackendError("an earlier error has cost this stream a part of its input; begin a new stream")
+        self._broken = True
+        yield
+        self._broken = False
+
+
 class WindowCutter:
     """Cuts a sequence that arrives in pieces into exact windows; memory does not grow with its length."""
 
     def __init__(self, plan: ExactWindows, unit: int) -> None:
         self._plan = plan
         self._unit = unit
+        self._steps = _Steps()
         self._next = 0
         self._offset = 0
         self._waiting: Array | None = None
@@ -93,7 +115,14 @@ class WindowCutter:
 
         Yields:
             A window and its input, `[batch, features, latents of the window * unit]`.
+
+        Raises:
+            BackendError: not all windows of an earlier piece were taken.
         """
+        with self._steps.step():
+            yield from self._cut(array, final=final)
+
+    def _cut(self, array: Array, *, final: bool) -> Iterator[tuple[Window, Array]]:
         unit = self._unit
         if self._waiting is not None and self._waiting.shape[-1]:
             array = np.concatenate([self._waiting, array], axis=-1)
@@ -144,6 +173,7 @@ class StreamEncoder:
         self.samples = 0
         """Samples of the stream so far, at the model's rate."""
         self._finished = False
+        self._steps = _Steps()
         self._channels = spec.channels
         self._resampler = StreamResampler(sample_rate, spec.sample_rate, spec.channels)
         self._run = WindowedRun(HalfRunner(backend, ENCODER), plan)
@@ -155,24 +185,29 @@ class StreamEncoder:
         """Take samples `[channels, n]` or `[n]`, return the latents they complete: `[latent_width, t]`, t from 0.
 
         Raises:
-            InputError: wrong shape or dtype, NaN or infinity.
+            InputError: wrong shape or dtype, NaN or infinity; the stream goes on.
+            NonFiniteError: the model overflowed, which ends the stream.
+            BackendError: the backend failed, which ends the stream, or it had ended so.
         """
         block = to_channels(as_clip(audio, empty=True), self._channels)
-        if self._finished:
-            self._finished, self.samples = False, 0
-        return self._advance(self._resampler.push(block), final=False)
+        with self._steps.step():
+            if self._finished:
+                self._finished, self.samples = False, 0
+            return self._advance(self._resampler.push(block), final=False)
 
     def finish(self) -> Array:
         """End of the stream: the last latents, `[latent_width, t]`; the last one is padded with silence.
 
         Raises:
             InputError: no samples were received.
+            NonFiniteError, BackendError: as of `push`.
         """
-        rest = self._resampler.finish()
-        if self._finished or self.samples + rest.shape[-1] == 0:
-            raise InputError("no samples were received; there is nothing to encode")
-        self._finished = True
-        return self._advance(rest, final=True)
+        with self._steps.step():
+            rest = self._resampler.finish()
+            if not self._finished and self.samples + rest.shape[-1] > 0:
+                self._finished = True
+                return self._advance(rest, final=True)
+        raise InputError("no samples were received; there is nothing to encode")
 
     def _advance(self, audio: Array, *, final: bool) -> Array:
         self.samples += audio.shape[-1]
@@ -193,6 +228,7 @@ class StreamDecoder:
 
     def __init__(self, backend: Backend, plan: ExactWindows) -> None:
         self.latency = plan.size + 1
+        self._steps = _Steps()
         self._run = WindowedRun(HalfRunner(backend, DECODER), plan)
         self._width = backend.spec.latent_width
         self._channels = backend.spec.channels
@@ -202,24 +238,30 @@ class StreamDecoder:
         """Take latents `[latent_width, t]`, return the samples they complete: `[channels, n]`, n from 0.
 
         Raises:
-            InputError: wrong shape or dtype, NaN or infinity.
+            InputError: wrong shape or dtype, NaN or infinity; the stream goes on.
+            NonFiniteError: the model overflowed, which ends the stream.
+            BackendError: the backend failed, which ends the stream, or it had ended so.
         """
         array = as_float32(latents, "latents", empty=True)
         if array.ndim != 2 or array.shape[0] != self._width:
             raise InputError(f"latents must be [{self._width}, length], got {list(array.shape)}")
-        self._received += array.shape[-1]
-        return _joined(self._run.push(array[None]), self._channels)
+        with self._steps.step():
+            self._received += array.shape[-1]
+            return _joined(self._run.push(array[None]), self._channels)
 
     def finish(self) -> Array:
         """End of the stream: the last samples, `[channels, n]`.
 
         Raises:
             InputError: no latents were received.
+            NonFiniteError, BackendError: as of `push`.
         """
-        if self._received == 0:
-            raise InputError("no latents were received; there is nothing to decode")
-        self._received = 0
-        return _joined(self._run.push(np.zeros((1, self._width, 0), np.float32), final=True), self._channels)
+        with self._steps.step():
+            if self._received > 0:
+                self._received = 0
+                nothing = np.zeros((1, self._width, 0), np.float32)
+                return _joined(self._run.push(nothing, final=True), self._channels)
+        raise InputError("no latents were received; there is nothing to decode")
 
 
 def as_clip(audio: Any, *, empty: bool = False) -> Array:

@@ -6,7 +6,13 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
-from samekit.errors import BackendUnavailableError, EngineNotFoundError, InputError, StaleEngineError
+from samekit.errors import (
+    BackendUnavailableError,
+    CheckpointError,
+    EngineNotFoundError,
+    InputError,
+    StaleEngineError,
+)
 from samekit.store import Engine, find_engine
 
 if TYPE_CHECKING:
@@ -68,7 +74,7 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
         InputError: unknown backend.
         EngineError: the engine folder is damaged, or has TensorRT engines of another version or GPU only.
         BackendUnavailableError: the backend cannot be used here.
-        CheckpointError: PyTorch was chosen and the checkpoint cannot be loaded.
+        CheckpointError: PyTorch was asked for, or there is no engine, and the checkpoint cannot be loaded.
     """
     if backend not in BACKENDS:
         raise InputError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
@@ -84,13 +90,16 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
             continue
         try:
             opened = opener(engine, options)
-        except (BackendUnavailableError, StaleEngineError) as error:
+        except (BackendUnavailableError, StaleEngineError, CheckpointError) as error:
             # An engine that was built and cannot be used is news; a backend that is not there is not.
             level = logging.WARNING if isinstance(error, StaleEngineError) else logging.INFO
             logger.log(level, "backend %s passed over: %s", name, error)
             refusals.append(f"{name}: {error}")
             continue
         logger.info("backend %s on %s, %s", name, opened.device, options.precision)
+        if name == "torch":
+            reasons = "; ".join(refusals)
+            logger.warning("running in PyTorch, slower than the engine %s, for: %s", engine.folder, reasons)
         return opened
     raise BackendUnavailableError(f"no backend can open {engine.folder}; " + "; ".join(refusals))
 

@@ -7,6 +7,8 @@ latents and every batch size from 1 works, or is refused before anything runs; N
 
 from __future__ import annotations
 
+import ctypes
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -77,6 +79,15 @@ def _are_names(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and len(value) > 0 and all(isinstance(name, str) for name in value)
 
 
+def has_driver() -> bool:
+    """Whether the library of NVIDIA's driver can be loaded."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 class Backend(ABC):
     """Runs the two halves of one model; a context manager."""
 
@@ -84,6 +95,8 @@ class Backend(ABC):
     """What users pass as `backend=`."""
     device: str = "cpu"
     """Where it computes: `cpu` or `cuda`."""
+    device_id: int = 0
+    """Which GPU."""
     longest_window: int | None = None
     """Latents in a window, unless the user chooses; None leaves it to the model."""
 
@@ -97,6 +110,11 @@ class Backend(ABC):
     def window_batch(self) -> int:
         """Windows that run as one batch where there are several."""
         return self._window_batch or (1 if self.device == "cpu" else 4)
+
+    @property
+    def place(self) -> str:
+        """Where returned tensors lie, as PyTorch names it: `cpu`, or `cuda:N`."""
+        return "cpu" if self.device == "cpu" else f"cuda:{self.device_id}"
 
     def encode(self, audio: Array) -> Array:
         """Audio `[batch, channels, latents * hop]` to latents `[batch, latent_width, latents]`.

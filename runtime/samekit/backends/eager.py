@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from samekit.backends.base import Backend, BackendOptions
@@ -28,8 +30,9 @@ class EagerBackend(Backend):
         if options.device == "cuda" and not cuda:
             raise BackendUnavailableError("PyTorch finds no CUDA device; choose device cpu")
         self.device = options.device or ("cuda" if cuda else "cpu")
+        self.device_id = options.device_id
         self._torch = torch
-        self._where = torch.device(f"cuda:{options.device_id}" if self.device == "cuda" else self.device)
+        self._where = torch.device(self.place)
         self._dtype = torch.float16 if options.precision == "fp16" else torch.float32
         self._model = model.to(self._where, self._dtype)
         if options.threads:
@@ -37,7 +40,8 @@ class EagerBackend(Backend):
 
     def _run(self, half: str, array: Array) -> Array:
         run = self._model.encode if half == ENCODER else self._model.decode
-        with self._torch.inference_mode():
+        # TF32 has 10 bits of mantissa, and convolutions would use it unasked.
+        with self._torch.inference_mode(), self._torch.backends.cudnn.flags(allow_tf32=False):
             # A copy: PyTorch warns of sharing memory that is read-only.
             tensor = self._torch.tensor(array, dtype=self._dtype, device=self._where)
             result: Array = run(tensor).float().cpu().numpy()
@@ -53,14 +57,19 @@ def load_checkpoint(name: str, source: dict[str, Any] | None) -> Any:
     """The checkpoint of an engine (`source`) or of a name, through the export package.
 
     Raises:
-        BackendUnavailableError: the export package or PyTorch is not installed.
+        BackendUnavailableError: the export package or what it needs for this is not installed.
         CheckpointError: the checkpoint cannot be loaded.
     """
+    on_hub = source.get("kind") == "hub" if source else not os.path.isdir(name)  # noqa: PTH112 see checkpoint.load
     try:
+        # The export package imports these where it needs them, too late to say what is missing.
+        for package in ("torch", "safetensors", *(("huggingface_hub",) if on_hub else ())):
+            import_module(package)
         from samekit_export.checkpoint import load, load_source  # noqa: PLC0415
     except ImportError as error:
         raise BackendUnavailableError(
-            f"the torch backend needs PyTorch and safetensors ({error}); run: pip install 'samekit[export]'"
+            f"the torch backend needs PyTorch, safetensors and huggingface_hub ({error}); "
+            "run: pip install 'samekit[export]'"
         ) from None
     return load_source(source) if source else load(name)
 

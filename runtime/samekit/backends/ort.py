@@ -7,13 +7,15 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from samekit.backends.base import Backend, BackendOptions
+from samekit.backends.base import Backend, BackendOptions, has_driver
 from samekit.errors import BackendError, BackendUnavailableError, OutputError
 from samekit.fingerprint import NARROW, input_shape
 from samekit.spec import DECODER, ENCODER
 from samekit.tensorrt_store import open_cache
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from samekit.backends.base import Array
     from samekit.store import Engine
 
@@ -51,7 +53,9 @@ class OnnxRuntimeBackend(Backend):
         # A missing precision or a damaged folder must show now, not at the first clip.
         for half in engine.spec.contexts:
             engine.graph(half, options.precision)
+        self._gpu_is_asked_for = options.device == "cuda" or options.providers is not None
         self._providers = self._choose_providers(options)
+        self.device_id = options.device_id
         self.device = "cpu" if self._providers[0][0] == CPU_PROVIDER else "cuda"
         if self._providers[0][0] == TENSORRT_PROVIDER:
             self.longest_window = NARROW.latents[2]
@@ -64,7 +68,7 @@ class OnnxRuntimeBackend(Backend):
         known = self._runtime.get_available_providers()
         if options.providers is not None:
             wanted = options.providers
-        elif options.device == "cuda" or (options.device is None and CUDA_PROVIDER in known):
+        elif options.device == "cuda" or (options.device is None and self._finds_cuda(known)):
             wanted = (CUDA_PROVIDER, CPU_PROVIDER)
         else:
             wanted = (CPU_PROVIDER,)
@@ -75,6 +79,15 @@ class OnnxRuntimeBackend(Backend):
                     "run: pip install onnxruntime-gpu, or choose another provider"
                 )
         return [(provider, self._settings(provider, options.device_id)) for provider in wanted]
+
+    def _finds_cuda(self, known: Sequence[str]) -> bool:
+        """Whether this build has CUDA, and the machine what it cannot do without: builds tell of themselves only."""
+        if CUDA_PROVIDER not in known:
+            return False
+        if not has_driver():
+            logger.warning("%s needs an NVIDIA driver, and there is none: running on the CPU", CUDA_PROVIDER)
+            return False
+        return True
 
     def _settings(self, provider: str, device_id: int) -> dict[str, Any]:
         """What a provider is told, but for what depends on the half."""
@@ -144,6 +157,11 @@ class OnnxRuntimeBackend(Backend):
         # A provider that cannot start is dropped with a warning only, and the CPU takes its place.
         wanted = self._providers[0][0]
         if wanted not in session.get_providers():
+            if not self._gpu_is_asked_for:
+                logger.warning("%s did not start, see ONNX Runtime's log: running on the CPU", wanted)
+                self._providers = [(CPU_PROVIDER, {})]
+                self.device = "cpu"
+                return session
             raise BackendUnavailableError(
                 f"{wanted} did not start, see ONNX Runtime's log; install CUDA and cuDNN as its documentation says, "
                 "or choose device cpu"

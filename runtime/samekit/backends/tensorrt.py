@@ -14,15 +14,13 @@ What goes wrong silently with TensorRT, and what stands here against it:
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import os
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from samekit.backends.base import Backend, BackendOptions
+from samekit.backends.base import Backend, BackendOptions, has_driver
 from samekit.errors import BackendError, BackendUnavailableError, InputError, StaleEngineError
 from samekit.fingerprint import NARROW, PROFILES, output_shape
 from samekit.tensorrt_api import INSTALL, installed_flavours, make_logger
@@ -71,21 +69,12 @@ def _must(done: object, what: str) -> None:
         raise BackendError(f"TensorRT could not {what}; see its messages in the log, or use backend onnxruntime")
 
 
-def _has_driver() -> bool:
-    """Whether the library of NVIDIA's driver can be loaded."""
-    try:
-        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    except OSError:
-        return False
-    return True
-
-
 class Gpu:
     """One CUDA device through PyTorch: memory, and the order of work on streams."""
 
     def __init__(self, device_id: int) -> None:
         # Asked before PyTorch, whose import takes a second that "auto" should not spend in vain.
-        if not _has_driver():
+        if not has_driver():
             raise BackendUnavailableError("there is no NVIDIA driver, which TensorRT needs; use another backend")
         try:
             import torch  # noqa: PLC0415
@@ -165,12 +154,15 @@ class Gpu:
 
 @dataclass(frozen=True)
 class _Recording:
-    """One shape that is launched as a CUDA graph, with the memory that the graph knows."""
+    """One shape that is launched as a CUDA graph, with all that the graph uses and does not keep alive itself."""
 
     shape: tuple[int, ...]
     input: Any
     output: Any
     scratch: Any
+    context: Any
+    config: Any
+    """How the context was made; TensorRT-RTX's is an object of its own."""
     replay: Callable[[], None]
 
 
@@ -216,7 +208,7 @@ class EngineRunner:
             return self._replayed(profile, tensor, shape)
         self._last_shape = tuple(tensor.shape)
         if profile not in self._contexts:
-            self._contexts[profile] = self._new_context(profile)
+            self._contexts[profile], _ = self._new_context(profile)
         output = self._gpu.empty(shape)
         with self._gpu.ordered() as stream:
             scratch = self._bind(self._contexts[profile], profile, tensor, output)
@@ -225,10 +217,11 @@ class EngineRunner:
         del scratch
         return output
 
-    def _new_context(self, profile: int, *, records: bool = False) -> Any:
-        """A context without memory of its own; by default it would take what the largest shape of any profile needs.
+    def _new_context(self, profile: int, *, records: bool = False) -> tuple[Any, Any]:
+        """A context without memory of its own, and how it was made.
 
-        TensorRT-RTX, which compiles kernels late, records CUDA graphs by itself: `records` asks for that.
+        By default it would take what the largest shape of any profile needs. TensorRT-RTX, which compiles kernels
+        late, records CUDA graphs by itself: `records` asks for that.
         """
         how = self._module.ExecutionContextAllocationStrategy.USER_MANAGED
         with self._gpu.ordered() as stream:
@@ -239,7 +232,7 @@ class EngineRunner:
             context = self._engine.create_execution_context(how)
             _must(context is not None, "create an execution context")
             _must(context.set_optimization_profile_async(profile, stream), f"select profile {profile}")
-        return context
+        return context, how
 
     def _bind(self, context: Any, profile: int, tensor: Any, output: Any) -> Any:
         """Tell a context its shapes and memory; returns the scratch memory, which must live until the work is done."""
@@ -272,7 +265,7 @@ class EngineRunner:
     def _record(self, profile: int, tensor: Any, shape: tuple[int, ...]) -> _Recording:
         """Record a shape, in a context that will not be given another."""
         by_itself = hasattr(self._module, "CudaGraphStrategy")
-        context = self._new_context(profile, records=by_itself)
+        context, config = self._new_context(profile, records=by_itself)
         source, output = tensor.clone(), self._gpu.empty(shape)
         with self._gpu.ordered() as stream:
             scratch = self._bind(context, profile, source, output)
@@ -284,7 +277,7 @@ class EngineRunner:
                 self._launch(context, stream)
 
         replay = launch if by_itself else self._gpu.capture(lambda stream: self._launch(context, stream))
-        return _Recording(tuple(tensor.shape), source, output, scratch, replay)
+        return _Recording(tuple(tensor.shape), source, output, scratch, context, config, replay)
 
 
 def _log(severity: str, message: str) -> None:
@@ -308,10 +301,12 @@ class TensorRTBackend(Backend):
         module: Any,
         gpu: Gpu,
         *,
+        device_id: int = 0,
         cuda_graph: bool = False,
         window_batch: int | None = None,
     ) -> None:
         super().__init__(spec, build.fingerprint.precision, window_batch)
+        self.device_id = device_id
         self._build = build
         self._module = module
         self._gpu = gpu
@@ -388,5 +383,11 @@ def open_tensorrt(engine: Engine, options: BackendOptions) -> TensorRTBackend:
     build = choose_build(engine, options.precision, gpu.capability, versions)
     module = modules[build.fingerprint.flavour]
     return TensorRTBackend(
-        engine.spec, build, module, gpu, cuda_graph=options.cuda_graph, window_batch=options.window_batch
+        engine.spec,
+        build,
+        module,
+        gpu,
+        device_id=options.device_id,
+        cuda_graph=options.cuda_graph,
+        window_batch=options.window_batch,
     )
