@@ -12,7 +12,6 @@ WEIGHTS ?= hub
 PRECISION ?= fp32
 TENSORRT ?= auto
 OUT ?= engines
-BENCH ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo export bench test test-slow lint format wheel clean
@@ -40,6 +39,11 @@ demo: $(READY) ## export a small model, encode and decode music with it, show th
 
 export: $(READY) ## write an engine folder: MODEL, WEIGHTS, PRECISION, TENSORRT, OUT
 	$(BIN)/samekit export $(MODEL) --weights $(WEIGHTS) --precision $(PRECISION) --tensorrt $(TENSORRT) --out $(OUT)
+
+bench: $(READY) ## measure against eager PyTorch: MODEL, WEIGHTS, OUT
+	$(BIN)/samekit export $(MODEL) --weights $(WEIGHTS) --precision $(PRECISION) --out $(OUT)
+	$(BIN)/python benchmarks/latency.py $(OUT)/$(MODEL) --precision $(PRECISION) $(ARGS)
+	$(BIN)/python benchmarks/opening.py $(OUT)/$(MODEL)
 
 test: $(READY) $(RTX) ## run every test but the slow ones
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

@@ -54,7 +54,7 @@ def test_decoder(windowed, backend, sizes):
     assert_close(backend.decode(latents[None])[0], through(windowed.stream_decoder(), latents, sizes), LEAST_DB)
 
 
-@pytest.mark.parametrize("rate", [48_000, 22_050])
+@pytest.mark.parametrize("rate", [48_000, 22_050, 96_000])
 def test_encoder_at_another_rate(windowed, rate):
     clip = noise((1, 3 * rate + 17))
     stream = windowed.stream_encoder(rate)
