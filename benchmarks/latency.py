@@ -53,6 +53,9 @@ def open_all(engine: Path, precisions: list[str], threads: int, bfloat16: bool) 
 def measure(codecs: dict[str, Autoencoder], half: str, latents: int, runs: int) -> list[dict[str, Any]]:
     """A row for each candidate on one length."""
     given = example_input(codecs[EAGER].spec, half, 1, latents, seed=latents)
+    for codec in codecs.values():
+        # What a service sees: the engine would otherwise pack its weights in one of the counted runs.
+        codec.backend.expect_many_calls(half)
     calls = {name: half_of(codec, half) for name, codec in codecs.items()}
     expected = calls[EAGER](given)
     accuracy = {name: snr_db(expected, call(given)) for name, call in calls.items()}
