@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import tracemalloc
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -152,20 +153,22 @@ def test_missing_folder(tmp_path):
         write(tmp_path / "nowhere" / "song.npy", latents_of(3))
 
 
-def test_full_disk_leaves_nothing(tmp_path, file_size_limit):
-    file_size_limit(10_000)
-    with pytest.raises(OutputError, match=r"song\.npy: cannot be written \(File too large\)"):
+def test_full_disk_leaves_nothing(tmp_path):
+    with file_size_limit(10_000), pytest.raises(OutputError, match=r"song\.npy: cannot be written \(File too large\)"):
         write(tmp_path / "song.npy", latents_of(1000))
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def file_size_limit():
-    """Make writes past a size fail, as on a full disk."""
+@contextmanager
+def file_size_limit(size):
+    """Make writes past a size fail, as on a full disk; no longer than needed, for a test's log is a file, too."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # --- Reading ------------------------------------------------------------------------------------------------
