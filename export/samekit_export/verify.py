@@ -17,14 +17,11 @@ from samekit.spec import DECODER, ENCODER
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import numpy.typing as npt
-
+    from samekit.arrays import Array
     from samekit.backends.base import Backend
     from samekit.spec import EngineSpec
     from samekit.store import Engine
     from samekit_export.model import Same
-
-    Array = npt.NDArray[np.float32]
 
 # Float32 ports reach 104 to 130 dB; below 90 dB something is wrong. Published float16 ports stand at 46 dB with trained
 # weights, so below 40 dB something is wrong there.
