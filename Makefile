@@ -18,7 +18,7 @@ OUT ?= engines
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
-	@echo "  variables: MODEL=same-s|same-l|DIR  WEIGHTS=hub|random|DIR  PRECISION=fp32,...  TENSORRT=auto|rtx|off  OUT=engines  PYTHON=python3"
+	@echo "  variables: MODEL=same-s|same-l|same-tiny|DIR  WEIGHTS=hub|random|DIR  PRECISION=fp32,...  TENSORRT=auto|rtx|off  OUT=engines  PYTHON=python3"
 
 setup: $(READY) ## make .venv with everything in it
 

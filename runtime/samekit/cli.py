@@ -190,7 +190,7 @@ def _printable(text: str) -> str:
 def export(
     model: str, weights: str, revision: str | None, precision: str, out: Path, force: bool, tensorrt: str
 ) -> None:
-    """Export MODEL (same-s, same-l, a checkpoint folder, or owner/name on the hub) to an engine folder."""
+    """Export MODEL (same-s, same-l, same-tiny, a checkpoint folder, or owner/name on the hub) to an engine folder."""
     _need_export()
     from samekit_export.checkpoint import load  # noqa: PLC0415
     from samekit_export.export import export as run  # noqa: PLC0415
