@@ -248,11 +248,11 @@ def info(engine: Path) -> None:
 
 def _describe_builds(engine: Engine) -> Iterator[str]:
     """A line for each TensorRT build; TensorRT itself is imported only if there is one."""
-    from samekit.tensorrt_api import installed_versions  # noqa: PLC0415
+    from samekit.tensorrt_api import builder_versions  # noqa: PLC0415
     from samekit.tensorrt_store import build_folders, describe_builds  # noqa: PLC0415
 
     if build_folders(engine):
-        yield from describe_builds(engine, installed_versions())
+        yield from describe_builds(engine, builder_versions())
 
 
 @main.command()
@@ -260,10 +260,10 @@ def _describe_builds(engine: Engine) -> Iterator[str]:
 def clean(engine: Path) -> None:
     """Remove the TensorRT engines of an ENGINE folder (or a model's name) that are stale or damaged."""
     from samekit.store import find_engine  # noqa: PLC0415
-    from samekit.tensorrt_api import installed_versions  # noqa: PLC0415
+    from samekit.tensorrt_api import builder_versions  # noqa: PLC0415
     from samekit.tensorrt_store import remove_stale  # noqa: PLC0415
 
-    removed = remove_stale(find_engine(engine), installed_versions())
+    removed = remove_stale(find_engine(engine), builder_versions())
     for folder, size in removed:
         click.echo(f"removed {folder}, {size / 1e6:.0f} MB")
     if not removed:
