@@ -219,6 +219,24 @@ def _need_export() -> None:
 
 
 @main.command()
+@click.argument("audio", metavar="IN", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help="A name or an engine folder.")
+@click.option("--out", default="report.html", show_default=True, type=click.Path(path_type=Path))
+@click.option("--seconds", default=60.0, show_default=True, help="How much of the file to take, from its start.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all cores]")
+def report(audio: Path, model: str, out: Path, seconds: float, threads: int | None) -> None:
+    """Write a page about a model on the audio file IN: players, pictures, accuracy and speed of all that runs here."""
+    _need_export()
+    from samekit.store import find_engine  # noqa: PLC0415
+    from samekit_export.report import measure, write_page  # noqa: PLC0415
+
+    measured = measure(audio, find_engine(model), seconds=seconds, threads=threads, report=click.echo)
+    write_page(measured, out)
+    click.echo(measured.table())
+    click.echo(f"{out} is ready")
+
+
+@main.command()
 @click.argument("engine", type=click.Path(path_type=Path))
 def info(engine: Path) -> None:
     """Show what an ENGINE folder (or a model's name) holds."""
