@@ -14,7 +14,7 @@ import synthesis
 from samekit.audio import AudioWriter
 from samekit_export.checkpoint import load
 from samekit_export.export import EXPORTABLE, export
-from samekit_export.report import measure, write_page
+from samekit_export.report import write_report
 from samekit_export.to_tensorrt import AUTO, add_engines
 from samekit_export.verify import FLOOR_DB
 
@@ -33,8 +33,7 @@ def main() -> None:
         writer.write(synthesis.clip(np.random.default_rng(SEED), SECONDS, music=True).T)
     engine = export(load(MODEL), FOLDER / "engines", EXPORTABLE, report=print)
     add_engines(engine, EXPORTABLE, AUTO, print)
-    report = measure(piece, engine, report=print)
-    write_page(report, page)
+    report = write_report(piece, engine, page, report=print)
     print(f"\n{piece} through {MODEL}:\n\n{report.table()}\n\nListen and look: {page.resolve().as_uri()}")
     worst = min(row.audio_db for row in report.rows if row.precision == "fp32")
     if worst < FLOOR_DB["fp32"]:

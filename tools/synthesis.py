@@ -27,7 +27,14 @@ RATE = 44_100
 SCALES = ((0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10), (0, 2, 3, 5, 7, 9, 10), (0, 2, 4, 7, 9))
 PROGRESSIONS = ((0, 3, 4, 0), (0, 5, 3, 4), (5, 3, 0, 4), (0, 4, 5, 3), (1, 4, 0, 0))
 # Centre frequencies of three formants in Hz: a, e, i, o, u, and the schwa.
-VOWELS = ((730, 1090, 2440), (530, 1840, 2480), (270, 2290, 3010), (570, 840, 2410), (300, 870, 2240), (500, 1500, 2500))
+VOWELS = (
+    (730, 1090, 2440),
+    (530, 1840, 2480),
+    (270, 2290, 3010),
+    (570, 840, 2410),
+    (300, 870, 2240),
+    (500, 1500, 2500),
+)
 
 # ---------------------------------------------------------------------------------------------- building blocks
 
@@ -231,7 +238,7 @@ def music_lines(random: Generator, samples: int) -> list[tuple[Line, float]]:
     beat = int(RATE * 60 / random.uniform(60, 170))
     scale = SCALES[random.integers(len(SCALES))]
     progression = PROGRESSIONS[random.integers(len(PROGRESSIONS))]
-    root = random.integers(45, 57)
+    root = int(random.integers(45, 57))
 
     def degree(step: int, octave: int = 0) -> float:
         return note(root + 12 * (octave + step // len(scale)) + scale[step % len(scale)])
@@ -244,7 +251,7 @@ def music_lines(random: Generator, samples: int) -> list[tuple[Line, float]]:
     for number, start in enumerate(range(0, samples, beat)):
         chord = progression[number // 4 % len(progression)]
         if number % random.choice([1, 2, 4]) == 0:
-            add(bass, start, instruments[0](random, degree(chord, -1 - random.integers(0, 2)), beat * 3 // 2))
+            add(bass, start, instruments[0](random, degree(chord, -1 - int(random.integers(0, 2))), beat * 3 // 2))
         if number % 4 == 0:
             length = int(beat * random.choice([1, 4]))
             for tone in (0, 2, 4, 6)[: random.integers(2, 5)]:
@@ -254,16 +261,21 @@ def music_lines(random: Generator, samples: int) -> list[tuple[Line, float]]:
                 step = int(np.clip(step + random.integers(-2, 3), -3, 12))
                 tone = instruments[2](random, degree(step, 1), int(beat / grid * random.uniform(0.8, 2)))
                 add(melody, start + part * beat // grid, tone)
-        for half in range(2):
-            for kind, hits in enumerate(pattern):
-                if hits[(2 * number + half) % 8]:
-                    add(drums, start + half * beat // 2, drum(random, kind, RATE // 3))
+        _add_drums(random, drums, start, beat, [hits[2 * number % 8 :][:2] for hits in pattern])
     return [
         (bass, random.uniform(0.3, 1)),
         (chords, random.uniform(0.2, 0.8)),
         (melody, random.uniform(0.2, 0.9)),
         (drums, random.choice([0, 0.3, 0.6])),
     ]
+
+
+def _add_drums(random: Generator, line: Line, start: int, beat: int, hits: list[Line]) -> None:
+    """The drums of one beat, from whether each kind is struck in its first and its second half."""
+    for half in range(2):
+        for kind, struck in enumerate(hits):
+            if struck[half]:
+                add(line, start + half * beat // 2, drum(random, kind, RATE // 3))
 
 
 def sound_lines(random: Generator, samples: int) -> list[tuple[Line, float]]:

@@ -30,7 +30,6 @@ import torch
 from torch import Tensor, nn
 
 from samekit_export.checkpoint import (
-    CONFIG_FILE,
     parse_config,
     published_config,
     rotary_frequencies,
@@ -48,6 +47,8 @@ POOL_CLIPS, POOL_SECONDS = 320, 8.0
 HELD_OUT_CLIPS, HELD_OUT_SECONDS = 32, 4.0
 CROP_LATENTS, BATCH, STEPS = 64, 8, 3000
 PEAK_RATE, WARM_UP = 1e-3, 200
+EVERY = 250
+"""Steps between two checkpoints."""
 AVERAGE = 0.998
 STATE_FILE, CURVE_FILE = "training.pt", "curve.jsonl"
 
@@ -81,9 +82,9 @@ def make_clip(seed: tuple[int, ...], length: float) -> np.ndarray:
 
 def make_clips(stream: int, count: int, length: float, workers: int) -> Tensor:
     """Clips `[count, 2, samples]` of 16-bit numbers; streams of different numbers share nothing."""
+    seeds = [(SEED, stream, i) for i in range(count)]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        seeds = [(SEED, stream, i) for i in range(count)]
         return torch.from_numpy(np.stack(list(pool.map(make_clip, seeds, [length] * count, chunksize=8))))
 
 
@@ -268,10 +269,10 @@ def calibrate(model: Same, pool: Tensor) -> None:
     samples = pool.shape[-1] // model.config.hop * model.config.hop
     latents = torch.cat([model.encode(clip[None, :, :samples].float() / 32767) for clip in pool[:32]], dim=2)
     std, mean = torch.std_mean(latents, dim=(0, 2))
-    to_latent.weight /= std[:, None]
+    to_latent.weight.div_(std[:, None])
     to_latent.bias.copy_((to_latent.bias - mean) / std)
-    from_latent.bias += from_latent.weight @ mean
-    from_latent.weight *= std
+    from_latent.bias.add_(from_latent.weight @ mean)
+    from_latent.weight.mul_(std)
 
 
 def save(model: Same, pool: Tensor, folder: Path) -> Same:
@@ -307,9 +308,9 @@ def train(folder: Path, steps: int, threads: int) -> None:
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         first, spent = state["step"], state["seconds"]
-    losses = []
+    losses: list[float] = []
     for step in range(first, steps + 1):
-        if step % 250 == 0 or step == steps:
+        if step % EVERY == 0 or step == steps:
             seconds = spent + time.monotonic() - started
             row = {"step": step, "seconds": round(seconds), "loss": float(np.mean(losses)) if losses else None}
             row |= quality(save(average, pool, folder), judged)

@@ -423,7 +423,8 @@ def load(model: str, weights: str = HUB, revision: str | None = None) -> Checkpo
 
     Args:
         model: `same-s`, `same-l`, `same-tiny`, a checkpoint folder, or a hub repository `owner/name`.
-        weights: "hub" for the published weights (those of `same-tiny` come with samekit), "random" for seeded random ones, or a checkpoint folder.
+        weights: "hub" for the published weights (`same-tiny`'s come with samekit), "random" for seeded random ones,
+            or a checkpoint folder.
         revision: branch, tag or commit on the hub.
 
     Raises:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from samekit import AutoencoderModel
 from samekit._files import atomic_path
 from samekit.audio import AudioReader, AudioWriter
 from samekit.backends import AUTO, BACKENDS
-from samekit.errors import InputError, SamekitError
+from samekit.errors import InputError, SamekitError, StaleEngineError
 from samekit.tensorrt_store import Build, build_folders
 from samekit_export.measure import interleaved, machine
 from samekit_export.verify import snr_db
@@ -127,6 +128,7 @@ def measure(
         report: takes a line for each step.
 
     Raises:
+        InputError: `seconds` is no length.
         AudioFileError: the file cannot be read.
         BackendUnavailableError, CheckpointError: eager PyTorch, the reference, cannot run.
     """
@@ -153,7 +155,7 @@ def measure(
         results = {name: _round_trip(model, ready) for name, model in models.items()}
         times = interleaved(
             {
-                (half, name): call
+                " ".join((half, *name)): call
                 for name, model in models.items()
                 for half, call in _halves(model, ready, results[name][0]).items()
             },
@@ -169,8 +171,8 @@ def measure(
             latents_db=snr_db(true_latents, latents),
             audio_db=snr_db(true_audio[..., :samples], decoded[..., :samples]),
             round_trip_db=snr_db(ready[..., :samples], decoded[..., :samples]),
-            encode_speed=length / min(times["encode", (backend, precision)]),
-            decode_speed=length / min(times["decode", (backend, precision)]),
+            encode_speed=length / min(times[f"encode {backend} {precision}"]),
+            decode_speed=length / min(times[f"decode {backend} {precision}"]),
         )
         for (backend, precision), (latents, decoded) in results.items()
     ]
@@ -190,6 +192,8 @@ def measure(
 
 def _read(path: Path, seconds: float | None) -> tuple[Array, int]:
     """The start of an audio file, `[channels, samples]`, and its rate."""
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise InputError(f"a report on {seconds} seconds is not possible; pass a number above 0")
     blocks, frames = [], 0
     with AudioReader(path) as reader:
         rate = reader.info.sample_rate
@@ -224,13 +228,13 @@ def _size(engine: Engine, backend: str, precision: str) -> int:
 
 def _built(engine: Engine, precision: str) -> int:
     """Bytes of the largest TensorRT build of a precision; 0 if there is none."""
-    builds = []
+    sizes = [0]
     for folder in build_folders(engine):
-        try:
-            builds.append(Build.load(folder))
-        except SamekitError:
-            continue
-    return max((sum(e.size for e in b.engines.values()) for b in builds if b.fingerprint.precision == precision), default=0)
+        # What is damaged cannot have run.
+        with suppress(StaleEngineError):
+            build = Build.load(folder)
+            sizes += [sum(e.size for e in build.engines.values())] * (build.fingerprint.precision == precision)
+    return max(sizes)
 
 
 def _built_size(engine: Engine, backend: str, precision: str) -> str:
@@ -242,24 +246,44 @@ def _built_size(engine: Engine, backend: str, precision: str) -> str:
 # ---------------------------------------------------------------------------------------------- the page
 
 
-def write_page(report: Report, path: Path) -> None:
-    """Write the page: one file, nothing loaded from anywhere.
+def write_report(
+    audio: str | os.PathLike[str],
+    engine: Engine,
+    path: str | os.PathLike[str],
+    *,
+    seconds: float | None = None,
+    threads: int | None = None,
+    report: Callable[[str], object] = lambda _line: None,
+) -> Report:
+    """Measure and write the page to `path`; the other arguments are those of `measure`.
 
     Raises:
         InputError: the packages for it are missing.
         OutputError: it cannot be written.
     """
     try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined  # noqa: PLC0415
-
-        pictures = _pictures(report)
+        import jinja2  # noqa: F401, PLC0415
+        import matplotlib as mpl  # noqa: F401, PLC0415
     except ImportError as error:
-        raise InputError(f"a report needs packages that are missing ({error}); run: pip install 'samekit[report]'") from None
+        raise InputError(
+            f"a report needs packages that are missing ({error}); run: pip install 'samekit[report]'"
+        ) from None
+    # Opened first: who cannot write need not measure.
+    with atomic_path(path) as temporary:
+        measured = measure(audio, engine, seconds=seconds, threads=threads, report=report)
+        temporary.write_text(page_of(measured), encoding="utf-8")
+    return measured
+
+
+def page_of(report: Report) -> str:
+    """The page: HTML with everything in it, nothing loaded from anywhere."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # noqa: PLC0415
+
     environment = Environment(
         loader=PackageLoader("samekit_export", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     spec = report.engine.spec
-    text = environment.get_template("report.html.j2").render(
+    return environment.get_template("report.html.j2").render(
         report=report,
         spec=spec,
         columns=COLUMNS,
@@ -267,13 +291,11 @@ def write_page(report: Report, path: Path) -> None:
             ("Original", _player(report.original, spec.sample_rate)),
             (f"Decoded ({report.shown})", _player(report.decoded, spec.sample_rate)),
         ],
-        pictures=pictures,
+        pictures=_pictures(report),
         ratio=spec.hop * spec.channels / spec.latent_width,
         length=report.original.shape[1] / spec.sample_rate,
         machine=machine(),
     )
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def _data_uri(kind: str, data: bytes) -> str:

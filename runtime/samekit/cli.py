@@ -228,10 +228,9 @@ def report(audio: Path, model: str, out: Path, seconds: float, threads: int | No
     """Write a page about a model on the audio file IN: players, pictures, accuracy and speed of all that runs here."""
     _need_export()
     from samekit.store import find_engine  # noqa: PLC0415
-    from samekit_export.report import measure, write_page  # noqa: PLC0415
+    from samekit_export.report import write_report  # noqa: PLC0415
 
-    measured = measure(audio, find_engine(model), seconds=seconds, threads=threads, report=click.echo)
-    write_page(measured, out)
+    measured = write_report(audio, find_engine(model), out, seconds=seconds, threads=threads, report=click.echo)
     click.echo(measured.table())
     click.echo(f"{out} is ready")
 
