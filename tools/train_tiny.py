@@ -310,7 +310,7 @@ def train(folder: Path, steps: int, threads: int) -> None:
         first, spent = state["step"], state["seconds"]
     losses: list[float] = []
     for step in range(first, steps + 1):
-        if step % EVERY == 0 or step == steps:
+        if (step % EVERY == 0 or step == steps) and (step > first or step == 0):
             seconds = spent + time.monotonic() - started
             row = {"step": step, "seconds": round(seconds), "loss": float(np.mean(losses)) if losses else None}
             row |= quality(save(average, pool, folder), judged)
