@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 
 # The curve of the published checkpoint was made with these.
 SEED = 0
-POOL_CLIPS, POOL_SECONDS = 320, 8.0
+POOL_CLIPS, POOL_SECONDS, POOL_STEPS = 320, 8.0, 1500
+"""Clips to draw crops from, seconds of each, and steps until others take their place."""
 HELD_OUT_CLIPS, HELD_OUT_SECONDS = 32, 4.0
 CROP_LATENTS, BATCH, STEPS = 64, 8, 3000
 PEAK_RATE, WARM_UP = 1e-3, 200
@@ -81,11 +82,17 @@ def make_clip(seed: tuple[int, ...], length: float) -> np.ndarray:
 
 
 def make_clips(stream: int, count: int, length: float, workers: int) -> Tensor:
-    """Clips `[count, 2, samples]` of 16-bit numbers; streams of different numbers share nothing."""
+    """Clips `[count, 2, samples]` of 16-bit numbers; even streams are trained on, odd ones never."""
     seeds = [(SEED, stream, i) for i in range(count)]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         return torch.from_numpy(np.stack(list(pool.map(make_clip, seeds, [length] * count, chunksize=8))))
+
+
+def make_pool(step: int, workers: int) -> Tensor:
+    """The clips that are trained on from `step` on."""
+    print("making clips", flush=True)
+    return make_clips(2 * (step // POOL_STEPS), POOL_CLIPS, POOL_SECONDS, workers)
 
 
 def held_out(workers: int, hop: int) -> Tensor:
@@ -293,21 +300,22 @@ def train(folder: Path, steps: int, threads: int) -> None:
     torch.set_num_threads(threads)
     config, _ = parse_config(document())
     model = Same(config)
-    print("making clips", flush=True)
-    pool = make_clips(0, POOL_CLIPS, POOL_SECONDS, threads)
     judged = held_out(threads, config.hop)
     torch.set_grad_enabled(False)
-    initialise(model, pool)
-    average = copy.deepcopy(model)
     weights = [p for name, p in model.named_parameters() if not name.startswith("bottleneck")]
     optimizer = torch.optim.AdamW(weights, lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     first, spent = 0, 0.0
-    if (folder / STATE_FILE).exists():
-        state = torch.load(folder / STATE_FILE)
+    state = torch.load(folder / STATE_FILE) if (folder / STATE_FILE).exists() else None
+    if state:
+        first, spent = state["step"], state["seconds"]
+    pool = make_pool(first, threads)
+    if not state:
+        initialise(model, pool)
+    average = copy.deepcopy(model)
+    if state:
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
-        first, spent = state["step"], state["seconds"]
     losses: list[float] = []
     for step in range(first, steps + 1):
         if (step % EVERY == 0 or step == steps) and (step > first or step == 0):
@@ -323,6 +331,8 @@ def train(folder: Path, steps: int, threads: int) -> None:
             torch.save(state, folder / STATE_FILE)
         if step == steps:
             break
+        if step % POOL_STEPS == 0 and step > first:
+            pool = make_pool(step, threads)
         optimizer.param_groups[0]["lr"] = PEAK_RATE * min(
             (step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / steps)
         )
