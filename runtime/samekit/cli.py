@@ -168,9 +168,10 @@ def _verify_dataset(folder: Path) -> None:
     click.echo(_printable(f"{folder}: sound"))
 
 
-def _printable(text: str) -> str:
-    """Text that any terminal takes, although file names may hold anything."""
-    return " ".join(text.encode("utf-8", "backslashreplace").decode("utf-8").split())
+def _printable(text: str, *, keep_indent: bool = False) -> str:
+    """Text on one line that any terminal takes, although file names may hold anything."""
+    line = " ".join(text.encode("utf-8", "backslashreplace").decode("utf-8").split())
+    return " " * (len(text) - len(text.lstrip(" "))) + line if keep_indent else line
 
 
 @main.command()
@@ -270,6 +271,15 @@ def _describe_builds(engine: Engine) -> Iterator[str]:
 
     if build_folders(engine):
         yield from describe_builds(engine, builder_versions())
+
+
+@main.command()
+def doctor() -> None:
+    """Show what of samekit works on this machine, and what would have to be installed for the rest."""
+    from samekit.doctor import examine  # noqa: PLC0415
+
+    for line in examine():
+        click.echo(_printable(line, keep_indent=True))
 
 
 @main.command()
