@@ -13,7 +13,7 @@ import train_tiny
 from helpers import assert_close, assert_one_line, in_one_pass
 
 from samekit import AutoencoderModel
-from samekit.audio import AudioReader
+from samekit.audio import read_audio
 from samekit.errors import CheckpointError
 from samekit_export.checkpoint import BUNDLED_FOLDERS, load, load_folder, load_source
 from samekit_export.export import EXPORTABLE, export
@@ -70,10 +70,23 @@ def test_others_do_not_come_with_samekit(source):
     assert_one_line(caught.value)
 
 
+def snrs_of_round_trips(model, clips):
+    return [snr_db(clip, round_trip(model, clip[None])[0]) for clip in clips]
+
+
+def test_round_trip_of_a_few_synthesised_clips(eager):
+    snrs = snrs_of_round_trips(eager, unheard())
+    assert np.mean(snrs) >= 13
+    # Noise is what no codec predicts.
+    assert min(snrs) >= 4
+
+
+@pytest.mark.slow
 def test_round_trip_of_synthesised_audio(eager):
-    snrs = [snr_db(clip, round_trip(eager, clip[None])[0]) for clip in unheard()]
+    snrs = snrs_of_round_trips(eager, unheard(48, 4.0))
+    print({"mean": np.mean(snrs), "median": np.median(snrs)})  # noqa: T201 for the model card, with -s
     assert np.mean(snrs) >= 15
-    assert min(snrs) >= 8
+    assert np.median(snrs) >= 15
 
 
 def test_both_channels_and_the_loudness_come_back(eager):
@@ -104,7 +117,7 @@ def test_precisions_agree_on_music(folder, eager, precision):
 
 @pytest.fixture(scope="session")
 def music(tmp_path_factory):
-    """Game music that no training heard, by track: 20 s each, from a Debian package."""
+    """Game music that no training heard, by track: 20 s of each that is long enough, from a Debian package."""
     folder = tmp_path_factory.mktemp("music")
     if not shutil.which("apt-get"):
         pytest.skip("no apt-get: the music is in a Debian package")
@@ -117,9 +130,9 @@ def music(tmp_path_factory):
     subprocess.run(["dpkg", "-x", package, folder], check=True, timeout=300)
     tracks = {}
     for path in sorted(folder.glob("usr/share/games/etr/music/*.ogg")):
-        with AudioReader(path) as reader:
-            start, stop = 10 * reader.info.sample_rate, 30 * reader.info.sample_rate
-            tracks[path.stem] = np.concatenate(list(reader), axis=1)[:, start:stop], reader.info.sample_rate
+        audio, rate = read_audio(path)
+        if audio.shape[1] >= 30 * rate:
+            tracks[path.stem] = audio[:, 10 * rate : 30 * rate], rate
     return tracks
 
 
