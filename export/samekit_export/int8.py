@@ -28,7 +28,7 @@ from samekit_export.graph import Branch, GraphDecoder, GraphEncoder, Linear
 from samekit_export.verify import snr_db
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from samekit_export.graph import GraphBlock
 
@@ -128,7 +128,7 @@ def rotation(size: int) -> nn.Parameter:
     return nn.Parameter(matrix / math.sqrt(size), requires_grad=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Product:
     """One product of a graph, and both of its forms."""
 
@@ -138,24 +138,19 @@ class Product:
     float32: Linear
     int8: Int8Linear
 
-    @property
-    def size(self) -> int:
-        """Weights, and so operations for each row."""
-        return self.int8.weight.numel()
-
     def use(self, form: nn.Module) -> None:
         """Put one of the forms into the graph."""
         setattr(self.parent, self.name.rpartition(".")[2], form)
 
 
-def products(graph: GraphEncoder | GraphDecoder) -> Iterator[Product]:
+def products(graph: GraphEncoder | GraphDecoder, *, rotate: bool = True) -> Iterator[Product]:
     """The products of the blocks; the ends are a hundredth of the work and stay float32."""
     modules = dict(graph.named_modules())
     for name, module in modules.items():
         if name.startswith("trunk.blocks.") and isinstance(module, Linear):
             block, _, role = name.removeprefix("trunk.blocks.").partition(".")
             parent = modules[name.rpartition(".")[0]]
-            rotated = role == "ff"
+            rotated = rotate and role == "ff"
             form: Int8Linear
             if isinstance(module, Branch):
                 form = Int8Branch(module, rotated=rotated)
@@ -194,35 +189,42 @@ def quantize_(graph: GraphEncoder | GraphDecoder, target_db: float = TARGET_DB, 
         Names of the products that stay float32, such as `11.ff`.
     """
     given = examples(graph, latents)
+    # Each product alone is tried on a little only: there are dozens of them, of ten megabytes each.
+    little = examples(graph, max(1, latents // 4))[:1]
     with torch.inference_mode():
-        wanted = [graph(x).numpy() for x in given]
-
-        def accuracy(int8: Iterable[Product], cases: int) -> float:
-            """SNR of the worst of so many examples with these products in int8; that is how the graph is left."""
-            for product in found:
-                product.use(product.float32)
-            for product in int8:
-                product.use(product.int8)
-            _feed_apart(graph)
-            return min(snr_db(y, graph(x).numpy()) for x, y in zip(given[:cases], wanted[:cases], strict=True))
-
+        wanted, wanted_of_little = ([graph(x).numpy() for x in inputs] for inputs in (given, little))
         found = list(products(graph))
-        if accuracy(found, len(given)) >= target_db:
+
+        def use(int8: Sequence[Product]) -> None:
+            for product in found:
+                product.use(product.int8 if product in int8 else product.float32)
+            feed_apart(graph)
+
+        def suffices(int8: Sequence[Product]) -> bool:
+            use(int8)
+            return all(snr_db(y, graph(x).numpy()) >= target_db for x, y in zip(given, wanted, strict=True))
+
+        def harm(product: Product) -> float:
+            """Noise for each weight that becomes int8."""
+            use([product])
+            return 10 ** (-snr_db(wanted_of_little[0], graph(little[0]).numpy()) / 10) / product.int8.weight.numel()
+
+        if suffices(found):
             return []
-        harmless = sorted(found, key=lambda product: 10 ** (-accuracy([product], 1) / 10) / product.size)
+        harmless = sorted(found, key=harm)
         # The most that reach the target, by halving.
         enough, too_many = 0, len(harmless)
         while too_many - enough > 1:
             middle = (enough + too_many) // 2
-            if accuracy(harmless[:middle], len(given)) >= target_db:
+            if suffices(harmless[:middle]):
                 enough = middle
             else:
                 too_many = middle
-        accuracy(harmless[:enough], 1)
+        use(harmless[:enough])
     return [product.name for product in found if product in harmless[enough:]]
 
 
-def _feed_apart(graph: GraphEncoder | GraphDecoder) -> None:
+def feed_apart(graph: GraphEncoder | GraphDecoder) -> None:
     """Let the rows of the decoder's latents feed forward apart where the inner activations are int8."""
     if isinstance(graph, GraphDecoder):
         block: GraphBlock
