@@ -178,7 +178,12 @@ def _printable(text: str, *, keep_indent: bool = False) -> str:
 @click.argument("model")
 @click.option("--weights", default="hub", show_default=True, help="hub, random, or a checkpoint folder.")
 @click.option("--revision", help="Branch, tag or commit on the hub.")
-@click.option("--precision", default="fp32", show_default=True, help="fp32; several separated by commas.")
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    help="fp32, fp16 or int8; several separated by commas.",
+)
 @click.option("--out", default="engines", show_default=True, type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Export even if the engine folder is current.")
 @click.option(
