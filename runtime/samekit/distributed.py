@@ -15,7 +15,7 @@ import socket
 import threading
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -82,11 +82,12 @@ class RayOptions:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What every actor must have in common, and the first one tells."""
+    """What an actor encodes with; all of it but the place must be that of the first one."""
 
     spec: EngineSpec
     precision: str
     windows: ExactWindows
+    place: str
 
     def same(self, other: _Facts) -> bool:
         """Whether the latents of both can lie in one folder."""
@@ -104,14 +105,14 @@ class _Batch:
 
 
 @dataclass
-class _InHand:
-    """Calls that have not returned: each with its actor, and its batch or None for one that joins."""
+class _Actor:
+    """An actor as it is seen from here."""
 
-    calls: dict[Any, tuple[Any, _Batch | None]] = field(default_factory=dict)
-
-    def of(self, actor: Any) -> list[_Batch | None]:
-        """What one actor was given."""
-        return [batch for other, batch in self.calls.values() if other is actor]
+    handle: Any
+    joined: bool = False
+    """Whether it has answered since it was started last."""
+    in_hand: int = 0
+    """Batches that it was given."""
 
 
 class _Worker:
@@ -143,7 +144,7 @@ class _Worker:
     def facts(self) -> _Facts:
         """Tell what is encoded with, once that is ready."""
         encoder = self._opened()
-        return _Facts(encoder.spec, encoder.precision, encoder.windows)
+        return _Facts(encoder.spec, encoder.precision, encoder.windows, f"{socket.gethostname()}, {encoder.place}")
 
     def silence(self, latents: int) -> Array:
         """As `Encoder.silence`."""
@@ -212,82 +213,30 @@ class RayEncoder(Encoder):
 
     def silence(self, latents: int) -> Array:
         """The latents of silence, `[latent_width, latents]`, from the first actor that has time."""
-        calls = [self._patiently(actor.silence).remote(latents) for actor in self._actors]
+        calls = [_patiently(actor.silence).remote(latents) for actor in self._actors]
         (done, *_), _ = self._ray.wait(calls, num_returns=1)
-        array: Array = self._result(done)
+        array: Array = _result(self._ray, done)
         return array
 
     def encode(self, job: Job, tasks: Sequence[Task], finished: Callable[[Outcome], None]) -> None:
         """Encode every clip."""
-        shared = self._ray.put(job)
-        todo = deque(_batches(tasks, job.batch_size))
-        left, in_hand = len(todo), _InHand()
-        for actor in self._actors:
-            self._join(actor, in_hand)
-        while left:
-            if not in_hand.calls:
-                raise BackendError("every actor is lost, see Ray's log; run the same command again to go on")
-            (done,), _ = self._ray.wait(list(in_hand.calls), num_returns=1)
-            actor, batch = in_hand.calls.pop(done)
-            try:
-                result = self._result(done)
-            except self._ray.exceptions.RayError as error:
-                if isinstance(error, self._ray.exceptions.RayTaskError):
-                    raise
-                self._lost(actor, batch, error, in_hand)
-                if batch:
-                    todo.appendleft(batch)
-                continue
-            if batch:
-                left -= 1
-                for outcome in result:
-                    finished(outcome)
-            while todo and len(in_hand.of(actor)) < _BATCHES_IN_HAND:
-                following = todo.popleft()
-                in_hand.calls[actor.encode.remote(self._facts, shared, following.tasks)] = (actor, following)
-
-    def _lost(self, actor: Any, batch: _Batch | None, error: Exception, in_hand: _InHand) -> None:
-        """Let Ray start an actor again, unless it cannot or the batch is to blame."""
-        if batch is None:
-            # Joining is tried again by Ray itself; so this one is gone for good.
-            logger.warning("an actor is lost: %s", " ".join(str(error).split()))
-            return
-        batch.deaths += 1
-        if batch.deaths == _DEATHS:
-            names = ", ".join(repr(task.source.relpath) for task in batch.tasks)
-            raise BackendError(f"{_DEATHS} actors died while they encoded one of {names}; see Ray's log for the cause")
-        if None not in in_hand.of(actor):
-            self._join(actor, in_hand)
-
-    def _join(self, actor: Any, in_hand: _InHand) -> None:
-        """Give an actor clips as soon as it answers."""
-        in_hand.calls[self._patiently(actor.facts).remote()] = (actor, None)
-
-    def _patiently(self, method: Any) -> Any:
-        """A call that waits for an actor that is started again."""
-        return method.options(max_task_retries=-1)
-
-    def _result(self, call: Any) -> Any:
-        """What a call returned; an error that samekit raised there is raised here."""
-        try:
-            return self._ray.get(call)
-        except self._ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, SamekitError):
-                raise error.cause from None
-            raise
+        calls = _Calls(self._ray, self._actors, self._facts, job, _batches(tasks, job.batch_size))
+        for outcome in calls.outcomes():
+            finished(outcome)
 
     def _connect(self) -> None:
         """Join a cluster, or start one."""
         if self._ray.is_initialized():
             return
-        self._connected = True
         address = self._options.address or os.environ.get("RAY_ADDRESS", "")
-        quiet = {"logging_level": logging.ERROR}
+        # What it says of actors that die, is said here.
+        quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
         try:
             if address not in ("", "auto", "local"):
                 _require_answer(address)
             if address != "local":
                 self._ray.init(address=address or "auto", **quiet)
+                self._connected = True
                 return
         except (OSError, RuntimeError, ValueError) as error:
             if address:
@@ -303,6 +252,7 @@ class RayEncoder(Encoder):
             object_store_memory=_OBJECT_STORE_BYTES,
             **quiet,
         )
+        self._connected = True
         resources = self._ray.cluster_resources()
         if self._options.fitting(resources) == 0:
             raise InputError(
@@ -328,7 +278,7 @@ class RayEncoder(Encoder):
 
     def _first_facts(self) -> _Facts:
         """What the first actor tells that is ready."""
-        calls = [self._patiently(actor.facts).remote() for actor in self._actors]
+        calls = [_patiently(actor.facts).remote() for actor in self._actors]
         done, _ = self._ray.wait(calls, num_returns=1, timeout=_ACTOR_PATIENCE)
         if not done:
             raise InputError(
@@ -336,11 +286,100 @@ class RayEncoder(Encoder):
                 f"{self._options.gpus_per_actor:g} GPUs; pass less, or add a node"
             )
         try:
-            facts: _Facts = self._result(done[0])
+            facts: _Facts = _result(self._ray, done[0])
         except self._ray.exceptions.RayActorError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise BackendError(f"no actor starts ({reason}); install the same samekit on every node") from None
+            raise BackendError(
+                f"no actor starts ({_last_line(error)}); install the same samekit on every node"
+            ) from None
         return facts
+
+
+class _Calls:
+    """The calls of one run that have not returned, and the batches that nobody has yet."""
+
+    def __init__(self, ray: Any, handles: list[Any], facts: _Facts, job: Job, batches: Iterable[_Batch]) -> None:
+        self._ray = ray
+        self._facts = facts
+        self._job = ray.put(job)
+        self._todo = deque(batches)
+        self._left = len(self._todo)
+        self._actors = [_Actor(handle) for handle in handles]
+        # Whose call it is, and its batch, or None for an actor that joins.
+        self._calls: dict[Any, tuple[_Actor, _Batch | None]] = {}
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """Yield the outcome of each clip once, as they come.
+
+        Raises:
+            BackendError: actors die again and again, or all of them are lost.
+            SamekitError: what an actor raised.
+        """
+        for actor in self._actors:
+            self._join(actor)
+        while self._left:
+            if not self._calls:
+                raise BackendError("every actor is lost, see Ray's log; run the same command again to go on")
+            (done,), _ = self._ray.wait(list(self._calls), num_returns=1)
+            actor, batch = self._calls.pop(done)
+            actor.in_hand -= batch is not None
+            outcomes: list[Outcome] = []
+            try:
+                result = _result(self._ray, done)
+            except self._ray.exceptions.RayError as error:
+                if isinstance(error, self._ray.exceptions.RayTaskError):
+                    raise
+                self._failed(actor, batch, error)
+            else:
+                if batch:
+                    self._left -= 1
+                    outcomes = result
+                else:
+                    actor.joined = True
+                    logger.info("an actor encodes on %s", result.place)
+            self._deal()
+            yield from outcomes
+
+    def _join(self, actor: _Actor) -> None:
+        """Have an actor answer as soon as it runs."""
+        self._calls[_patiently(actor.handle.facts).remote()] = actor, None
+
+    def _deal(self) -> None:
+        """Give batches to whoever has room."""
+        for actor in self._actors:
+            while self._todo and actor.joined and actor.in_hand < _BATCHES_IN_HAND:
+                batch = self._todo.popleft()
+                actor.in_hand += 1
+                self._calls[actor.handle.encode.remote(self._facts, self._job, batch.tasks)] = actor, batch
+
+    def _failed(self, actor: _Actor, batch: _Batch | None, error: Exception) -> None:
+        """Take a batch back from an actor that died; Ray starts that again, unless joining itself has failed."""
+        if batch is None:
+            logger.warning("an actor is lost for good: %s", _last_line(error))
+            return
+        batch.deaths += 1
+        if batch.deaths == _DEATHS:
+            names = ", ".join(repr(task.source.relpath) for task in batch.tasks)
+            raise BackendError(f"{_DEATHS} actors died while they encoded one of {names}; see Ray's log for the cause")
+        self._todo.appendleft(batch)
+        if actor.joined:
+            logger.warning("an actor died; its clips go to others until Ray has started it again")
+            actor.joined = False
+            self._join(actor)
+
+
+def _patiently(method: Any) -> Any:
+    """A call that waits for an actor that is started again."""
+    return method.options(max_task_retries=-1)
+
+
+def _result(ray: Any, call: Any) -> Any:
+    """What a call returned; an error that samekit raised there is raised here."""
+    try:
+        return ray.get(call)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, SamekitError):
+            raise error.cause from None
+        raise
 
 
 def _batches(tasks: Iterable[Task], batch_size: int) -> Iterator[_Batch]:
@@ -354,6 +393,11 @@ def _batches(tasks: Iterable[Task], batch_size: int) -> Iterator[_Batch]:
             batch, size = _Batch([]), 0
     if batch.tasks:
         yield batch
+
+
+def _last_line(error: Exception) -> str:
+    """What a message of Ray ends with: the error, after where it was raised."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _imported() -> Any:

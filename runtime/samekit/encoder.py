@@ -65,6 +65,8 @@ class LocalEncoder(Encoder):
         self.spec = autoencoder.spec
         self.precision = autoencoder.backend.precision
         self.windows = autoencoder.windows(ENCODER)
+        self.place = f"{autoencoder.backend.name} on {autoencoder.backend.place}"
+        """What computes, for people."""
         self._autoencoder = autoencoder
         self._readers = min(4, cores or available_cpus())
         self._turn = threading.Lock()
