@@ -292,6 +292,28 @@ def _describe_builds(engine: Engine) -> Iterator[str]:
 
 
 @main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help="A name or an engine folder.")
+@click.option("--backend", default="onnxruntime", show_default=True, type=click.Choice(["onnxruntime", "tensorrt"]))
+@click.option("--precision", default="fp32", show_default=True, type=click.Choice(PRECISIONS))
+@click.option(
+    "--max-batch", default=8, show_default=True, type=click.IntRange(min=1), help="Requests of one length run at once."
+)
+@click.option(
+    "--queue-delay", default=2000, show_default=True, type=click.IntRange(min=0), help="Microseconds to wait for more."
+)
+@click.option("--instances", default=1, show_default=True, type=click.IntRange(min=1), help="Copies on each device.")
+@click.option("--kind", default="auto", show_default=True, type=click.Choice(["auto", "gpu", "cpu"]))
+def triton(out: Path, model: str, **options: Any) -> None:
+    """Write a model repository OUT for the Triton Inference Server."""
+    from samekit.store import find_engine  # noqa: PLC0415
+    from samekit.triton import TritonOptions, write_repository  # noqa: PLC0415
+
+    for folder in write_repository(find_engine(model), out, TritonOptions(**options)):
+        click.echo(folder)
+
+
+@main.command()
 @click.argument("engine", type=click.Path(path_type=Path))
 def clean(engine: Path) -> None:
     """Remove the TensorRT engines of an ENGINE folder (or a model's name) that are stale or damaged."""
