@@ -119,7 +119,9 @@ def test_files_are_second_names_or_copies(engine_of, out, monkeypatch):
 
 def test_weights_beside_the_graph_are_found(own_engine, out):
     path = own_engine.folder / "encoder.onnx"
-    onnx.save_model(onnx.load(path), path, save_as_external_data=True, location="encoder.onnx.data", size_threshold=1024)
+    onnx.save_model(
+        onnx.load(path), path, save_as_external_data=True, location="encoder.onnx.data", size_threshold=1024
+    )
     halves = own_engine.spec.graphs["fp32"] | {ENCODER: describe_graph(own_engine.folder, "encoder.onnx")}
     spec = dataclasses.replace(own_engine.spec, graphs={"fp32": halves})
     (own_engine.folder / "spec.json").write_text(spec.to_json())
