@@ -11,10 +11,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from samekit.backends.ort import available_cpus
+from samekit.spec import ENCODER
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
+
+    from samekit.autoencoder import Autoencoder
 
 PACKAGES = ("samekit", "torch", "onnxruntime", "numpy")
 
@@ -41,6 +46,11 @@ def _version(package: str) -> str:
         return "absent"
 
 
+def half_of(codec: Autoencoder, half: str) -> Callable[[Any], Any]:
+    """The call that users make."""
+    return codec.encode_audio if half == ENCODER else codec.decode_audio
+
+
 def interleaved(candidates: Mapping[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
     """Seconds of each run of each candidate, in turn A B C A B C, after one round that warms up and does not count.
 
@@ -60,6 +70,27 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], runs: int) -> di
 def summary(times: list[float]) -> dict[str, float]:
     """Median and spread, in seconds."""
     return {"median": statistics.median(times), "min": min(times), "max": max(times)}
+
+
+def plot_lines(
+    path: Path, panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], x: str, y: str
+) -> None:
+    """Write a picture: by panel and by line, abscissas and ordinates; needs matplotlib."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise click.UsageError("--plot needs matplotlib; run: pip install matplotlib") from None
+
+    figure, row = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), sharey=True, squeeze=False)
+    for axes, (title, lines) in zip(row[0], panels.items(), strict=True):
+        for name, (abscissas, ordinates) in lines.items():
+            axes.plot(abscissas, ordinates, marker="o", label=name)
+        axes.set(title=title, xlabel=x, xscale="log")
+        axes.legend()
+    row[0][0].set_ylabel(y)
+    row[0][0].set_ylim(bottom=0)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
 
 
 def finish(question: str, results: object) -> None:

@@ -53,16 +53,18 @@ def usual_inputs(model: Same, latents: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def worst_inputs(model: Same, latents: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Loud, silent, clicking and far-out inputs, for the encoder and the decoder."""
+def worst_inputs(model: Same, latents: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Loud, silent, clicking and far-out inputs by name, for the encoder and the decoder."""
     audio, z = usual_inputs(model, latents)
     click_audio = torch.zeros_like(audio)
     click_audio[..., audio.shape[-1] // 2] = 1.0
-    yield "loud / 5 sigma", audio.sign(), 5 * z.sign()
-    yield "silence / zeros", torch.zeros_like(audio), torch.zeros_like(z)
-    yield "click / one latent", click_audio, z * (torch.arange(latents) == latents // 2)
-    yield "x 1,000", 1e3 * audio, 1e3 * z
-    yield "x 100,000", 1e5 * audio, 1e5 * z
+    return {
+        "loud / 5 sigma": (audio.sign(), 5 * z.sign()),
+        "silence / zeros": (torch.zeros_like(audio), torch.zeros_like(z)),
+        "click / one latent": (click_audio, z * (torch.arange(latents) == latents // 2)),
+        "x 1,000": (1e3 * audio, 1e3 * z),
+        "x 100,000": (1e5 * audio, 1e5 * z),
+    }
 
 
 def accuracy(graph: Graph, expected: Tensor, given: Tensor) -> str:
@@ -71,11 +73,18 @@ def accuracy(graph: Graph, expected: Tensor, given: Tensor) -> str:
     return f"{snr_db(expected.numpy(), out.numpy()):.1f}" if bool(out.isfinite().all()) else "refused"
 
 
-def measure(model: Same, islands: Islands, audio: Tensor, z: Tensor) -> tuple[str, str]:
-    """Both halves of one variant on one pair of inputs."""
+def measure(model: Same, islands: Islands, cases: dict[str, tuple[Tensor, Tensor]]) -> dict[str, list[str]]:
+    """Encoder and decoder of one variant on several pairs of inputs."""
+    rows: dict[str, list[str]] = {case: [] for case in cases}
     # One half at a time: at full size each takes gigabytes.
-    encoder = accuracy(GraphEncoder(model, islands).half_(), model.encode(audio), audio)
-    return encoder, accuracy(GraphDecoder(model, islands).half_(), model.decode(z), z)
+    encoder = GraphEncoder(model, islands).half_()
+    for case, (audio, _) in cases.items():
+        rows[case].append(accuracy(encoder, model.encode(audio), audio))
+    del encoder
+    decoder = GraphDecoder(model, islands).half_()
+    for case, (_, z) in cases.items():
+        rows[case].append(accuracy(decoder, model.decode(z), z))
+    return rows
 
 
 @click.command()
@@ -89,12 +98,10 @@ def main(name: str, latents: int, seed: int, worst_cases: bool) -> None:
     rows = {}
     with torch.inference_mode():
         if worst_cases:
-            for case, audio, z in worst_inputs(model, latents):
-                rows[case] = measure(model, ISLANDS, audio, z)
+            rows = measure(model, ISLANDS, worst_inputs(model, latents))
         else:
-            audio, z = usual_inputs(model, latents)
             for variant, islands in variants():
-                rows[variant] = measure(model, islands, audio, z)
+                rows |= measure(model, islands, {variant: usual_inputs(model, latents)})
                 print(f"  {variant:20} {rows[variant][0]:>8} {rows[variant][1]:>8}", flush=True)
     print(f"\n| {name}, {latents} latents | encode dB | decode dB |\n|---|---|---|")
     for row, (encode, decode) in rows.items():

@@ -14,26 +14,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import torch
-from common import finish, interleaved, machine, summary
+from common import finish, half_of, interleaved, machine, plot_lines, summary
 
 from samekit import AutoencoderModel
 from samekit.spec import DECODER, ENCODER
+from samekit_export.checkpoint import BandSpan
+from samekit_export.diffusers_format import diffusers_tensor, published_key
 from samekit_export.verify import FLOOR_DB, example_input, snr_db
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch import Tensor
+
     from samekit.autoencoder import Autoencoder
+    from samekit_export.model import Same
 
 EAGER = "torch fp32"
 
 
-def half_of(codec: Autoencoder, half: str) -> Callable[[Any], Any]:
-    """The call that users make."""
-    return codec.encode_audio if half == ENCODER else codec.decode_audio
-
-
-def open_all(engine: Path, precisions: list[str], threads: int, bfloat16: bool) -> dict[str, Autoencoder]:
+def open_all(engine: Path, precisions: list[str], threads: int, yardsticks: list[str]) -> dict[str, Autoencoder]:
     """The candidates by name, eager PyTorch first."""
 
     def opened(backend: str, precision: str) -> Autoencoder:
@@ -42,12 +42,78 @@ def open_all(engine: Path, precisions: list[str], threads: int, bfloat16: bool) 
         ).autoencoder
 
     codecs = {EAGER: opened("torch", "fp32")}
-    if bfloat16:
-        codecs["torch bf16"] = opened("torch", "fp32")
-        backend: Any = codecs["torch bf16"].backend
-        backend._model.to(torch.bfloat16)  # noqa: SLF001 a yardstick, not a precision that we offer
-        backend._dtype = torch.bfloat16  # noqa: SLF001
+    for name in yardsticks:
+        codecs[name] = opened("torch", "fp32")
+        YARDSTICKS[name](codecs[name].backend)
     return codecs | {f"onnxruntime {p}": opened("onnxruntime", p) for p in precisions}
+
+
+def compile_(backend: Any) -> None:
+    """`torch.compile` for each length, which the warming up does not count."""
+    model = backend._model  # noqa: SLF001 a yardstick, not a backend that we offer
+    model.encode = torch.compile(model.encode, dynamic=False)
+    model.decode = torch.compile(model.decode, dynamic=False)
+
+
+def bfloat16_(backend: Any) -> None:
+    """All weights and steps in bfloat16."""
+    backend._model.to(torch.bfloat16)  # noqa: SLF001 as above
+    backend._dtype = torch.bfloat16  # noqa: SLF001
+
+
+def compile_bfloat16_(backend: Any) -> None:
+    """Both."""
+    bfloat16_(backend)
+    compile_(backend)
+
+
+def diffusers_(backend: Any) -> None:
+    """The same weights in `diffusers`' own class, for models of the band kind."""
+    backend._model = DiffusersPeer(backend._model)  # noqa: SLF001 as above
+
+
+class DiffusersPeer:
+    """`diffusers`' `AutoencoderSAME` with the weights of one of our models."""
+
+    def __init__(self, ours: Same) -> None:
+        import diffusers
+
+        encoder, decoder = ours.config.encoder, ours.config.decoder
+        if not isinstance(encoder.span, BandSpan):
+            raise click.UsageError("diffusers has models of the band kind only; leave its yardstick out")
+        theirs: Any = diffusers.AutoencoderSAME
+        self._theirs = theirs(
+            encoder_c_mults=(encoder.width // 128,),
+            encoder_transformer_depths=(encoder.depth,),
+            decoder_sinusoidal_blocks=(sum(map(decoder.gates_with_sine, range(decoder.depth))),),
+            latent_dim=ours.config.latent_width,
+        ).eval()
+        tensors = ours.state_dict()
+        self._theirs.load_state_dict(
+            {
+                key: diffusers_tensor(key, tensors[published_key(key)]).reshape(own.shape)
+                for key, own in self._theirs.state_dict().items()
+            }
+        )
+
+    def encode(self, audio: Tensor) -> Tensor:
+        """`[batch, channels, samples]` to `[batch, latent_width, latents]`."""
+        latents: Tensor = self._theirs.encode(audio).latents
+        return latents
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The way back."""
+        audio: Tensor = self._theirs.decode(latents).sample
+        return audio
+
+
+YARDSTICKS: dict[str, Callable[[Any], None]] = {
+    "compiled fp32": compile_,
+    "torch bf16": bfloat16_,
+    "compiled bf16": compile_bfloat16_,
+    "diffusers fp32": diffusers_,
+}
+"""What else to measure beside eager PyTorch in float32, by name: each changes an eager backend in place."""
 
 
 def measure(codecs: dict[str, Autoencoder], half: str, latents: int, runs: int) -> list[dict[str, Any]]:
@@ -94,18 +160,12 @@ def show(row: dict[str, Any]) -> str:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Time per latent by length, one line a candidate."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for axis, half in zip(axes, (ENCODER, DECODER), strict=True):
-        for name in dict.fromkeys(row["candidate"] for row in rows):
-            mine = [row for row in rows if row["half"] == half and row["candidate"] == name]
-            axis.plot([row["latents"] for row in mine], [row["per_latent_ms"] for row in mine], marker="o", label=name)
-        axis.set(title=half, xlabel="latents", xscale="log")
-    axes[0].set_ylabel("ms per latent")
-    axes[0].set_ylim(bottom=0)
-    axes[1].legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    for row in rows:
+        lengths, times = panels.setdefault(row["half"], {}).setdefault(row["candidate"], ([], []))
+        lengths.append(row["latents"])
+        times.append(row["per_latent_ms"])
+    plot_lines(path, panels, x="latents", y="ms per latent")
 
 
 @click.command()
@@ -114,13 +174,21 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 @click.option("--precision", default="fp32", show_default=True, help="Of ONNX Runtime, separated by commas.")
 @click.option("--runs", default=5, show_default=True, type=click.IntRange(1))
 @click.option("--threads", type=click.IntRange(1), help="For every candidate. [default: all cores]")
-@click.option("--bf16", is_flag=True, help="Eager PyTorch in bfloat16, too.")
+@click.option(
+    "--yardstick", "yardsticks", multiple=True, type=click.Choice(list(YARDSTICKS)), help="Measured as well; several."
+)
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Write a picture; needs matplotlib.")
 def main(
-    engine: Path, latents: str, precision: str, runs: int, threads: int | None, bf16: bool, plot_path: Path | None
+    engine: Path,
+    latents: str,
+    precision: str,
+    runs: int,
+    threads: int | None,
+    yardsticks: tuple[str, ...],
+    plot_path: Path | None,
 ) -> None:
     """Print the table for one ENGINE folder; the last line is JSON."""
-    codecs = open_all(engine, precision.split(","), threads or machine()["cores"], bf16)
+    codecs = open_all(engine, precision.split(","), threads or machine()["cores"], list(yardsticks))
     rows = []
     for half in (ENCODER, DECODER):
         for length in map(int, latents.split(",")):

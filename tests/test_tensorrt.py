@@ -21,6 +21,7 @@ from unittest import mock
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
@@ -69,6 +70,7 @@ from samekit.tensorrt_store import (
     choose_build,
     is_whole,
     new_build,
+    open_cache,
     write_document,
 )
 from samekit_export import to_tensorrt
@@ -157,6 +159,8 @@ def test_full_size(tmp_path):
     full, half = add_engines(engine, PRECISIONS, "rtx", print)
     for build in (full, half):
         assert {line.split("]")[0] for line in log_of(build).splitlines()} == {"[INFO"}
+        # A graph exported as the model is written has 2,600: fewer fuse better and build faster.
+        assert build.engines[ENCODER].layers < 700
     full, half = (sum(engine.size for engine in build.engines.values()) for build in (full, half))
     parameters = sum(tensor.numel() for tensor in seeded("same-s").tensors.values())
     assert full == pytest.approx(4 * parameters, rel=0.1)
@@ -613,6 +617,8 @@ def test_info_names_stale_engines_and_clean_removes_them(own_engine, monkeypatch
     current = put_build(own_engine)
     elsewhere = put_build(own_engine, target="12.0")
     stale = put_build(own_engine, samekit="0.0.1")
+    kept = open_cache(own_engine, "fp32", "onnxruntime", onnxruntime.__version__)
+    old = open_cache(own_engine, "fp32", "onnxruntime", "1.0.0")
     damaged = put_build(own_engine, TENSORRT_RTX, PORTABLE)
     _shorten(damaged.folder / "encoder.engine")
     left = own_engine.folder / "tensorrt" / ".some.1234.new"
@@ -627,16 +633,18 @@ def test_info_names_stale_engines_and_clean_removes_them(own_engine, monkeypatch
         return [line for line in result.output.splitlines() if "tensorrt" in line or "nothing" in line]
 
     state = {line.split()[1].strip(":"): line for line in run("info")}
-    assert set(state) == {build.folder.name for build in (current, elsewhere, stale, damaged)}
+    assert set(state) == {kept.name, old.name} | {b.folder.name for b in (current, elsewhere, stale, damaged)}
+    assert state[kept.name].endswith("current")
+    assert "STALE: version 1.0.0 instead of" in state[old.name]
     assert state[current.folder.name].endswith("encoder 700 layers, 0 MB; decoder 700 layers, 0 MB; current")
     assert state[elsewhere.folder.name].endswith("current")
     assert "STALE: samekit 0.0.1 instead of" in state[stale.folder.name]
     assert "STALE: " in state[damaged.folder.name]
 
     assert {line.split()[1].strip(",") for line in run("clean")} == {
-        str(path) for path in (stale.folder, damaged.folder, left)
+        str(path) for path in (stale.folder, old, damaged.folder, left)
     }
-    assert build_folders(own_engine) == sorted([current.folder, elsewhere.folder])
+    assert build_folders(own_engine) == sorted([current.folder, elsewhere.folder, kept])
     assert running.exists()
     assert run("clean") == ["nothing to remove"]
 

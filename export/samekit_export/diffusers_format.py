@@ -49,6 +49,16 @@ def published_tensor(key: str, tensor: Tensor) -> Tensor:
     return torch.cat([q1, k1, v, q2, k2])
 
 
+def diffusers_tensor(key: str, tensor: Tensor) -> Tensor:
+    """The way back of `published_tensor`: a published tensor under its key there, with the order of rows there."""
+    if not key.endswith("to_qkv.weight"):
+        return tensor
+    import torch  # noqa: PLC0415
+
+    q1, k1, v, q2, k2 = tensor.chunk(5)
+    return torch.cat([q1, q2, k1, k2, v])
+
+
 def published_config(document: Any) -> dict[str, Any]:
     """The published `model_config.json` of a `diffusers` configuration.
 

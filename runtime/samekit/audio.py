@@ -451,6 +451,11 @@ _LOWEST_RATE: Final = 1_000
 _HIGHEST_RATE: Final = 768_000
 
 
+def resampled_length(samples: int, rate_in: int, rate_out: int) -> int:
+    """Samples of the resampled audio: `ceil(samples * rate_out / rate_in)`, as in the reference."""
+    return -(-samples * rate_out // rate_in)
+
+
 def resample(audio: Audio, rate_in: int, rate_out: int) -> Audio:
     """Change the sample rate as the reference does: a Hann-windowed sinc, six zero crossings to each side.
 
@@ -465,7 +470,7 @@ def resample(audio: Audio, rate_in: int, rate_out: int) -> Audio:
         rate_out: rate wanted, likewise.
 
     Returns:
-        `[..., ceil(samples * rate_out / rate_in)]`; the input itself if the rates are equal.
+        `[..., resampled_length(samples, rate_in, rate_out)]`; the input itself if the rates are equal.
 
     Raises:
         InputError: a rate is not an integer in range.
@@ -536,7 +541,7 @@ class StreamResampler:
             The outputs that were still to come, `[channels, samples]`.
         """
         channels, capacity = self._span.shape
-        total = -(-self._received * self._rate_out // self._rate_in)
+        total = resampled_length(self._received, self._rate_in, self._rate_out)
         outputs = [np.empty((channels, 0), np.float32)]
         while self._produced < total:
             # Always a full span: a product of another shape may round differently.
@@ -670,7 +675,7 @@ def prepare(audio: Audio, rate_in: int, rate_out: int, channels: int) -> Audio:
         channels: of the model.
 
     Returns:
-        `[channels, ceil(samples * rate_out / rate_in)]`, not padded; it may share memory with `audio`.
+        `[channels, resampled_length(samples, rate_in, rate_out)]`, not padded; it may share memory with `audio`.
 
     Raises:
         InputError: as `to_channels` and `resample`.

@@ -33,14 +33,14 @@ CHUNK_SIZE, OVERLAP = 128, 32
 
 
 def default_window(context: int, alignment: int, longest: int | None = None) -> int:
-    """Latents in a window: long enough that the context that is computed and dropped costs a sixteenth, at least 64.
+    """Latents in a window: long enough that the context that is computed and dropped costs a sixteenth, at least 128.
 
     Args:
         context: latents dropped at each inner edge.
         alignment: the window is a multiple of it.
         longest: what the backend likes at most; None for no limit.
     """
-    size = alignment * math.ceil(max(64, 32 * context) / alignment)
+    size = alignment * math.ceil(max(128, 32 * context) / alignment)
     return size if longest is None else min(size, longest - longest % alignment)
 
 

@@ -204,9 +204,10 @@ def _verify_dataset(folder: str) -> None:
     click.echo(_printable(f"{folder}: sound"))
 
 
-def _printable(text: str) -> str:
-    """Text that any terminal takes, although file names may hold anything."""
-    return " ".join(text.encode("utf-8", "backslashreplace").decode("utf-8").split())
+def _printable(text: str, *, keep_indent: bool = False) -> str:
+    """Text on one line that any terminal takes, although file names may hold anything."""
+    line = " ".join(text.encode("utf-8", "backslashreplace").decode("utf-8").split())
+    return " " * (len(text) - len(text.lstrip(" "))) + line if keep_indent else line
 
 
 @main.command()
@@ -284,11 +285,20 @@ def info(engine: Path) -> None:
 
 def _describe_builds(engine: Engine) -> Iterator[str]:
     """A line for each TensorRT build; TensorRT itself is imported only if there is one."""
-    from samekit.tensorrt_api import installed_versions  # noqa: PLC0415
+    from samekit.tensorrt_api import builder_versions  # noqa: PLC0415
     from samekit.tensorrt_store import build_folders, describe_builds  # noqa: PLC0415
 
     if build_folders(engine):
-        yield from describe_builds(engine, installed_versions())
+        yield from describe_builds(engine, builder_versions())
+
+
+@main.command()
+def doctor() -> None:
+    """Show what of samekit works on this machine, and what would have to be installed for the rest."""
+    from samekit.doctor import examine  # noqa: PLC0415
+
+    for line in examine():
+        click.echo(_printable(line, keep_indent=True))
 
 
 @main.command()
@@ -318,10 +328,10 @@ def triton(out: Path, model: str, **options: Any) -> None:
 def clean(engine: Path) -> None:
     """Remove the TensorRT engines of an ENGINE folder (or a model's name) that are stale or damaged."""
     from samekit.store import find_engine  # noqa: PLC0415
-    from samekit.tensorrt_api import installed_versions  # noqa: PLC0415
+    from samekit.tensorrt_api import builder_versions  # noqa: PLC0415
     from samekit.tensorrt_store import remove_stale  # noqa: PLC0415
 
-    removed = remove_stale(find_engine(engine), installed_versions())
+    removed = remove_stale(find_engine(engine), builder_versions())
     for folder, size in removed:
         click.echo(f"removed {folder}, {size / 1e6:.0f} MB")
     if not removed:

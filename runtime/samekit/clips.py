@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import soundfile as sf
 
-from samekit.audio import AudioReader, PreparedReader
+from samekit.audio import AudioReader, PreparedReader, resampled_length
 from samekit.errors import AudioFileError, InputError, SamekitError
 from samekit.spec import ENCODER
 from samekit.streaming import WindowCutter
@@ -347,7 +347,7 @@ def _announced_samples(reader: PreparedReader, rate: int) -> int | None:
     info = reader.info
     if info.frames is None or info.format == "MP3":
         return None
-    return math.ceil(info.frames * rate / info.sample_rate)
+    return resampled_length(info.frames, info.sample_rate, rate)
 
 
 def expected_latents(source: Source, rules: CuttingRules) -> int:
@@ -357,5 +357,5 @@ def expected_latents(source: Source, rules: CuttingRules) -> int:
             info = reader.info
     except (SamekitError, OSError):
         return 0
-    samples = math.ceil((info.frames or 0) * rules.spec.sample_rate / info.sample_rate)
+    samples = resampled_length(info.frames or 0, info.sample_rate, rules.spec.sample_rate)
     return rules.extent(samples if rules.full else min(samples, rules.sample_size)).sequence

@@ -131,7 +131,7 @@ class WindowCutter:
             begin, end = ((latent - self._offset) * unit for latent in (window.start, window.stop))
             yield window, array[:, :, begin:end]
             self._next += 1
-        begin = min(self._next * self._plan.step, available)
+        begin = self._next * self._plan.step
         if final:
             self._next, self._offset, self._waiting = 0, 0, None
             return

@@ -56,6 +56,14 @@ def installed_versions() -> dict[str, str]:
     return {flavour: module.__version__ for flavour, module in installed_flavours().items()}
 
 
+def builder_versions() -> dict[str, str]:
+    """The versions of what keeps engines: the flavours, and ONNX Runtime for its TensorRT provider."""
+    versions = installed_versions()
+    with suppress(ImportError):
+        versions["onnxruntime"] = importlib.import_module("onnxruntime").__version__
+    return versions
+
+
 def make_logger(module: Any, write: Callable[[str, str], object]) -> Any:
     """A logger to pass to TensorRT.
 

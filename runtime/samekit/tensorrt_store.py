@@ -142,7 +142,7 @@ def why_stale(fingerprint: Fingerprint, spec: EngineSpec, versions: Mapping[str,
     Args:
         fingerprint: of the build.
         spec: of the engine folder that it lies in.
-        versions: of the flavours that are installed; a build of another flavour is not judged by its version.
+        versions: of what keeps engines and is installed; what others keep is not judged by its version.
     """
     if fingerprint.precision not in spec.graphs:
         return f"there is no {fingerprint.precision} graph any more"

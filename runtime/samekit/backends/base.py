@@ -22,10 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
-    import numpy.typing as npt
     from typing_extensions import Self
 
-    Array = npt.NDArray[np.float32]
+    from samekit.arrays import Array
 
 
 @dataclass(frozen=True)

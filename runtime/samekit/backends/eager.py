@@ -11,7 +11,7 @@ from samekit.errors import BackendUnavailableError
 from samekit.spec import ENCODER
 
 if TYPE_CHECKING:
-    from samekit.backends.base import Array
+    from samekit.arrays import Array
     from samekit.spec import EngineSpec
 
 

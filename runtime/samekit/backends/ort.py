@@ -16,7 +16,7 @@ from samekit.tensorrt_store import open_cache
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from samekit.backends.base import Array
+    from samekit.arrays import Array
     from samekit.store import Engine
 
 logger = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ from samekit.tensorrt_store import build_folders, choose_build
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from samekit.backends.base import Array
+    from samekit.arrays import Array
     from samekit.spec import EngineSpec
     from samekit.store import Engine
     from samekit.tensorrt_store import Build

@@ -1,0 +1,173 @@
+"""How near is a graph to what this machine can do, and where does the rest of the time go?
+
+The limit is that of one large matrix product in ONNX Runtime with the same threads. The arithmetic is counted from the
+shapes of the products that ran, so what the graph leaves out does not count. The breakdown by operator is of ONNX
+Runtime's profiler, which itself costs some percent; the fraction is of runs without it.
+
+    python benchmarks/limit.py engines/same-s --latents 64
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+import onnx
+import onnxruntime as ort
+from common import finish, machine
+from onnx import TensorProto, helper, numpy_helper
+
+from samekit.backends.ort import INPUT_NAMES
+from samekit.spec import DECODER, ENCODER
+from samekit.store import Engine
+from samekit_export.verify import example_input
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from samekit.arrays import Array
+
+# Rows, inner size, columns: of the size of the models' feed-forward products, and larger.
+LARGE = ((2176, 768, 4608), (2176, 1536, 9216), (4096, 4096, 4096))
+QUANTISED = "int8"
+RUNS = 12
+
+
+def session(graph: bytes | str, threads: int, profile: Path | None = None) -> ort.InferenceSession:
+    """A session as the runtime opens it, with a profiler if it has a place to write to."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    if profile:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+def product_graph(inner: int, columns: int, precision: str) -> bytes:
+    """One matrix product with constant weights, dynamically quantised for int8."""
+    weight = np.random.default_rng(0).standard_normal((inner, columns), np.float32)
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", None]) for name in "xy")
+    if precision == QUANTISED:
+        quantised = numpy_helper.from_array((weight * 30).clip(-127, 127).astype(np.int8), "w")
+        constants = [quantised, numpy_helper.from_array(np.array(1 / 30, np.float32), "scale")]
+        nodes = [
+            helper.make_node("DynamicQuantizeLinear", ["x"], ["quantised", "x_scale", "zero"]),
+            helper.make_node("MatMulInteger", ["quantised", "w", "zero"], ["sums"]),
+            helper.make_node("Cast", ["sums"], ["total"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", ["x_scale", "scale"], ["both"]),
+            helper.make_node("Mul", ["total", "both"], ["y"]),
+        ]
+    else:
+        constants = [numpy_helper.from_array(weight, "w")]
+        nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+    graph = helper.make_graph(nodes, "product", [x], [y], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
+
+
+def fastest(engine: ort.InferenceSession, given: Array) -> float:
+    """Seconds of the fastest of several runs: the limit is what the machine can do, not what it usually does."""
+    feeds = {engine.get_inputs()[0].name: given}
+    times = []
+    for _ in range(RUNS):
+        start = time.perf_counter()
+        engine.run(None, feeds)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def measured_limit(precision: str, threads: int) -> float:
+    """The most operations a second of the large products."""
+    speeds = []
+    for rows, inner, columns in LARGE:
+        engine = session(product_graph(inner, columns, precision), threads)
+        given = np.random.default_rng(1).standard_normal((rows, inner), np.float32)
+        speeds.append(2 * rows * inner * columns / fastest(engine, given))
+    return max(speeds)
+
+
+def _size(shapes: list[dict[str, list[int]]], index: int) -> list[int]:
+    (shape,) = shapes[index].values()
+    return shape
+
+
+def operations(event: dict[str, Any]) -> int:
+    """Multiplications and additions of one node that ran, if it is a matrix product: 2 * inner * outputs."""
+    name = event["args"]["op_name"]
+    if not any(part in name for part in ("MatMul", "Gemm")):
+        return 0
+    outputs = _size(event["args"]["output_type_shape"], 0)
+    rows = math.prod(outputs) // outputs[-1]
+    inner = math.prod(_size(event["args"]["input_type_shape"], 0)) // rows
+    return 2 * inner * math.prod(outputs)
+
+
+def profile(path: str, given: Array, threads: int) -> list[dict[str, Any]]:
+    """Events of the nodes of one warm run."""
+    with tempfile.TemporaryDirectory() as folder:
+        engine = session(path, threads, Path(folder) / "profile")
+        feeds = {engine.get_inputs()[0].name: given}
+        for _ in range(RUNS):
+            engine.run(None, feeds)
+        events = json.loads(Path(engine.end_profiling()).read_text())
+    nodes = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
+    return nodes[-len(nodes) // RUNS :]
+
+
+def breakdown(events: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Share of the time by operator, largest first."""
+    times: dict[str, float] = defaultdict(float)
+    for event in events:
+        times[event["args"]["op_name"]] += event["dur"]
+    total = sum(times.values())
+    return {name: time / total for name, time in sorted(times.items(), key=lambda item: -item[1])}
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True))
+@click.option("--latents", default=64, show_default=True, type=click.IntRange(1))
+@click.option("--precision", default="fp32", show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="[default: all cores]")
+def main(folder: Path, latents: int, precision: str, threads: int | None) -> None:
+    """Print the fraction and the breakdown for both halves of one engine FOLDER; the last line is JSON."""
+    threads = threads or machine()["cores"]
+    engine = Engine.load(folder)
+    limit = measured_limit(precision, threads)
+    print(f"large {precision} products: {limit / 1e9:.0f} GOP/s with {threads} threads")
+    results: dict[str, Any] = {"limit_gops": limit / 1e9, "latents": latents, "precision": precision}
+    for half in (ENCODER, DECODER):
+        path, given = str(engine.graph(half, precision)), example_input(engine.spec, half, 1, latents, seed=0)
+        opened = session(path, threads)
+        if [node.name for node in opened.get_inputs()] != [INPUT_NAMES[half]]:
+            raise click.ClickException(f"{path}: not the graph of an {half}")
+        seconds = fastest(opened, given)
+        del opened
+        events = profile(path, given, threads)
+        work = sum(map(operations, events))
+        shares = breakdown(events)
+        results[half] = {
+            "seconds": seconds,
+            "giga_operations": work / 1e9,
+            "of_limit": work / seconds / limit,
+            "shares": shares,
+        }
+        print(
+            f"{half}: {work / 1e9:.1f} giga-operations in {seconds:.3f} s, {work / seconds / 1e9:.0f} GOP/s, "
+            f"{work / seconds / limit:.1%} of the limit"
+        )
+        for name, share in list(shares.items())[:12]:
+            print(f"    {share:6.1%}  {name}")
+    finish("limit", results)
+
+
+if __name__ == "__main__":
+    main()

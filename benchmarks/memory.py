@@ -1,0 +1,79 @@
+"""How much memory, by length? Files encoded and decoded by the command, each in a process of its own.
+
+python benchmarks/memory.py engines/same-s --latents 64,1024,4096
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import soundfile as sf
+from common import finish, plot_lines
+from throughput import counts
+
+from samekit.spec import DECODER, ENCODER, EngineSpec
+
+MIB = 2**20
+
+# Reports the process's own peak: a parent sees only the largest of all its children's.
+PEAK = """
+import resource, sys
+from samekit.cli import main
+main(sys.argv[1:], standalone_mode=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def peak(*arguments: str | Path) -> float:
+    """MiB that a command of samekit held at most."""
+    done = subprocess.run([sys.executable, "-c", PEAK, *arguments], check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[-1]) / MIB
+
+
+def write_noise(path: Path, spec: EngineSpec, latents: int) -> None:
+    """A file of so many latents, written in blocks."""
+    noise = np.random.default_rng(0)
+    with sf.SoundFile(path, "w", spec.sample_rate, spec.channels) as file:
+        for _ in range(latents):
+            file.write(0.1 * noise.standard_normal((spec.hop, spec.channels)))
+
+
+@click.command()
+@click.argument("engine", type=click.Path(path_type=Path, exists=True))
+@click.option("--latents", default="64,256,1024,4096", show_default=True, callback=counts)
+@click.option("--precision", default="fp32", show_default=True)
+@click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Write a picture; needs matplotlib.")
+def main(engine: Path, latents: list[int], precision: str, plot_path: Path | None) -> None:
+    """Print the table for one ENGINE folder; the last line is JSON."""
+    spec = EngineSpec.load(engine)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        audio, encoded, decoded = (Path(name) / file for file in ("in.wav", "in.npy", "out.wav"))
+        options = ("--model", engine, "--precision", precision, "--backend", "onnxruntime", "--device", "cpu")
+        for length in latents:
+            write_noise(audio, spec, length)
+            row = {
+                ENCODER: peak("encode", audio, encoded, *options),
+                DECODER: peak("decode", encoded, decoded, *options),
+            }
+            rows.append({"latents": length, "peak_mib": row})
+            for path in (encoded, decoded):
+                path.unlink()
+            print(f"{length:>6} latents  encode {row[ENCODER]:7.0f} MiB  decode {row[DECODER]:7.0f} MiB", flush=True)
+    if plot_path:
+        lines = {
+            half: ([row["latents"] for row in rows], [row["peak_mib"][half] for row in rows])
+            for half in (ENCODER, DECODER)
+        }
+        plot_lines(plot_path, {spec.name: lines}, x="latents", y="MiB at the peak")
+    finish("memory", rows)
+
+
+if __name__ == "__main__":
+    main()

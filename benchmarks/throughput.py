@@ -1,0 +1,87 @@
+"""How much audio a second, by window and batch? What is fastest is the default, see `autoencoder.default_window`.
+
+python benchmarks/throughput.py engines/same-s --windows 32,64,128,256 --batches 1,2,4
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+from common import finish, half_of, interleaved, machine, plot_lines, summary
+
+from samekit import AutoencoderModel
+from samekit.spec import DECODER, ENCODER
+from samekit_export.verify import example_input
+
+
+def counts(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:  # noqa: ARG001 click's shape
+    """Whole numbers, separated by commas."""
+    try:
+        return [int(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no list of numbers") from None
+
+
+@click.command()
+@click.argument("engine", type=click.Path(path_type=Path, exists=True))
+@click.option("--windows", default="32,64,128,256", show_default=True, callback=counts, help="In latents.")
+@click.option("--batches", default="1,2,4", show_default=True, callback=counts, help="Sequences encoded at once.")
+@click.option("--latents", default=1024, show_default=True, type=click.IntRange(1), help="Of each batch, in all.")
+@click.option("--precision", default="fp32", show_default=True)
+@click.option("--runs", default=3, show_default=True, type=click.IntRange(1))
+@click.option("--threads", type=click.IntRange(1), help="[default: all cores]")
+@click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Write a picture; needs matplotlib.")
+def main(
+    engine: Path,
+    windows: list[int],
+    batches: list[int],
+    latents: int,
+    precision: str,
+    runs: int,
+    threads: int | None,
+    plot_path: Path | None,
+) -> None:
+    """Print seconds of audio a second for one ENGINE folder; the last line is JSON."""
+    # One backend for all, so that the weights are held once.
+    model = AutoencoderModel.from_pretrained(
+        engine, "cpu", backend="onnxruntime", precision=precision, threads=threads or machine()["cores"]
+    )
+    default = model.autoencoder
+    codecs = {str(window): type(default)(default.backend, window) for window in windows}
+    rows: list[dict[str, Any]] = []
+    for half in (ENCODER, DECODER):
+        default.backend.expect_many_calls(half)
+        print(f"{half}: the default window is {default.windows(half).size} latents")
+        for batch in batches:
+            given = example_input(model.spec, half, batch, latents // batch, seed=batch)
+            seconds = batch * (latents // batch) * model.spec.hop / model.spec.sample_rate
+            for window, times in interleaved(
+                {w: partial(half_of(c, half), given) for w, c in codecs.items()}, runs
+            ).items():
+                speed = {name: seconds / time for name, time in summary(times).items()}
+                rows.append({"half": half, "batch": batch, "window": int(window), "audio_seconds_per_second": speed})
+                print(
+                    f"{half:8} batch {batch:>3}  window {window:>5} {speed['median']:8.2f} s/s "
+                    f"({speed['max']:.2f} ... {speed['min']:.2f})",
+                    flush=True,
+                )
+    if plot_path:
+        plot(rows, plot_path)
+    finish("throughput", rows)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Speed by window, one line a batch size."""
+    panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    for row in rows:
+        windows, speeds = panels.setdefault(row["half"], {}).setdefault(f"batch {row['batch']}", ([], []))
+        windows.append(row["window"])
+        speeds.append(row["audio_seconds_per_second"]["median"])
+    plot_lines(path, panels, x="window in latents", y="seconds of audio a second")
+
+
+if __name__ == "__main__":
+    main()
