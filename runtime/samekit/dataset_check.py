@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -10,10 +11,10 @@ import numpy as np
 
 from samekit.errors import InputError, LatentsFileError
 from samekit.latents import read_latents
-from samekit.manifest import SILENCE_FILE, STATE_FOLDER, Settings, Shard, read_manifest, temporary_target
+from samekit.manifest import Settings, Shard, read_manifest, temporary_target
+from samekit.output import SILENCE_FILE, STATE_FOLDER
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterator
     from typing import Any
 
@@ -45,6 +46,8 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
     Raises:
         InputError: the folder has no manifest, or a damaged one.
     """
+    if "://" in os.fspath(folder):
+        raise InputError(f"{folder}: only folders can be verified; copy it to one, or mount it")
     folder = Path(folder)
     paths = sorted((folder / STATE_FOLDER).glob("manifest*.jsonl"))
     if not paths:
