@@ -32,6 +32,8 @@ Audio = npt.NDArray[np.float32]
 
 BLOCK: Final = 2**18
 """Samples a channel that are read at a time: 6 s at 44.1 kHz, 2 MiB in stereo."""
+# Most samples of all channels in a block: a header may announce 1,024 channels.
+_BLOCK_VALUES: Final = 2**21
 
 
 # --- Reading ------------------------------------------------------------------------------------------------
@@ -62,7 +64,7 @@ class AudioReader:
 
     Args:
         path: the file.
-        block: most samples a channel in one block.
+        block: most samples a channel in one block; with many channels it is less.
 
     Raises:
         AudioFileError: on opening or reading, if the file is missing, empty, no audio, damaged, cut off, or
@@ -71,7 +73,6 @@ class AudioReader:
 
     def __init__(self, path: str | os.PathLike[str], block: int = BLOCK) -> None:
         self.path = Path(path)
-        self._block = block
         self._frames_read = 0
         self._source: BinaryIO | None = None
         _check_container(self.path)
@@ -90,6 +91,7 @@ class AudioReader:
             )
             if self.info.frames == 0:
                 raise self._empty()
+            self._block = max(1, min(block, _BLOCK_VALUES // self.info.channels))
             self._open_files = stack.pop_all()
 
     def __enter__(self) -> Self:

@@ -25,7 +25,8 @@ import numpy as np
 from samekit._files import atomic_path, output_errors
 from samekit.backends.ort import available_cpus
 from samekit.clips import CuttingRules, Source, expected_latents, find_sources
-from samekit.errors import InputError
+from samekit.errors import InputError, LatentsFileError
+from samekit.latents import map_array
 from samekit.manifest import SILENCE_FILE, STATE_FOLDER, Manifest, Row, Settings, Shard
 from samekit.pipeline import Outcome, Pipeline, Task
 from samekit.spec import ENCODER
@@ -408,8 +409,8 @@ def silence_latents(autoencoder: Autoencoder, latents: int) -> Array:
 def _is_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
     """Whether a file holds an array like this."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        array = map_array(path)
+    except LatentsFileError:
         return False
     return bool(array.shape == shape and array.dtype == dtype)
 

@@ -157,7 +157,7 @@ def read_latents(
             width; or the `.json` is damaged.
     """
     path = Path(path)
-    latents = _map(path)
+    latents = map_array(path)
     if latents.ndim == 3 and latents.shape[0] == 1:
         latents = latents[0]
     if latents.ndim != 2:
@@ -172,8 +172,12 @@ def read_latents(
     return latents, _read_metadata(_json_path(path))
 
 
-def _map(path: Path) -> npt.NDArray[np.floating[Any]]:
-    """Map the array of a `.npy` file once its header is known to be true."""
+def map_array(path: Path) -> npt.NDArray[np.floating[Any]]:
+    """Map the array of a `.npy` file once its header is known to be true.
+
+    Raises:
+        LatentsFileError: the file is missing, cut off, or no array of floating-point numbers, or of none at all.
+    """
     try:
         with path.open("rb") as file:
             shape, fortran_order, dtype = _read_header(file)

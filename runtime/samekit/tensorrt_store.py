@@ -21,9 +21,10 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from samekit._files import output_errors
+from samekit._json import check_kinds
 from samekit.errors import BackendUnavailableError, StaleEngineError
 from samekit.fingerprint import Fingerprint, capability_name, fingerprint_of, runs_on
 from samekit.spec import DECODER, ENCODER
@@ -62,6 +63,15 @@ class BuiltEngine:
     """Bytes: the most that the building process held until then, where the system tells."""
 
 
+    @classmethod
+    def parse(cls, fields: dict[str, Any]) -> BuiltEngine:
+        """An engine from `dataclasses.asdict` of one; raises TypeError where fields are missing, unknown or wrong."""
+        engine = cls(**fields)
+        counts, texts = dict.fromkeys(("size", "layers"), int), dict.fromkeys(("file", "sha256"), str)
+        check_kinds(fields, {**counts, **texts, "seconds": (int, float), "peak_memory": (int, type(None))})
+        return engine
+
+
 @dataclass(frozen=True)
 class Build:
     """A finished folder of engines."""
@@ -84,7 +94,7 @@ class Build:
             if document["format"] != FORMAT:
                 raise ValueError(f"format {document['format']}")  # noqa: TRY301 one cure for all that can be wrong
             fingerprint = Fingerprint.from_json(document["fingerprint"])
-            engines = {half: BuiltEngine(**document["engines"][half]) for half in document["engines"]}
+            engines = {half: BuiltEngine.parse(document["engines"][half]) for half in document["engines"]}
             if engines and set(engines) != {ENCODER, DECODER}:
                 raise ValueError("half an autoencoder")  # noqa: TRY301 likewise
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:

@@ -1,0 +1,264 @@
+"""Any bytes in place of a file: an error with a name or a result, never a traceback, a crash, a hang, or gigabytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+import shutil
+import zlib
+from collections import Counter
+
+import hostile
+import numpy as np
+import onnx
+import pytest
+import soundfile as sf
+from helpers import HALVES, RATE, FakeBackend, edit, noise, variant
+from onnx import TensorProto, helper, numpy_helper
+
+from samekit import AutoencoderModel, errors
+from samekit.dataset import PreEncodeOptions, pre_encode
+from samekit.fingerprint import fingerprint_of
+from samekit.latents import LatentsWriter
+from samekit.spec import DECODER, EngineSpec
+from samekit.store import describe_graph
+from samekit.tensorrt_store import Build, BuiltEngine, write_document
+from samekit_export.checkpoint import published_config, save_folder
+from samekit_export.diffusers_format import CLASS_NAME
+
+# The smallest checkpoint of the first kind, 100 kB.
+_SMALL = {
+    "pretransform.config.patch_size": 8,
+    "*.config.channels": 32,
+    "*.config.c_mults": [1],
+    "*.config.strides": [2],
+    "*.config.latent_dim": 4,
+    "*.config.transformer_depths": [2],
+    "*.config.dim_heads": 32,
+    "*.config.ff_mult": 1,
+    "*.config.chunk_size": 4,
+    "encoder.config.in_channels": 16,
+    "decoder.config.out_channels": 16,
+    "bottleneck.config.dim": 4,
+    "latent_dim": 4,
+    "downsampling_ratio": 16,
+}
+
+# suffix -> format and subtype of soundfile.
+_AUDIO = {
+    ".wav": ("WAV", "PCM_16"),
+    ".flac": ("FLAC", "PCM_16"),
+    ".ogg": ("OGG", "VORBIS"),
+    ".opus": ("OGG", "OPUS"),
+    ".mp3": ("MP3", "MPEG_LAYER_III"),
+    ".aiff": ("AIFF", "PCM_24"),
+    ".rf64.wav": ("RF64", "FLOAT"),
+    ".w64.wav": ("W64", "PCM_32"),
+    ".caf.wav": ("CAF", "ALAC_16"),
+    ".au.wav": ("AU", "ULAW"),
+    ".adpcm.wav": ("WAV", "MS_ADPCM"),
+}
+
+
+# --- Valid files --------------------------------------------------------------------------------------------
+
+
+def small_graph(half, folder, external=False):
+    """A graph with the shapes of FakeBackend's spec; its weights may lie beside it."""
+    encoder = half == HALVES[0]
+    width_in, width_out = (16, 4) if encoder else (4, 16)
+    shape_in, shape_out = (["b", 2, "n"], ["b", 4, "t"]) if encoder else (["b", 4, "t"], ["b", 2, "n"])
+    constants = {
+        "weights": noise((width_in, width_out)),
+        "whole": np.array([0, 2, -1, 8] if encoder else [0, 4, -1]),
+        "tokens": np.array([0, -1, width_in]),
+        "pieces": np.array([0, -1, 4] if encoder else [0, -1, 2, 8]),
+        "end": np.array([0, 2, -1]),
+    }
+    nodes = [
+        helper.make_node("Reshape", ["x", "whole"], ["a"]),
+        helper.make_node("Transpose", ["a"], ["b"], perm=[0, 2, 1, 3] if encoder else [0, 2, 1]),
+        helper.make_node("Reshape", ["b", "tokens"], ["c"]),
+        helper.make_node("MatMul", ["c", "weights"], ["d"]),
+        helper.make_node("Softmax", ["d"], ["e"], axis=-1),
+        helper.make_node("Mul", ["e", "d"], ["f"]),
+        helper.make_node("Reshape", ["f", "pieces"], ["g"]),
+        helper.make_node("Transpose", ["g"], ["y" if encoder else "h"], perm=[0, 2, 1] if encoder else [0, 2, 1, 3]),
+        *([] if encoder else [helper.make_node("Reshape", ["h", "end"], ["y"])]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        half,
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape_in)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape_out)],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    path = folder / f"{half}.onnx"
+    if external:
+        location = f"{half}.onnx.data"
+        onnx.save_model(model, path, save_as_external_data=True, location=location, size_threshold=0)
+    else:
+        onnx.save_model(model, path)
+
+
+def write_engine(folder):
+    """An engine folder with small graphs and a TensorRT build."""
+    folder.mkdir()
+    for half in HALVES:
+        small_graph(half, folder, external=half == HALVES[0])
+    graphs = {half: describe_graph(folder, f"{half}.onnx") for half in HALVES}
+    spec: EngineSpec = dataclasses.replace(
+        FakeBackend().spec,
+        graphs={"fp32": graphs},
+        verification={"fp32": [{"half": "encoder", "batch": 1, "latents": 2, "snr_db": 120.5, "max_error": 1e-6}]},
+        tools={"samekit": "0.1.0"},
+        source={"kind": "random", "name": "tiny-s", "seed": 0},
+    )
+    (folder / "spec.json").write_text(spec.to_json())
+    fingerprint = fingerprint_of(spec, "fp32", "tensorrt_rtx", "1.7.1.116", "portable")
+    build = folder / "tensorrt" / fingerprint.name
+    build.mkdir(parents=True)
+    (build / "build.log").touch()
+    engines = {}
+    for half in HALVES:
+        data = half.encode() * 100
+        (build / f"{half}.engine").write_bytes(data)
+        digest = hashlib.sha256(data).hexdigest()
+        engines[half] = BuiltEngine(f"{half}.engine", len(data), digest, layers=9, seconds=1.5, peak_memory=None)
+    write_document(build, Build(build, fingerprint, engines))
+
+
+def diffusers_document():
+    """A configuration of the other format."""
+    return {
+        "_class_name": CLASS_NAME,
+        "audio_channels": 2,
+        "patch_size": 8,
+        "sampling_rate": RATE,
+        "latent_dim": 4,
+        "use_differential_attention": True,
+        "dim_heads": 64,
+        "ff_mult": 1,
+        "sliding_window": 1,
+        **{
+            f"{half}_{name}": value
+            for half in HALVES
+            for name, value in {
+                "channels": 64,
+                "c_mults": [1],
+                "strides": [2],
+                "transformer_depths": [2],
+                "sinusoidal_blocks": [0],
+            }.items()
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory):
+    """A folder of valid files, as `hostile.Opener` wants it."""
+    folder = tmp_path_factory.mktemp("valid")
+    model = AutoencoderModel(FakeBackend())
+    (folder / "audio").mkdir()
+    for suffix, (container, subtype) in _AUDIO.items():
+        rate = 48_000 if subtype == "OPUS" else RATE
+        sf.write(folder / "audio" / f"song{suffix}", noise((3000, 2), level=0.1), rate, subtype, format=container)
+    (folder / "clip").mkdir()
+    shutil.copyfile(folder / "audio" / "song.wav", folder / "clip" / "clip.wav")
+    (folder / "clip" / "clip.txt").write_text("a caption, größer", encoding="utf-8")
+    pre_encode(model, folder / "clip", folder / "dataset", PreEncodeOptions())
+    (folder / "latents").mkdir()
+    with LatentsWriter(folder / "latents" / "latents.npy", 4) as writer:
+        writer.write(noise((4, 5)))
+        writer.metadata = {"model": "fake", "model_sha256": "0", "samples": 39, "latents": 5, "source": "a.wav"}
+    write_engine(folder / "engine")
+    checkpoint = variant("tiny-s", _SMALL)
+    document = edit(published_config("tiny-s"), {f"model.{path}": value for path, value in _SMALL.items()})
+    save_folder(document, checkpoint.tensors, folder / "checkpoint")
+    (folder / "diffusers").mkdir()
+    (folder / "diffusers" / "config.json").write_text(json.dumps(diffusers_document()))
+    (folder / "diffusers" / "diffusion_pytorch_model.safetensors").write_bytes(
+        (folder / "checkpoint" / "model.safetensors").read_bytes()
+    )
+    return folder
+
+
+# format -> valid file, how it is damaged, part of all inputs.
+FORMATS = {
+    **{f"audio {suffix}": (f"audio/song{suffix}", hostile.mutated_bytes, 2) for suffix in _AUDIO},
+    "caption": ("clip/clip.txt", hostile.mutated_bytes, 1),
+    "npy": ("latents/latents.npy", hostile.mutated_npy, 3),
+    "latents_json": ("dataset/000000000000.json", hostile.mutated_json, 3),
+    "manifest": ("dataset/.samekit/manifest.jsonl", hostile.mutated_lines, 4),
+    "spec": ("engine/spec.json", hostile.mutated_json, 4),
+    "onnx": ("engine/decoder.onnx", hostile.mutated_bytes, 4),
+    "build": (None, hostile.mutated_json, 4),
+    "config": ("checkpoint/model_config.json", hostile.mutated_json, 4),
+    "diffusers_config": ("diffusers/config.json", hostile.mutated_json, 4),
+    "safetensors": ("checkpoint/model.safetensors", hostile.mutated_safetensors, 4),
+}
+
+
+@pytest.fixture(scope="module")
+def child(valid, tmp_path_factory):
+    """The process that opens files."""
+    process = hostile.Child(valid, tmp_path_factory.mktemp("work"))
+    yield process
+    process.close()
+
+
+def valid_file(valid, name):
+    """The path of a format's valid file."""
+    if name == "build":
+        (path,) = (valid / "engine" / "tensorrt").glob("*/fingerprint.json")
+        return path
+    return valid / FORMATS[name][0]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_valid_files_are_accepted(child, valid, name):
+    """Otherwise damage would prove nothing."""
+    expected = hostile.ACCEPTED if name != "diffusers_config" else "CheckpointError"
+    assert child.open(name.split()[0], valid_file(valid, name)) == expected
+
+
+def attack(child, valid, folder, name, count):
+    """Open so many damaged files of a format; what came of them, and what should not have."""
+    path, mutate = valid_file(valid, name), FORMATS[name][1]
+    contents = path.read_bytes()
+    numbers = random.Random(zlib.crc32(name.encode()))  # noqa: S311 no secret
+    outcomes, wrong = Counter(), []
+    for index in range(count):
+        hostile_file = folder / f"{name.split()[0]}-{index}{path.suffix}"
+        hostile_file.write_bytes(mutate(numbers, contents))
+        outcome = child.open(name.split()[0], hostile_file)
+        if outcome in NAMED or outcome == hostile.ACCEPTED:
+            outcomes[outcome] += 1
+            hostile_file.unlink()
+        else:
+            wrong.append(f"{hostile_file}: {outcome}")
+    return outcomes, wrong
+
+
+NAMED = {name for name, value in vars(errors).items() if isinstance(value, type)}
+
+
+def check(child, valid, folder, name, count):
+    outcomes, wrong = attack(child, valid, folder, name, count)
+    print(f"{name}: {count} files, {outcomes[hostile.ACCEPTED]} accepted, {count - outcomes[hostile.ACCEPTED] - len(wrong)} "
+          f"named errors, {len(wrong)} wrong; {dict(outcomes)}")
+    assert not wrong, "\n".join(wrong[:3])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_some_damaged_files(child, valid, tmp_path, name):
+    check(child, valid, tmp_path, name, 8 * FORMATS[name][2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
+def test_ten_thousand_damaged_files(child, valid, tmp_path, name):
+    check(child, valid, tmp_path, name, 200 * FORMATS[name][2])
