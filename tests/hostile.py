@@ -8,6 +8,7 @@ for gigabytes shows.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -104,7 +105,17 @@ class _Raw(str):
 
 _VALUES = [
     *(None, True, False, -1, 0, 1, 2, 3.5, 1e308, -0.0, 10**12, 2**63, 10**30, "", "fp32", "x" * 300, [], {}, [[]]),
-    *("../../etc/passwd", "/etc/passwd", "\x1b[2J\r\n", "\ud800", "\0", "1e9", "$(touch x)", [1, 2], {"a": {"b": None}}),
+    *(
+        "../../etc/passwd",
+        "/etc/passwd",
+        "\x1b[2J\r\n",
+        "\ud800",
+        "\0",
+        "1e9",
+        "$(touch x)",
+        [1, 2],
+        {"a": {"b": None}},
+    ),
     *(_Raw("NaN"), _Raw("Infinity"), _Raw("-Infinity"), _Raw("9" * 5000), _Raw("1e999"), _Raw("[" * 900 + "]" * 900)),
     *(_Raw("[" * 10**5 + "]" * 10**5), _Raw('{"a":' * 10**5), _Raw('{"a": 1, "a": 2}'), _Raw("-"), _Raw("")),
 ]
@@ -129,14 +140,16 @@ def _mutate_json(random, document):
     elif kind == 1 and isinstance(container, dict):
         container[random.choice(["", "x", "\ud800", *map(str, keys)])] = container.pop(key)
     elif kind == 2 and isinstance(container, list):
-        container.insert(key, random.choice(_VALUES))
+        container.insert(key, copy.deepcopy(random.choice(_VALUES)))
     elif kind == 3:
         other = random.choice(list(_containers(document)))
         container[key] = json.loads(json.dumps(other))
     elif kind == 4 and isinstance(container[key], int):
-        container[key] = random.choice((container[key] + 1, -container[key], container[key] * 2**20, str(container[key])))
+        container[key] = random.choice(
+            (container[key] + 1, -container[key], container[key] * 2**20, str(container[key]))
+        )
     else:
-        container[key] = random.choice(_VALUES)
+        container[key] = copy.deepcopy(random.choice(_VALUES))
 
 
 def _text(value):
@@ -187,7 +200,9 @@ def mutated_npy(random, valid):
         return mutated_bytes(random, valid)
     width = random.choice(("4", "4", "0", "-1", "True", "10**9", "1e9", "9" * 30, "1000000000000", "(4,)", "'4'"))
     shape = random.choice((f"({width}, 5)", f"(5, {width})", f"(1, {width}, 5)", f"({width},)", "()", "4", "(" * 300))
-    dtype = random.choice(("'<f4'", "'<f4'", "'<f2'", "'>f8'", "'O'", "'<f16'", "[('a', '<f4')]", "'V0'", "'U9'", "'<c8'"))
+    dtype = random.choice(
+        ("'<f4'", "'<f4'", "'<f2'", "'>f8'", "'O'", "'<f16'", "[('a', '<f4')]", "'V0'", "'U9'", "'<c8'")
+    )
     order = random.choice(("True", "False", "1", "None"))
     text = f"{{'descr': {dtype}, 'fortran_order': {order}, 'shape': {shape}, }}\n".encode()
     major = random.choice((1, 1, 1, 2, 3, 255))
@@ -239,7 +254,9 @@ class Opener:
         clip = shutil.copyfile(path, data / f"clip{path.suffix}")
         clip.with_suffix(".txt").write_text("caption")
         shutil.rmtree(self._work / "out", ignore_errors=True)
-        report = pre_encode(self._model, data, self._work / "out", PreEncodeOptions(crop="random", sample_size=100, batch_size=2))
+        report = pre_encode(
+            self._model, data, self._work / "out", PreEncodeOptions(crop="random", sample_size=100, batch_size=2)
+        )
         assert sum(report.statuses.values()) == 1
         self._model.encode_file(path, self._work / "latents.npy")
 

@@ -196,7 +196,9 @@ class _Fields:
         """Refuse any value but the implemented one; a missing field counts as `default`."""
         value = self._values.pop(key, default)
         if value != implemented:
-            raise self.error(key, f"= {reprlib.repr(value)} is not implemented (only {implemented!r} is); {_NOT_EXPORTABLE}")
+            raise self.error(
+                key, f"= {reprlib.repr(value)} is not implemented (only {implemented!r} is); {_NOT_EXPORTABLE}"
+            )
 
     def ignore(self, *keys: str) -> None:
         """Drop fields that do not change what the model computes at inference."""
@@ -231,7 +233,9 @@ def _parse_span(fields: _Fields, stride: int) -> Span:
     if window:
         fields.ignore("chunk_size", "chunk_midpoint_shift")
         if len(window) != 2 or window[0] != window[1] or type(window[0]) is not int or not 1 <= window[0] <= 8:
-            raise fields.error("sliding_window", f"= {reprlib.repr(window)} is not implemented; two equal numbers from 1 to 8 are")
+            raise fields.error(
+                "sliding_window", f"= {reprlib.repr(window)} is not implemented; two equal numbers from 1 to 8 are"
+            )
         return BandSpan(window[0])
     chunk = fields.take_size("chunk_size")
     latents = chunk // stride

@@ -16,7 +16,7 @@ from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from samekit._files import atomic_path, output_errors
+from samekit._files import atomic_path, output_errors, remove_abandoned
 from samekit.errors import BackendUnavailableError, BuildError, InputError
 from samekit.fingerprint import PORTABLE, PROFILES, TENSORRT, TENSORRT_RTX, capability_name, fingerprint_of, input_shape
 from samekit.spec import DECODER, ENCODER
@@ -24,6 +24,7 @@ from samekit.store import engine_roots
 from samekit.tensorrt_api import import_flavour, make_logger
 from samekit.tensorrt_store import (
     BUILDS_FOLDER,
+    FAILED_LOG_SUFFIX,
     LOG_FILE,
     Build,
     BuiltEngine,
@@ -129,6 +130,7 @@ def build_engines(engine: Engine, precision: str, module: Any, target: str, repo
     flavour = module.__name__
     fingerprint = fingerprint_of(engine.spec, precision, flavour, module.__version__, target)
     folder = engine.folder / BUILDS_FOLDER / fingerprint.name
+    remove_abandoned(folder.parent, folder.name)
     if is_whole(folder):
         report(f"{folder} is current")
         return Build.load(folder)
@@ -141,12 +143,14 @@ def build_engines(engine: Engine, precision: str, module: Any, target: str, repo
                 shutil.copyfile(staging / LOG_FILE, _failed_log(folder))
             raise
         write_document(staging, Build(folder, fingerprint, engines))
+    with output_errors(folder):
+        _failed_log(folder).unlink(missing_ok=True)
     return Build.load(folder)
 
 
 def _failed_log(folder: Path) -> Path:
     """Where the log of a build that failed stays."""
-    return folder.with_name(f"{folder.name}.failed.log")
+    return folder.with_name(f"{folder.name}{FAILED_LOG_SUFFIX}")
 
 
 def _build_halves(

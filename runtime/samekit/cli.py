@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from samekit import __version__
+from samekit._files import remove_abandoned
 from samekit.errors import InputError, SamekitError
 from samekit.spec import PRECISIONS
 
@@ -105,6 +106,8 @@ def encode(audio: Path, latents: Path, **options: Any) -> None:
 
     with AudioReader(audio) as reader:
         frames = reader.info.frames
+    for name in (latents.name, f"{latents.stem}.json"):
+        remove_abandoned(latents.parent, name)
     with _open(**options) as model, tqdm(total=frames, unit="frame", unit_scale=True, disable=None) as bar:
         done = model.encode_file(audio, latents, bar.update)
     _say(
@@ -125,6 +128,7 @@ def decode(latents: Path, audio: Path, bits: str, clip: bool, **options: Any) ->
     from samekit.latents import read_latents  # noqa: PLC0415
 
     total = read_latents(latents)[0].shape[-1]
+    remove_abandoned(audio.parent, audio.name)
     subtype = "FLOAT" if bits == "float" else f"PCM_{bits}"
     with _open(**options) as model, tqdm(total=total, unit="latent", disable=None) as bar:
         samples = model.decode_file(latents, audio, subtype, clip, bar.update)

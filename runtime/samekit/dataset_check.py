@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from samekit._files import temporary_target
 from samekit.errors import InputError, LatentsFileError
 from samekit.latents import map_array, read_latents
-from samekit.manifest import SILENCE_FILE, STATE_FOLDER, Settings, Shard, read_manifest, temporary_target
+from samekit.manifest import SILENCE_FILE, STATE_FOLDER, Settings, Shard, read_manifest
 
 if TYPE_CHECKING:
     import os

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
-from samekit._files import atomic_path, output_errors
+from samekit._files import atomic_path, output_errors, temporary_target
 from samekit._json import check_kinds
 from samekit.errors import InputError, OutputError
 
@@ -398,12 +398,6 @@ def _drop_incomplete_line(path: Path) -> None:
     """Cut off what follows the last line break."""
     with path.open("r+b") as file:
         file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def temporary_target(name: str) -> str | None:
-    """The file for which `atomic_path` made a temporary one of this name; None if it made none."""
-    match = re.fullmatch(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp", name, re.DOTALL)
-    return match[1] if match else None
 
 
 def _remove_temporaries(folder: Path, shard: Shard) -> None:
