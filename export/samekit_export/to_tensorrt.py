@@ -136,6 +136,7 @@ def build_engines(engine: Engine, precision: str, module: Any, target: str, repo
         return Build.load(folder)
     with new_build(folder) as staging, output_errors(folder):
         report(f"building {folder}")
+        _failed_log(folder).unlink(missing_ok=True)
         try:
             engines = _build_halves(engine, fingerprint, module, staging, report)
         except BuildError:
@@ -143,8 +144,6 @@ def build_engines(engine: Engine, precision: str, module: Any, target: str, repo
                 shutil.copyfile(staging / LOG_FILE, _failed_log(folder))
             raise
         write_document(staging, Build(folder, fingerprint, engines))
-    with output_errors(folder):
-        _failed_log(folder).unlink(missing_ok=True)
     return Build.load(folder)
 
 

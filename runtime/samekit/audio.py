@@ -60,7 +60,8 @@ class AudioReader:
 
     Reads whatever libsndfile does: WAV, FLAC, Ogg Vorbis and Opus, MP3, AIFF and more. A file that was cut
     off is refused where its format lets one see it: WAV, AIFF and Ogg on opening, FLAC and MP3 (with a Xing
-    header) when reading gets there. So is, at the end, an MP3 that libsndfile cannot read to its end.
+    header) when reading gets there. So is, at the end, an MP3 that libsndfile cannot read to its end, and a file
+    that was changed meanwhile.
 
     Args:
         path: the file.
@@ -76,6 +77,7 @@ class AudioReader:
         self._frames_read = 0
         self._source: BinaryIO | None = None
         _check_container(self.path)
+        self._stamp = _stamp(self.path)
         with ExitStack() as stack:
             self._file = stack.enter_context(_opened(self.path, _native(self.path)))
             if self._file.format == "MP3" and not _has_xing_header(self.path):
@@ -126,6 +128,8 @@ class AudioReader:
         """Refuse a file that ended before it should."""
         if not self._frames_read:
             raise self._empty()
+        if _stamp(self.path) != self._stamp:
+            raise AudioFileError(f"{self.path}: was changed while it was read; read it again")
         if self._source is not None:
             if self._source.tell() < _MP3_READ * self.path.stat().st_size:
                 cause = "is an MP3 of variable bit rate that does not tell its length"
@@ -210,6 +214,15 @@ def _decoder_errors(path: Path, cause: str, cure: str) -> Iterator[None]:
     except (sf.SoundFileError, TypeError) as error:
         reason = str(getattr(error, "error_string", error)).rstrip(".")
         raise AudioFileError(f"{path}: {cause} ({reason}); {cure}") from error
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Size and time of a file, which change when it does; None if it is gone."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def _cut_off(path: Path) -> AudioFileError:

@@ -190,6 +190,10 @@ def map_array(path: Path) -> npt.NDArray[np.floating[Any]]:
         raise LatentsFileError(f"{path}: is no .npy file, or a damaged one; encode the audio again") from error
     if dtype.kind != "f" or dtype.itemsize > 8:
         raise LatentsFileError(f"{path}: holds {dtype.name} values; latents are float16, float32 or float64")
+    if len(shape) > 3:
+        raise LatentsFileError(f"{path}: has {len(shape)} dimensions; give one clip, [width, latents]")
+    # In a header, true may stand for one.
+    shape = tuple(map(int, shape))
     if min(shape, default=0) < 1:
         raise LatentsFileError(f"{path}: holds no latents, its shape is {shape}; encode the audio again")
     if math.prod(shape) * dtype.itemsize > data_bytes:
