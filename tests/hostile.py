@@ -324,7 +324,7 @@ class Opener:
         document["graphs"]["fp32"]["decoder"]["sizes"]["decoder.onnx"] = path.stat().st_size
         (folder / "spec.json").write_text(json.dumps(document))
         with AutoencoderModel.from_pretrained(folder, backend="onnxruntime", threads=1) as model:
-            model.decode(np.zeros((1, model.latent_dim, 2), np.float32))
+            model.decode(model.encode(np.zeros((2, 9), np.float32), model.sample_rate))
 
     def build(self, path):
         """What a TensorRT build says of itself."""

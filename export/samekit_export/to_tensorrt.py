@@ -16,7 +16,7 @@ from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from samekit._files import atomic_path, output_errors, remove_abandoned
+from samekit._files import atomic_path, output_errors, remove_abandoned, utf8_path
 from samekit.errors import BackendUnavailableError, BuildError, InputError
 from samekit.fingerprint import PORTABLE, PROFILES, TENSORRT, TENSORRT_RTX, capability_name, fingerprint_of, input_shape
 from samekit.spec import DECODER, ENCODER
@@ -216,7 +216,7 @@ class _HalfBuilder:
         """Read the graph; every complaint of the parser becomes a line with the node's name."""
         parser = self._module.OnnxParser(network, self._logger)
         # By path, so that weights beside the graph are found.
-        if not parser.parse_from_file(str(self._graph)):
+        if not parser.parse_from_file(utf8_path(self._graph)):
             lines = [_parser_line(parser.get_error(index)) for index in range(parser.num_errors)]
             for line in lines:
                 self._note("ERROR", line)

@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from samekit.errors import OutputError, SamekitError
+from samekit.errors import InputError, OutputError, SamekitError
 
 if sys.platform != "win32":
     import fcntl
@@ -146,6 +146,18 @@ def remove_abandoned(folder: Path, name: str | None = None) -> list[tuple[Path, 
                     path.unlink()
                 removed.append((path, size))
     return removed
+
+
+def utf8_path(path: Path) -> str:
+    """A path for libraries that take UTF-8 only, whatever the locale is.
+
+    Raises:
+        InputError: its name is no text.
+    """
+    try:
+        return os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: its name is no UTF-8, which this library needs; rename it") from None
 
 
 def temporary_target(name: str) -> str | None:

@@ -125,9 +125,9 @@ def decode(latents: Path, audio: Path, bits: str, clip: bool, **options: Any) ->
     """Decode a LATENTS.npy file to an AUDIO file, .wav or .flac."""
     from tqdm import tqdm  # noqa: PLC0415
 
-    from samekit.latents import read_latents  # noqa: PLC0415
+    from samekit.latents import LatentsReader  # noqa: PLC0415
 
-    total = read_latents(latents)[0].shape[-1]
+    total = LatentsReader(latents).latents
     remove_abandoned(audio.parent, audio.name)
     subtype = "FLOAT" if bits == "float" else f"PCM_{bits}"
     with _open(**options) as model, tqdm(total=total, unit="latent", disable=None) as bar:
