@@ -396,7 +396,16 @@ def _writers(work, options, engine):
     return {
         "encode": lambda disk: ["encode", song, disk / "a.npy", *options],
         "decode": lambda disk: ["decode", work / "song.npy", disk / "a.wav", *options],
-        "pre-encode": lambda disk: ["pre-encode", *options, "--sample_size", "8000", "--data_dir", work / "data", "--output_path", disk / "out"],
+        "pre-encode": lambda disk: [
+            "pre-encode",
+            *options,
+            "--sample_size",
+            "8000",
+            "--data_dir",
+            work / "data",
+            "--output_path",
+            disk / "out",
+        ],
         "export": lambda disk: ["export", "tiny-s", "--weights", "random", "--out", disk, "--force"],
     }
 
