@@ -28,6 +28,9 @@ MEMORY = 1 << 30
 # Seconds for one file, and for the child to import everything.
 PATIENCE, START = 20, 120
 
+# Of datasets.
+SAMPLE_SIZE = 8000
+
 ACCEPTED = "accepted"
 
 
@@ -262,22 +265,22 @@ class Opener:
 
     def caption(self, path):
         """Beside a sound clip."""
-        from samekit.dataset import pre_encode
+        from samekit.dataset import PreEncodeOptions, pre_encode
 
         data = self._fresh("clip")
         shutil.copyfile(path, data / "clip.txt")
         shutil.rmtree(self._work / "out", ignore_errors=True)
-        pre_encode(self._model, data, self._work / "out")
+        pre_encode(self._model, data, self._work / "out", PreEncodeOptions(sample_size=SAMPLE_SIZE))
 
     def npy(self, path):
         """As latents, and as the silence of a dataset."""
-        from samekit.dataset import pre_encode
+        from samekit.dataset import PreEncodeOptions, pre_encode
         from samekit.dataset_check import verify
 
         out = self._fresh("dataset")
         shutil.copyfile(path, out / "silence.npy")
         verify(out)
-        pre_encode(self._model, self._valid / "clip", out)
+        pre_encode(self._model, self._valid / "clip", out, PreEncodeOptions(sample_size=SAMPLE_SIZE))
         self._model.decode_file(path, self._work / "audio.wav")
 
     def latents_json(self, path):
@@ -293,7 +296,7 @@ class Opener:
 
     def manifest(self, path):
         """Checked, and gone on with."""
-        from samekit.dataset import pre_encode
+        from samekit.dataset import PreEncodeOptions, pre_encode
         from samekit.dataset_check import verify
         from samekit.errors import SamekitError
 
@@ -301,7 +304,7 @@ class Opener:
         shutil.copyfile(path, out / ".samekit" / "manifest.jsonl")
         with contextlib.suppress(SamekitError):
             verify(out)
-        pre_encode(self._model, self._valid / "clip", out)
+        pre_encode(self._model, self._valid / "clip", out, PreEncodeOptions(sample_size=SAMPLE_SIZE))
 
     def spec(self, path):
         """An engine folder that is shown, and run."""

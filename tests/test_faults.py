@@ -11,19 +11,20 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import soundfile as sf
 from click.testing import CliRunner
-from helpers import RATE, FakeBackend, assert_one_line, noise, seeded
+from helpers import RATE, SUMMARY, FakeBackend, assert_one_line, noise, seeded
 from small import small_graph, write_engine
 
 from samekit import AutoencoderModel, _files
@@ -31,7 +32,7 @@ from samekit.audio import read_audio
 from samekit.cli import main
 from samekit.dataset import PreEncodeOptions, pre_encode
 from samekit.dataset_check import verify
-from samekit.errors import AudioFileError, LatentsFileError, OutputError, SamekitError
+from samekit.errors import AudioFileError, LatentsFileError, OutputError
 from samekit.latents import LatentsWriter
 from samekit.store import Engine
 from samekit.tensorrt_store import BuiltEngine, is_whole
@@ -103,6 +104,15 @@ def kill_at_every_step(work, check, prepare, most=200):
     pytest.fail("it never ends")
 
 
+@pytest.fixture(scope="module")
+def record_faults(request):
+    """Adds to the number of processes killed in this run, told at its end."""
+    killed = []
+    yield killed.append
+    line = f"{sum(killed)} processes killed while they wrote: nothing half-written, nothing lost"
+    request.config.stash.setdefault(SUMMARY, []).append(line)
+
+
 def contents(folder):
     """Relative path -> bytes of every file."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -155,7 +165,7 @@ def out(tmp_path):
 
 
 @pytest.mark.parametrize("older", [False, True])
-def test_killed_encode(song, out, options, older, record_property):
+def test_killed_encode(song, out, options, older, record_faults):
     whole = out.parent / "whole"
     whole.mkdir()
     samekit("encode", song, whole / "a.npy", *options)
@@ -176,12 +186,12 @@ def test_killed_encode(song, out, options, older, record_property):
         assert contents(out) == new, moment
 
     kills = kill_at_every_step(lambda: samekit("encode", song, out / "a.npy", *options), check, prepare)
-    record_property("faults", kills)
+    record_faults(kills)
     assert kills >= 8
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac"])
-def test_killed_decode(latents, out, options, suffix, record_property):
+def test_killed_decode(latents, out, options, suffix, record_faults):
     target = out / f"a.{suffix}"
 
     def prepare():
@@ -195,7 +205,7 @@ def test_killed_decode(latents, out, options, suffix, record_property):
     samekit("decode", latents, target, *options)
     new = target.read_bytes()
     kills = kill_at_every_step(lambda: samekit("decode", latents, target, *options), check, prepare)
-    record_property("faults", kills)
+    record_faults(kills)
     assert kills >= 4
 
 
@@ -220,7 +230,8 @@ class QuickGraph:
 
 @pytest.mark.parametrize("swap", [True, False], ids=["swapped in one step", "renamed twice"])
 @pytest.mark.parametrize("precisions", [["fp32"], ["fp16"]])
-def test_killed_export(quick_graphs, out, monkeypatch, precisions, swap, record_property):
+@pytest.mark.usefixtures("quick_graphs")
+def test_killed_export(out, monkeypatch, precisions, swap, record_faults):
     if not swap:
         monkeypatch.setattr(_files, "_exchanged", lambda *_: False)
     folder = out / "tiny-s"
@@ -249,13 +260,14 @@ def test_killed_export(quick_graphs, out, monkeypatch, precisions, swap, record_
         assert (folder / "tensorrt" / "some" / "fingerprint.json").exists(), moment
 
     kills = kill_at_every_step(run, check, prepare)
-    record_property("faults", kills)
+    record_faults(kills)
     assert kills >= 10
     run()
     assert names(folder / "tensorrt") == ["some"]
 
 
-def test_killed_first_export(quick_graphs, out, record_property):
+@pytest.mark.usefixtures("quick_graphs")
+def test_killed_first_export(out, record_faults):
     def check(moment):
         assert not (out / "tiny-s").exists() or Engine.load(out / "tiny-s").graph("encoder", "fp32")
         export(seeded("tiny-s"), out)
@@ -265,7 +277,7 @@ def test_killed_first_export(quick_graphs, out, record_property):
         shutil.rmtree(out, ignore_errors=True)
 
     kills = kill_at_every_step(lambda: export(seeded("tiny-s"), out), check, prepare)
-    record_property("faults", kills)
+    record_faults(kills)
     assert kills >= 4
 
 
@@ -287,7 +299,7 @@ def quick_halves(engine, fingerprint, module, staging, report):
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_killed_build(engine, tmp_path, monkeypatch, damaged, record_property):
+def test_killed_build(engine, tmp_path, monkeypatch, damaged, record_faults):
     folder = tmp_path / "engine"
     monkeypatch.setattr(to_tensorrt, "_build_halves", quick_halves)
 
@@ -310,11 +322,11 @@ def test_killed_build(engine, tmp_path, monkeypatch, damaged, record_property):
         assert is_whole(build), moment
 
     kills = kill_at_every_step(run, check, prepare)
-    record_property("faults", kills)
+    record_faults(kills)
     assert kills >= 5
 
 
-def test_killed_dataset(tmp_path, out, record_property):
+def test_killed_dataset(tmp_path, out, record_faults):
     data = tmp_path / "data"
     data.mkdir()
     for index in range(2):
@@ -335,7 +347,7 @@ def test_killed_dataset(tmp_path, out, record_property):
 
     run(tmp_path / "whole")
     kills = kill_at_every_step(lambda: run(out), check, prepare)
-    record_property("faults", kills)
+    record_faults(kills)
     assert kills >= 30
 
 
@@ -415,7 +427,8 @@ WRITERS = ("encode", "decode", "pre-encode", "export")
 
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("fault", ["full", "read-only"])
-def test_disk_that_cannot_be_written(tmp_path, options, engine, quick_graphs, monkeypatch, writer, fault):
+@pytest.mark.usefixtures("quick_graphs")
+def test_disk_that_cannot_be_written(tmp_path, options, engine, monkeypatch, writer, fault):
     command = _writers(tmp_path, options, engine)[writer]
     small = export_module.write_onnx
 
@@ -591,7 +604,8 @@ def quietly(error, work):
     return run
 
 
-def test_exports_into_one_folder_at_once(quick_graphs, out):
+@pytest.mark.usefixtures("quick_graphs")
+def test_exports_into_one_folder_at_once(out):
     for _ in range(10):
         assert together(*[lambda: export(seeded("tiny-s"), out, force=True)] * 3) == [0, 0, 0]
         assert names(out) == ["tiny-s"]
@@ -599,8 +613,8 @@ def test_exports_into_one_folder_at_once(quick_graphs, out):
 
 
 def test_encodes_and_decodes_to_one_file_at_once(song, latents, out, options):
+    encode, decode = ("encode", song, out / "a.npy", *options), ("decode", latents, out / "a.wav", *options)
     for _ in range(5):
-        encode, decode = ("encode", song, out / "a.npy", *options), ("decode", latents, out / "a.wav", *options)
         assert together(*[lambda: samekit(*encode), lambda: samekit(*decode)] * 2) == [0] * 4
         assert names(out) == ["a.json", "a.npy", "a.wav"]
         assert np.array_equal(np.load(out / "a.npy"), np.load(latents))
@@ -615,7 +629,8 @@ def test_cleaning_and_looking_at_once(engine, tmp_path):
             shutil.copytree(build, build.with_name(f"stale{copy}"))
             (build.with_name(f"stale{copy}") / "encoder.engine").write_bytes(b"")
             build.with_name(f"{copy}.failed.log").touch()
-        assert together(*[lambda: samekit("clean", folder), lambda: samekit("info", folder)] * 2) == [0] * 4
+        clean, info = partial(samekit, "clean", folder), partial(samekit, "info", folder)
+        assert together(clean, info, clean, info) == [0] * 4
         assert names(folder / "tensorrt") == [build.name]
 
 
@@ -698,7 +713,8 @@ ODD_NAMES = {
 
 
 @pytest.mark.parametrize("kind", ODD_NAMES)
-def test_odd_names(engine, song, tmp_path, kind, quick_graphs):
+@pytest.mark.usefixtures("quick_graphs")
+def test_odd_names(engine, song, tmp_path, kind):
     name = os.fsdecode(ODD_NAMES[kind])
     work = tmp_path / name
     work.mkdir()
@@ -730,7 +746,8 @@ def test_engine_whose_name_is_no_text(engine, latents, tmp_path):
     assert line.endswith("its name is no UTF-8, which this library needs; rename it")
 
 
-def test_model_with_a_long_name(quick_graphs, out):
+@pytest.mark.usefixtures("quick_graphs")
+def test_model_with_a_long_name(out):
     """As checkpoint folders may have."""
     name = "m" * 250
     for _ in range(2):
@@ -762,10 +779,10 @@ for arguments in (
     except SystemExit as end:
         print(end.code)
 """
-    os.mkdir(name + b"data")  # noqa: PTH102 bytes
-    shutil.copyfile(name + b".wav", os.path.join(name + b"data", "ü.wav".encode()))
-    with open(os.path.join(name + b"data", "ü.txt".encode()), "wb") as file:  # noqa: PTH123, PTH118 bytes
-        file.write("größer".encode())
+    data = Path(os.fsdecode(name + b"data"))
+    data.mkdir()
+    shutil.copyfile(name + b".wav", os.fsencode(data / "ü.wav"))
+    (data / "ü.txt").write_text("größer", encoding="utf-8")
     own = tmp_path / "größe"
     shutil.copytree(engine, own)
     done = subprocess.run(

@@ -224,12 +224,14 @@ def test_chunks_keep_lengths(budget):
 def test_anything_else_is_refused_by_name(budget):
     """Any rank, dtype, number or rate is encoded or refused, and a refusal is an InputError of one line."""
 
+    refusals = []
+
     def property_(shape, dtype, value, rate):
         array = np.full(shape, value).astype(dtype)
         try:
             latents = model().encode(array, rate)
         except InputError as error:
-            assert "\n" not in str(error)
+            refusals.append(str(error))
         else:
             assert latents.dtype == np.float32
             assert np.isfinite(latents).all()
@@ -245,6 +247,8 @@ def test_anything_else_is_refused_by_name(budget):
                 rates(budget), st.sampled_from([0, -1, 10**9, 44_100.0, "44100", None, True, math.nan, [44_100]])
             ),
         )
+    assert refusals
+    assert not any("\n" in refusal for refusal in refusals)
 
 
 # --- Streams --------------------------------------------------------------------------------------------------
@@ -301,10 +305,11 @@ def test_any_blocks_of_latents(budget):
 
 # --- Files ----------------------------------------------------------------------------------------------------
 
-# container, subtype -> least error of the samples.
 _FORMATS = st.sampled_from(
-    [("wav", "PCM_16"), ("wav", "PCM_24"), ("wav", "FLOAT"), ("wav", "DOUBLE"), ("wav", "PCM_U8"), ("flac", "PCM_16")]
-    + [("flac", "PCM_24"), ("aiff", "PCM_16"), ("wav", "ULAW")]
+    [
+        *(("wav", subtype) for subtype in ("PCM_U8", "PCM_16", "PCM_24", "FLOAT", "DOUBLE", "ULAW")),
+        *(("flac", "PCM_16"), ("flac", "PCM_24"), ("aiff", "PCM_16")),
+    ]
 )
 
 
