@@ -223,7 +223,6 @@ def test_chunks_keep_lengths(budget):
 
 def test_anything_else_is_refused_by_name(budget):
     """Any rank, dtype, number or rate is encoded or refused, and a refusal is an InputError of one line."""
-
     refusals = []
 
     def property_(shape, dtype, value, rate):
