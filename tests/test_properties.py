@@ -21,9 +21,12 @@ from hypothesis import strategies as st
 from samekit import AutoencoderModel
 from samekit.audio import prepare, read_audio
 from samekit.dataset import PreEncodeOptions, pre_encode
-from samekit.errors import InputError
+from samekit.dataset_check import verify
+from samekit.errors import InputError, SamekitError
 from samekit.latents import LatentsReader, LatentsWriter, read_latents
 from samekit.spec import DECODER, ENCODER
+from samekit.store import find_engine
+from samekit_export.checkpoint import load, load_source
 
 HOP, WIDTH, CHANNELS = 8, 4, 2
 SOME, MANY = 60, 1500
@@ -359,6 +362,46 @@ def test_any_latents_file(budget):
         step=st.integers(1, 60),
         seed=seeds,
     )
+
+
+_CHARACTERS = st.one_of(st.sampled_from("\0/.~\ud800\udc80 *[$\n"), st.characters(exclude_categories=()))
+
+
+def test_any_name(budget):
+    """Whatever text is passed as a name, it names something, or an error of one line says that it does not."""
+    refusals = []
+
+    def property_(name):
+        with tempfile.TemporaryDirectory() as folder:
+            here = f"{folder}/{name.replace('/', '')}"
+            sf.write(Path(folder, "a.wav"), noise((99, 2)), RATE)
+            np.save(Path(folder, "a.npy"), noise((WIDTH, 5)))
+            doors = (
+                lambda: find_engine(name),
+                lambda: load("same-s", name),
+                lambda: load_source({"kind": "folder", "folder": name, "name": name}),
+                lambda: model().encode_file(here, Path(folder, "b.npy")),
+                lambda: model().decode_file(here, Path(folder, "b.wav")),
+                lambda: model().encode_file(Path(folder, "a.wav"), f"{here}.npy"),
+                lambda: model().decode_file(Path(folder, "a.npy"), f"{here}.wav"),
+                lambda: pre_encode(model(), f"{here}/x", Path(folder, "out")),
+                lambda: pre_encode(model(), folder, f"{here}.out", PreEncodeOptions(sample_size=800)),
+                lambda: verify(f"{here}/x"),
+            )
+            refusals.extend(filter(None, map(refusal_of, doors)))
+
+    check(property_, budget, {"name": "x" * 5000}, {"name": "\0"}, {"name": "\ud800"}, name=st.text(_CHARACTERS))
+    assert len(refusals) > budget
+    assert all("; " in refusal for refusal in refusals)
+
+
+def refusal_of(door):
+    """What an error of samekit's says, if there is one."""
+    try:
+        door()
+    except SamekitError as error:
+        return str(error)
+    return None
 
 
 # --- Datasets -------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from samekit._files import named
 from samekit.errors import CheckpointError
 from samekit_export import diffusers_format
 
@@ -465,15 +466,16 @@ def load_folder(folder: str | Path, name: str | None = None) -> Checkpoint:
     Raises:
         CheckpointError: a file is missing or damaged, or the checkpoint is not exactly what we implement.
     """
-    folder = Path(folder).resolve()
-    if (folder / diffusers_format.WEIGHTS_FILE).is_file():
+    # Not the methods of Path, which raise on names that no file system takes.
+    folder = Path(os.path.realpath(named(folder)))
+    if os.path.isfile(folder / diffusers_format.WEIGHTS_FILE):  # noqa: PTH113 see above
         document = diffusers_format.published_config(_read_config(folder / diffusers_format.CONFIG_FILE))
         config, _ = parse_config(document)
         tensors = _read_tensors(folder / diffusers_format.WEIGHTS_FILE, config, diffusers_format.published_key, "")
         tensors = {key: diffusers_format.published_tensor(key, tensor) for key, tensor in tensors.items()}
     else:
         for file in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (folder / file).is_file():
+            if not os.path.isfile(folder / file):  # noqa: PTH113 see above
                 raise CheckpointError(
                     f"{folder}: no {file} here; pass a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}, "
                     f"or {diffusers_format.CONFIG_FILE} and {diffusers_format.WEIGHTS_FILE}"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from samekit._files import output_errors, remove_abandoned, replace_folder, temporary_folder
+from samekit._files import named, output_errors, remove_abandoned, replace_folder, temporary_folder
 from samekit.errors import InputError, OutputError, SamekitError
 from samekit.spec import DECODER, ENCODER, SPEC_FILE, EngineSpec
 from samekit.store import Engine, describe_graph
@@ -102,7 +102,7 @@ def export(
     for precision in precisions:
         if precision not in EXPORTABLE:
             raise InputError(f"cannot export precision {precision!r}; choose of {', '.join(EXPORTABLE)}")
-    folder = out / checkpoint.name
+    folder = named(out / checkpoint.name)
     spec = spec_of(checkpoint)
     remove_abandoned(out, checkpoint.name)
     older = _matching(folder, spec)

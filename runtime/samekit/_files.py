@@ -49,8 +49,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         OutputError: `path` is something else than a file, or its folder is missing, not writable or full.
+        InputError: no file can have this name.
     """
-    path = Path(path)
+    path = named(path)
     with output_errors(path):
         # Renaming over a device such as /dev/null would replace the device.
         if path.exists() and not path.is_file():
@@ -146,6 +147,21 @@ def remove_abandoned(folder: Path, name: str | None = None) -> list[tuple[Path, 
                     path.unlink()
                 removed.append((path, size))
     return removed
+
+
+def named(path: str | os.PathLike[str]) -> Path:
+    """The path, if a file may have this name.
+
+    Raises:
+        InputError: it holds a zero byte, or a character that is none.
+    """
+    try:
+        possible = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise InputError(f"{os.fspath(path)!r}: no file can have this name; choose another")
+    return Path(path)
 
 
 def utf8_path(path: Path) -> str:

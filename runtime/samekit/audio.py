@@ -19,7 +19,7 @@ import numpy.typing as npt
 import soundfile as sf
 from numpy.lib.stride_tricks import sliding_window_view
 
-from samekit._files import atomic_path, output_errors
+from samekit._files import atomic_path, named, output_errors
 from samekit.errors import AudioFileError, InputError, OutputError
 
 if TYPE_CHECKING:
@@ -70,10 +70,11 @@ class AudioReader:
     Raises:
         AudioFileError: on opening or reading, if the file is missing, empty, no audio, damaged, cut off, or
             holds NaN or infinity.
+        InputError: no file can have this name.
     """
 
     def __init__(self, path: str | os.PathLike[str], block: int = BLOCK) -> None:
-        self.path = Path(path)
+        self.path = named(path)
         self._frames_read = 0
         self._source: BinaryIO | None = None
         _check_container(self.path)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
-from samekit._files import atomic_path, output_errors
+from samekit._files import atomic_path, named, output_errors
 from samekit.backends.ort import available_cpus
 from samekit.clips import CuttingRules, Source, expected_latents, find_sources
 from samekit.errors import InputError, LatentsFileError
@@ -182,7 +182,7 @@ def pre_encode(
     folders = [data_dir] if isinstance(data_dir, (str, os.PathLike)) else list(data_dir)
     sources = {s.relpath: s for s in find_sources(folders) if options.shard.holds(s.relpath)}
     settings = _settings(model, options)
-    with Manifest.open(Path(output_path), options.shard, settings, reencode=options.reencode) as manifest:
+    with Manifest.open(named(output_path), options.shard, settings, reencode=options.reencode) as manifest:
         manifest.assign(sources)
         run = _Run(model.autoencoder, options, manifest, progress)
         run.retire(sources)

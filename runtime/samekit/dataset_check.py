@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from samekit._files import temporary_target
+from samekit._files import named, temporary_target
 from samekit.errors import InputError, LatentsFileError
 from samekit.latents import map_array, read_latents
 from samekit.manifest import SILENCE_FILE, STATE_FOLDER, Settings, Shard, read_manifest
@@ -15,6 +15,7 @@ from samekit.manifest import SILENCE_FILE, STATE_FOLDER, Settings, Shard, read_m
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
+    from pathlib import Path
     from typing import Any
 
     from samekit.manifest import Row
@@ -45,8 +46,11 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
     Raises:
         InputError: the folder has no manifest, or a damaged one.
     """
-    folder = Path(folder)
-    paths = sorted((folder / STATE_FOLDER).glob("manifest*.jsonl"))
+    folder = named(folder)
+    paths = []
+    # A folder whose name is too long has none.
+    with suppress(OSError):
+        paths = sorted((folder / STATE_FOLDER).glob("manifest*.jsonl"))
     if not paths:
         raise InputError(f"{folder}: has no manifest in {STATE_FOLDER}; pass the --output_path of a pre-encode run")
     manifests = [read_manifest(path) for path in paths]

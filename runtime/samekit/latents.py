@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from samekit._files import atomic_path, output_errors
+from samekit._files import atomic_path, named, output_errors
 from samekit.errors import InputError, LatentsFileError
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def read_latents(
         LatentsFileError: the file is missing, cut off, no array of finite numbers, empty, or of another
             width; or the `.json` is damaged.
     """
-    path = Path(path)
+    path = named(path)
     latents = map_array(path)
     latents = latents.reshape(_clip_shape(path, latents.shape, width))
     flat = latents.ravel(order="K")
@@ -181,7 +181,7 @@ class LatentsReader:
     """
 
     def __init__(self, path: str | os.PathLike[str], width: int | None = None) -> None:
-        self._path = Path(path)
+        self._path = named(path)
         self._layout = _read_layout(self._path)
         self.width, self.latents = _clip_shape(self._path, self._layout.shape, width)
         self.metadata = _read_metadata(_json_path(self._path))
