@@ -58,7 +58,7 @@ from samekit.fingerprint import (
     input_shape,
     runs_on,
 )
-from samekit.spec import DECODER, ENCODER
+from samekit.spec import DECODER, ENCODER, GPU_PRECISIONS
 from samekit.store import Engine
 from samekit.tensorrt_api import import_flavour, installed_versions
 from samekit.tensorrt_store import (
@@ -75,10 +75,10 @@ from samekit.tensorrt_store import (
 )
 from samekit_export import to_tensorrt
 from samekit_export.export import GRAPHS, export
-from samekit_export.to_tensorrt import BUILDABLE, add_engines
+from samekit_export.to_tensorrt import add_engines
 from samekit_export.verify import example_input
 
-PRECISIONS = list(BUILDABLE)
+PRECISIONS = list(GPU_PRECISIONS)
 needs_rtx = pytest.mark.skipif(TENSORRT_RTX not in installed_versions(), reason="tensorrt-rtx is not installed")
 
 # --- Building with TensorRT-RTX, which needs no GPU -----------------------------------------------------------

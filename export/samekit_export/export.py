@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 from samekit._files import named, output_errors, remove_abandoned, replace_folder, temporary_folder
 from samekit.errors import InputError, OutputError, SamekitError
-from samekit.spec import DECODER, ENCODER, SPEC_FILE, EngineSpec
+from samekit.spec import DECODER, ENCODER, PRECISIONS, SPEC_FILE, EngineSpec
 from samekit.store import Engine, describe_graph
 from samekit.tensorrt_store import BUILDS_FOLDER
 from samekit_export.checkpoint import ChunkSpan
 from samekit_export.graph import GraphDecoder, GraphEncoder
+from samekit_export.int8 import quantize_
 from samekit_export.model import Same
 from samekit_export.to_onnx import OPSET, write_onnx
 from samekit_export.verify import verify
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from samekit_export.checkpoint import Checkpoint, TrunkConfig
-
-EXPORTABLE = ("fp32", "fp16")
-"""Precisions that an export can write."""
 
 GRAPHS: dict[str, type[GraphEncoder | GraphDecoder]] = {ENCODER: GraphEncoder, DECODER: GraphDecoder}
 
@@ -87,7 +85,7 @@ def export(
     Args:
         checkpoint: what to export.
         out: the folder of engine folders.
-        precisions: of `EXPORTABLE`.
+        precisions: of `samekit.spec.PRECISIONS`.
         force: export these precisions even if they are current.
         report: takes a line for each step.
 
@@ -100,8 +98,8 @@ def export(
         OutputError: the folder cannot be written, or something else lies there.
     """
     for precision in precisions:
-        if precision not in EXPORTABLE:
-            raise InputError(f"cannot export precision {precision!r}; choose of {', '.join(EXPORTABLE)}")
+        if precision not in PRECISIONS:
+            raise InputError(f"cannot export precision {precision!r}; choose of {', '.join(PRECISIONS)}")
     folder = named(out / checkpoint.name)
     spec = spec_of(checkpoint)
     remove_abandoned(out, checkpoint.name)
@@ -178,11 +176,20 @@ def _add_precision(
         file = f"{half}.onnx" if precision == "fp32" else f"{half}.{precision}.onnx"
         report(f"writing {file}")
         built = graph(model)
-        write_onnx(built.half_() if precision == "fp16" else built, staging / file)
+        if precision == "fp16":
+            built.half_()
+        elif precision == "int8":
+            report(_told(quantize_(built)))
+        write_onnx(built, staging / file)
         graphs[half] = describe_graph(staging, file)
     spec = dataclasses.replace(spec, graphs={**spec.graphs, precision: graphs})
     cases = verify(Engine(staging, spec), model, precision, report)
     return dataclasses.replace(spec, verification={**spec.verification, precision: cases})
+
+
+def _told(kept: Sequence[str]) -> str:
+    """What became int8."""
+    return f"float32 for the sake of accuracy: {', '.join(kept)}" if kept else "every product of the blocks is int8"
 
 
 def _check_place(folder: Path) -> None:

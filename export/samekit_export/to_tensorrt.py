@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from samekit._files import atomic_path, output_errors, remove_abandoned, utf8_path
 from samekit.errors import BackendUnavailableError, BuildError, InputError
 from samekit.fingerprint import PORTABLE, PROFILES, TENSORRT, TENSORRT_RTX, capability_name, fingerprint_of, input_shape
-from samekit.spec import DECODER, ENCODER
+from samekit.spec import DECODER, ENCODER, GPU_PRECISIONS
 from samekit.store import engine_roots
 from samekit.tensorrt_api import import_flavour, make_logger
 from samekit.tensorrt_store import (
@@ -46,9 +46,6 @@ if TYPE_CHECKING:
 AUTO, RTX, OFF = MODES = ("auto", "rtx", "off")
 """auto: TensorRT where it and a GPU are there, else TensorRT-RTX if installed, else nothing. rtx: that or an error."""
 
-BUILDABLE = ("fp32", "fp16")
-"""Precisions of which engines are built; int8 graphs hold operators of ONNX Runtime's CPU provider."""
-
 
 def add_engines(engine: Engine, precisions: Sequence[str], mode: str, report: Report) -> list[Build]:
     """Build what an engine folder lacks.
@@ -73,7 +70,7 @@ def add_engines(engine: Engine, precisions: Sequence[str], mode: str, report: Re
         return []
     builds = []
     for precision in precisions:
-        if precision in BUILDABLE:
+        if precision in GPU_PRECISIONS:
             builds.append(build_engines(engine, precision, flavour, target, report))
         else:
             report(f"no TensorRT engine of {precision}, which is for ONNX Runtime on the CPU")
@@ -115,7 +112,7 @@ def build_engines(engine: Engine, precision: str, module: Any, target: str, repo
 
     Args:
         engine: a finished engine folder.
-        precision: of its graphs, one of `BUILDABLE`.
+        precision: of its graphs, one of `GPU_PRECISIONS`.
         module: `tensorrt` or `tensorrt_rtx`, see `samekit.tensorrt_api.import_flavour`.
         target: the compute capability of this machine's GPU, or `PORTABLE`.
         report: takes a line for each step.

@@ -201,7 +201,12 @@ def _verify_dataset(folder: Path) -> None:
 @click.argument("model")
 @click.option("--weights", default="hub", show_default=True, help="hub, random, or a checkpoint folder.")
 @click.option("--revision", help="Branch, tag or commit on the hub.")
-@click.option("--precision", default="fp32", show_default=True, help="fp32; several separated by commas.")
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    help="fp32, fp16 or int8; several separated by commas.",
+)
 @click.option("--out", default="engines", show_default=True, type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Export even if the engine folder is current.")
 @click.option(
@@ -277,6 +282,15 @@ def _describe_builds(engine: Engine) -> Iterator[str]:
 
     if build_folders(engine):
         yield from describe_builds(engine, builder_versions())
+
+
+@main.command()
+def doctor() -> None:
+    """Show what of samekit works on this machine, and what would have to be installed for the rest."""
+    from samekit.doctor import examine  # noqa: PLC0415
+
+    for line in examine():
+        _say(line)
 
 
 @main.command()

@@ -25,7 +25,10 @@ ENCODER, DECODER = "encoder", "decoder"
 """The two halves of an autoencoder; an engine folder holds a graph of each."""
 
 PRECISIONS = ("fp32", "fp16", "int8")
-"""Every precision of the format, most accurate first; no export writes int8 yet."""
+"""Every precision of the format, most accurate first."""
+
+GPU_PRECISIONS = ("fp32", "fp16")
+"""What runs on GPUs: int8 graphs have ranges that are measured in every call, which pays on CPUs only."""
 
 
 # Beyond these a spec is damaged, and believing it could ask for any amount of memory.

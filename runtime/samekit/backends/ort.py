@@ -11,7 +11,7 @@ from samekit._files import utf8_path
 from samekit.backends.base import Backend, BackendOptions, has_driver
 from samekit.errors import BackendError, BackendUnavailableError, OutputError
 from samekit.fingerprint import NARROW, input_shape
-from samekit.spec import DECODER, ENCODER
+from samekit.spec import DECODER, ENCODER, GPU_PRECISIONS
 from samekit.tensorrt_store import open_cache
 
 if TYPE_CHECKING:
@@ -70,6 +70,12 @@ class OnnxRuntimeBackend(Backend):
     def _choose_providers(self, options: BackendOptions) -> list[tuple[str, dict[str, Any]]]:
         """Providers with their settings, all of them known to this build."""
         known = self._runtime.get_available_providers()
+        if options.precision not in GPU_PRECISIONS:
+            if options.device == "cuda" or options.providers not in (None, (CPU_PROVIDER,)):
+                raise BackendUnavailableError(
+                    f"{options.precision} graphs are for CPUs; choose precision fp16, or device cpu and no providers"
+                )
+            return [(CPU_PROVIDER, {})]
         if options.providers is not None:
             wanted = options.providers
         elif options.device == "cuda" or (options.device is None and self._finds_cuda(known)):

@@ -1,0 +1,142 @@
+"""What this machine has of what samekit can use: packages, GPUs, engines; and what each missing part would enable."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from samekit import __version__
+from samekit.backends.base import has_driver
+from samekit.backends.ort import available_cpus
+from samekit.errors import SamekitError
+from samekit.spec import SPEC_FILE
+from samekit.store import Engine, engine_roots
+from samekit.tensorrt_api import INSTALL, builder_versions
+from samekit.tensorrt_store import describe_builds
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Part:
+    """A package that samekit uses if it is there."""
+
+    module: str
+    """What is imported."""
+    enables: str
+    """What it is for."""
+    install: str
+    """How to get it."""
+
+
+PARTS = (
+    Part("onnxruntime", "engines on any CPU, and on NVIDIA GPUs with onnxruntime-gpu", "pip install 'samekit[cpu]'"),
+    Part("tensorrt", "engines compiled for the GPU at hand", INSTALL["tensorrt"]),
+    Part("tensorrt_rtx", "engines compiled without a GPU, for many", INSTALL["tensorrt_rtx"]),
+    Part(
+        "torch",
+        "exporting, checkpoints without an engine, and GPU memory for TensorRT",
+        "pip install 'samekit[export]'",
+    ),
+    Part("onnx", "exporting", "pip install 'samekit[export]'"),
+    Part("onnxscript", "exporting", "pip install 'samekit[export]'"),
+    Part("safetensors", "reading checkpoints", "pip install 'samekit[export]'"),
+    Part("huggingface_hub", "published weights by name", "pip install 'samekit[export]'"),
+)
+"""In the order in which they matter to most people."""
+
+_GPU_QUERY = ("--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader")
+
+
+def examine() -> Iterator[str]:
+    """The lines of `samekit doctor`."""
+    yield f"samekit {__version__}, Python {platform.python_version()}, {platform.platform()}, {available_cpus()} cores"
+    yield "packages"
+    yield f"  numpy {version('numpy')}, soundfile {version('soundfile')} ({_libsndfile()})"
+    for part in PARTS:
+        yield f"  {_describe(part)}"
+    yield "GPUs"
+    for line in _gpus():
+        yield f"  {line}"
+    yield "engines"
+    for root in engine_roots():
+        yield from (f"  {line}" for line in _engines(root))
+
+
+def _libsndfile() -> str:
+    """Version of the library that reads and writes audio files."""
+    import soundfile  # noqa: PLC0415
+
+    return f"libsndfile {soundfile.__libsndfile_version__}"
+
+
+def _describe(part: Part) -> str:
+    """A package's version and what more there is to know of it, or what it would enable."""
+    try:
+        module: Any = importlib.import_module(part.module)
+    except ModuleNotFoundError as error:
+        if error.name != part.module:
+            return f"{part.module} cannot be imported ({error}): no {part.enables}; run: {part.install}"
+        return f"{part.module} is not installed: no {part.enables}; run: {part.install}"
+    # A package whose libraries are missing raises whatever its loader raises.
+    except Exception as error:  # noqa: BLE001
+        return f"{part.module} cannot be imported ({error}): no {part.enables}"
+    if part.module == "onnxruntime":
+        return f"onnxruntime {module.__version__}: {', '.join(module.get_available_providers())}"
+    if part.module == "torch":
+        return f"torch {module.__version__}: {'CUDA' if module.cuda.is_available() else 'no CUDA device'}"
+    return f"{part.module} {_version(part.module, module)}"
+
+
+def _version(name: str, module: Any) -> str:
+    try:
+        return str(module.__version__)
+    except AttributeError:
+        pass
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "of unknown version"
+
+
+def _gpus() -> Iterator[str]:
+    """A line for each GPU, or why there is none."""
+    if not has_driver():
+        yield "none: no NVIDIA driver"
+        return
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        yield "an NVIDIA driver, but no nvidia-smi to ask"
+        return
+    try:
+        done = subprocess.run([tool, *_GPU_QUERY], capture_output=True, text=True, timeout=20, check=True)  # noqa: S603
+    except (OSError, subprocess.SubprocessError) as error:
+        yield f"an NVIDIA driver, but nvidia-smi failed ({error})"
+        return
+    yield from done.stdout.splitlines() or ["none found by the driver"]
+
+
+def _engines(root: Path) -> Iterator[str]:
+    """A line for each engine folder under a root, and for each of its TensorRT builds."""
+    folders = sorted(path.parent for path in root.glob(f"*/{SPEC_FILE}"))
+    if not folders:
+        yield f"none in {root}"
+    for folder in folders:
+        try:
+            engine = Engine.load(folder)
+            for precision, halves in engine.spec.graphs.items():
+                for half in halves:
+                    engine.graph(half, precision)
+        except SamekitError as error:
+            yield f"DAMAGED: {error}"
+            continue
+        yield f"{folder}: {', '.join(engine.spec.graphs)}"
+        for line in describe_builds(engine, builder_versions()):
+            yield f"  tensorrt {line}"

@@ -1,0 +1,97 @@
+"""`samekit doctor`: what is there, what is missing, and what the missing would enable."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import subprocess
+import types
+
+import onnxruntime
+import pytest
+import torch
+from click.testing import CliRunner
+
+import samekit
+from samekit import doctor
+from samekit.cli import main
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty working folder and cache."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SAMEKIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def lines():
+    result = CliRunner().invoke(main, ["doctor"])
+    assert result.exit_code == 0, result.output
+    return result.output.splitlines()
+
+
+def test_versions_and_providers(home):
+    shown = lines()
+    assert shown[0].startswith(f"samekit {samekit.__version__}, Python ")
+    assert f"  onnxruntime {onnxruntime.__version__}: {', '.join(onnxruntime.get_available_providers())}" in shown
+    assert any(line.startswith(f"  torch {torch.__version__}: ") for line in shown)
+    assert f"  none in {home / 'cache'}" in shown
+
+
+@pytest.mark.usefixtures("home")
+def test_missing_parts_say_what_they_would_enable(monkeypatch):
+    real = importlib.import_module
+
+    def without(name, *arguments):
+        if name == "onnx":
+            raise ModuleNotFoundError("No module named 'onnx'", name="onnx")
+        if name == "onnxscript":
+            raise ModuleNotFoundError("No module named 'onnx_ir'", name="onnx_ir")
+        if name == "tensorrt":
+            raise OSError("libnvinfer.so.11: cannot open shared object file")
+        return real(name, *arguments)
+
+    monkeypatch.setattr(importlib, "import_module", without)
+    shown = "\n".join(lines())
+    assert "onnx is not installed: no exporting; run: pip install 'samekit[export]'" in shown
+    assert "onnxscript cannot be imported (No module named 'onnx_ir')" in shown
+    assert "tensorrt cannot be imported (libnvinfer.so.11" in shown
+
+
+def test_engines_whole_and_damaged(home, engine_of):
+    good = shutil.copytree(engine_of("tiny-s").folder, home / "engines" / "tiny-s")
+    bad = shutil.copytree(good, home / "engines" / "cut")
+    (bad / "encoder.onnx").write_bytes(b"")
+    shown = lines()
+    assert "  engines/tiny-s: fp32" in shown
+    assert any(line.startswith("  DAMAGED: engines/cut/encoder.onnx: has 0 bytes") for line in shown)
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize(
+    ("driver", "tool", "expected"),
+    [
+        (False, None, "none: no NVIDIA driver"),
+        (True, None, "an NVIDIA driver, but no nvidia-smi to ask"),
+        (True, "works", "NVIDIA L4, 8.9, 23034 MiB, 550.54"),
+        (True, "fails", "an NVIDIA driver, but nvidia-smi failed"),
+    ],
+)
+def test_gpus(monkeypatch, driver, tool, expected):
+    def run(command, **_):
+        if tool == "fails":
+            raise subprocess.CalledProcessError(9, command)
+        return types.SimpleNamespace(stdout="NVIDIA L4, 8.9, 23034 MiB, 550.54\n")
+
+    monkeypatch.setattr(doctor, "has_driver", lambda: driver)
+    monkeypatch.setattr(shutil, "which", lambda _: tool)
+    monkeypatch.setattr(subprocess, "run", run)
+    shown = lines()
+    assert shown[shown.index("GPUs") + 1].strip().startswith(expected)
+
+
+def test_every_install_line_names_an_extra_that_exists():
+    extras = set(importlib.metadata.metadata("samekit").get_all("Provides-Extra"))
+    named = {part.install.split("[")[1].split("]")[0] for part in doctor.PARTS}
+    assert named <= extras
