@@ -292,7 +292,7 @@ def test_failure_to_take_its_place_leaves_the_older_engine(exported, monkeypatch
     before, rename = contents(exported), Path.rename
 
     def refuse_new(self, target):
-        if ".new." in self.name:
+        if self.name.endswith(".tmp"):
             raise OSError(28, "No space left on device")
         return rename(self, target)
 

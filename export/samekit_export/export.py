@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import secrets
 import shutil
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from samekit._files import named, output_errors, remove_abandoned, replace_folder, temporary_folder
 from samekit.errors import InputError, OutputError, SamekitError
 from samekit.spec import DECODER, ENCODER, PRECISIONS, SPEC_FILE, EngineSpec
 from samekit.store import Engine, describe_graph
@@ -100,8 +100,9 @@ def export(
     for precision in precisions:
         if precision not in PRECISIONS:
             raise InputError(f"cannot export precision {precision!r}; choose of {', '.join(PRECISIONS)}")
-    folder = out / checkpoint.name
+    folder = named(out / checkpoint.name)
     spec = spec_of(checkpoint)
+    remove_abandoned(out, checkpoint.name)
     older = _matching(folder, spec)
     wanted = [p for p in precisions if force or older is None or not _is_whole(older, p)]
     if not wanted:
@@ -148,7 +149,9 @@ def _carry_over(older: Engine, spec: EngineSpec, wanted: Sequence[str], staging:
                 _link(older.folder / name, staging / name)
     builds = older.folder / BUILDS_FOLDER
     if builds.is_dir():
-        shutil.copytree(builds, staging / BUILDS_FOLDER, copy_function=_link)
+        # But for what killed builds left.
+        half_written = shutil.ignore_patterns(".*.tmp")
+        shutil.copytree(builds, staging / BUILDS_FOLDER, copy_function=_link, ignore=half_written)
     return dataclasses.replace(
         spec,
         graphs={p: older.spec.graphs[p] for p in kept},
@@ -209,25 +212,6 @@ def _is_engines_own(path: Path) -> bool:
 @contextmanager
 def _replaced_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` when the block ends well, and vanishes when it does not."""
-    suffix = f"{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    staging, old = (folder.with_name(f".{folder.name}.{role}.{suffix}") for role in ("new", "old"))
-    try:
-        staging.mkdir(parents=True)
+    with output_errors(folder), temporary_folder(folder) as staging:
         yield staging
-        if folder.exists():
-            folder.rename(old)
-        try:
-            staging.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        if isinstance(error, SamekitError):
-            raise
-        raise OutputError(
-            f"{folder}: cannot be written ({error.strerror or error}); choose a folder that is writable and has room"
-        ) from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        replace_folder(staging, folder)

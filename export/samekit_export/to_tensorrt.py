@@ -16,7 +16,7 @@ from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from samekit._files import atomic_path, output_errors
+from samekit._files import atomic_path, output_errors, remove_abandoned, utf8_path
 from samekit.errors import BackendUnavailableError, BuildError, InputError
 from samekit.fingerprint import PORTABLE, PROFILES, TENSORRT, TENSORRT_RTX, capability_name, fingerprint_of, input_shape
 from samekit.spec import DECODER, ENCODER, GPU_PRECISIONS
@@ -24,6 +24,7 @@ from samekit.store import engine_roots
 from samekit.tensorrt_api import import_flavour, make_logger
 from samekit.tensorrt_store import (
     BUILDS_FOLDER,
+    FAILED_LOG_SUFFIX,
     LOG_FILE,
     Build,
     BuiltEngine,
@@ -126,11 +127,13 @@ def build_engines(engine: Engine, precision: str, module: Any, target: str, repo
     flavour = module.__name__
     fingerprint = fingerprint_of(engine.spec, precision, flavour, module.__version__, target)
     folder = engine.folder / BUILDS_FOLDER / fingerprint.name
+    remove_abandoned(folder.parent, folder.name)
     if is_whole(folder):
         report(f"{folder} is current")
         return Build.load(folder)
     with new_build(folder) as staging, output_errors(folder):
         report(f"building {folder}")
+        _failed_log(folder).unlink(missing_ok=True)
         try:
             engines = _build_halves(engine, fingerprint, module, staging, report)
         except BuildError:
@@ -143,7 +146,7 @@ def build_engines(engine: Engine, precision: str, module: Any, target: str, repo
 
 def _failed_log(folder: Path) -> Path:
     """Where the log of a build that failed stays."""
-    return folder.with_name(f"{folder.name}.failed.log")
+    return folder.with_name(f"{folder.name}{FAILED_LOG_SUFFIX}")
 
 
 def _build_halves(
@@ -210,7 +213,7 @@ class _HalfBuilder:
         """Read the graph; every complaint of the parser becomes a line with the node's name."""
         parser = self._module.OnnxParser(network, self._logger)
         # By path, so that weights beside the graph are found.
-        if not parser.parse_from_file(str(self._graph)):
+        if not parser.parse_from_file(utf8_path(self._graph)):
             lines = [_parser_line(parser.get_error(index)) for index in range(parser.num_errors)]
             for line in lines:
                 self._note("ERROR", line)

@@ -28,7 +28,8 @@ from samekit._files import atomic_path, output_errors
 from samekit.backends.ort import available_cpus
 from samekit.clips import CuttingRules, Source, expected_latents, find_sources
 from samekit.encoder import Encoder, LocalEncoder
-from samekit.errors import InputError
+from samekit.errors import InputError, LatentsFileError
+from samekit.latents import map_array
 from samekit.manifest import Manifest, Row, Settings, Shard, remove_temporaries
 from samekit.output import SILENCE_FILE, STATE_FOLDER, find_output
 from samekit.pipeline import Job, Outcome, Task
@@ -407,8 +408,8 @@ class _Run:
 def _is_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
     """Whether a file holds an array like this."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        array = map_array(path)
+    except LatentsFileError:
         return False
     return bool(array.shape == shape and array.dtype == dtype)
 

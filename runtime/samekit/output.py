@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from samekit._files import output_errors
+from samekit._files import named, output_errors
 from samekit.errors import InputError, SamekitError
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def find_output(path: str | os.PathLike[str]) -> Output:
     text = os.fspath(path)
     scheme, separator, rest = text.partition("://")
     if scheme == "file":
-        return Output(Path(rest))
-    return RemoteOutput(text) if separator else Output(Path(text))
+        return Output(named(rest))
+    return RemoteOutput(text) if separator else Output(named(path))
 
 
 class Output:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final, Generic, TypeVar
 import numpy as np
 
 from samekit.clips import BadClipError, ClipReader
-from samekit.errors import InputError, NonFiniteError
+from samekit.errors import InputError, NonFiniteError, OutputError
 from samekit.latents import LatentsWriter
 
 if TYPE_CHECKING:
@@ -383,4 +383,6 @@ class _Files:
 def _abandon(writer: LatentsWriter) -> None:
     """Leave nothing of a file."""
     error = _StoppedError()
-    writer.__exit__(type(error), error, None)
+    # On a full disk closing fails too, for what was not written yet; it goes, and so do the other files.
+    with suppress(OutputError):
+        writer.__exit__(type(error), error, None)

@@ -7,6 +7,7 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from samekit._files import utf8_path
 from samekit.backends.base import Backend, BackendOptions, has_driver
 from samekit.errors import BackendError, BackendUnavailableError, OutputError
 from samekit.fingerprint import NARROW, input_shape
@@ -29,6 +30,9 @@ TENSORRT_PROVIDER = "TensorrtExecutionProvider"
 # in every call, a tenth of that time. So the first calls run on the mapped file, and whoever calls more often gets
 # packed weights; a short clip never waits for them.
 MAPPED_CALLS = 2
+
+# Of ONNX Runtime's log.
+_FATAL = 4
 
 # As the graphs are written.
 INPUT_NAMES = {ENCODER: "audio", DECODER: "latents"}
@@ -153,9 +157,12 @@ class OnnxRuntimeBackend(Backend):
         options.intra_op_num_threads = self._threads
         # Subnormal products cost hundreds of cycles each and nothing that fp32 can show.
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
+        if self.device == "cpu":
+            # What goes wrong is raised; on GPUs its log says more.
+            options.log_severity_level = _FATAL
         if not packed:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        path = self._engine.graph(half, self.precision)
+        path = utf8_path(self._engine.graph(half, self.precision))
         try:
             session = self._runtime.InferenceSession(path, options, providers=self._providers_of(half))
         except Exception as error:  # noqa: BLE001 the runtime's exceptions share no base class
