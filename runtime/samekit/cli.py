@@ -255,7 +255,7 @@ def _verify_dataset(folder: str) -> None:
 def export(
     model: str, weights: str, revision: str | None, precision: str, out: Path, force: bool, tensorrt: str
 ) -> None:
-    """Export MODEL (same-s, same-l, a checkpoint folder, or owner/name on the hub) to an engine folder."""
+    """Export MODEL (same-s, same-l, same-tiny, a checkpoint folder, or owner/name on the hub) to an engine folder."""
     _need_export()
     from samekit_export.checkpoint import load  # noqa: PLC0415
     from samekit_export.export import export as run  # noqa: PLC0415
@@ -281,6 +281,23 @@ def _need_export() -> None:
         raise InputError(
             f"exporting needs packages that are missing ({error}); run: pip install 'samekit[export]'"
         ) from None
+
+
+@main.command()
+@click.argument("audio", metavar="IN", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help="A name or an engine folder.")
+@click.option("--out", default="report.html", show_default=True, type=click.Path(path_type=Path))
+@click.option("--seconds", default=60.0, show_default=True, help="How much of the file to take, from its start.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all cores]")
+def report(audio: Path, model: str, out: Path, seconds: float, threads: int | None) -> None:
+    """Write a page about a model on the audio file IN: players, pictures, accuracy and speed of all that runs here."""
+    _need_export()
+    from samekit.store import find_engine  # noqa: PLC0415
+    from samekit_export.report import write_report  # noqa: PLC0415
+
+    measured = write_report(audio, find_engine(model), out, seconds=seconds, threads=threads, report=click.echo)
+    click.echo(measured.table())
+    click.echo(f"{out} is ready")
 
 
 @main.command()
