@@ -26,7 +26,7 @@ setup: $(READY) ## make .venv with everything in it
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "samekit needs Python >= 3.10; pass PYTHON=..."; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,export,report,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,export,report,ray,triton,dev]'
 	@touch $@
 
 # TensorRT's compiler, 320 MB: it builds engines without a GPU, so every test run puts the graphs through it.

@@ -91,8 +91,9 @@ def measure(model: Same, islands: Islands, cases: dict[str, tuple[Tensor, Tensor
 @click.argument("name", type=click.Choice(["tiny-s", "tiny-l", "same-s", "same-l"]))
 @click.option("--latents", default=6, show_default=True, type=click.IntRange(1))
 @click.option("--seed", default=0, show_default=True)
+@click.option("--only", multiple=True, help="These variants; several.")
 @click.option("--worst-cases", is_flag=True, help="The exported graphs on extreme inputs instead of the islands.")
-def main(name: str, latents: int, seed: int, worst_cases: bool) -> None:
+def main(name: str, latents: int, seed: int, only: tuple[str, ...], worst_cases: bool) -> None:
     """Print the table for one model; the last line is JSON."""
     model = Same.from_checkpoint(random_checkpoint(name, seed))
     rows = {}
@@ -101,6 +102,8 @@ def main(name: str, latents: int, seed: int, worst_cases: bool) -> None:
             rows = measure(model, ISLANDS, worst_inputs(model, latents))
         else:
             for variant, islands in variants():
+                if only and variant not in only:
+                    continue
                 rows |= measure(model, islands, {variant: usual_inputs(model, latents)})
                 print(f"  {variant:20} {rows[variant][0]:>8} {rows[variant][1]:>8}", flush=True)
     print(f"\n| {name}, {latents} latents | encode dB | decode dB |\n|---|---|---|")

@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from helpers import EACH_BACKEND, KINDS, seeded
+from helpers import EACH_BACKEND, KINDS, SUMMARY, seeded
 
 from samekit import AutoencoderModel
 from samekit.store import Engine
@@ -37,6 +37,11 @@ def pytest_report_header():
         "packages: " + ", ".join(f"{package} {version(package)}" for package in packages),
         "onnxruntime providers: " + ", ".join(onnxruntime.get_available_providers()),
     ]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for line in config.stash.get(SUMMARY, ()):
+        terminalreporter.write_line(line)
 
 
 def pytest_collection_modifyitems(items):

@@ -31,6 +31,9 @@ each_half = pytest.mark.parametrize("half", HALVES)
 # The same object every time: drawing millions of numbers takes a while. Its tensors are not to be changed.
 seeded = functools.cache(random_checkpoint)
 
+# Lines for the end of a run's report.
+SUMMARY = pytest.StashKey[list[str]]()
+
 REMOVED = object()
 """In place of a field's value: the field is left out."""
 

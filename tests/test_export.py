@@ -222,22 +222,23 @@ def test_new_version_exports_again(exported, ready_graphs, monkeypatch):
     assert ready_graphs == WRITTEN
 
 
-def test_another_precision_joins_what_is_there(exported, ready_graphs):
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_another_precision_joins_what_is_there(exported, ready_graphs, precision):
     folder = exported / "tiny-s"
     build = folder / "tensorrt" / "some-build" / "encoder.engine"
     build.parent.mkdir(parents=True)
     build.write_bytes(b"hours of work")
     before, verified = contents(folder), Engine.load(folder).spec.verification
-    engine = export(seeded("tiny-s"), exported, ["fp16"])
-    assert ready_graphs == ["GraphEncoder encoder.fp16.onnx", "GraphDecoder decoder.fp16.onnx"]
-    assert list(engine.spec.graphs) == ["fp32", "fp16"]
+    engine = export(seeded("tiny-s"), exported, [precision])
+    assert ready_graphs == [f"GraphEncoder encoder.{precision}.onnx", f"GraphDecoder decoder.{precision}.onnx"]
+    assert list(engine.spec.graphs) == ["fp32", precision]
     assert engine.spec.verification["fp32"] == verified["fp32"]
     after = contents(folder)
     assert {name: after[name] for name in before if name != "spec.json"} == {
         name: digest for name, digest in before.items() if name != "spec.json"
     }
     engine.check_digests()
-    export(seeded("tiny-s"), exported, ["fp32", "fp16"])
+    export(seeded("tiny-s"), exported, ["fp32", precision])
     assert len(ready_graphs) == 2
 
 
@@ -291,7 +292,7 @@ def test_failure_to_take_its_place_leaves_the_older_engine(exported, monkeypatch
     before, rename = contents(exported), Path.rename
 
     def refuse_new(self, target):
-        if ".new." in self.name:
+        if self.name.endswith(".tmp"):
             raise OSError(28, "No space left on device")
         return rename(self, target)
 

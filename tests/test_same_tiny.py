@@ -15,8 +15,9 @@ from helpers import assert_close, assert_one_line, in_one_pass
 from samekit import AutoencoderModel
 from samekit.audio import read_audio
 from samekit.errors import CheckpointError
+from samekit.spec import PRECISIONS
 from samekit_export.checkpoint import BUNDLED_FOLDERS, load, load_folder, load_source
-from samekit_export.export import EXPORTABLE, export
+from samekit_export.export import export
 from samekit_export.model import Same
 from samekit_export.verify import snr_db
 
@@ -41,7 +42,7 @@ def eager():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """An engine folder with every precision."""
-    return export(load(NAME), tmp_path_factory.mktemp("engines"), EXPORTABLE).folder
+    return export(load(NAME), tmp_path_factory.mktemp("engines"), PRECISIONS).folder
 
 
 def round_trip(model, audio):
@@ -102,7 +103,7 @@ def test_latents_are_of_unit_size(eager):
     assert np.abs(latents.mean(axis=(0, 2))).max() < 0.3
 
 
-@pytest.mark.parametrize("precision", EXPORTABLE)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_precisions_agree_on_music(folder, eager, precision):
     with AutoencoderModel.from_pretrained(folder, "cpu", precision=precision, threads=1) as model:
         latents = model.encode(unheard(), 44_100)

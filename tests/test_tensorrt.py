@@ -58,7 +58,7 @@ from samekit.fingerprint import (
     input_shape,
     runs_on,
 )
-from samekit.spec import DECODER, ENCODER
+from samekit.spec import DECODER, ENCODER, GPU_PRECISIONS
 from samekit.store import Engine
 from samekit.tensorrt_api import import_flavour, installed_versions
 from samekit.tensorrt_store import (
@@ -75,10 +75,10 @@ from samekit.tensorrt_store import (
 )
 from samekit_export import to_tensorrt
 from samekit_export.export import GRAPHS, export
-from samekit_export.to_tensorrt import BUILDABLE, add_engines
+from samekit_export.to_tensorrt import add_engines
 from samekit_export.verify import example_input
 
-PRECISIONS = list(BUILDABLE)
+PRECISIONS = list(GPU_PRECISIONS)
 needs_rtx = pytest.mark.skipif(TENSORRT_RTX not in installed_versions(), reason="tensorrt-rtx is not installed")
 
 # --- Building with TensorRT-RTX, which needs no GPU -----------------------------------------------------------
@@ -621,11 +621,10 @@ def test_info_names_stale_engines_and_clean_removes_them(own_engine, monkeypatch
     old = open_cache(own_engine, "fp32", "onnxruntime", "1.0.0")
     damaged = put_build(own_engine, TENSORRT_RTX, PORTABLE)
     _shorten(damaged.folder / "encoder.engine")
-    left = own_engine.folder / "tensorrt" / ".some.1234.new"
+    left = own_engine.folder / "tensorrt" / ".some.1234-0123abcd.tmp"
     left.mkdir()
-    shutil.os.utime(left, (0, 0))
-    running = own_engine.folder / "tensorrt" / ".some.5678.new"
-    running.mkdir()
+    failed = own_engine.folder / "tensorrt" / "some.failed.log"
+    failed.touch()
 
     def run(command):
         result = CliRunner().invoke(main, [command, str(own_engine.folder)])
@@ -642,11 +641,13 @@ def test_info_names_stale_engines_and_clean_removes_them(own_engine, monkeypatch
     assert "STALE: " in state[damaged.folder.name]
 
     assert {line.split()[1].strip(",") for line in run("clean")} == {
-        str(path) for path in (stale.folder, old, damaged.folder, left)
+        str(path) for path in (stale.folder, old, damaged.folder, left, failed)
     }
     assert build_folders(own_engine) == sorted([current.folder, elsewhere.folder, kept])
-    assert running.exists()
-    assert run("clean") == ["nothing to remove"]
+    with new_build(own_engine.folder / "tensorrt" / "some") as running:
+        assert run("clean") == ["nothing to remove"]
+        assert running.exists()
+        write_document(running, current)
 
 
 # --- The backend, on a fake runtime ---------------------------------------------------------------------------

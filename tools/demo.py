@@ -12,8 +12,9 @@ import numpy as np
 import synthesis
 
 from samekit.audio import AudioWriter
+from samekit.spec import PRECISIONS
 from samekit_export.checkpoint import load
-from samekit_export.export import EXPORTABLE, export
+from samekit_export.export import export
 from samekit_export.report import write_report
 from samekit_export.to_tensorrt import AUTO, add_engines
 from samekit_export.verify import FLOOR_DB
@@ -33,8 +34,8 @@ def main() -> None:
     music = synthesis.clip(np.random.default_rng(SEED), SECONDS, music=True).T
     with AudioWriter(piece, synthesis.RATE, channels=2) as writer:
         writer.write(music * (PEAK / np.abs(music).max()))
-    engine = export(load(MODEL), FOLDER / "engines", EXPORTABLE, report=print)
-    add_engines(engine, EXPORTABLE, AUTO, print)
+    engine = export(load(MODEL), FOLDER / "engines", PRECISIONS, report=print)
+    add_engines(engine, PRECISIONS, AUTO, print)
     report = write_report(piece, engine, page, report=print)
     print(f"\n{piece} through {MODEL}:\n\n{report.table()}\n\nListen and look: {page.resolve().as_uri()}")
     worst = min(row.audio_db for row in report.rows if row.precision == "fp32")

@@ -13,11 +13,13 @@ import inspect
 import json
 import math
 import os
+import reprlib
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from samekit._files import named
 from samekit.errors import CheckpointError
 from samekit_export import diffusers_format
 
@@ -161,7 +163,7 @@ class _Fields:
     def __init__(self, values: Any, path: str) -> None:
         if not isinstance(values, dict):
             raise CheckpointError(
-                f"{CONFIG_FILE}: {path} must be an object, it is {values!r}; is this a SAME checkpoint?"
+                f"{CONFIG_FILE}: {path} must be an object, it is {reprlib.repr(values)}; is this a SAME checkpoint?"
             )
         self._values = dict(values)
         self._path = path
@@ -178,7 +180,7 @@ class _Fields:
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise self.error(key, f"must be of type {kind.__name__}, it is {value!r}")
+            raise self.error(key, f"must be of type {kind.__name__}, it is {reprlib.repr(value)}")
         return value
 
     def take_size(self, key: str, default: int | None = None) -> int:
@@ -199,7 +201,9 @@ class _Fields:
         """Refuse any value but the implemented one; a missing field counts as `default`."""
         value = self._values.pop(key, default)
         if value != implemented:
-            raise self.error(key, f"= {value!r} is not implemented (only {implemented!r} is); {_NOT_EXPORTABLE}")
+            raise self.error(
+                key, f"= {reprlib.repr(value)} is not implemented (only {implemented!r} is); {_NOT_EXPORTABLE}"
+            )
 
     def ignore(self, *keys: str) -> None:
         """Drop fields that do not change what the model computes at inference."""
@@ -226,7 +230,7 @@ class _Fields:
         left = {key: value for key, value in self._values.items() if value}
         if left:
             key, value = next(iter(left.items()))
-            raise self.error(key, f"= {value!r} is not implemented; {_NOT_EXPORTABLE}")
+            raise self.error(key, f"= {reprlib.repr(value)} is not implemented; {_NOT_EXPORTABLE}")
 
 
 def _parse_span(fields: _Fields, stride: int) -> Span:
@@ -234,7 +238,9 @@ def _parse_span(fields: _Fields, stride: int) -> Span:
     if window:
         fields.ignore("chunk_size", "chunk_midpoint_shift")
         if len(window) != 2 or window[0] != window[1] or type(window[0]) is not int or not 1 <= window[0] <= 8:
-            raise fields.error("sliding_window", f"= {window!r} is not implemented; two equal numbers from 1 to 8 are")
+            raise fields.error(
+                "sliding_window", f"= {reprlib.repr(window)} is not implemented; two equal numbers from 1 to 8 are"
+            )
         return BandSpan(window[0])
     chunk = fields.take_size("chunk_size")
     latents = chunk // stride
@@ -264,7 +270,7 @@ def _parse_trunk(fields: _Fields, patch_width: int, latent_width: int, *, decode
     sine = fields._values.pop("sinusoidal_blocks", [0])  # noqa: SLF001
     sine = sine if isinstance(sine, list) else [sine]
     if len(sine) != 1 or not isinstance(sine[0], int):
-        raise fields.error("sinusoidal_blocks", f"= {sine!r} is not implemented; one whole number is")
+        raise fields.error("sinusoidal_blocks", f"= {reprlib.repr(sine)} is not implemented; one whole number is")
     trunk = TrunkConfig(
         width=fields.take_size("channels") * fields.take_level("c_mults", int),
         depth=fields.take_level("transformer_depths", int),
@@ -414,7 +420,7 @@ def _digest(config: SameConfig, tensors: Mapping[str, torch.Tensor]) -> str:
 def _read_config(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download the checkpoint again") from None
 
 
@@ -468,15 +474,16 @@ def load_folder(folder: str | Path, name: str | None = None) -> Checkpoint:
     Raises:
         CheckpointError: a file is missing or damaged, or the checkpoint is not exactly what we implement.
     """
-    folder = Path(folder).resolve()
-    if (folder / diffusers_format.WEIGHTS_FILE).is_file():
+    # Not the methods of Path, which raise on names that no file system takes.
+    folder = Path(os.path.realpath(named(folder)))
+    if os.path.isfile(folder / diffusers_format.WEIGHTS_FILE):  # noqa: PTH113 see above
         document = diffusers_format.published_config(_read_config(folder / diffusers_format.CONFIG_FILE))
         config, _ = parse_config(document)
         tensors = _read_tensors(folder / diffusers_format.WEIGHTS_FILE, config, diffusers_format.published_key, "")
         tensors = {key: diffusers_format.published_tensor(key, tensor) for key, tensor in tensors.items()}
     else:
         for file in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (folder / file).is_file():
+            if not os.path.isfile(folder / file):  # noqa: PTH113 see above
                 raise CheckpointError(
                     f"{folder}: no {file} here; pass a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}, "
                     f"or {diffusers_format.CONFIG_FILE} and {diffusers_format.WEIGHTS_FILE}"
@@ -513,8 +520,10 @@ def _read_tensors(
                 if key.startswith(prefix)
             }
             found = {bare: tuple(file.get_slice(key).get_shape()) for bare, key in keys.items()}
+            shapes = {key: shape for key, shape in tensor_shapes(config).items() if _is_derived(key)}
+            _check_shapes(shapes | found, config, str(path))
+            # Not before: a configuration may ask for tensors of any size, and only the file's are paid for.
             derived = _derived_tensors(config)
-            _check_shapes({key: tuple(tensor.shape) for key, tensor in derived.items()} | found, config, str(path))
             tensors = {bare: file.get_tensor(key).float() for bare, key in keys.items()}
     except (SafetensorError, OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
@@ -532,13 +541,21 @@ def _derived_tensors(config: SameConfig) -> dict[str, torch.Tensor]:
     """The tensors that follow from the configuration; a checkpoint may lack them."""
     import torch  # noqa: PLC0415
 
-    shapes = tensor_shapes(config)
-    frequencies = {
+    return {
         key: torch.as_tensor(rotary_frequencies(2 * shape[0]), dtype=torch.float32)
-        for key, shape in shapes.items()
-        if key.endswith("rope.inv_freq")
+        if key.endswith(_FREQUENCIES)
+        else torch.zeros(shape)
+        for key, shape in tensor_shapes(config).items()
+        if _is_derived(key)
     }
-    return {**frequencies, "bottleneck.noise_scaling_factor": torch.zeros(shapes["bottleneck.noise_scaling_factor"])}
+
+
+_FREQUENCIES = "rope.inv_freq"
+
+
+def _is_derived(key: str) -> bool:
+    """Whether a tensor follows from the configuration; a checkpoint may lack it."""
+    return key.endswith((_FREQUENCIES, "bottleneck.noise_scaling_factor"))
 
 
 def _check_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:

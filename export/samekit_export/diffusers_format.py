@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from samekit._json import check_kind
 from samekit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -77,6 +78,11 @@ def published_config(document: Any) -> dict[str, Any]:
 
 def _translated(its: dict[str, Any]) -> dict[str, Any]:
     """The configuration field by field."""
+    for name in ("dim_heads", "patch_size", "audio_channels"):
+        # Before they are multiplied: text times a number is a longer text.
+        check_kind(name, its[name], int)
+    for stride in its["encoder_strides"]:
+        check_kind("encoder_strides", stride, int)
     if its["dim_heads"] < 64:
         # That class turns half of a small head, the published model 32 features of it.
         raise CheckpointError(f"{CONFIG_FILE}: dim_heads = {its['dim_heads']} is not implemented here; 64 or more is")

@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import secrets
 import shutil
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from samekit._files import named, output_errors, remove_abandoned, replace_folder, temporary_folder
 from samekit.errors import InputError, OutputError, SamekitError
-from samekit.spec import DECODER, ENCODER, SPEC_FILE, EngineSpec
+from samekit.spec import DECODER, ENCODER, PRECISIONS, SPEC_FILE, EngineSpec
 from samekit.store import Engine, describe_graph
 from samekit.tensorrt_store import BUILDS_FOLDER
 from samekit_export.checkpoint import ChunkSpan
 from samekit_export.graph import GraphDecoder, GraphEncoder
+from samekit_export.int8 import quantize_
 from samekit_export.model import Same
 from samekit_export.to_onnx import OPSET, write_onnx
 from samekit_export.verify import verify
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from samekit_export.checkpoint import Checkpoint, TrunkConfig
-
-EXPORTABLE = ("fp32", "fp16")
-"""Precisions that an export can write."""
 
 GRAPHS: dict[str, type[GraphEncoder | GraphDecoder]] = {ENCODER: GraphEncoder, DECODER: GraphDecoder}
 
@@ -87,7 +85,7 @@ def export(
     Args:
         checkpoint: what to export.
         out: the folder of engine folders.
-        precisions: of `EXPORTABLE`.
+        precisions: of `samekit.spec.PRECISIONS`.
         force: export these precisions even if they are current.
         report: takes a line for each step.
 
@@ -100,10 +98,11 @@ def export(
         OutputError: the folder cannot be written, or something else lies there.
     """
     for precision in precisions:
-        if precision not in EXPORTABLE:
-            raise InputError(f"cannot export precision {precision!r}; choose of {', '.join(EXPORTABLE)}")
-    folder = out / checkpoint.name
+        if precision not in PRECISIONS:
+            raise InputError(f"cannot export precision {precision!r}; choose of {', '.join(PRECISIONS)}")
+    folder = named(out / checkpoint.name)
     spec = spec_of(checkpoint)
+    remove_abandoned(out, checkpoint.name)
     older = _matching(folder, spec)
     wanted = [p for p in precisions if force or older is None or not _is_whole(older, p)]
     if not wanted:
@@ -150,7 +149,9 @@ def _carry_over(older: Engine, spec: EngineSpec, wanted: Sequence[str], staging:
                 _link(older.folder / name, staging / name)
     builds = older.folder / BUILDS_FOLDER
     if builds.is_dir():
-        shutil.copytree(builds, staging / BUILDS_FOLDER, copy_function=_link)
+        # But for what killed builds left.
+        half_written = shutil.ignore_patterns(".*.tmp")
+        shutil.copytree(builds, staging / BUILDS_FOLDER, copy_function=_link, ignore=half_written)
     return dataclasses.replace(
         spec,
         graphs={p: older.spec.graphs[p] for p in kept},
@@ -175,11 +176,20 @@ def _add_precision(
         file = f"{half}.onnx" if precision == "fp32" else f"{half}.{precision}.onnx"
         report(f"writing {file}")
         built = graph(model)
-        write_onnx(built.half_() if precision == "fp16" else built, staging / file)
+        if precision == "fp16":
+            built.half_()
+        elif precision == "int8":
+            report(_told(quantize_(built)))
+        write_onnx(built, staging / file)
         graphs[half] = describe_graph(staging, file)
     spec = dataclasses.replace(spec, graphs={**spec.graphs, precision: graphs})
     cases = verify(Engine(staging, spec), model, precision, report)
     return dataclasses.replace(spec, verification={**spec.verification, precision: cases})
+
+
+def _told(kept: Sequence[str]) -> str:
+    """What became int8."""
+    return f"float32 for the sake of accuracy: {', '.join(kept)}" if kept else "every product of the blocks is int8"
 
 
 def _check_place(folder: Path) -> None:
@@ -202,25 +212,6 @@ def _is_engines_own(path: Path) -> bool:
 @contextmanager
 def _replaced_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` when the block ends well, and vanishes when it does not."""
-    suffix = f"{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    staging, old = (folder.with_name(f".{folder.name}.{role}.{suffix}") for role in ("new", "old"))
-    try:
-        staging.mkdir(parents=True)
+    with output_errors(folder), temporary_folder(folder) as staging:
         yield staging
-        if folder.exists():
-            folder.rename(old)
-        try:
-            staging.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        if isinstance(error, SamekitError):
-            raise
-        raise OutputError(
-            f"{folder}: cannot be written ({error.strerror or error}); choose a folder that is writable and has room"
-        ) from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        replace_folder(staging, folder)

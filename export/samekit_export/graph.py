@@ -92,6 +92,11 @@ class Linear(nn.Module):
         # A row, not a vector: TensorRT turns vectors into rows first, one layer each.
         self.bias = None if bias is None else _constant(bias[None])
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the product."""
+        return self.weight.dtype
+
     def forward(self, rows: Tensor) -> Tensor:
         """`[rows, in]` to `[rows, out]`, in the dtype of the weight."""
         rows = rows.to(self.weight.dtype)
@@ -229,6 +234,8 @@ class GraphBlock(nn.Module):
     def __init__(self, block: Block, config: TrunkConfig, alpha_in: float, alpha_out: float, islands: Islands) -> None:
         super().__init__()
         self.islands = islands
+        # Whether the first token of each latent feeds forward apart from the others, for the sake of their ranges.
+        self.apart = False
         self.heads = config.heads
         self.head_width = config.head_width
         self.width = config.width
@@ -273,7 +280,7 @@ class GraphBlock(nn.Module):
         """
         spread = spread or _same
         layout = grid.layout
-        islands, product = self.islands, self.v.weight.dtype
+        islands, product = self.islands, self.v.dtype
         x = torch.tanh(residual).to(product)
         residual = spread(residual)
         asking, positions = x, grid.query_positions
@@ -289,7 +296,16 @@ class GraphBlock(nn.Module):
         v = self._per_head(grid.keys(spread(self.v(x))), grid).permute(1, 2, 0, 3)
         heads = (weights @ v).permute(2, 0, 1, 3).reshape(-1, self.width)
         residual = self.out(heads, residual)
+        if not self.apart:
+            return self.feed_forward(residual)
+        latents = residual.view(layout.latents, layout.tokens // layout.latents, -1, self.width)
+        parts = latents.split([1, latents.shape[1] - 1], dim=1)
+        fed = [self.feed_forward(part.reshape(-1, self.width)).reshape(part.shape) for part in parts]
+        return torch.cat(fed, dim=1).reshape(-1, self.width)
 
+    def feed_forward(self, residual: Tensor) -> Tensor:
+        """The second branch: `[rows, width]` to the same."""
+        islands = self.islands
         x = torch.tanh(residual)
         gate = _wide(self.gate(x), islands.gate)
         gate = torch.sin(gate) if self.sine else functional.silu(gate)

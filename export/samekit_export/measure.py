@@ -40,7 +40,9 @@ def _version(package: str) -> str:
         return "absent"
 
 
-def interleaved(candidates: Mapping[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], runs: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each run of each candidate, in turn A B C A B C, after one round that warms up and does not count.
 
     A machine whose speed drifts slows all of them alike.
@@ -48,9 +50,9 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], runs: int) -> di
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for round_number in range(runs + 1):
         for name, run in candidates.items():
-            start = time.perf_counter()
+            start = clock()
             run()
-            elapsed = time.perf_counter() - start
+            elapsed = clock() - start
             if round_number:
                 times[name].append(elapsed)
     return times

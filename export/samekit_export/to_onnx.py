@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from samekit_export.graph import GraphDecoder, GraphEncoder
+from samekit_export.int8 import ONNX_OPERATORS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,6 +64,7 @@ def write_onnx(graph: GraphEncoder | GraphDecoder, path: Path) -> None:
             input_names=[graph.input_name],
             output_names=[graph.output_name],
             verbose=False,
+            custom_translation_table=ONNX_OPERATORS,
         )
         if program is None:
             raise RuntimeError("torch.onnx.export returned nothing")
@@ -72,5 +74,5 @@ def write_onnx(graph: GraphEncoder | GraphDecoder, path: Path) -> None:
         if shape is None:
             raise RuntimeError("torch.onnx.export lost the output's shape")
         shape[2] = inside if isinstance(graph, GraphEncoder) else outside
-        size = sum(p.numel() * p.element_size() for p in graph.parameters())
+        size = sum(p.numel() * p.element_size() for p in graph.state_dict().values())
         program.save(path, external_data=size > EXTERNAL_DATA_ABOVE)

@@ -16,14 +16,15 @@ from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from samekit._files import atomic_path, output_errors
+from samekit._files import atomic_path, output_errors, remove_abandoned, utf8_path
 from samekit.errors import BackendUnavailableError, BuildError, InputError
 from samekit.fingerprint import PORTABLE, PROFILES, TENSORRT, TENSORRT_RTX, capability_name, fingerprint_of, input_shape
-from samekit.spec import DECODER, ENCODER
+from samekit.spec import DECODER, ENCODER, GPU_PRECISIONS
 from samekit.store import engine_roots
 from samekit.tensorrt_api import import_flavour, make_logger
 from samekit.tensorrt_store import (
     BUILDS_FOLDER,
+    FAILED_LOG_SUFFIX,
     LOG_FILE,
     Build,
     BuiltEngine,
@@ -44,9 +45,6 @@ if TYPE_CHECKING:
 
 AUTO, RTX, OFF = MODES = ("auto", "rtx", "off")
 """auto: TensorRT where it and a GPU are there, else TensorRT-RTX if installed, else nothing. rtx: that or an error."""
-
-BUILDABLE = ("fp32", "fp16")
-"""Precisions of which engines are built; int8 graphs hold operators of ONNX Runtime's CPU provider."""
 
 
 def add_engines(engine: Engine, precisions: Sequence[str], mode: str, report: Report) -> list[Build]:
@@ -72,7 +70,7 @@ def add_engines(engine: Engine, precisions: Sequence[str], mode: str, report: Re
         return []
     builds = []
     for precision in precisions:
-        if precision in BUILDABLE:
+        if precision in GPU_PRECISIONS:
             builds.append(build_engines(engine, precision, flavour, target, report))
         else:
             report(f"no TensorRT engine of {precision}, which is for ONNX Runtime on the CPU")
@@ -114,7 +112,7 @@ def build_engines(engine: Engine, precision: str, module: Any, target: str, repo
 
     Args:
         engine: a finished engine folder.
-        precision: of its graphs, one of `BUILDABLE`.
+        precision: of its graphs, one of `GPU_PRECISIONS`.
         module: `tensorrt` or `tensorrt_rtx`, see `samekit.tensorrt_api.import_flavour`.
         target: the compute capability of this machine's GPU, or `PORTABLE`.
         report: takes a line for each step.
@@ -129,11 +127,13 @@ def build_engines(engine: Engine, precision: str, module: Any, target: str, repo
     flavour = module.__name__
     fingerprint = fingerprint_of(engine.spec, precision, flavour, module.__version__, target)
     folder = engine.folder / BUILDS_FOLDER / fingerprint.name
+    remove_abandoned(folder.parent, folder.name)
     if is_whole(folder):
         report(f"{folder} is current")
         return Build.load(folder)
     with new_build(folder) as staging, output_errors(folder):
         report(f"building {folder}")
+        _failed_log(folder).unlink(missing_ok=True)
         try:
             engines = _build_halves(engine, fingerprint, module, staging, report)
         except BuildError:
@@ -146,7 +146,7 @@ def build_engines(engine: Engine, precision: str, module: Any, target: str, repo
 
 def _failed_log(folder: Path) -> Path:
     """Where the log of a build that failed stays."""
-    return folder.with_name(f"{folder.name}.failed.log")
+    return folder.with_name(f"{folder.name}{FAILED_LOG_SUFFIX}")
 
 
 def _build_halves(
@@ -213,7 +213,7 @@ class _HalfBuilder:
         """Read the graph; every complaint of the parser becomes a line with the node's name."""
         parser = self._module.OnnxParser(network, self._logger)
         # By path, so that weights beside the graph are found.
-        if not parser.parse_from_file(str(self._graph)):
+        if not parser.parse_from_file(utf8_path(self._graph)):
             lines = [_parser_line(parser.get_error(index)) for index in range(parser.num_errors)]
             for line in lines:
                 self._note("ERROR", line)

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from samekit_export.model import Same
 
 # Float32 ports reach 104 to 130 dB; below 90 dB something is wrong. Published float16 ports stand at 46 dB with trained
-# weights, so below 40 dB something is wrong there.
-FLOOR_DB = {"fp32": 90.0, "fp16": 40.0}
+# weights, so below 40 dB something is wrong there. int8 graphs are made to stand at 38 dB on examples of eight latents,
+# and other lengths have other ranges; ports that round everything the plain way stand at 30 dB.
+FLOOR_DB = {"fp32": 90.0, "fp16": 40.0, "int8": 32.0}
 
 
 def snr_db(reference: Array, output: Array) -> float:

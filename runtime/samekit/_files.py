@@ -1,20 +1,36 @@
-"""Files that appear whole or not at all. Knows nothing of what is in them."""
+"""Files and folders that appear whole or not at all. Knows nothing of what is in them.
+
+Until it is complete, a result is a temporary file or folder beside its place, `.NAME.PID-RANDOM.tmp`. Its process holds
+a lock on it, which the system releases when the process ends, however it ends; so what a killed process left can be
+told from what is still being written, whatever machine or container wrote it.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
+import re
 import secrets
-from contextlib import contextmanager, suppress
+import shutil
+import sys
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from samekit.errors import OutputError
+from samekit.errors import InputError, OutputError, SamekitError
+
+if sys.platform != "win32":
+    import fcntl
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 # File names end at 255 bytes on common file systems; the process id and the rest take fewer than 55.
 _NAME_BYTES: Final = 200
+# Of Linux's renameat2: paths are taken as they are, and both names are swapped.
+_AT_FDCWD: Final = -100
+_RENAME_EXCHANGE: Final = 2
 
 
 @contextmanager
@@ -33,23 +49,197 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         OutputError: `path` is something else than a file, or its folder is missing, not writable or full.
+        InputError: no file can have this name.
     """
-    path = Path(path)
+    path = named(path)
     with output_errors(path):
         # Renaming over a device such as /dev/null would replace the device.
         if path.exists() and not path.is_file():
             raise OutputError(f"{path}: is not a regular file; choose another name for the output")
-        temporary = path.with_name(f".{_shortened(path.name)}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    try:
-        yield temporary
-        with output_errors(path):
-            _sync(temporary)
-            temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with _temporary(
+        path, lambda name: os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    ) as temporary:
+        try:
+            yield temporary
+            with output_errors(path):
+                _sync(temporary)
+                temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     _sync_folder(path.parent)
+
+
+@contextmanager
+def temporary_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder`, which is gone when the block ends, unless it was renamed.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    with _temporary(folder, lambda name: name.mkdir(parents=True)) as temporary:
+        try:
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Give a temporary folder the place of another; what lay there goes, or is at `new` afterwards.
+
+    Where the system can swap names, one of both is at `folder` at every moment. Elsewhere a process that is killed
+    right between two renamings leaves the older one to `remove_abandoned`, which puts it back.
+
+    Raises:
+        OSError: it cannot be renamed; the older one stays.
+    """
+    try:
+        new.rename(folder)
+    except OSError as error:
+        # The codes with which systems refuse to rename over a folder that is not empty.
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    else:
+        return
+    if _exchanged(new, folder):
+        return
+    old = _temporary_name(folder, _OLD)
+    with ExitStack() as stack:
+        with suppress(OSError):
+            stack.enter_context(_locked(folder))
+        folder.rename(old)
+        try:
+            new.rename(folder)
+        except OSError:
+            if not folder.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_abandoned(folder: Path, name: str | None = None) -> list[tuple[Path, int]]:
+    """Remove what killed processes left half-written in a folder; what others are writing stays.
+
+    Args:
+        folder: where to look; it need not be there.
+        name: the file or folder that they were writing; all unless given.
+
+    Returns:
+        What was removed, and how many bytes it held. An older folder that was on its way out is put back instead, if
+        nothing took its place.
+    """
+    removed = []
+    with suppress(OSError):
+        for path in sorted(folder.iterdir()):
+            target = temporary_target(path.name)
+            if target is None or (name is not None and target.removesuffix(_OLD) != _shortened(name)):
+                continue
+            # Taken by a process that is alive, or gone by now.
+            with suppress(OSError), _locked(path):
+                place = path.with_name(name or target.removesuffix(_OLD))
+                if target.endswith(_OLD) and not place.exists():
+                    path.rename(place)
+                    continue
+                size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+                removed.append((path, size))
+    return removed
+
+
+def named(path: str | os.PathLike[str]) -> Path:
+    """The path, if a file may have this name.
+
+    Raises:
+        InputError: it holds a zero byte, or a character that is none.
+    """
+    try:
+        possible = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise InputError(f"{os.fspath(path)!r}: no file can have this name; choose another")
+    return Path(path)
+
+
+def utf8_path(path: Path) -> str:
+    """A path for libraries that take UTF-8 only, whatever the locale is.
+
+    Raises:
+        InputError: its name is no text.
+    """
+    try:
+        return os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: its name is no UTF-8, which this library needs; rename it") from None
+
+
+def temporary_target(name: str) -> str | None:
+    """The file or folder (its name may be shortened) whose temporary one has this name; None if it is none."""
+    match = re.fullmatch(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp", name, re.DOTALL)
+    return match[1] if match else None
+
+
+# Marks a folder that is on its way out, see `replace_folder`.
+_OLD: Final = ".old"
+
+
+def _temporary_name(path: Path, role: str = "") -> Path:
+    """A name that nothing has, in the folder of `path`."""
+    return path.with_name(f".{_shortened(path.name)}{role}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+@contextmanager
+def _temporary(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
+    """Make a temporary file or folder for `path`, and hold its lock, where the system has such locks."""
+    with ExitStack() as stack:
+        while True:
+            temporary = _temporary_name(path)
+            with output_errors(path):
+                make(temporary)
+            try:
+                stack.enter_context(_locked(temporary))
+            except (FileNotFoundError, BlockingIOError):
+                # Whoever clears away came between the two steps and took it for abandoned.
+                continue
+            except OSError:
+                # Some systems lock nothing; so nobody can take the lock either, and nothing is cleared away.
+                break
+            if temporary.exists():
+                break
+            stack.close()
+        yield temporary
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file or folder.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: it is not there, or the system does not lock it.
+    """
+    if sys.platform == "win32":
+        raise OSError(errno.ENOTSUP, "no locks on folders")
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where the system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    # Windows has no library of this name, and other systems no such function.
+    except (AttributeError, OSError, TypeError):
+        return False
+    done: int = rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    return done == 0
 
 
 @contextmanager
@@ -65,7 +255,7 @@ def output_errors(path: str | os.PathLike[str], library_error: type[Exception] =
     """
     try:
         yield
-    except OutputError:
+    except SamekitError:
         raise
     except (OSError, library_error) as error:
         reason = getattr(error, "strerror", None) or str(error).rstrip(".")

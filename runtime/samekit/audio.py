@@ -19,7 +19,7 @@ import numpy.typing as npt
 import soundfile as sf
 from numpy.lib.stride_tricks import sliding_window_view
 
-from samekit._files import atomic_path, output_errors
+from samekit._files import atomic_path, named, output_errors
 from samekit.errors import AudioFileError, InputError, OutputError
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ Audio = npt.NDArray[np.float32]
 
 BLOCK: Final = 2**18
 """Samples a channel that are read at a time: 6 s at 44.1 kHz, 2 MiB in stereo."""
+# Most samples of all channels in a block: a header may announce 1,024 channels.
+_BLOCK_VALUES: Final = 2**21
 
 
 # --- Reading ------------------------------------------------------------------------------------------------
@@ -58,23 +60,25 @@ class AudioReader:
 
     Reads whatever libsndfile does: WAV, FLAC, Ogg Vorbis and Opus, MP3, AIFF and more. A file that was cut
     off is refused where its format lets one see it: WAV, AIFF and Ogg on opening, FLAC and MP3 (with a Xing
-    header) when reading gets there. So is, at the end, an MP3 that libsndfile cannot read to its end.
+    header) when reading gets there. So is, at the end, an MP3 that libsndfile cannot read to its end, and a file
+    that was changed meanwhile.
 
     Args:
         path: the file.
-        block: most samples a channel in one block.
+        block: most samples a channel in one block; with many channels it is less.
 
     Raises:
         AudioFileError: on opening or reading, if the file is missing, empty, no audio, damaged, cut off, or
             holds NaN or infinity.
+        InputError: no file can have this name.
     """
 
     def __init__(self, path: str | os.PathLike[str], block: int = BLOCK) -> None:
-        self.path = Path(path)
-        self._block = block
+        self.path = named(path)
         self._frames_read = 0
         self._source: BinaryIO | None = None
         _check_container(self.path)
+        self._stamp = _stamp(self.path)
         with ExitStack() as stack:
             self._file = stack.enter_context(_opened(self.path, _native(self.path)))
             if self._file.format == "MP3" and not _has_xing_header(self.path):
@@ -90,6 +94,7 @@ class AudioReader:
             )
             if self.info.frames == 0:
                 raise self._empty()
+            self._block = max(1, min(block, _BLOCK_VALUES // self.info.channels))
             self._open_files = stack.pop_all()
 
     def __enter__(self) -> Self:
@@ -124,6 +129,8 @@ class AudioReader:
         """Refuse a file that ended before it should."""
         if not self._frames_read:
             raise self._empty()
+        if _stamp(self.path) != self._stamp:
+            raise AudioFileError(f"{self.path}: was changed while it was read; read it again")
         if self._source is not None:
             if self._source.tell() < _MP3_READ * self.path.stat().st_size:
                 cause = "is an MP3 of variable bit rate that does not tell its length"
@@ -208,6 +215,15 @@ def _decoder_errors(path: Path, cause: str, cure: str) -> Iterator[None]:
     except (sf.SoundFileError, TypeError) as error:
         reason = str(getattr(error, "error_string", error)).rstrip(".")
         raise AudioFileError(f"{path}: {cause} ({reason}); {cure}") from error
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Size and time of a file, which change when it does; None if it is gone."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def _cut_off(path: Path) -> AudioFileError:

@@ -13,7 +13,7 @@ from samekit.backends import AUTO, open_backend
 from samekit.backends.base import BackendOptions
 from samekit.chunking import ExactWindows, reference_chunks
 from samekit.errors import InputError, LatentsFileError
-from samekit.latents import LatentsWriter, read_latents
+from samekit.latents import LatentsReader, LatentsWriter
 from samekit.spec import DECODER, ENCODER
 from samekit.streaming import HalfRunner, StreamDecoder, StreamEncoder, as_clip
 
@@ -411,19 +411,19 @@ class AutoencoderModel:
             LatentsFileError: the file holds no latents of this model.
             OutputError: the audio cannot be written.
         """
-        latents, metadata = read_latents(latents_path, self.latent_dim)
+        reader = LatentsReader(latents_path, self.latent_dim)
+        metadata = reader.metadata
         made_by = metadata.get("model_sha256", self.spec.source_sha256)
         if made_by != self.spec.source_sha256:
             raise LatentsFileError(
                 f"{latents_path}: latents of another model ({metadata.get('model')}), not of this {self.spec.name}; "
                 "decode with the model that made them, or remove the .json if you know better"
             )
-        length = self._exact_length(metadata, latents.shape[-1], latents_path)
+        length = self._exact_length(metadata, reader.latents, latents_path)
         decoder = self.stream_decoder()
         rate, channels, step = self.sample_rate, self.spec.channels, decoder.latency
         with AudioWriter(audio_path, rate, channels, subtype, frames=length, clip=clip) as writer:
-            for begin in range(0, latents.shape[-1], step):
-                block = latents[:, begin : begin + step]
+            for block in reader.blocks(step):
                 writer.write(decoder.push(block))
                 if progress:
                     progress(block.shape[-1])

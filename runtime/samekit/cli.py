@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from samekit import __version__
+from samekit._files import remove_abandoned
 from samekit.errors import InputError, SamekitError
 from samekit.spec import PRECISIONS
 
@@ -16,7 +18,31 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from samekit.autoencoder import AutoencoderModel
+    from samekit.dataset import PreEncodeOptions
+    from samekit.distributed import RayEncoder
     from samekit.store import Engine
+
+
+def _printable(text: str) -> str:
+    """One line that any terminal takes and that steers none, although names in files and of files may hold anything."""
+    shown = (
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in " ".join(text.splitlines())
+    )
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return "".join(shown).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _say(text: str, *, err: bool = False) -> None:
+    """Print one line."""
+    click.echo(_printable(text), err=err)
+
+
+class _PrintableFormatter(logging.Formatter):
+    """Messages as `_printable` gives them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _printable(super().format(record))
 
 
 class _Group(click.Group):
@@ -38,7 +64,9 @@ class _Failure(click.ClickException):
 @click.option("-v", "--verbose", is_flag=True, help="Say which backend was chosen and why others were not.")
 def main(verbose: bool) -> None:
     """Run and export the SAME audio autoencoders of Stable Audio 3."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="samekit: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_PrintableFormatter("samekit: %(message)s"))
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
 
 
 def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,9 +108,11 @@ def encode(audio: Path, latents: Path, **options: Any) -> None:
 
     with AudioReader(audio) as reader:
         frames = reader.info.frames
+    for name in (latents.name, f"{latents.stem}.json"):
+        remove_abandoned(latents.parent, name)
     with _open(**options) as model, tqdm(total=frames, unit="frame", unit_scale=True, disable=None) as bar:
         done = model.encode_file(audio, latents, bar.update)
-    click.echo(
+    _say(
         f"{latents}: {done['latents']} latents of {model.latent_dim} from {done['samples'] / done['sample_rate']:.2f} s"
     )
 
@@ -97,19 +127,20 @@ def decode(latents: Path, audio: Path, bits: str, clip: bool, **options: Any) ->
     """Decode a LATENTS.npy file to an AUDIO file, .wav or .flac."""
     from tqdm import tqdm  # noqa: PLC0415
 
-    from samekit.latents import read_latents  # noqa: PLC0415
+    from samekit.latents import LatentsReader  # noqa: PLC0415
 
-    total = read_latents(latents)[0].shape[-1]
+    total = LatentsReader(latents).latents
+    remove_abandoned(audio.parent, audio.name)
     subtype = "FLOAT" if bits == "float" else f"PCM_{bits}"
     with _open(**options) as model, tqdm(total=total, unit="latent", disable=None) as bar:
         samples = model.decode_file(latents, audio, subtype, clip, bar.update)
-    click.echo(f"{audio}: {samples / model.sample_rate:.2f} s at {model.sample_rate} Hz")
+    _say(f"{audio}: {samples / model.sample_rate:.2f} s at {model.sample_rate} Hz")
 
 
 @main.command("pre-encode")
 @click.option("--model", default="same-l", show_default=True, help="A name, an engine folder or a checkpoint folder.")
 @click.option("--data_dir", "--data-dir", multiple=True, help="Folder with audio files and .txt captions; repeatable.")
-@click.option("--output_path", "--output-path", type=click.Path(path_type=Path), help="Folder for the latents.")
+@click.option("--output_path", "--output-path", help="Folder (or URL) for the latents.")
 @click.option(
     "--batch_size", "--batch-size", default=1, show_default=True, help="Windows encoded at once; none is padded."
 )
@@ -124,10 +155,26 @@ def decode(latents: Path, audio: Path, bits: str, clip: bool, **options: Any) ->
 @click.option("--strict", is_flag=True, help="Exit with code 2 if a clip is bad, once the others are encoded.")
 @click.option("--reencode", is_flag=True, help="Encode everything again if the folder holds latents of other settings.")
 @click.option("--workers", "readers", default=0, help="Threads that read ahead. [default: one a core, at most 4]")
-@click.option("--verify", "verified", type=click.Path(path_type=Path), help="Check a folder of latents instead.")
+@click.option(
+    "--ray",
+    "address",
+    metavar="[ADDRESS]",
+    is_flag=False,
+    flag_value="",
+    help="Encode on the Ray cluster at HOST:PORT; without ADDRESS on one on this machine.",
+)
+@click.option("--actors", type=click.IntRange(min=1), help="Encoders on the cluster. [default: as many as fit]")
+@click.option("--cpus-per-actor", type=click.IntRange(min=1), help="Cores, and threads, of each. [default: 1]")
+@click.option("--gpus-per-actor", type=click.FloatRange(min=0), help="GPUs of each, or a share. [default: 0]")
+@click.option("--verify", "verified", help="Check a folder of latents instead.")
 @_backend_options
 def pre_encode(
-    model: str, data_dir: tuple[str, ...], output_path: Path | None, verified: Path | None, **options: Any
+    model: str,
+    data_dir: tuple[str, ...],
+    output_path: str | None,
+    verified: str | None,
+    address: str | None,
+    **options: Any,
 ) -> None:
     """Encode a dataset for training: a pair of .npy and .json for each audio file with a caption.
 
@@ -147,38 +194,55 @@ def pre_encode(
         if backend["precision"] == "int8":
             raise InputError("--model_half means --precision fp16, not int8; pass one of them")
         backend["precision"] = "fp16"
+    asked = {name: options.pop(name) for name in ("actors", "cpus_per_actor", "gpus_per_actor")}
     settings = PreEncodeOptions(shard=Shard.parse(options.pop("shard")), **options)
-    with _open(model, **backend) as opened, Display() as display:
-        report = pre_encode(opened, data_dir, output_path, settings, display)
+    with _encoder(model, backend, settings, address, asked) as encoder, Display() as display:
+        report = pre_encode(encoder, data_dir, output_path, settings, display)
     for row in report.bad[:10]:
-        click.echo(_printable(f"{row['status']}: {row['reason'] or row['relpath']}"), err=True)
-    click.echo(_printable(report.summary()))
-    click.echo(report.to_json())
+        _say(f"{row['status']}: {row['reason'] or row['relpath']}", err=True)
+    _say(report.summary())
+    _say(report.to_json())
 
 
-def _verify_dataset(folder: Path) -> None:
+def _encoder(
+    model: str, backend: dict[str, Any], settings: PreEncodeOptions, address: str | None, asked: dict[str, Any]
+) -> AutoencoderModel | RayEncoder:
+    """What encodes a dataset: a model in this process, or actors on a cluster."""
+    given = {name: value for name, value in asked.items() if value is not None}
+    if address is None:
+        if given:
+            names = " ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise InputError(f"{names} is of the encoders on a Ray cluster; pass --ray too")
+        return _open(model, **backend)
+    if settings.shard.count > 1:
+        raise InputError("--shard and --ray both split the work; pass one of them")
+    from samekit.distributed import RayEncoder, RayOptions  # noqa: PLC0415
+
+    return RayEncoder(model, RayOptions(address, **given), **backend)
+
+
+def _verify_dataset(folder: str) -> None:
     """Print every problem of a folder of latents."""
     from samekit.dataset_check import verify as check  # noqa: PLC0415
 
     problems = check(folder)
     for problem in problems:
-        click.echo(_printable(problem))
+        _say(problem)
     if problems:
         raise InputError(f"{folder}: {len(problems)} problems; see above")
-    click.echo(_printable(f"{folder}: sound"))
-
-
-def _printable(text: str, *, keep_indent: bool = False) -> str:
-    """Text on one line that any terminal takes, although file names may hold anything."""
-    line = " ".join(text.encode("utf-8", "backslashreplace").decode("utf-8").split())
-    return " " * (len(text) - len(text.lstrip(" "))) + line if keep_indent else line
+    _say(f"{folder}: sound")
 
 
 @main.command()
 @click.argument("model")
 @click.option("--weights", default="hub", show_default=True, help="hub, random, or a checkpoint folder.")
 @click.option("--revision", help="Branch, tag or commit on the hub.")
-@click.option("--precision", default="fp32", show_default=True, help="fp32; several separated by commas.")
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    help="fp32, fp16 or int8; several separated by commas.",
+)
 @click.option("--out", default="engines", show_default=True, type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Export even if the engine folder is current.")
 @click.option(
@@ -196,14 +260,14 @@ def export(
     from samekit_export.checkpoint import load  # noqa: PLC0415
     from samekit_export.export import export as run  # noqa: PLC0415
 
-    click.echo(f"loading {model}")
+    _say(f"loading {model}")
     checkpoint = load(model, weights, revision)
     precisions = precision.split(",")
-    engine = run(checkpoint, out, precisions, force=force, report=click.echo)
+    engine = run(checkpoint, out, precisions, force=force, report=_say)
     if tensorrt != "off":
         from samekit_export.to_tensorrt import add_engines  # noqa: PLC0415
 
-        add_engines(engine, precisions, tensorrt, click.echo)
+        add_engines(engine, precisions, tensorrt, _say)
 
 
 def _need_export() -> None:
@@ -244,24 +308,24 @@ def info(engine: Path) -> None:
 
     found = find_engine(engine)
     spec = found.spec
-    click.echo(f"{spec.name} in {found.folder}")
-    click.echo(f"  audio      {spec.sample_rate} Hz, {spec.channels} channels, {spec.hop} samples per latent")
-    click.echo(f"  latents    {spec.latent_width} wide")
-    click.echo(
+    _say(f"{spec.name} in {found.folder}")
+    _say(f"  audio      {spec.sample_rate} Hz, {spec.channels} channels, {spec.hop} samples per latent")
+    _say(f"  latents    {spec.latent_width} wide")
+    _say(
         f"  windows    start at multiples of {spec.alignment}; "
         + ", ".join(f"{half} context {context}" for half, context in spec.contexts.items())
     )
-    click.echo(f"  source     {', '.join(f'{k} {v}' for k, v in spec.source.items())}")
-    click.echo(f"  tools      {', '.join(f'{k} {v}' for k, v in spec.tools.items())}")
+    _say(f"  source     {', '.join(f'{k} {v}' for k, v in spec.source.items())}")
+    _say(f"  tools      {', '.join(f'{k} {v}' for k, v in spec.tools.items())}")
     for precision, halves in spec.graphs.items():
         size = sum(sum(graph.sizes.values()) for graph in halves.values())
         worst = min((case["snr_db"] for case in spec.verification.get(precision, [])), default=None)
         against = "not verified" if worst is None else f"at least {worst} dB against eager PyTorch"
         for half in halves:
             found.graph(half, precision)
-        click.echo(f"  {precision:10} {size / 1e6:.0f} MB, {against}")
+        _say(f"  {precision:10} {size / 1e6:.0f} MB, {against}")
     for line in _describe_builds(found):
-        click.echo(f"  tensorrt   {line}")
+        _say(f"  tensorrt   {line}")
 
 
 def _describe_builds(engine: Engine) -> Iterator[str]:
@@ -279,7 +343,29 @@ def doctor() -> None:
     from samekit.doctor import examine  # noqa: PLC0415
 
     for line in examine():
-        click.echo(_printable(line, keep_indent=True))
+        _say(line)
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help="A name or an engine folder.")
+@click.option("--backend", default="onnxruntime", show_default=True, type=click.Choice(["onnxruntime", "tensorrt"]))
+@click.option("--precision", default="fp32", show_default=True, type=click.Choice(PRECISIONS))
+@click.option(
+    "--max-batch", default=8, show_default=True, type=click.IntRange(min=1), help="Requests of one length run at once."
+)
+@click.option(
+    "--queue-delay", default=2000, show_default=True, type=click.IntRange(min=0), help="Microseconds to wait for more."
+)
+@click.option("--instances", default=1, show_default=True, type=click.IntRange(min=1), help="Copies on each device.")
+@click.option("--kind", default="auto", show_default=True, type=click.Choice(["auto", "gpu", "cpu"]))
+def triton(out: Path, model: str, **options: Any) -> None:
+    """Write a model repository OUT for the Triton Inference Server."""
+    from samekit.store import find_engine  # noqa: PLC0415
+    from samekit.triton import TritonOptions, write_repository  # noqa: PLC0415
+
+    for folder in write_repository(find_engine(model), out, TritonOptions(**options)):
+        click.echo(folder)
 
 
 @main.command()
@@ -292,9 +378,9 @@ def clean(engine: Path) -> None:
 
     removed = remove_stale(find_engine(engine), builder_versions())
     for folder, size in removed:
-        click.echo(f"removed {folder}, {size / 1e6:.0f} MB")
+        _say(f"removed {folder}, {size / 1e6:.0f} MB")
     if not removed:
-        click.echo("nothing to remove")
+        _say("nothing to remove")
 
 
 @main.command()
@@ -313,4 +399,4 @@ def verify(engine: Path) -> None:
     if checkpoint.sha256 != found.spec.source_sha256:
         raise InputError(f"{engine}: its checkpoint has changed since the export; export again")
     for precision in found.spec.graphs:
-        measure(found, Same.from_checkpoint(checkpoint), precision, click.echo)
+        measure(found, Same.from_checkpoint(checkpoint), precision, _say)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import soundfile as sf
 
+from samekit._files import named
 from samekit.audio import AudioReader, PreparedReader, resampled_length
 from samekit.errors import AudioFileError, InputError, SamekitError
 from samekit.spec import ENCODER
@@ -69,6 +70,7 @@ def find_sources(folders: Sequence[str | os.PathLike[str]]) -> list[Source]:
     """
     sources: dict[str, Source] = {}
     for folder in folders:
+        named(folder)
         for source in _walk(os.fspath(folder), "", ()):
             if source.relpath in sources:
                 twice = f"{sources[source.relpath].path} and {source.path}"
@@ -129,6 +131,9 @@ class BadClipError(Exception):
         super().__init__(reason)
         self.status: Status = status
         self.reason = " ".join(reason.split())
+
+    def __reduce__(self) -> tuple[type[BadClipError], tuple[Status, str]]:
+        return type(self), (self.status, self.reason)
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import os
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from samekit._files import named, temporary_target
 from samekit.errors import InputError, LatentsFileError
-from samekit.latents import read_latents
-from samekit.manifest import SILENCE_FILE, STATE_FOLDER, Settings, Shard, read_manifest, temporary_target
+from samekit.latents import map_array, read_latents
+from samekit.manifest import Settings, Shard, read_manifest
+from samekit.output import SILENCE_FILE, STATE_FOLDER
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterator
+    from pathlib import Path
     from typing import Any
 
     from samekit.manifest import Row
@@ -45,8 +47,13 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
     Raises:
         InputError: the folder has no manifest, or a damaged one.
     """
-    folder = Path(folder)
-    paths = sorted((folder / STATE_FOLDER).glob("manifest*.jsonl"))
+    if "://" in os.fspath(folder):
+        raise InputError(f"{folder}: only folders can be verified; copy it to one, or mount it")
+    folder = named(folder)
+    paths = []
+    # A folder whose name is too long has none.
+    with suppress(OSError):
+        paths = sorted((folder / STATE_FOLDER).glob("manifest*.jsonl"))
     if not paths:
         raise InputError(f"{folder}: has no manifest in {STATE_FOLDER}; pass the --output_path of a pre-encode run")
     manifests = [read_manifest(path) for path in paths]
@@ -115,16 +122,18 @@ def _check_metadata(path: Path, metadata: dict[str, Any], row: Row, latents: int
         return
     if metadata["relpath"] != row.relpath:
         yield f"{path}: is of {metadata['relpath']!r}, the manifest says {row.relpath!r}"
-    if metadata["padding_mask"] != [1] * row.latents + [0] * (latents - row.latents):
+    # Compared with nothing longer than the array: the manifest may say any number.
+    kept = min(max(row.latents, 0), latents)
+    if row.latents != kept or metadata["padding_mask"] != [1] * kept + [0] * (latents - kept):
         yield f"{path}: its padding_mask does not fit {row.latents} of {latents} latents"
 
 
 def _check_silence(path: Path, settings: Settings) -> Iterator[str]:
     """The silence latents."""
     try:
-        silence = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        yield f"{path}: cannot be read ({json.dumps(str(error))}); run pre-encode again"
+        silence = map_array(path)
+    except LatentsFileError as error:
+        yield str(error)
         return
     right = silence.ndim == 3 and silence.shape[:2] == (1, settings.width) and silence.dtype == settings.dtype
     if not right or not np.isfinite(silence).all():

@@ -11,17 +11,19 @@ import json
 import math
 import os
 import tokenize
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from samekit._files import atomic_path, output_errors
+from samekit._files import atomic_path, named, output_errors
 from samekit.errors import InputError, LatentsFileError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
 
     from typing_extensions import Self
@@ -156,42 +158,138 @@ def read_latents(
         LatentsFileError: the file is missing, cut off, no array of finite numbers, empty, or of another
             width; or the `.json` is damaged.
     """
-    path = Path(path)
-    latents = _map(path)
-    if latents.ndim == 3 and latents.shape[0] == 1:
-        latents = latents[0]
-    if latents.ndim != 2:
-        raise LatentsFileError(f"{path}: has shape {latents.shape}; give one clip, [width, latents]")
-    if width is not None and latents.shape[0] != width:
-        widths = f"its latents are {latents.shape[0]} wide, the model's {width}"
-        raise LatentsFileError(f"{path}: {widths}; use the model that made them")
+    path = named(path)
+    latents = map_array(path)
+    latents = latents.reshape(_clip_shape(path, latents.shape, width))
     flat = latents.ravel(order="K")
     for start in range(0, flat.size, _CHECKED_VALUES):
-        if not np.isfinite(flat[start : start + _CHECKED_VALUES]).all():
-            raise LatentsFileError(f"{path}: holds NaN or infinity; encode the audio again")
+        _check_finite(path, flat[start : start + _CHECKED_VALUES])
     return latents, _read_metadata(_json_path(path))
 
 
-def _map(path: Path) -> npt.NDArray[np.floating[Any]]:
-    """Map the array of a `.npy` file once its header is known to be true."""
+class LatentsReader:
+    """Read latents block by block, in a memory that does not grow with their number.
+
+    Unlike `read_latents` it maps nothing: where the file shrinks meanwhile, reading a map would end the process.
+
+    Args:
+        path: the `.npy` file, as `read_latents` takes it.
+        width: the width that is wanted, or None for any.
+
+    Raises:
+        LatentsFileError: as `read_latents`; what the values are shows while they are read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], width: int | None = None) -> None:
+        self._path = named(path)
+        self._layout = _read_layout(self._path)
+        self.width, self.latents = _clip_shape(self._path, self._layout.shape, width)
+        self.metadata = _read_metadata(_json_path(self._path))
+        """What the `.json` holds; empty if there is none."""
+
+    def blocks(self, latents: int) -> Iterator[npt.NDArray[np.floating[Any]]]:
+        """Yield `[width, latents]` of the file's dtype, the last block maybe shorter.
+
+        Raises:
+            LatentsFileError: a value is NaN or infinite, or the file has become shorter.
+        """
+        with _readable(self._path) as file:
+            for begin in range(0, self.latents, latents):
+                block = self._read(file, begin, min(latents, self.latents - begin))
+                _check_finite(self._path, block)
+                yield block
+
+    def _read(self, file: BinaryIO, begin: int, count: int) -> npt.NDArray[np.floating[Any]]:
+        if self._layout.fortran_order:
+            return self._read_values(file, begin * self.width, count * self.width).reshape(count, self.width).T
+        starts = range(begin, self.width * self.latents, self.latents)
+        return np.stack([self._read_values(file, start, count) for start in starts])
+
+    def _read_values(self, file: BinaryIO, start: int, count: int) -> npt.NDArray[np.floating[Any]]:
+        """Values that lie side by side in the file."""
+        size = self._layout.dtype.itemsize
+        file.seek(self._layout.offset + start * size)
+        data = file.read(count * size)
+        if len(data) != count * size:
+            raise _cut_off(self._path)
+        return np.frombuffer(data, self._layout.dtype)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the values of a `.npy` file lie, once its header is known to be true."""
+
+    shape: tuple[int, ...]
+    fortran_order: bool
+    dtype: np.dtype[Any]
+    offset: int
+    """Bytes before the first value."""
+
+
+def _clip_shape(path: Path, shape: tuple[int, ...], width: int | None) -> tuple[int, int]:
+    """Width and latents of one clip."""
+    *batch, found, latents = shape if len(shape) > 1 else (0, 0, 0, 0)
+    if batch not in ([], [1]):
+        raise LatentsFileError(f"{path}: has shape {shape}; give one clip, [width, latents]")
+    if width is not None and found != width:
+        raise LatentsFileError(
+            f"{path}: its latents are {found} wide, the model's {width}; use the model that made them"
+        )
+    return found, latents
+
+
+def _check_finite(path: Path, values: npt.NDArray[np.floating[Any]]) -> None:
+    if not np.isfinite(values).all():
+        raise LatentsFileError(f"{path}: holds NaN or infinity; encode the audio again")
+
+
+def _cut_off(path: Path) -> LatentsFileError:
+    return LatentsFileError(f"{path}: is cut off; copy it or encode the audio again")
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[BinaryIO]:
+    """The open file; what goes wrong with it becomes a LatentsFileError."""
     try:
         with path.open("rb") as file:
-            shape, fortran_order, dtype = _read_header(file)
-            offset = file.tell()
-            data_bytes = file.seek(0, os.SEEK_END) - offset
+            yield file
     except OSError as error:
         reason = error.strerror or error
         raise LatentsFileError(f"{path}: cannot be opened ({reason}); check name and permissions") from error
-    except _HEADER_ERRORS as error:
-        raise LatentsFileError(f"{path}: is no .npy file, or a damaged one; encode the audio again") from error
+
+
+def map_array(path: Path) -> npt.NDArray[np.floating[Any]]:
+    """Map the array of a `.npy` file once its header is known to be true.
+
+    Raises:
+        LatentsFileError: the file is missing, cut off, or no array of floating-point numbers, or of none at all.
+    """
+    layout = _read_layout(path)
+    order: Literal["F", "C"] = "F" if layout.fortran_order else "C"
+    # A plain array that keeps the map alive: np.memmap would make every result computed from it a memmap too.
+    return np.asarray(np.memmap(path, layout.dtype, "r", layout.offset, layout.shape, order))
+
+
+def _read_layout(path: Path) -> _Layout:
+    """Read the header of a `.npy` file, and check it against the size of the file."""
+    with _readable(path) as file:
+        try:
+            shape, fortran_order, dtype = _read_header(file)
+        except _HEADER_ERRORS as error:
+            raise LatentsFileError(f"{path}: is no .npy file, or a damaged one; encode the audio again") from error
+        offset = file.tell()
+        data_bytes = file.seek(0, os.SEEK_END) - offset
     if dtype.kind != "f" or dtype.itemsize > 8:
         raise LatentsFileError(f"{path}: holds {dtype.name} values; latents are float16, float32 or float64")
+    if len(shape) > 3:
+        raise LatentsFileError(f"{path}: has {len(shape)} dimensions; give one clip, [width, latents]")
+    # In a header, true may stand for one.
+    shape = tuple(map(int, shape))
     if min(shape, default=0) < 1:
         raise LatentsFileError(f"{path}: holds no latents, its shape is {shape}; encode the audio again")
     if math.prod(shape) * dtype.itemsize > data_bytes:
-        raise LatentsFileError(f"{path}: is cut off; copy it or encode the audio again")
-    # A plain array that keeps the map alive: np.memmap would make every result computed from it a memmap too.
-    return np.asarray(np.memmap(path, dtype, "r", offset, shape, "F" if fortran_order else "C"))
+        raise _cut_off(path)
+    return _Layout(shape, bool(fortran_order), dtype, offset)
 
 
 def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

@@ -21,10 +21,12 @@ import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
-from samekit._files import atomic_path, output_errors
+from samekit._files import atomic_path, output_errors, temporary_target
+from samekit._json import check_kinds
 from samekit.errors import InputError, OutputError
+from samekit.output import SILENCE_FILE, STATE_FOLDER
 
 if sys.platform == "win32":
     import msvcrt
@@ -37,8 +39,6 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-STATE_FOLDER: Final = ".samekit"
-SILENCE_FILE: Final = "silence.npy"
 # Raised when an older samekit could misread the files.
 _FORMAT: Final = 1
 
@@ -76,7 +76,7 @@ class Shard:
     @classmethod
     def of_manifest(cls, name: str) -> Shard:
         """The part whose manifest has this file name."""
-        match = re.fullmatch(r"manifest-(\d+)-of-(\d+)\.jsonl", name)
+        match = re.fullmatch(r"manifest-(\d{1,6})-of-(\d{1,6})\.jsonl", name)
         return cls(*map(int, match.groups())) if match else cls()
 
     def holds(self, relpath: str) -> bool:
@@ -138,6 +138,17 @@ class Settings:
     seed: int
     """Of the random crops."""
 
+    @classmethod
+    def parse(cls, fields: dict[str, Any]) -> Settings:
+        """Settings from JSON; raises what a wrong value raises."""
+        settings = cls(**fields)
+        numbers = dict.fromkeys(("width", "sample_size", "seed"), int)
+        texts = dict.fromkeys(("model", "model_sha256", "precision", "dtype", "crop"), str)
+        check_kinds(vars(settings), {**numbers, **texts, "pad": bool, "full": bool})
+        if settings.dtype not in ("float32", "float16"):
+            raise ValueError(f"dtype = {settings.dtype!r}")
+        return settings
+
     def differences(self, other: Settings) -> list[str]:
         """What differs from other settings, with both values; a model is what its digest says, whatever its name."""
         ours, theirs = self._described(), other._described()
@@ -194,8 +205,11 @@ class Row:
         """Read a line of a manifest; raises what a wrong value raises."""
         row = cls(**json.loads(line))
         row.audio, row.caption = _stamp(row.audio), _stamp(row.caption)
-        if not isinstance(row.number, int) or not isinstance(row.relpath, str):
-            raise TypeError("a number and a relpath are needed")
+        text = (str, type(None))
+        texts = dict.fromkeys(("status", "reason", "sha256", "caption_sha256"), text)
+        check_kinds(vars(row), {"number": int, "relpath": str, **texts, "latents": int, "seconds": (int, float)})
+        if row.status not in (None, *get_args(Status)):
+            raise ValueError(f"status = {row.status!r}")
         return row
 
 
@@ -204,7 +218,8 @@ def _stamp(value: Any) -> Stamp | None:
     if value is None:
         return None
     size, modified = value
-    return int(size), int(modified)
+    check_kinds({"size": size, "time": modified}, {"size": int, "time": int})
+    return size, modified
 
 
 class Manifest:
@@ -245,8 +260,7 @@ class Manifest:
         with output_errors(folder):
             path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_name(f"{path.name}.lock"), folder):
-            with output_errors(folder):
-                _remove_temporaries(folder, shard)
+            remove_temporaries(folder, shard)
             manifest = cls._begun(folder, shard, settings, reencode=reencode)
             try:
                 yield manifest
@@ -354,7 +368,7 @@ def read_manifest(path: Path) -> tuple[Settings, list[Row]]:
         fields = json.loads(header)
         if fields.pop("format") != _FORMAT:
             raise InputError(f"{path}: was written by another samekit; use that one, or encode into another folder")
-        settings = Settings(**fields)
+        settings = Settings.parse(fields)
         rows = {row.relpath: row for row in map(Row.parse, lines)}
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
@@ -384,18 +398,17 @@ def _drop_incomplete_line(path: Path) -> None:
         file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def temporary_target(name: str) -> str | None:
-    """The file for which `atomic_path` made a temporary one of this name; None if it made none."""
-    match = re.fullmatch(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp", name, re.DOTALL)
-    return match[1] if match else None
+def remove_temporaries(folder: Path, shard: Shard) -> None:
+    """Remove what a killed process of the same shard left half-written; other shards may be writing theirs.
 
-
-def _remove_temporaries(folder: Path, shard: Shard) -> None:
-    """Remove what a killed process of the same shard left half-written; other shards may be writing theirs."""
-    for entry in (*os.scandir(folder), *os.scandir(folder / STATE_FOLDER)):
-        target = temporary_target(entry.name)
-        if target is not None and shard.owns(target):
-            Path(entry.path).unlink(missing_ok=True)
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    with output_errors(folder):
+        for entry in (*os.scandir(folder), *os.scandir(folder / STATE_FOLDER)):
+            target = temporary_target(entry.name)
+            if target is not None and shard.owns(target):
+                Path(entry.path).unlink(missing_ok=True)
 
 
 @contextmanager

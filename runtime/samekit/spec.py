@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from samekit._json import check_kind
 from samekit.errors import EngineError
 
 if TYPE_CHECKING:
@@ -24,7 +25,16 @@ ENCODER, DECODER = "encoder", "decoder"
 """The two halves of an autoencoder; an engine folder holds a graph of each."""
 
 PRECISIONS = ("fp32", "fp16", "int8")
-"""Every precision of the format, most accurate first; no export writes int8 yet."""
+"""Every precision of the format, most accurate first."""
+
+GPU_PRECISIONS = ("fp32", "fp16")
+"""What runs on GPUs: int8 graphs have ranges that are measured in every call, which pays on CPUs only."""
+
+
+# Beyond these a spec is damaged, and believing it could ask for any amount of memory.
+_LIMITS = {"sample_rate": 768_000, "channels": 64, "hop": 2**20, "latent_width": 2**16, "alignment": 2**16}
+# Samples of all channels that a latent stands for.
+_LATENT_VALUES = 2**21
 
 
 @dataclass(frozen=True)
@@ -108,17 +118,19 @@ class EngineSpec:
     @classmethod
     def _checked(cls, document: dict[str, Any]) -> EngineSpec:
         """A spec from parsed JSON; raises what a wrong value raises."""
-        for name in ("sample_rate", "channels", "hop", "latent_width", "alignment"):
-            _check_count(name, document[name], minimum=1)
+        for name, most in _LIMITS.items():
+            _check_count(name, document[name], minimum=1, maximum=most)
+        if document["channels"] * document["hop"] > _LATENT_VALUES:
+            raise ValueError(f"{document['channels']} channels of {document['hop']} samples per latent")
         if set(_checked_object("contexts", document["contexts"])) != {ENCODER, DECODER}:
             raise ValueError(f"contexts = {document['contexts']!r}")
         for half, context in document["contexts"].items():
-            _check_count(f"contexts.{half}", context, minimum=0)
+            _check_count(f"contexts.{half}", context, minimum=0, maximum=_LIMITS["alignment"])
         for name in ("name", "source_sha256"):
-            _check_string(name, document[name])
+            check_kind(name, document[name], str)
         _checked_object("source", document["source"])
         for tool, version in _checked_object("tools", document.get("tools", {})).items():
-            _check_string(f"tools.{tool}", version)
+            check_kind(f"tools.{tool}", version, str)
         for precision, rows in _checked_object("verification", document.get("verification", {})).items():
             _check_rows(f"verification.{precision}", rows)
         graphs = {
@@ -131,40 +143,31 @@ class EngineSpec:
         return cls(**document, graphs=graphs)
 
 
-def _check_count(name: str, value: Any, minimum: int) -> None:
+def _check_count(name: str, value: Any, minimum: int, maximum: int) -> None:
     """A whole number of a believable size."""
-    if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= 10_000_000:
-        raise ValueError(f"{name} = {value!r}")
-
-
-def _check_string(name: str, value: Any) -> None:
-    """Text."""
-    if not isinstance(value, str):
-        raise TypeError(f"{name} = {value!r}")
+    check_kind(name, value, int)
+    if not minimum <= value <= maximum:
+        raise ValueError(f"{name} = {value}")
 
 
 def _checked_object(name: str, value: Any) -> dict[str, Any]:
     """The value, if it is a JSON object."""
-    if not isinstance(value, dict):
-        raise TypeError(f"{name} = {value!r}")
-    return value
+    check_kind(name, value, dict)
+    return dict(value)
 
 
 def _check_rows(name: str, rows: Any) -> None:
     """Measured cases, each with a number where numbers are read."""
-    if not isinstance(rows, list):
-        raise TypeError(f"{name} = {rows!r}")
+    check_kind(name, rows, list)
     for row in rows:
-        if not isinstance(_checked_object(name, row)["snr_db"], (int, float)):
-            raise TypeError(f"{name} holds {row!r}")
+        check_kind(f"{name}: snr_db", _checked_object(name, row)["snr_db"], (int, float))
 
 
 def _check_graph(graph: GraphFile) -> None:
     """Plain file names only: a spec must not lead out of its folder."""
-    _check_string("sha256", graph.sha256)
+    check_kind("sha256", graph.sha256, str)
     for name, size in _checked_object("sizes", graph.sizes).items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-            raise ValueError(f"size of {name!r} = {size!r}")
+        _check_count(f"size of {name!r}", size, minimum=0, maximum=2**63)
     for name in (graph.file, *graph.sizes):
         if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
             raise ValueError(f"graph file name {name!r}")

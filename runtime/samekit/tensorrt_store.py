@@ -15,15 +15,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import secrets
 import shutil
-import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from samekit._files import output_errors
+from samekit._files import output_errors, remove_abandoned, replace_folder, temporary_folder
+from samekit._json import check_kinds
 from samekit.errors import BackendUnavailableError, StaleEngineError
 from samekit.fingerprint import Fingerprint, capability_name, fingerprint_of, runs_on
 from samekit.spec import DECODER, ENCODER
@@ -37,9 +36,7 @@ if TYPE_CHECKING:
 BUILDS_FOLDER = "tensorrt"
 FINGERPRINT_FILE = "fingerprint.json"
 LOG_FILE = "build.log"
-
-# Seconds after which a temporary folder belongs to no build that is still running.
-_LONGEST_BUILD = 24 * 3600
+FAILED_LOG_SUFFIX = ".failed.log"
 
 # Raised when an older samekit could misread the file.
 FORMAT = 1
@@ -60,6 +57,14 @@ class BuiltEngine:
     """From reading the graph to the finished engine."""
     peak_memory: int | None
     """Bytes: the most that the building process held until then, where the system tells."""
+
+    @classmethod
+    def parse(cls, fields: dict[str, Any]) -> BuiltEngine:
+        """An engine from `dataclasses.asdict` of one; raises TypeError where fields are missing, unknown or wrong."""
+        engine = cls(**fields)
+        counts, texts = dict.fromkeys(("size", "layers"), int), dict.fromkeys(("file", "sha256"), str)
+        check_kinds(fields, {**counts, **texts, "seconds": (int, float), "peak_memory": (int, type(None))})
+        return engine
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ class Build:
             if document["format"] != FORMAT:
                 raise ValueError(f"format {document['format']}")  # noqa: TRY301 one cure for all that can be wrong
             fingerprint = Fingerprint.from_json(document["fingerprint"])
-            engines = {half: BuiltEngine(**document["engines"][half]) for half in document["engines"]}
+            engines = {half: BuiltEngine.parse(document["engines"][half]) for half in document["engines"]}
             if engines and set(engines) != {ENCODER, DECODER}:
                 raise ValueError("half an autoencoder")  # noqa: TRY301 likewise
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
@@ -208,33 +213,11 @@ def new_build(folder: Path) -> Iterator[Path]:
     Raises:
         OutputError: the folder cannot be written.
     """
-    staging, aside = (folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.{role}") for role in ("new", "old"))
-    try:
-        with output_errors(folder):
-            staging.mkdir(parents=True)
+    with temporary_folder(folder) as staging:
         yield staging
-        with output_errors(folder):
-            _put_in_place(staging, folder, aside)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _put_in_place(staging: Path, folder: Path, aside: Path) -> None:
-    """Rename a finished build, unless there is a whole one already; a damaged one makes room."""
-    try:
-        staging.rename(folder)
-    except OSError:
-        if is_whole(folder):
-            return
-        # Another process may be doing the same: whoever comes second finds it gone, or finds the other's build.
-        with suppress(FileNotFoundError):
-            folder.rename(aside)
-        try:
-            staging.rename(folder)
-        except OSError:
-            if not is_whole(folder):
-                raise
+        if not is_whole(folder):
+            with output_errors(folder):
+                replace_folder(staging, folder)
 
 
 def is_whole(folder: Path) -> bool:
@@ -249,7 +232,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def remove_stale(engine: Engine, versions: Mapping[str, str]) -> list[tuple[Path, int]]:
-    """Remove the builds that nothing here will ever run, and what interrupted builds left.
+    """Remove the builds that nothing here will ever run, and what builds left that failed or were killed.
 
     Args:
         engine: the engine folder.
@@ -261,20 +244,21 @@ def remove_stale(engine: Engine, versions: Mapping[str, str]) -> list[tuple[Path
     Raises:
         OutputError: something cannot be removed.
     """
+    builds = engine.folder / BUILDS_FOLDER
     removed = []
-    for folder in (*build_folders(engine), *_leftovers(engine)):
-        if folder.name.startswith(".") or _stale_reason(folder, engine.spec, versions):
-            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            with output_errors(folder):
+    for folder in build_folders(engine):
+        if _stale_reason(folder, engine.spec, versions):
+            # Whoever else is clearing away at the same time may be faster.
+            with output_errors(folder), suppress(FileNotFoundError):
+                size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
                 shutil.rmtree(folder)
-            removed.append((folder, size))
-    return removed
-
-
-def _leftovers(engine: Engine) -> list[Path]:
-    """Temporary folders of builds that were killed."""
-    hidden = (path for path in (engine.folder / BUILDS_FOLDER).glob(".*.*") if path.is_dir())
-    return sorted(path for path in hidden if time.time() - path.stat().st_mtime > _LONGEST_BUILD)
+                removed.append((folder, size))
+    for log in sorted(builds.glob(f"*{FAILED_LOG_SUFFIX}")):
+        with output_errors(log), suppress(FileNotFoundError):
+            size = log.stat().st_size
+            log.unlink()
+            removed.append((log, size))
+    return removed + remove_abandoned(builds)
 
 
 def _stale_reason(folder: Path, spec: EngineSpec, versions: Mapping[str, str]) -> str | None:

@@ -7,10 +7,11 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from samekit._files import utf8_path
 from samekit.backends.base import Backend, BackendOptions, has_driver
 from samekit.errors import BackendError, BackendUnavailableError, OutputError
 from samekit.fingerprint import NARROW, input_shape
-from samekit.spec import DECODER, ENCODER
+from samekit.spec import DECODER, ENCODER, GPU_PRECISIONS
 from samekit.tensorrt_store import open_cache
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ TENSORRT_PROVIDER = "TensorrtExecutionProvider"
 # in every call, a tenth of that time. So the first calls run on the mapped file, and whoever calls more often gets
 # packed weights; a short clip never waits for them.
 MAPPED_CALLS = 2
+
+# Of ONNX Runtime's log.
+_FATAL = 4
 
 # As the graphs are written.
 INPUT_NAMES = {ENCODER: "audio", DECODER: "latents"}
@@ -66,6 +70,12 @@ class OnnxRuntimeBackend(Backend):
     def _choose_providers(self, options: BackendOptions) -> list[tuple[str, dict[str, Any]]]:
         """Providers with their settings, all of them known to this build."""
         known = self._runtime.get_available_providers()
+        if options.precision not in GPU_PRECISIONS:
+            if options.device == "cuda" or options.providers not in (None, (CPU_PROVIDER,)):
+                raise BackendUnavailableError(
+                    f"{options.precision} graphs are for CPUs; choose precision fp16, or device cpu and no providers"
+                )
+            return [(CPU_PROVIDER, {})]
         if options.providers is not None:
             wanted = options.providers
         elif options.device == "cuda" or (options.device is None and self._finds_cuda(known)):
@@ -147,9 +157,12 @@ class OnnxRuntimeBackend(Backend):
         options.intra_op_num_threads = self._threads
         # Subnormal products cost hundreds of cycles each and nothing that fp32 can show.
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
+        if self.device == "cpu":
+            # What goes wrong is raised; on GPUs its log says more.
+            options.log_severity_level = _FATAL
         if not packed:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        path = self._engine.graph(half, self.precision)
+        path = utf8_path(self._engine.graph(half, self.precision))
         try:
             session = self._runtime.InferenceSession(path, options, providers=self._providers_of(half))
         except Exception as error:  # noqa: BLE001 the runtime's exceptions share no base class

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from samekit.backends.base import Backend, BackendOptions, has_driver
 from samekit.errors import BackendError, BackendUnavailableError, InputError, StaleEngineError
 from samekit.fingerprint import NARROW, PROFILES, output_shape
+from samekit.spec import GPU_PRECISIONS
 from samekit.tensorrt_api import INSTALL, installed_flavours, make_logger
 from samekit.tensorrt_store import build_folders, choose_build
 
@@ -370,6 +371,11 @@ def open_tensorrt(engine: Engine, options: BackendOptions) -> TensorRTBackend:
     """
     if options.device == "cpu":
         raise BackendUnavailableError("TensorRT runs on GPUs only; choose device cuda or another backend")
+    if options.precision not in GPU_PRECISIONS:
+        raise BackendUnavailableError(
+            f"TensorRT runs {' and '.join(GPU_PRECISIONS)}, {options.precision} is for CPUs; choose precision fp16, "
+            "or the onnxruntime backend on the CPU"
+        )
     # First of all, as importing PyTorch takes seconds that "auto" should not spend in vain.
     if not build_folders(engine):
         raise BackendUnavailableError(

@@ -1,0 +1,799 @@
+"""What happens at the worst moment: killed, disk full, read-only, changed while read, two at once, odd names."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import soundfile as sf
+from click.testing import CliRunner
+from helpers import RATE, SUMMARY, FakeBackend, assert_one_line, noise, seeded
+from small import small_graph, write_engine
+
+from samekit import AutoencoderModel, _files
+from samekit.audio import read_audio
+from samekit.cli import main
+from samekit.dataset import PreEncodeOptions, pre_encode
+from samekit.dataset_check import verify
+from samekit.errors import AudioFileError, LatentsFileError, OutputError
+from samekit.latents import LatentsWriter
+from samekit.store import Engine
+from samekit.tensorrt_store import BuiltEngine, is_whole
+from samekit_export import export as export_module
+from samekit_export import to_tensorrt
+from samekit_export.export import export
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="faults are injected into forks of this process")
+
+KILLED = -signal.SIGKILL
+
+
+# --- Dying at a step ----------------------------------------------------------------------------------------
+
+# What changes names and what waits for the disk; everything that can be half-done lies between two of these.
+STEPS = ("open", "rename", "replace", "fsync", "mkdir", "rmdir", "link", "unlink")
+
+
+def in_a_fork(work):
+    """How a copy of this process ended that did the work: 0, or minus the number of a signal."""
+    with warnings.catch_warnings():
+        # Python 3.12 warns of threads; the work uses none of theirs.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process = os.fork()
+    if process == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:  # noqa: BLE001 nothing may get back into the test
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def dying_at(step, work):
+    """The work, but the process kills itself before its `step`-th step."""
+    left = [step]
+
+    def counting(function):
+        def count(*arguments, **options):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+
+        return count
+
+    def run():
+        for name in STEPS:
+            setattr(os, name, counting(getattr(os, name)))
+        _files._exchanged = counting(_files._exchanged)
+        work()
+
+    return run
+
+
+def kill_at_every_step(work, check, prepare, most=200):
+    """Kill the work at its first step, its second, ... until it ends by itself; returns how often it was killed."""
+    for step in range(1, most):
+        prepare()
+        ended = in_a_fork(dying_at(step, work))
+        assert ended in (0, KILLED), f"step {step}"
+        check(f"killed at step {step}")
+        if ended == 0:
+            return step - 1
+    pytest.fail("it never ends")
+
+
+@pytest.fixture(scope="module")
+def record_faults(request):
+    """Adds to the number of processes killed in this run, told at its end."""
+    killed = []
+    yield killed.append
+    line = f"{sum(killed)} processes killed while they wrote: nothing half-written, nothing lost"
+    request.config.stash.setdefault(SUMMARY, []).append(line)
+
+
+def contents(folder):
+    """Relative path -> bytes of every file."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def samekit(*arguments):
+    """A command that works."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    """An engine folder of small graphs; not to be changed."""
+    folder = tmp_path_factory.mktemp("small") / "engine"
+    write_engine(folder)
+    return folder
+
+
+@pytest.fixture
+def options(engine):
+    return ("--model", engine, "--backend", "onnxruntime", "--threads", 1)
+
+
+@pytest.fixture
+def song(tmp_path):
+    path = tmp_path / "song.wav"
+    sf.write(path, noise((999, 2), level=0.1), RATE, "PCM_16")
+    return path
+
+
+@pytest.fixture
+def latents(tmp_path, song, options):
+    path = tmp_path / "song.npy"
+    samekit("encode", song, path, *options)
+    return path
+
+
+@pytest.fixture
+def out(tmp_path):
+    """An empty folder for outputs."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_killed_encode(song, out, options, older, record_faults):
+    whole = out.parent / "whole"
+    whole.mkdir()
+    samekit("encode", song, whole / "a.npy", *options)
+    new, old = contents(whole), {"a.npy": b"an older", "a.json": b"{}"} if older else {}
+
+    def prepare():
+        shutil.rmtree(out)
+        out.mkdir()
+        for name, data in old.items():
+            (out / name).write_bytes(data)
+
+    def check(moment):
+        found = {name: data for name, data in contents(out).items() if not name.startswith(".")}
+        # The .json goes first and comes last, so that it never lies beside another .npy.
+        between = [{name: pair["a.npy"]} for pair in (old, new) for name in ("a.npy",) if pair]
+        assert found in ([old, new, *between]), f"{moment}: {names(out)}"
+        samekit("encode", song, out / "a.npy", *options)
+        assert contents(out) == new, moment
+
+    kills = kill_at_every_step(lambda: samekit("encode", song, out / "a.npy", *options), check, prepare)
+    record_faults(kills)
+    assert kills >= 8
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac"])
+def test_killed_decode(latents, out, options, suffix, record_faults):
+    target = out / f"a.{suffix}"
+
+    def prepare():
+        target.write_bytes(b"an older file")
+
+    def check(moment):
+        assert target.read_bytes() in (b"an older file", new), moment
+        samekit("decode", latents, target, *options)
+        assert contents(out) == {target.name: new}, moment
+
+    samekit("decode", latents, target, *options)
+    new = target.read_bytes()
+    kills = kill_at_every_step(lambda: samekit("decode", latents, target, *options), check, prepare)
+    record_faults(kills)
+    assert kills >= 4
+
+
+@pytest.fixture
+def quick_graphs(monkeypatch):
+    """Let exports write small graphs, unverified."""
+    monkeypatch.setattr(
+        export_module, "write_onnx", lambda _, path: small_graph(path.name.split(".")[0], path.parent, path.name)
+    )
+    monkeypatch.setattr(export_module, "verify", lambda *_: [])
+    monkeypatch.setattr(export_module.Same, "from_checkpoint", lambda _: None)
+    for half in export_module.GRAPHS:
+        monkeypatch.setitem(export_module.GRAPHS, half, lambda _: QuickGraph())
+
+
+class QuickGraph:
+    """In place of a module."""
+
+    def half_(self):
+        return self
+
+
+@pytest.mark.parametrize("swap", [True, False], ids=["swapped in one step", "renamed twice"])
+@pytest.mark.parametrize("precisions", [["fp32"], ["fp16"]])
+@pytest.mark.usefixtures("quick_graphs")
+def test_killed_export(out, monkeypatch, precisions, swap, record_faults):
+    if not swap:
+        monkeypatch.setattr(_files, "_exchanged", lambda *_: False)
+    folder = out / "tiny-s"
+
+    def run():
+        export(seeded("tiny-s"), out, precisions, force=True)
+
+    def prepare():
+        shutil.rmtree(out)
+        out.mkdir()
+        export(seeded("tiny-s"), out, ["fp32"])
+        (folder / "tensorrt" / "some").mkdir(parents=True)
+        (folder / "tensorrt" / "some" / "fingerprint.json").write_text("{}")
+        (folder / "tensorrt" / ".other.1-0123abcd.tmp").mkdir()
+
+    def check(moment):
+        if swap:
+            # At every moment, without any repair.
+            Engine.load(folder).check_digests()
+        # Current or not, a repeated command clears away.
+        export(seeded("tiny-s"), out, ["fp32"])
+        assert names(out) == ["tiny-s"], moment
+        engine = Engine.load(folder)
+        engine.check_digests()
+        assert "fp32" in engine.spec.graphs
+        assert (folder / "tensorrt" / "some" / "fingerprint.json").exists(), moment
+
+    kills = kill_at_every_step(run, check, prepare)
+    record_faults(kills)
+    assert kills >= 10
+    run()
+    assert names(folder / "tensorrt") == ["some"]
+
+
+@pytest.mark.usefixtures("quick_graphs")
+def test_killed_first_export(out, record_faults):
+    def check(moment):
+        assert not (out / "tiny-s").exists() or Engine.load(out / "tiny-s").graph("encoder", "fp32")
+        export(seeded("tiny-s"), out)
+        assert names(out) == ["tiny-s"], moment
+
+    def prepare():
+        shutil.rmtree(out, ignore_errors=True)
+
+    kills = kill_at_every_step(lambda: export(seeded("tiny-s"), out), check, prepare)
+    record_faults(kills)
+    assert kills >= 4
+
+
+class QuickBuilder:
+    """In place of TensorRT."""
+
+    __name__ = "tensorrt_rtx"
+    __version__ = "1.7.1.116"
+
+
+def quick_halves(engine, fingerprint, module, staging, report):
+    """Engines that are none."""
+    del engine, fingerprint, module, report
+    for half in ("encoder", "decoder"):
+        (staging / f"{half}.engine").write_bytes(half.encode())
+    (staging / "build.log").touch()
+    digests = {half: hashlib.sha256(half.encode()).hexdigest() for half in ("encoder", "decoder")}
+    return {half: BuiltEngine(f"{half}.engine", 7, digests[half], 1, 1.0, None) for half in digests}
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_killed_build(engine, tmp_path, monkeypatch, damaged, record_faults):
+    folder = tmp_path / "engine"
+    monkeypatch.setattr(to_tensorrt, "_build_halves", quick_halves)
+
+    def run():
+        to_tensorrt.build_engines(Engine.load(folder), "fp32", QuickBuilder(), "portable", lambda _: None)
+
+    def prepare():
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(engine, folder)
+        (build,) = (folder / "tensorrt").iterdir()
+        if damaged:
+            (build / "encoder.engine").write_bytes(b"")
+        else:
+            shutil.rmtree(build)
+        build.with_name(f"{build.name}.failed.log").touch()
+
+    def check(moment):
+        run()
+        (build,) = (folder / "tensorrt").iterdir()
+        assert is_whole(build), moment
+
+    kills = kill_at_every_step(run, check, prepare)
+    record_faults(kills)
+    assert kills >= 5
+
+
+def test_killed_dataset(tmp_path, out, record_faults):
+    data = tmp_path / "data"
+    data.mkdir()
+    for index in range(2):
+        sf.write(data / f"{index}.wav", noise((300 + index, 2), index, 0.1), RATE, "PCM_16")
+        (data / f"{index}.txt").write_text(f"caption {index}")
+
+    def run(folder):
+        pre_encode(AutoencoderModel(FakeBackend()), data, folder, PreEncodeOptions(sample_size=400, readers=1))
+
+    def prepare():
+        shutil.rmtree(out)
+        out.mkdir()
+
+    def check(moment):
+        run(out)
+        assert contents(out) == contents(tmp_path / "whole"), moment
+        assert verify(out) == []
+
+    run(tmp_path / "whole")
+    kills = kill_at_every_step(lambda: run(out), check, prepare)
+    record_faults(kills)
+    assert kills >= 30
+
+
+def test_what_is_being_written_is_not_cleared_away(out):
+    """A process that is alive keeps what it writes, whoever clears away beside it."""
+    with _files.atomic_path(out / "a.wav") as file, _files.temporary_folder(out / "b") as folder:
+        (folder / "inside").touch()
+        assert _files.remove_abandoned(out) == []
+        assert in_a_fork(lambda: _files.remove_abandoned(out)) == 0
+        assert file.exists()
+        assert (folder / "inside").exists()
+    assert names(out) == ["a.wav"]
+
+
+def test_only_what_killed_processes_left_is_cleared_away(out):
+    mine = {".hidden.tmp", "song.wav", ".song.wav.12.tmp", ".git"}
+    for name in mine:
+        (out / name).write_text("mine")
+    (out / ".song.wav.12-0123abcd.tmp").write_text("abandoned")
+    (out / ".other.wav.12-0123abcd.tmp").write_text("of another")
+    assert [path.name for path, _ in _files.remove_abandoned(out, "song.wav")] == [".song.wav.12-0123abcd.tmp"]
+    assert set(names(out)) == mine | {".other.wav.12-0123abcd.tmp"}
+    assert _files.remove_abandoned(out / "nowhere") == []
+
+
+# --- The disk ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def mounted(folder, *options):
+    """A small file system in memory."""
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", folder], capture_output=True, check=False)
+    if mount.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def long_song(path):
+    sf.write(path, noise((60_000, 2), level=0.1), RATE, "PCM_16")
+    return path
+
+
+# What writes, to a folder that holds its older result; the fixtures `quick_graphs` and `engine` serve exports.
+def _writers(work, options, engine):
+    song = long_song(work / "song.wav")
+    samekit("encode", song, work / "song.npy", *options)
+    shutil.copytree(engine, work / "engine")
+    (build,) = (work / "engine" / "tensorrt").iterdir()
+    (build / "encoder.engine").write_bytes(b"")
+    (work / "data").mkdir()
+    for index in range(40):
+        shutil.copyfile(song, work / "data" / f"{index}.wav")
+        (work / "data" / f"{index}.txt").write_text("caption")
+    return {
+        "encode": lambda disk: ["encode", song, disk / "a.npy", *options],
+        "decode": lambda disk: ["decode", work / "song.npy", disk / "a.wav", *options],
+        "pre-encode": lambda disk: [
+            "pre-encode",
+            *options,
+            "--sample_size",
+            "8000",
+            "--data_dir",
+            work / "data",
+            "--output_path",
+            disk / "out",
+        ],
+        "export": lambda disk: ["export", "tiny-s", "--weights", "random", "--out", disk, "--force"],
+    }
+
+
+WRITERS = ("encode", "decode", "pre-encode", "export")
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("fault", ["full", "read-only"])
+@pytest.mark.usefixtures("quick_graphs")
+def test_disk_that_cannot_be_written(tmp_path, options, engine, monkeypatch, writer, fault):
+    command = _writers(tmp_path, options, engine)[writer]
+    small = export_module.write_onnx
+
+    def larger(graph, path):
+        small(graph, path)
+        path.with_name(f"{path.name}.data").write_bytes(bytes(300_000))
+
+    with mounted(tmp_path / "disk", "-o", "size=400k") as disk:
+        if writer != "pre-encode":
+            samekit(*command(disk))
+        else:
+            (disk / "out" / ".samekit").mkdir(parents=True)
+        (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 40_000))
+        before = contents(disk)
+        monkeypatch.setattr(export_module, "write_onnx", larger)
+        if fault == "read-only":
+            subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        result = CliRunner().invoke(main, list(map(str, command(disk))))
+        assert result.exit_code == 2, result.output
+        # libsndfile does not tell why.
+        full = ("No space left", "Not enough free space", "System error")
+        assert any(reason in result.stderr for reason in (full if fault == "full" else ("Read-only file system",)))
+        assert "choose a folder that exists, is writable and has room" in result.stderr
+        assert len([line for line in result.stderr.splitlines() if line.startswith("Error")]) == 1
+        if writer != "pre-encode":
+            assert contents(disk) == before
+        assert not list(disk.rglob(".*.tmp"))
+        # Room makes it work.
+        subprocess.run(["mount", "-o", "remount,rw,size=20m", disk], check=True)
+        samekit(*command(disk))
+        assert not list(disk.rglob(".*.tmp"))
+
+
+def test_cleaning_on_a_read_only_disk(tmp_path, engine):
+    with mounted(tmp_path / "disk") as disk:
+        shutil.copytree(engine, disk / "engine")
+        (build,) = (disk / "engine" / "tensorrt").iterdir()
+        (build / "encoder.engine").write_bytes(b"")
+        before = contents(disk)
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        result = CliRunner().invoke(main, ["clean", str(disk / "engine")])
+        assert result.exit_code == 2
+        assert "Read-only file system" in result.stderr
+        assert contents(disk) == before
+        samekit("info", disk / "engine")
+
+
+# --- Files that change while they are read --------------------------------------------------------------------
+
+
+def shrink(path):
+    os.truncate(path, path.stat().st_size // 3)
+
+
+def grow(path):
+    with path.open("ab") as file:
+        file.write(bytes(100_000))
+
+
+def replace(path):
+    other = path.with_name(f"other{path.suffix}")
+    sf.write(other, noise((70_000, 2), 1, 0.1), RATE)
+    other.replace(path)
+
+
+def overwrite(path):
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(bytes(1000))
+
+
+def remove(path):
+    path.unlink()
+
+
+CHANGES = {change.__name__: change for change in (shrink, grow, replace, overwrite, remove)}
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3", "aiff"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_audio_that_changes_while_it_is_encoded(tmp_path, monkeypatch, suffix, change):
+    path = tmp_path / f"song.{suffix}"
+    sf.write(path, noise((200_000, 2), level=0.1), RATE)
+    os.utime(path, (1, 1))
+    monkeypatch.setattr("samekit.audio._BLOCK_VALUES", 40_000)
+    model, blocks = AutoencoderModel(FakeBackend()), []
+
+    def progress(frames):
+        blocks.append(frames)
+        if len(blocks) == 2:
+            CHANGES[change](path)
+
+    (tmp_path / "out").mkdir()
+    with pytest.raises(AudioFileError) as caught:
+        model.encode_file(path, tmp_path / "out" / "a.npy", progress)
+    assert_one_line(caught.value)
+    assert len(blocks) >= 2
+    assert names(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_audio_that_changes_while_a_dataset_is_encoded(tmp_path, out, change):
+    """What such a clip became does not matter, if the next run makes it right."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for index in range(4):
+        sf.write(data / f"{index}.wav", noise((50_000, 2), index, 0.1), RATE, "PCM_16")
+        (data / f"{index}.txt").write_text(f"caption {index}")
+        os.utime(data / f"{index}.wav", (1, 1))
+    changed = []
+
+    def answer(half, array):
+        if not changed:
+            changed.append(CHANGES[change](data / "2.wav"))
+        return FakeBackend().zeros(half, array) + array[:, :1, ::8][:, :, : array.shape[-1] // 8]
+
+    model = AutoencoderModel(FakeBackend(answer))
+    pre_encode(model, data, out, PreEncodeOptions(readers=1))
+    (data / "other.wav").unlink(missing_ok=True)
+    pre_encode(model, data, out)
+    pre_encode(model, data, tmp_path / "whole")
+    if change == "remove":
+        # Its number stays its own.
+        found = {name for name in contents(out) if name.endswith(".npy")}
+        assert len(found) >= 4
+        return
+    assert contents(out).get("000000000002.npy") == contents(tmp_path / "whole").get("000000000002.npy")
+    assert verify(out) == []
+
+
+@pytest.mark.parametrize("change", ["shrink", "remove", "overwrite"])
+def test_latents_that_change_while_they_are_decoded(tmp_path, out, change):
+    path = tmp_path / "song.npy"
+    with LatentsWriter(path, 4) as writer:
+        writer.write(noise((4, 100_000)))
+    calls = []
+
+    def answer(half, array):
+        calls.append(half)
+        if len(calls) == 3:
+            CHANGES[change](path)
+        return FakeBackend().zeros(half, array)
+
+    def decode():
+        try:
+            AutoencoderModel(FakeBackend(answer)).decode_file(path, out / "a.wav")
+        except LatentsFileError as error:
+            assert_one_line(error)
+            assert names(out) == []
+
+    # In a fork, because reading a map that has no file any more ends a process.
+    assert in_a_fork(decode) == 0
+
+
+# --- Two of everything ----------------------------------------------------------------------------------------
+
+
+def together(*works):
+    """Start works at once in processes; how each ended."""
+    with ThreadPoolExecutor(len(works)) as pool:
+        return list(pool.map(in_a_fork, works))
+
+
+def quietly(error, work):
+    """The work, which may find that another was faster."""
+
+    def run():
+        try:
+            work()
+        except error as caught:
+            assert_one_line(caught)
+
+    return run
+
+
+@pytest.mark.usefixtures("quick_graphs")
+def test_exports_into_one_folder_at_once(out):
+    for _ in range(10):
+        assert together(*[lambda: export(seeded("tiny-s"), out, force=True)] * 3) == [0, 0, 0]
+        assert names(out) == ["tiny-s"]
+        Engine.load(out / "tiny-s").check_digests()
+
+
+def test_encodes_and_decodes_to_one_file_at_once(song, latents, out, options):
+    encode, decode = ("encode", song, out / "a.npy", *options), ("decode", latents, out / "a.wav", *options)
+    for _ in range(5):
+        assert together(*[lambda: samekit(*encode), lambda: samekit(*decode)] * 2) == [0] * 4
+        assert names(out) == ["a.json", "a.npy", "a.wav"]
+        assert np.array_equal(np.load(out / "a.npy"), np.load(latents))
+
+
+def test_cleaning_and_looking_at_once(engine, tmp_path):
+    for index in range(10):
+        folder = tmp_path / str(index)
+        shutil.copytree(engine, folder)
+        (build,) = (folder / "tensorrt").iterdir()
+        for copy in range(5):
+            shutil.copytree(build, build.with_name(f"stale{copy}"))
+            (build.with_name(f"stale{copy}") / "encoder.engine").write_bytes(b"")
+            build.with_name(f"{copy}.failed.log").touch()
+        clean, info = partial(samekit, "clean", folder), partial(samekit, "info", folder)
+        assert together(clean, info, clean, info) == [0] * 4
+        assert names(folder / "tensorrt") == [build.name]
+
+
+def test_datasets_into_one_folder_at_once(tmp_path, out):
+    data = tmp_path / "data"
+    data.mkdir()
+    for index in range(20):
+        sf.write(data / f"{index}.wav", noise((300, 2), index, 0.1), RATE, "PCM_16")
+        (data / f"{index}.txt").write_text("caption")
+
+    def run():
+        pre_encode(AutoencoderModel(FakeBackend()), data, out, PreEncodeOptions(readers=1))
+
+    assert together(*[quietly(OutputError, run)] * 3) == [0, 0, 0]
+    assert verify(out) == []
+
+
+# --- Threads ---------------------------------------------------------------------------------------------------
+
+
+def test_sixteen_threads_share_a_model(engine):
+    """Equal results, and no memory that grows with the calls."""
+    clips = [noise((2, 8 * (1 + index)), index) for index in range(16)]
+    with AutoencoderModel.from_pretrained(engine, backend="onnxruntime", threads=1) as model:
+        model.autoencoder.backend.expect_many_calls("encoder")
+        model.autoencoder.backend.expect_many_calls("decoder")
+        expected = [model.decode(model.encode(clip, RATE)) for clip in clips]
+
+        def run(index):
+            for _ in range(65):
+                assert np.array_equal(model.decode(model.encode(clips[index], RATE)), expected[index])
+            return 65
+
+        process = psutil.Process()
+        with ThreadPoolExecutor(16) as pool:
+            assert sum(pool.map(run, range(16))) == 1040
+            before = process.memory_info().rss
+            assert sum(pool.map(run, range(16))) == 1040
+            grown = process.memory_info().rss - before
+    assert grown < 8e6, f"{grown / 1e6:.1f} MB after 1,040 more calls of both halves"
+
+
+# --- The clock, the locale, names ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("jump", [-1e9, 1e9])
+def test_clock_that_jumps(tmp_path, out, monkeypatch, jump):
+    """The clock of the wall decides nothing: neither what is done, nor what is left over."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for index in range(3):
+        sf.write(data / f"{index}.wav", noise((300, 2), index, 0.1), RATE, "PCM_16")
+        (data / f"{index}.txt").write_text("caption")
+        os.utime(data / f"{index}.wav", (2e9 * (index % 2), 2e9 * (index % 2)))
+    model, real = AutoencoderModel(FakeBackend()), time.time
+    monkeypatch.setattr(time, "time", lambda: real() + random.choice((0, jump)))  # noqa: S311 no secret
+    assert pre_encode(model, data, out).encoded == 3
+    report = pre_encode(model, data, out)
+    assert (report.encoded, report.unchanged) == (0, 3)
+    assert report.elapsed >= 0
+    with _files.atomic_path(out / "a.wav"):
+        (path,) = out.glob(".a.wav.*")
+        os.utime(path, (0, 0))
+        assert _files.remove_abandoned(out) == []
+
+
+# Names as the system has them: bytes.
+ODD_NAMES = {
+    "spaces": b" a  song ",
+    "quotes": b'it\'s "quoted"',
+    "newline": b"two\nlines\ttab\x1b[2J",
+    "emoji": "größe 🎵".encode(),
+    "no text": b"caf\xe9 \xff",
+    "long": b"n" * 246,
+    "long text": "é".encode() * 123,
+    "shell": b"$(touch pwned) `touch pwned`; touch pwned & *",
+    "dash": b"-v --help",
+    "pattern": b"[a-z]*?",
+}
+
+
+@pytest.mark.parametrize("kind", ODD_NAMES)
+@pytest.mark.usefixtures("quick_graphs")
+def test_odd_names(engine, song, tmp_path, kind):
+    name = os.fsdecode(ODD_NAMES[kind])
+    work = tmp_path / name
+    work.mkdir()
+    # ONNX Runtime takes no path that is no text, see `test_engine_whose_name_is_no_text`.
+    model = shutil.copytree(engine, tmp_path / "model" if kind == "no text" else work / name)
+    audio = shutil.copyfile(song, work / f"{name}.wav")
+    (work / f"{name}.txt").write_text("caption")
+    options = ("--model", model, "--backend", "onnxruntime", "--threads", 1)
+    samekit("info", model)
+    samekit("clean", model)
+    samekit("encode", audio, work / f"{name}.npy", *options)
+    samekit("decode", work / f"{name}.npy", tmp_path / f"{name}.wav", *options)
+    assert read_audio(tmp_path / f"{name}.wav")[0].shape == read_audio(audio)[0].shape
+    samekit("pre-encode", *options, "--data_dir", work, "--output_path", tmp_path / "out")
+    samekit("pre-encode", "--verify", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "000000000000.json").read_text())["relpath"] == f"{name}.wav"
+    samekit("export", "tiny-s", "--weights", "random", "--out", work / "engines")
+    assert names(work / "engines") == ["tiny-s"]
+    assert not list(tmp_path.rglob("pwned"))
+
+
+def test_engine_whose_name_is_no_text(engine, latents, tmp_path):
+    folder = shutil.copytree(engine, tmp_path / os.fsdecode(b"caf\xe9"))
+    samekit("info", folder)
+    arguments = ["decode", latents, tmp_path / "a.wav", "--model", folder, "--backend", "onnxruntime"]
+    result = CliRunner().invoke(main, list(map(str, arguments)))
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.endswith("its name is no UTF-8, which this library needs; rename it")
+
+
+@pytest.mark.usefixtures("quick_graphs")
+def test_model_with_a_long_name(out):
+    """As checkpoint folders may have."""
+    name = "m" * 250
+    for _ in range(2):
+        export(dataclasses.replace(seeded("tiny-s"), name=name), out, force=True)
+        assert names(out) == [name]
+
+
+def test_locale_that_is_not_utf_8(engine, tmp_path):
+    """As in containers and cron jobs of old: every name in, every message out."""
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment |= {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    name = os.fsencode(tmp_path / "größe 🎵")
+    sf.write(name + b".wav", noise((999, 2), level=0.1), RATE, "PCM_16", format="WAV")
+    script = """
+import sys
+from samekit.cli import main
+name, engine = sys.argv[1:]
+options = ["--model", engine, "--backend", "onnxruntime", "--threads", "1"]
+for arguments in (
+    ["encode", name + ".wav", name + ".npy", *options],
+    ["decode", name + ".npy", name + "2.wav", *options],
+    ["info", engine],
+    ["pre-encode", *options, "--data_dir", name + "data", "--output_path", name + "out"],
+    ["pre-encode", "--verify", name + "out"],
+    ["encode", name + "nowhere.wav", name + ".npy", *options],
+):
+    try:
+        main(arguments)
+    except SystemExit as end:
+        print(end.code)
+"""
+    data = Path(os.fsdecode(name + b"data"))
+    data.mkdir()
+    shutil.copyfile(name + b".wav", os.fsencode(data / "ü.wav"))
+    (data / "ü.txt").write_text("größer", encoding="utf-8")
+    own = tmp_path / "größe"
+    shutil.copytree(engine, own)
+    done = subprocess.run(
+        [sys.executable, "-c", script, name, os.fsencode(own)],
+        capture_output=True,
+        check=False,
+        env=environment,
+        timeout=120,
+    )
+    assert b"Traceback" not in done.stderr, done.stderr.decode()
+    codes = [line for line in done.stdout.splitlines() if line.isdigit()]
+    assert codes == [b"0"] * 5 + [b"2"], (done.stdout, done.stderr)
+    assert done.stdout.isascii()
+    assert sf.info(name + b"2.wav").frames == 999
