@@ -59,6 +59,8 @@ def in_a_fork(work):
         process = os.fork()
     if process == 0:
         code = 1
+        # It never hangs: a lock that another thread held at the fork stays held.
+        signal.alarm(300)
         try:
             work()
             code = 0
