@@ -543,5 +543,5 @@ def test_errors_of_the_hub_become_one_line(monkeypatch):
 
 @pytest.mark.parametrize("name", ["same-m", "nowhere", "a/b/c"])
 def test_names_that_are_nothing(hub, name):
-    assert "is no published model (same-s, same-l)" in refused(load, name)
+    assert "is no published model (same-s, same-l, same-tiny)" in refused(load, name)
     assert hub.calls == []

@@ -23,8 +23,9 @@ from helpers import HOP, KINDS, RATE, FakeBackend, assert_close, assert_one_line
 from samekit import AutoencoderModel
 from samekit.audio import PreparedReader
 from samekit.cli import main
-from samekit.dataset import PreEncodeOptions, pre_encode, silence_latents
+from samekit.dataset import PreEncodeOptions, pre_encode
 from samekit.dataset_check import verify
+from samekit.encoder import silence_latents
 from samekit.errors import BackendError, InputError, NonFiniteError, OutputError
 from samekit.manifest import Manifest, Shard, read_manifest
 from samekit.pipeline import Pipeline
@@ -183,7 +184,7 @@ def test_silence_of_the_default_length_costs_a_few_latents():
 @pytest.mark.parametrize("pad", [False, True])
 def test_silence_is_encoded_once(data, out, monkeypatch, pad):
     calls = []
-    monkeypatch.setattr("samekit.dataset.silence_latents", lambda *args: calls.append(1) or silence_latents(*args))
+    monkeypatch.setattr("samekit.encoder.silence_latents", lambda *args: calls.append(1) or silence_latents(*args))
     write_clips(data, 2)
     run(data, out, pad=pad, sample_size=800)
     assert len(calls) == 1
@@ -913,10 +914,10 @@ def test_readers_are_no_more_than_the_cores_of_this_process(data, out, monkeypat
     readers = []
 
     def pipeline(*arguments):
-        readers.append(arguments[5])
+        readers.append(arguments[4])
         return Pipeline(*arguments)
 
-    monkeypatch.setattr("samekit.dataset.Pipeline", pipeline)
+    monkeypatch.setattr("samekit.encoder.Pipeline", pipeline)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5})
     run(data, out)

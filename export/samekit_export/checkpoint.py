@@ -42,8 +42,12 @@ CONTAINING_REPOSITORIES = {
     "same-l": ("stabilityai/stable-audio-3-medium",),
 }
 
+BUNDLED_FOLDERS = {"same-tiny": Path(__file__).with_name("same-tiny")}
+"""Checkpoints that come with samekit; the folder's README.md is the model card."""
+
 RANDOM = "random"
 HUB = "hub"
+BUNDLED = "bundled"
 
 
 @dataclass(frozen=True)
@@ -424,8 +428,9 @@ def load(model: str, weights: str = HUB, revision: str | None = None) -> Checkpo
     """Load a checkpoint from wherever it is.
 
     Args:
-        model: `same-s`, `same-l`, a checkpoint folder, or a hub repository `owner/name`.
-        weights: "hub" for the published weights, "random" for seeded random ones, or a checkpoint folder.
+        model: `same-s`, `same-l`, `same-tiny`, a checkpoint folder, or a hub repository `owner/name`.
+        weights: "hub" for the published weights (`same-tiny`'s come with samekit), "random" for seeded random ones,
+            or a checkpoint folder.
         revision: branch, tag or commit on the hub.
 
     Raises:
@@ -436,7 +441,9 @@ def load(model: str, weights: str = HUB, revision: str | None = None) -> Checkpo
     if weights != HUB:
         return load_folder(Path(weights), model)
     # Not Path.is_dir, which raises on names that no file system takes.
-    return load_folder(model) if os.path.isdir(model) else load_hub(model, revision)  # noqa: PTH112
+    if os.path.isdir(model):  # noqa: PTH112
+        return load_folder(model)
+    return load_bundled(model) if model in BUNDLED_FOLDERS else load_hub(model, revision)
 
 
 def load_source(source: Mapping[str, Any]) -> Checkpoint:
@@ -445,6 +452,7 @@ def load_source(source: Mapping[str, Any]) -> Checkpoint:
     loaders: dict[Any, Callable[..., Checkpoint]] = {
         "folder": load_folder,
         HUB: load_hub,
+        BUNDLED: load_bundled,
         RANDOM: random_checkpoint,
     }
     try:
@@ -485,6 +493,17 @@ def load_folder(folder: str | Path, name: str | None = None) -> Checkpoint:
     name = name or folder.name
     source = {"kind": "folder", "folder": str(folder), "name": name}
     return Checkpoint(name, config, tensors, source, _digest(config, tensors))
+
+
+def load_bundled(name: str) -> Checkpoint:
+    """Load a checkpoint that comes with samekit: a name of `BUNDLED_FOLDERS`.
+
+    Raises:
+        CheckpointError: no such checkpoint comes with this samekit, or it is damaged.
+    """
+    if name not in BUNDLED_FOLDERS:
+        raise CheckpointError(f"{name!r} does not come with this samekit; choose of {', '.join(BUNDLED_FOLDERS)}")
+    return dataclasses.replace(load_folder(BUNDLED_FOLDERS[name], name), source={"kind": BUNDLED, "name": name})
 
 
 def _read_tensors(
@@ -677,7 +696,7 @@ def load_hub(name: str, revision: str | None = None) -> Checkpoint:
     """
     repository = HUB_REPOSITORIES.get(name, name)
     if repository.count("/") != 1:
-        known = ", ".join(HUB_REPOSITORIES)
+        known = ", ".join([*HUB_REPOSITORIES, *BUNDLED_FOLDERS])
         raise CheckpointError(
             f"{name!r} is no published model ({known}), no hub repository owner/name and no folder; pass one of these, "
             "or export it first"

@@ -46,12 +46,13 @@ def write_onnx(graph: GraphEncoder | GraphDecoder, path: Path) -> None:
     """
     config = graph.config
     batch, latents = torch.export.Dim("batch"), torch.export.Dim("latents")
-    # Sizes of 0 and 1 would be taken as constants; any others do.
+    # Sizes of 0 and 1 would be taken as constants, those of groups too; any others do.
+    several = max(6, 3 * graph.trunk.layout.latents)
     if isinstance(graph, GraphEncoder):
-        example = torch.zeros(2, config.channels, 6 * config.hop)
+        example = torch.zeros(2, config.channels, several * config.hop)
         length = config.hop * latents
     else:
-        example = torch.zeros(2, config.latent_width, 6)
+        example = torch.zeros(2, config.latent_width, several)
         length = latents
     with _quiet_exporter():
         program = torch.onnx.export(

@@ -234,8 +234,8 @@ class AutoencoderModel:
         """Open a model.
 
         Args:
-            model_name: a name (`same-s`, `same-l`), looked up in `./engines` and in the user's cache; an engine
-                folder; or a checkpoint folder, which runs in PyTorch.
+            model_name: a name (`same-s`, `same-l`, `same-tiny`), looked up in `./engines` and in the user's cache; an
+                engine folder; or a checkpoint folder, which runs in PyTorch.
             device: `cpu` or `cuda`; the best there is unless given.
             backend: `auto`, `tensorrt`, `onnxruntime` or `torch`.
             precision: `fp32` or `fp16` (the reference's `.half()`).

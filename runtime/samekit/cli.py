@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from samekit.autoencoder import AutoencoderModel
+    from samekit.dataset import PreEncodeOptions
+    from samekit.distributed import RayEncoder
     from samekit.store import Engine
 
 
@@ -138,7 +140,7 @@ def decode(latents: Path, audio: Path, bits: str, clip: bool, **options: Any) ->
 @main.command("pre-encode")
 @click.option("--model", default="same-l", show_default=True, help="A name, an engine folder or a checkpoint folder.")
 @click.option("--data_dir", "--data-dir", multiple=True, help="Folder with audio files and .txt captions; repeatable.")
-@click.option("--output_path", "--output-path", type=click.Path(path_type=Path), help="Folder for the latents.")
+@click.option("--output_path", "--output-path", help="Folder (or URL) for the latents.")
 @click.option(
     "--batch_size", "--batch-size", default=1, show_default=True, help="Windows encoded at once; none is padded."
 )
@@ -153,10 +155,26 @@ def decode(latents: Path, audio: Path, bits: str, clip: bool, **options: Any) ->
 @click.option("--strict", is_flag=True, help="Exit with code 2 if a clip is bad, once the others are encoded.")
 @click.option("--reencode", is_flag=True, help="Encode everything again if the folder holds latents of other settings.")
 @click.option("--workers", "readers", default=0, help="Threads that read ahead. [default: one a core, at most 4]")
-@click.option("--verify", "verified", type=click.Path(path_type=Path), help="Check a folder of latents instead.")
+@click.option(
+    "--ray",
+    "address",
+    metavar="[ADDRESS]",
+    is_flag=False,
+    flag_value="",
+    help="Encode on the Ray cluster at HOST:PORT; without ADDRESS on one on this machine.",
+)
+@click.option("--actors", type=click.IntRange(min=1), help="Encoders on the cluster. [default: as many as fit]")
+@click.option("--cpus-per-actor", type=click.IntRange(min=1), help="Cores, and threads, of each. [default: 1]")
+@click.option("--gpus-per-actor", type=click.FloatRange(min=0), help="GPUs of each, or a share. [default: 0]")
+@click.option("--verify", "verified", help="Check a folder of latents instead.")
 @_backend_options
 def pre_encode(
-    model: str, data_dir: tuple[str, ...], output_path: Path | None, verified: Path | None, **options: Any
+    model: str,
+    data_dir: tuple[str, ...],
+    output_path: str | None,
+    verified: str | None,
+    address: str | None,
+    **options: Any,
 ) -> None:
     """Encode a dataset for training: a pair of .npy and .json for each audio file with a caption.
 
@@ -176,16 +194,34 @@ def pre_encode(
         if backend["precision"] == "int8":
             raise InputError("--model_half means --precision fp16, not int8; pass one of them")
         backend["precision"] = "fp16"
+    asked = {name: options.pop(name) for name in ("actors", "cpus_per_actor", "gpus_per_actor")}
     settings = PreEncodeOptions(shard=Shard.parse(options.pop("shard")), **options)
-    with _open(model, **backend) as opened, Display() as display:
-        report = pre_encode(opened, data_dir, output_path, settings, display)
+    with _encoder(model, backend, settings, address, asked) as encoder, Display() as display:
+        report = pre_encode(encoder, data_dir, output_path, settings, display)
     for row in report.bad[:10]:
         _say(f"{row['status']}: {row['reason'] or row['relpath']}", err=True)
     _say(report.summary())
     _say(report.to_json())
 
 
-def _verify_dataset(folder: Path) -> None:
+def _encoder(
+    model: str, backend: dict[str, Any], settings: PreEncodeOptions, address: str | None, asked: dict[str, Any]
+) -> AutoencoderModel | RayEncoder:
+    """What encodes a dataset: a model in this process, or actors on a cluster."""
+    given = {name: value for name, value in asked.items() if value is not None}
+    if address is None:
+        if given:
+            names = " ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise InputError(f"{names} is of the encoders on a Ray cluster; pass --ray too")
+        return _open(model, **backend)
+    if settings.shard.count > 1:
+        raise InputError("--shard and --ray both split the work; pass one of them")
+    from samekit.distributed import RayEncoder, RayOptions  # noqa: PLC0415
+
+    return RayEncoder(model, RayOptions(address, **given), **backend)
+
+
+def _verify_dataset(folder: str) -> None:
     """Print every problem of a folder of latents."""
     from samekit.dataset_check import verify as check  # noqa: PLC0415
 
@@ -219,7 +255,7 @@ def _verify_dataset(folder: Path) -> None:
 def export(
     model: str, weights: str, revision: str | None, precision: str, out: Path, force: bool, tensorrt: str
 ) -> None:
-    """Export MODEL (same-s, same-l, a checkpoint folder, or owner/name on the hub) to an engine folder."""
+    """Export MODEL (same-s, same-l, same-tiny, a checkpoint folder, or owner/name on the hub) to an engine folder."""
     _need_export()
     from samekit_export.checkpoint import load  # noqa: PLC0415
     from samekit_export.export import export as run  # noqa: PLC0415
@@ -245,6 +281,23 @@ def _need_export() -> None:
         raise InputError(
             f"exporting needs packages that are missing ({error}); run: pip install 'samekit[export]'"
         ) from None
+
+
+@main.command()
+@click.argument("audio", metavar="IN", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help="A name or an engine folder.")
+@click.option("--out", default="report.html", show_default=True, type=click.Path(path_type=Path))
+@click.option("--seconds", default=60.0, show_default=True, help="How much of the file to take, from its start.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all cores]")
+def report(audio: Path, model: str, out: Path, seconds: float, threads: int | None) -> None:
+    """Write a page about a model on the audio file IN: players, pictures, accuracy and speed of all that runs here."""
+    _need_export()
+    from samekit.store import find_engine  # noqa: PLC0415
+    from samekit_export.report import write_report  # noqa: PLC0415
+
+    measured = write_report(audio, find_engine(model), out, seconds=seconds, threads=threads, report=click.echo)
+    click.echo(measured.table())
+    click.echo(f"{out} is ready")
 
 
 @main.command()
@@ -291,6 +344,28 @@ def doctor() -> None:
 
     for line in examine():
         _say(line)
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help="A name or an engine folder.")
+@click.option("--backend", default="onnxruntime", show_default=True, type=click.Choice(["onnxruntime", "tensorrt"]))
+@click.option("--precision", default="fp32", show_default=True, type=click.Choice(PRECISIONS))
+@click.option(
+    "--max-batch", default=8, show_default=True, type=click.IntRange(min=1), help="Requests of one length run at once."
+)
+@click.option(
+    "--queue-delay", default=2000, show_default=True, type=click.IntRange(min=0), help="Microseconds to wait for more."
+)
+@click.option("--instances", default=1, show_default=True, type=click.IntRange(min=1), help="Copies on each device.")
+@click.option("--kind", default="auto", show_default=True, type=click.Choice(["auto", "gpu", "cpu"]))
+def triton(out: Path, model: str, **options: Any) -> None:
+    """Write a model repository OUT for the Triton Inference Server."""
+    from samekit.store import find_engine  # noqa: PLC0415
+    from samekit.triton import TritonOptions, write_repository  # noqa: PLC0415
+
+    for folder in write_repository(find_engine(model), out, TritonOptions(**options)):
+        click.echo(folder)
 
 
 @main.command()

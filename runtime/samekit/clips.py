@@ -132,6 +132,9 @@ class BadClipError(Exception):
         self.status: Status = status
         self.reason = " ".join(reason.split())
 
+    def __reduce__(self) -> tuple[type[BadClipError], tuple[Status, str]]:
+        return type(self), (self.status, self.reason)
+
 
 @dataclass(frozen=True)
 class Extent:

@@ -1,6 +1,8 @@
 """Encode a dataset of audio files with captions into the latents that the training code of Stable Audio 3 reads.
 
-    find the clips -> number them (manifest) -> read, encode, write those that are new or changed (pipeline) -> report
+    find the clips -> number them (manifest) -> read, encode, write those that are new or changed (encoder) -> report
+
+Numbers, manifest and report are the business of the process that is here; `encoder.py` and `distributed.py` encode.
 
 The result for a clip is that of the reference: the clip, followed by zeros up to `sample_size`, encoded, and the
 latents of the clip kept. But of the zeros only those are encoded that a latent of the clip sees.
@@ -22,20 +24,22 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
-from samekit._files import atomic_path, named, output_errors
+from samekit._files import atomic_path, output_errors
 from samekit.backends.ort import available_cpus
 from samekit.clips import CuttingRules, Source, expected_latents, find_sources
+from samekit.encoder import Encoder, LocalEncoder
 from samekit.errors import InputError, LatentsFileError
 from samekit.latents import map_array
-from samekit.manifest import SILENCE_FILE, STATE_FOLDER, Manifest, Row, Settings, Shard
-from samekit.pipeline import Outcome, Pipeline, Task
-from samekit.spec import ENCODER
+from samekit.manifest import Manifest, Row, Settings, Shard, remove_temporaries
+from samekit.output import SILENCE_FILE, STATE_FOLDER, find_output
+from samekit.pipeline import Job, Outcome, Task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from samekit.arrays import Array
-    from samekit.autoencoder import Autoencoder, AutoencoderModel
+    from samekit.autoencoder import AutoencoderModel
+    from samekit.output import Output
 
 SAMPLE_SIZE: Final = 12_582_912
 """The reference's default: 285 s at 44.1 kHz, 3,072 latents."""
@@ -150,7 +154,7 @@ class PreEncodeReport:
 
 
 def pre_encode(
-    model: AutoencoderModel,
+    model: AutoencoderModel | Encoder,
     data_dir: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     output_path: str | os.PathLike[str],
     options: PreEncodeOptions | None = None,
@@ -163,11 +167,11 @@ def pre_encode(
     moment is completed by calling this again.
 
     Args:
-        model: an open model.
+        model: an open model; or a `samekit.distributed.RayEncoder`, to encode on a cluster.
         data_dir: folder with audio files, at any depth, each with a caption of the same name in `.txt`; or several.
-        output_path: folder for the latents; one for each model and kind of settings.
+        output_path: folder for the latents, or a URL that fsspec knows; one for each model and kind of settings.
         options: see there.
-        progress: called after each clip, in another thread.
+        progress: called after each clip, maybe in another thread.
 
     Returns:
         What was done; also in `.samekit/report.json`, as far as it describes the folder.
@@ -181,15 +185,21 @@ def pre_encode(
     options = options or PreEncodeOptions()
     folders = [data_dir] if isinstance(data_dir, (str, os.PathLike)) else list(data_dir)
     sources = {s.relpath: s for s in find_sources(folders) if options.shard.holds(s.relpath)}
-    settings = _settings(model, options)
-    with Manifest.open(named(output_path), options.shard, settings, reencode=options.reencode) as manifest:
+    encoder = model if isinstance(model, Encoder) else LocalEncoder(model.autoencoder)
+    settings, shard, output = _settings(encoder, options), options.shard, find_output(output_path)
+    with (
+        output.opened(shard.manifest) as folder,
+        Manifest.open(folder, shard, settings, reencode=options.reencode) as manifest,
+    ):
         manifest.assign(sources)
-        run = _Run(model.autoencoder, options, manifest, progress)
+        output.remember(whole=True)
+        run = _Run(encoder, options, manifest, output, progress)
         run.retire(sources)
         run.encode([source for source in sources.values() if run.is_due(source)])
         manifest.rewrite()
         report = run.report(sources)
         _write_report(manifest, report)
+        output.remember(whole=True)
     if options.strict and report.bad:
         first = report.bad[0]["reason"]
         kinds = ", ".join(f"{n} {status}" for status, n in sorted(report.statuses.items()) if status != "encoded")
@@ -197,14 +207,14 @@ def pre_encode(
     return report
 
 
-def _settings(model: AutoencoderModel, options: PreEncodeOptions) -> Settings:
+def _settings(encoder: Encoder, options: PreEncodeOptions) -> Settings:
     """What decides the latents of a run."""
     return Settings(
-        model=model.spec.name,
-        model_sha256=model.spec.source_sha256,
-        precision=model.autoencoder.backend.precision,
+        model=encoder.spec.name,
+        model_sha256=encoder.spec.source_sha256,
+        precision=encoder.precision,
         dtype="float16" if options.half else "float32",
-        width=model.latent_dim,
+        width=encoder.spec.latent_width,
         sample_size=options.sample_size,
         pad=options.pad,
         full=options.full,
@@ -218,26 +228,27 @@ class _Run:
 
     def __init__(
         self,
-        autoencoder: Autoencoder,
+        encoder: Encoder,
         options: PreEncodeOptions,
         manifest: Manifest,
+        output: Output,
         progress: Callable[[Progress], None] | None,
     ) -> None:
-        self._autoencoder = autoencoder
+        self._encoder = encoder
         self._options = options
         self._manifest = manifest
+        self._output = output
         self._progress = progress
         self._rules = CuttingRules(
-            spec=autoencoder.spec,
-            windows=autoencoder.windows(ENCODER),
+            spec=encoder.spec,
+            windows=encoder.windows,
             sample_size=options.sample_size,
             pad=options.pad,
             full=options.full,
             crop=options.crop,
             seed=options.seed,
         )
-        with output_errors(manifest.folder):
-            self._files = {entry.name for entry in os.scandir(manifest.folder)}
+        self._files = output.names()
         self._digests: dict[str, str] = {}
         self._start = time.perf_counter()
         self._state = Progress(0, 0, 0, 0.0, 0.0)
@@ -292,29 +303,30 @@ class _Run:
         for row in list(self._manifest.rows.values()):
             if row.status is None and row.relpath not in sources:
                 if {f"{row.name}.npy", f"{row.name}.json"} & self._files:
-                    _remove_pair(self._manifest.folder / f"{row.name}.npy")
+                    self._remove_pair(row)
                 self._manifest.record(dataclasses.replace(row, status="gone"))
 
     def encode(self, due: list[Source]) -> None:
         """Encode clips, and the silence."""
-        options, folder, backend = self._options, self._manifest.folder, self._autoencoder.backend
-        # A run that goes on where another was killed must give the same bytes.
-        backend.expect_many_calls(ENCODER)
+        options = self._options
         silence = self._silence(needed=options.pad and bool(due))
         self._state = dataclasses.replace(self._state, total=len(due))
-        readers = options.readers or min(4, available_cpus())
         if options.batch_size > 1:
-            due = self._by_length(due, readers)
-        tasks = [Task(source, folder / f"{self._manifest.rows[source.relpath].name}.npy") for source in due]
+            due = self._by_length(due)
+        tasks = [Task(source, f"{self._manifest.rows[source.relpath].name}.npy") for source in due]
         if not tasks:
             return
-        dtype = self._manifest.settings.dtype
+        job = Job(
+            self._rules, self._manifest.settings.dtype, silence, options.batch_size, options.readers, self._output
+        )
         self._start = time.perf_counter()
-        Pipeline(backend, self._rules, dtype, silence, options.batch_size, readers, self._finished).run(tasks)
+        self._encoder.encode(job, tasks, self._finished)
+        # A worker that was killed may have left some, while others did its work.
+        remove_temporaries(self._manifest.folder, self._options.shard)
 
-    def _by_length(self, due: list[Source], readers: int) -> list[Source]:
+    def _by_length(self, due: list[Source]) -> list[Source]:
         """Clips of one length side by side, so that they can share a batch."""
-        with ThreadPoolExecutor(readers) as pool:
+        with ThreadPoolExecutor(self._options.readers or min(4, available_cpus())) as pool:
             lengths = list(pool.map(partial(expected_latents, rules=self._rules), due))
         return [source for _, source in sorted(zip(lengths, due, strict=True), key=lambda pair: pair[0])]
 
@@ -326,10 +338,11 @@ class _Run:
         missing = self._options.shard.owns(SILENCE_FILE) and (self._fresh() or not _is_array(path, shape, dtype))
         if not needed and not missing:
             return None
-        latents = silence_latents(self._autoencoder, self._rules.limit)
+        latents = self._encoder.silence(self._rules.limit)
         if missing:
             with atomic_path(path) as temporary, output_errors(path), temporary.open("wb") as file:
                 np.save(file, latents[None].astype(dtype))
+            self._output.deliver(self._manifest.folder, SILENCE_FILE)
         return latents if needed else None
 
     def _fresh(self) -> bool:
@@ -337,11 +350,11 @@ class _Run:
         return all(row.status in (None, "gone") for row in self._manifest.rows.values())
 
     def _finished(self, outcome: Outcome) -> None:
-        """Record an outcome; runs in the writer's thread."""
+        """Record an outcome."""
         source, clip, bad = outcome.task.source, outcome.clip, outcome.bad
         old = self._manifest.rows[source.relpath]
         if bad:
-            _remove_pair(outcome.task.target)
+            self._remove_pair(old)
         seconds = clip.kept / self._rules.spec.sample_rate if clip else 0.0
         sha256, caption_sha256 = self._digests_of(source) if self._options.checksum else (None, None)
         row = Row(
@@ -357,6 +370,7 @@ class _Run:
             seconds=seconds,
         )
         self._manifest.record(row)
+        self._output.remember()
         state = self._state
         self._state = dataclasses.replace(
             state,
@@ -368,13 +382,18 @@ class _Run:
         if self._progress:
             self._progress(self._state)
 
+    def _remove_pair(self, row: Row) -> None:
+        """Remove the latents of a clip that no longer can or will be encoded; the `.json` first."""
+        for suffix in (".json", ".npy"):
+            self._output.remove(f"{row.name}{suffix}")
+
     def report(self, sources: dict[str, Source]) -> PreEncodeReport:
         """What was done; the run is over."""
         rows = [self._manifest.rows[relpath] for relpath in sources]
         bad = sorted((row for row in rows if row.status != "encoded"), key=lambda row: row.number)
         state = self._state
         return PreEncodeReport(
-            folder=str(self._manifest.folder),
+            folder=str(self._output),
             clips=len(rows),
             encoded=state.done - state.bad,
             unchanged=len(rows) - state.done,
@@ -386,26 +405,6 @@ class _Run:
         )
 
 
-def silence_latents(autoencoder: Autoencoder, latents: int) -> Array:
-    """The latents of silence, `[latent_width, latents]`, at the cost of a few of them.
-
-    What a latent sees is the same from one aligned position to the next, away from both ends:
-
-        |- edge -|- period -|- period -|  ...  |- period -|- edge -|      a short silence holds the first, one
-                                                                         period and the last
-    """
-    spec = autoencoder.spec
-    period = spec.alignment
-    edge = -(-spec.contexts[ENCODER] // period) * period
-    tail = edge + latents % period
-    short = min(latents, edge + period + tail)
-    encoded: Array = autoencoder.encode_audio(np.zeros((1, spec.channels, spec.samples(short)), np.float32))[0]
-    if short == latents:
-        return encoded
-    middle = np.tile(encoded[:, edge : edge + period], (latents - edge - tail) // period)
-    return np.concatenate([encoded[:, :edge], middle, encoded[:, edge + period :]], axis=1)
-
-
 def _is_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
     """Whether a file holds an array like this."""
     try:
@@ -413,13 +412,6 @@ def _is_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
     except LatentsFileError:
         return False
     return bool(array.shape == shape and array.dtype == dtype)
-
-
-def _remove_pair(target: Path) -> None:
-    """Remove the latents of a clip that no longer can or will be encoded; the `.json` first."""
-    with output_errors(target):
-        target.with_suffix(".json").unlink(missing_ok=True)
-        target.unlink(missing_ok=True)
 
 
 def _write_report(manifest: Manifest, report: PreEncodeReport) -> None:

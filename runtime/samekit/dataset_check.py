@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -10,10 +11,10 @@ import numpy as np
 from samekit._files import named, temporary_target
 from samekit.errors import InputError, LatentsFileError
 from samekit.latents import map_array, read_latents
-from samekit.manifest import SILENCE_FILE, STATE_FOLDER, Settings, Shard, read_manifest
+from samekit.manifest import Settings, Shard, read_manifest
+from samekit.output import SILENCE_FILE, STATE_FOLDER
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterator
     from pathlib import Path
     from typing import Any
@@ -46,6 +47,8 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
     Raises:
         InputError: the folder has no manifest, or a damaged one.
     """
+    if "://" in os.fspath(folder):
+        raise InputError(f"{folder}: only folders can be verified; copy it to one, or mount it")
     folder = named(folder)
     paths = []
     # A folder whose name is too long has none.

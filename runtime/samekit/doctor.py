@@ -49,6 +49,8 @@ PARTS = (
     Part("onnxscript", "exporting", "pip install 'samekit[export]'"),
     Part("safetensors", "reading checkpoints", "pip install 'samekit[export]'"),
     Part("huggingface_hub", "published weights by name", "pip install 'samekit[export]'"),
+    Part("matplotlib", "the pictures of a report", "pip install 'samekit[report]'"),
+    Part("jinja2", "the page of a report", "pip install 'samekit[report]'"),
 )
 """In the order in which they matter to most people."""
 

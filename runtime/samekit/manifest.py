@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 from samekit._files import atomic_path, output_errors, temporary_target
 from samekit._json import check_kinds
 from samekit.errors import InputError, OutputError
+from samekit.output import SILENCE_FILE, STATE_FOLDER
 
 if sys.platform == "win32":
     import msvcrt
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-STATE_FOLDER: Final = ".samekit"
-SILENCE_FILE: Final = "silence.npy"
 # Raised when an older samekit could misread the files.
 _FORMAT: Final = 1
 
@@ -261,8 +260,7 @@ class Manifest:
         with output_errors(folder):
             path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_name(f"{path.name}.lock"), folder):
-            with output_errors(folder):
-                _remove_temporaries(folder, shard)
+            remove_temporaries(folder, shard)
             manifest = cls._begun(folder, shard, settings, reencode=reencode)
             try:
                 yield manifest
@@ -400,12 +398,17 @@ def _drop_incomplete_line(path: Path) -> None:
         file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def _remove_temporaries(folder: Path, shard: Shard) -> None:
-    """Remove what a killed process of the same shard left half-written; other shards may be writing theirs."""
-    for entry in (*os.scandir(folder), *os.scandir(folder / STATE_FOLDER)):
-        target = temporary_target(entry.name)
-        if target is not None and shard.owns(target):
-            Path(entry.path).unlink(missing_ok=True)
+def remove_temporaries(folder: Path, shard: Shard) -> None:
+    """Remove what a killed process of the same shard left half-written; other shards may be writing theirs.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    with output_errors(folder):
+        for entry in (*os.scandir(folder), *os.scandir(folder / STATE_FOLDER)):
+            target = temporary_target(entry.name)
+            if target is not None and shard.owns(target):
+                Path(entry.path).unlink(missing_ok=True)
 
 
 @contextmanager

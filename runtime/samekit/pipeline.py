@@ -27,6 +27,7 @@ from samekit.latents import LatentsWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
     from types import TracebackType
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from samekit.backends.base import Backend
     from samekit.chunking import Window
     from samekit.clips import Clip, CuttingRules, Source
+    from samekit.output import Output
 
 _WAITING_BATCHES: Final = 4
 # Latents of so many windows may wait for the disk.
@@ -49,8 +51,26 @@ class Task:
     """A clip to be encoded."""
 
     source: Source
-    target: Path
-    """The `.npy` file; the `.json` gets the same name."""
+    target: str
+    """Name of the `.npy` file; the `.json` gets the same one."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run does to every clip, wherever it is encoded."""
+
+    rules: CuttingRules
+    """How clips are cut."""
+    dtype: str
+    """Of the files, `float32` or `float16`."""
+    silence: Array | None
+    """`[width, latents of sample_size]`, what padded clips end with; None without padding."""
+    batch_size: int
+    """Windows that are encoded at once."""
+    readers: int
+    """Threads that read; 0 leaves it to whoever reads."""
+    output: Output
+    """Where the files go."""
 
 
 @dataclass(frozen=True)
@@ -129,10 +149,9 @@ class Pipeline:
 
     Args:
         backend: encodes.
-        rules: how clips are cut.
-        dtype: of the files, `float32` or `float16`.
-        silence: `[width, latents of sample_size]`, what padded clips end with; None without padding.
-        batch_size: windows that are encoded at once.
+        turn: held while the backend is used, so that several pipelines can share it.
+        job: what is done to every clip.
+        folder: into which the files are written.
         readers: threads that read.
         finished: called in the writer's thread with each outcome, once the files of the clip are on disk.
     """
@@ -140,22 +159,22 @@ class Pipeline:
     def __init__(
         self,
         backend: Backend,
-        rules: CuttingRules,
-        dtype: str,
-        silence: Array | None,
-        batch_size: int,
+        turn: AbstractContextManager[object],
+        job: Job,
+        folder: Path,
         readers: int,
         finished: Callable[[Outcome], None],
     ) -> None:
         self._backend = backend
-        self._rules = rules
-        self._batch_size = batch_size
+        self._turn = turn
+        self._rules = job.rules
+        self._batch_size = job.batch_size
         self._readers = readers
         self._finished = finished
-        self._files = _Files(backend.spec.latent_width, dtype, rules, silence)
+        self._files = _Files(job, folder)
         self._stopped = threading.Event()
         self._error: BaseException | None = None
-        self._read: _Channel[_Piece | _Ending | None] = _Channel(batch_size + readers, self._stopped)
+        self._read: _Channel[_Piece | _Ending | None] = _Channel(job.batch_size + readers, self._stopped)
         self._encoded: _Channel[_Latents | _Ending | None] = _Channel(_WRITES_WAITING, self._stopped)
 
     def run(self, tasks: Iterable[Task]) -> None:
@@ -176,7 +195,8 @@ class Pipeline:
             for thread in threads:
                 thread.start()
             with suppress(_StoppedError):
-                self._encode()
+                with self._turn:
+                    self._encode()
                 threads[-1].join()
         finally:
             self._stopped.set()
@@ -293,13 +313,11 @@ class _File:
 class _Files:
     """The latents files that are being written; a context manager that leaves none of them half-written."""
 
-    def __init__(self, width: int, dtype: str, rules: CuttingRules, silence: Array | None) -> None:
-        self._width = width
-        self._dtype = dtype
-        self._rules = rules
-        self._silence = silence
-        self._open: dict[Path, _File] = {}
-        self._refused: set[Path] = set()
+    def __init__(self, job: Job, folder: Path) -> None:
+        self._job = job
+        self._folder = folder
+        self._open: dict[str, _File] = {}
+        self._refused: set[str] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -331,7 +349,7 @@ class _Files:
     def _file(self, task: Task) -> _File:
         """The file of a clip, begun if it is not there yet."""
         if task.target not in self._open:
-            writer = LatentsWriter(task.target, self._width, self._dtype)
+            writer = LatentsWriter(self._folder / task.target, self._job.rules.spec.latent_width, self._job.dtype)
             self._open[task.target] = _File(writer.__enter__())
         return self._open[task.target]
 
@@ -344,11 +362,11 @@ class _Files:
             if file.ending is None or file.ending.clip is None or file.written < file.ending.pieces:
                 return None
             clip = file.ending.clip
-            if self._silence is not None:
-                file.writer.write(self._silence[:, clip.extent.computed :])
+            if self._job.silence is not None:
+                file.writer.write(self._job.silence[:, clip.extent.computed :])
         except InputError as error:
             return self._refuse(task, BadClipError("failed", str(error)))
-        file.writer.metadata = clip.metadata(task.source, self._rules)
+        file.writer.metadata = clip.metadata(task.source, self._job.rules)
         del self._open[task.target]
         file.writer.__exit__(None, None, None)
         return Outcome(task, clip)

@@ -60,12 +60,14 @@ def load_checkpoint(name: str, source: dict[str, Any] | None) -> Any:
         BackendUnavailableError: the export package or what it needs for this is not installed.
         CheckpointError: the checkpoint cannot be loaded.
     """
-    on_hub = source.get("kind") == "hub" if source else not os.path.isdir(name)  # noqa: PTH112 see checkpoint.load
     try:
+        from samekit_export.checkpoint import BUNDLED_FOLDERS, load, load_source  # noqa: PLC0415
+
+        is_here = os.path.isdir(name) or name in BUNDLED_FOLDERS  # noqa: PTH112 see checkpoint.load
+        on_hub = source.get("kind") == "hub" if source else not is_here
         # The export package imports these where it needs them, too late to say what is missing.
         for package in ("torch", "safetensors", *(("huggingface_hub",) if on_hub else ())):
             import_module(package)
-        from samekit_export.checkpoint import load, load_source  # noqa: PLC0415
     except ImportError as error:
         raise BackendUnavailableError(
             f"the torch backend needs PyTorch, safetensors and huggingface_hub ({error}); "

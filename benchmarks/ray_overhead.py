@@ -1,0 +1,132 @@
+"""What does Ray cost against the plain command, on one machine and the same cores?
+
+Three ways to encode the same clips, each a new folder: this process with every core; one actor with every core, which
+shows what a cluster adds to the same work; and an actor for each core. The cluster and the actors are started once and
+timed apart: "start" is what a run pays before its first clip, and no run of hours notices. The rest is counted from
+planning to the finished manifest.
+
+Rounds go A B C A B C, the minimum of each counts: other work on the machine only ever adds time. Where there is much of
+it, "cpu" is the better witness: seconds that cores spent on this process and all that it started, Ray's own included.
+
+    python benchmarks/ray_overhead.py engines/same-s --clips 500 --seconds 10
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import psutil
+from common import finish
+from pre_encode import write_dataset
+
+from samekit import AutoencoderModel
+from samekit.backends.ort import available_cpus
+from samekit.dataset import pre_encode
+from samekit.distributed import RayEncoder, RayOptions
+
+if TYPE_CHECKING:
+    from samekit.encoder import Encoder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def started(stack: ExitStack, engine: str, options: RayOptions) -> tuple[RayEncoder, float]:
+    """Actors that have opened the model, and the seconds that took."""
+    start = time.perf_counter()
+    encoder = stack.enter_context(RayEncoder(engine, options, device="cpu", backend="onnxruntime"))
+    return encoder, time.perf_counter() - start
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those below it that live."""
+    total = 0.0
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        with suppress(psutil.Error):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+def one_run(encoder: AutoencoderModel | Encoder, data: Path, out: Path) -> tuple[float, float]:
+    """Seconds of a whole run into a new folder, and those of the cores."""
+    shutil.rmtree(out, ignore_errors=True)
+    cpu, start = cpu_seconds(), time.perf_counter()
+    pre_encode(encoder, data, out)
+    return time.perf_counter() - start, cpu_seconds() - cpu
+
+
+def copies(folder: Path, clips: int) -> None:
+    """Fill a dataset up with copies of its first clips."""
+    sources = sorted(folder.glob("*.wav"))
+    for index in range(len(sources), clips):
+        path = folder / f"{index:05d}.wav"
+        shutil.copyfile(sources[index % len(sources)], path)
+        path.with_suffix(".txt").write_text(f"caption {index}", encoding="utf-8")
+
+
+@click.command()
+@click.argument("engine")
+@click.option("--clips", default=500, show_default=True, type=click.IntRange(1))
+@click.option("--seconds", default=10.0, show_default=True, help="Of each clip.")
+@click.option("--runs", default=3, show_default=True, type=click.IntRange(1))
+def main(engine: str, clips: int, seconds: float, runs: int) -> None:
+    """Print the table for one ENGINE folder; the last line is JSON."""
+    cores = available_cpus()
+    engine = str(Path(engine).absolute())
+    times: dict[str, list[tuple[float, float]]] = {"one process": [], "Ray, one actor": [], "Ray, an actor a core": []}
+    starts: dict[str, Any] = {}
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    with tempfile.TemporaryDirectory() as scratch:
+        data, outs = Path(scratch, "data"), {way: Path(scratch, way) for way in times}
+        write_dataset(data, min(clips, 10), seconds)
+        copies(data, clips)
+        for _ in range(runs):
+            with AutoencoderModel.from_pretrained(engine, "cpu", backend="onnxruntime") as model:
+                times["one process"].append(one_run(model, data, outs["one process"]))
+            for way, options in (
+                ("Ray, one actor", RayOptions("local", 1, cores)),
+                ("Ray, an actor a core", RayOptions("local", cores, 1)),
+            ):
+                with ExitStack() as stack:
+                    encoder, start = started(stack, engine, options)
+                    starts.setdefault(way, []).append(start)
+                    times[way].append(one_run(encoder, data, outs[way]))
+        folders = [contents(out) for out in outs.values()]
+        same = all(folder == folders[0] for folder in folders)
+    # Seconds and seconds of the cores each have a minimum of their own.
+    best = {way: tuple(map(min, zip(*taken, strict=True))) for way, taken in times.items()}
+    plain = best["one process"]
+    print(f"{Path(engine).name}, {clips} clips of {seconds:g} s, {cores} cores, minimum of {runs} runs")
+    print(f"{'':22}{'start':>8}{'seconds':>10}{'audio s/s':>12}{'overhead':>10}{'cpu':>8}{'overhead':>10}")
+    for way, (wall, cpu) in best.items():
+        begin = f"{min(starts[way]):.1f}" if way in starts else ""
+        more = [f"{value / of - 1:.1%}" for value, of in zip(best[way], plain, strict=True)]
+        speed = clips * seconds / wall
+        print(f"{way:22}{begin:>8}{wall:>10.1f}{speed:>12.1f}{more[0]:>10}{cpu:>8.1f}{more[1]:>10}")
+    print(f"the folders are {'equal, byte for byte' if same else 'DIFFERENT'}")
+    results = {
+        "model": Path(engine).name,
+        "clips": clips,
+        "seconds_each": seconds,
+        "seconds_and_cpu": {way: [[round(v, 2) for v in pair] for pair in taken] for way, taken in times.items()},
+        "starts": {way: [round(value, 2) for value in taken] for way, taken in starts.items()},
+        "overhead": {
+            way: [round(value / of - 1, 3) for value, of in zip(pair, plain, strict=True)] for way, pair in best.items()
+        },
+        "equal": same,
+    }
+    finish("ray_overhead", results)
+
+
+if __name__ == "__main__":
+    main()

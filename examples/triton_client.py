@@ -1,0 +1,95 @@
+"""Encode and decode files with models that a Triton Inference Server runs: a backend of samekit that calls it.
+
+Audio is read, resampled and cut here; the server gets windows of one size, which it can batch across clients.
+
+    pip install 'samekit[triton]'
+    python examples/triton_client.py encode song.flac song.npy --model same-l --url localhost:8001
+    python examples/triton_client.py decode song.npy song.wav --model same-l --url localhost:8001
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import click
+import numpy as np
+import tritonclient.grpc as triton
+
+from samekit import AutoencoderModel
+from samekit.backends.base import Backend
+from samekit.backends.ort import INPUT_NAMES
+from samekit.errors import BackendError, SamekitError
+from samekit.spec import DECODER, ENCODER, EngineSpec
+from samekit.triton import facts_of, model_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from samekit.arrays import Array
+
+
+class TritonBackend(Backend):
+    """Both halves of a model on a server that serves what `samekit triton` wrote.
+
+    Args:
+        url: HOST:PORT of the server's gRPC service.
+        model: its name, such as `same-l`.
+
+    Raises:
+        BackendError: the server does not answer, or has no such model.
+        InputError: the model was not written by `samekit triton`.
+    """
+
+    name: ClassVar[str] = "triton"
+
+    def __init__(self, url: str, model: str) -> None:
+        self._url = url
+        self._client = triton.InferenceServerClient(url)
+        config = self._called(self._client.get_model_config, f"{model}-{ENCODER}").config
+        facts = facts_of(config)
+        precision = facts.pop("precision")
+        self.longest_window = facts.pop("longest_window", None)
+        super().__init__(EngineSpec(**facts, source={"kind": "triton", "url": url}), precision)
+        self._most = config.max_batch_size
+
+    def _run(self, half: str, array: Array) -> Array:
+        rows = range(0, len(array), self._most)
+        return np.concatenate([self._infer(half, array[row : row + self._most]) for row in rows])
+
+    def _infer(self, half: str, array: Array) -> Array:
+        """One request."""
+        values = triton.InferInput(INPUT_NAMES[half], list(array.shape), "FP32")
+        values.set_data_from_numpy(np.ascontiguousarray(array))
+        answer = self._called(self._client.infer, model_name(self.spec, half), [values])
+        result: Array = answer.as_numpy(INPUT_NAMES[DECODER if half == ENCODER else ENCODER])
+        return result
+
+    def _called(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except triton.InferenceServerException as error:
+            raise BackendError(f"{self._url}: {error.message()}; check the server and its log") from None
+
+    def close(self) -> None:
+        """End the connection."""
+        super().close()
+        self._client.close()
+
+
+@click.command()
+@click.argument("task", type=click.Choice(["encode", "decode"]))
+@click.argument("source", type=click.Path())
+@click.argument("target", type=click.Path())
+@click.option("--model", required=True, help="Its name, such as same-l.")
+@click.option("--url", default="localhost:8001", show_default=True, help="HOST:PORT of the server's gRPC service.")
+def main(task: str, source: str, target: str, model: str, url: str) -> None:
+    """Encode audio SOURCE to latents TARGET, or decode them."""
+    try:
+        with AutoencoderModel(TritonBackend(url, model)) as opened:
+            (opened.encode_file if task == "encode" else opened.decode_file)(source, target)
+    except SamekitError as error:
+        raise click.ClickException(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,350 @@
+"""A model on one piece of audio: measured on every backend and precision, written as one page that needs nothing else.
+
+    audio ── eager PyTorch, the reference ─┐
+        └─── every engine that runs here ──┴─ rows of figures ── report.html: players, pictures, table, machine
+
+Measures and writes; what the figures mean stands in the page. Pictures and page need the `report` extra.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import tempfile
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from samekit import AutoencoderModel
+from samekit._files import atomic_path
+from samekit.audio import AudioReader, AudioWriter
+from samekit.backends import AUTO, BACKENDS
+from samekit.errors import InputError, SamekitError, StaleEngineError
+from samekit.tensorrt_store import Build, build_folders
+from samekit_export.measure import interleaved, machine
+from samekit_export.verify import snr_db
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Sequence
+
+    from samekit.arrays import Array
+    from samekit.store import Engine
+
+EAGER = "torch"
+RUNS = 3
+"""Timed passes of each half on each backend; the best counts, what disturbs a pass only slows it."""
+
+COLUMNS = (
+    "backend",
+    "precision",
+    "size",
+    "latents, SNR against eager fp32",
+    "audio, SNR against eager fp32",
+    "round trip, SNR against the original",
+    "encode",
+    "decode",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One backend at one precision."""
+
+    backend: str
+    precision: str
+    size: int
+    """Bytes of both halves."""
+    latents_db: float
+    """SNR of the latents against those of eager float32."""
+    audio_db: float
+    """SNR of what its own latents decode to, against the same of eager float32."""
+    round_trip_db: float
+    """SNR of the decoded against the original audio."""
+    encode_speed: float
+    """Seconds of audio encoded in a second."""
+    decode_speed: float
+
+    def cells(self) -> tuple[str, ...]:
+        """What a table shows, in the order of `COLUMNS`."""
+        decibels = (self.latents_db, self.audio_db, self.round_trip_db)
+        return (
+            self.backend,
+            self.precision,
+            f"{self.size / 1e6:.1f} MB",
+            *("equal" if np.isposinf(value) else f"{value:.1f} dB" for value in decibels),
+            f"{self.encode_speed:.0f} x real time",
+            f"{self.decode_speed:.0f} x real time",
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a page shows."""
+
+    source: str
+    """The audio file's name."""
+    engine: Engine
+    rows: Sequence[Row]
+    left_out: Sequence[str]
+    """What could not run here, and why; a line each."""
+    original: Array = field(repr=False)
+    """`[channels, samples]` at the model's rate."""
+    decoded: Array = field(repr=False)
+    """The same, through the latents."""
+    latents: Array = field(repr=False)
+    """`[latent_width, latents]`."""
+    shown: str
+    """The backend and precision whose audio and latents these are."""
+
+    def table(self) -> str:
+        """The figures for a terminal."""
+        short = tuple(name.replace(", SNR against ", " vs ") for name in COLUMNS)
+        lines = [short, *(row.cells() for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+        return "\n".join([*(line.rstrip() for line in text), *(f"not run: {reason}" for reason in self.left_out)])
+
+
+def measure(
+    audio: str | os.PathLike[str],
+    engine: Engine,
+    *,
+    seconds: float | None = None,
+    threads: int | None = None,
+    report: Callable[[str], object] = lambda _line: None,
+) -> Report:
+    """Send audio through every backend and precision of an engine folder that runs here.
+
+    Args:
+        audio: a file of any rate and length; it and all results lie in memory at once.
+        engine: a finished engine folder.
+        seconds: how much of the file to take, from its start.
+        threads: CPU threads, all unless given.
+        report: takes a line for each step.
+
+    Raises:
+        InputError: `seconds` is no length.
+        AudioFileError: the file cannot be read.
+        BackendUnavailableError, CheckpointError: eager PyTorch, the reference, cannot run.
+    """
+    clip, rate = _read(Path(audio), seconds)
+    candidates = [(EAGER, "fp32")] + [(b, p) for p in engine.spec.graphs for b in BACKENDS if b not in (AUTO, EAGER)]
+    with ExitStack() as stack:
+        models: dict[tuple[str, str], AutoencoderModel] = {}
+        left_out = []
+        for backend, precision in candidates:
+            try:
+                opened = AutoencoderModel.from_pretrained(
+                    engine.folder, backend=backend, precision=precision, threads=threads
+                )
+            except SamekitError as error:
+                if backend == EAGER:
+                    raise
+                left_out.append(f"{backend} {precision}{_built_size(engine, backend, precision)}: {error}")
+                continue
+            models[backend, precision] = stack.enter_context(opened)
+        report(f"running {', '.join(' '.join(candidate) for candidate in models)}")
+        codec = models[EAGER, "fp32"].autoencoder
+        ready = codec.preprocess_audio_for_encoder(clip, rate)
+        samples = round(clip.shape[-1] * codec.sample_rate / rate)
+        results = {name: _round_trip(model, ready) for name, model in models.items()}
+        times = interleaved(
+            {
+                " ".join((half, *name)): call
+                for name, model in models.items()
+                for half, call in _halves(model, ready, results[name][0]).items()
+            },
+            RUNS,
+        )
+    true_latents, true_audio = results[EAGER, "fp32"]
+    length = samples / codec.sample_rate
+    rows = [
+        Row(
+            backend=backend,
+            precision=precision,
+            size=_size(engine, backend, precision),
+            latents_db=snr_db(true_latents, latents),
+            audio_db=snr_db(true_audio[..., :samples], decoded[..., :samples]),
+            round_trip_db=snr_db(ready[..., :samples], decoded[..., :samples]),
+            encode_speed=length / min(times[f"encode {backend} {precision}"]),
+            decode_speed=length / min(times[f"decode {backend} {precision}"]),
+        )
+        for (backend, precision), (latents, decoded) in results.items()
+    ]
+    shown = next((name for name in results if name[0] != EAGER), (EAGER, "fp32"))
+    latents, decoded = results[shown]
+    return Report(
+        source=Path(audio).name,
+        engine=engine,
+        rows=rows,
+        left_out=left_out,
+        original=ready[0, :, :samples],
+        decoded=decoded[0, :, :samples],
+        latents=latents[0],
+        shown=" ".join(shown),
+    )
+
+
+def _read(path: Path, seconds: float | None) -> tuple[Array, int]:
+    """The start of an audio file, `[channels, samples]`, and its rate."""
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise InputError(f"a report on {seconds} seconds is not possible; pass a number above 0")
+    blocks, frames = [], 0
+    with AudioReader(path) as reader:
+        rate = reader.info.sample_rate
+        most = None if seconds is None else max(1, round(seconds * rate))
+        for block in reader:
+            blocks.append(block)
+            frames += block.shape[1]
+            if most is not None and frames >= most:
+                break
+    return np.concatenate(blocks, axis=1)[:, :most], rate
+
+
+def _round_trip(model: AutoencoderModel, ready: Array) -> tuple[Array, Array]:
+    """Latents and decoded audio of one batch."""
+    latents = model.autoencoder.encode_audio(ready)
+    return latents, model.autoencoder.decode_audio(latents)
+
+
+def _halves(model: AutoencoderModel, ready: Array, latents: Array) -> dict[str, Callable[[], object]]:
+    """Both halves on the arrays at hand."""
+    codec = model.autoencoder
+    return {"encode": lambda: codec.encode_audio(ready), "decode": lambda: codec.decode_audio(latents)}
+
+
+def _size(engine: Engine, backend: str, precision: str) -> int:
+    """Bytes of both halves, as they lie on disk; PyTorch's are the float32 graphs' weights."""
+    if backend == "tensorrt":
+        return _built(engine, precision)
+    graphs = engine.spec.graphs[precision if backend != EAGER else "fp32"]
+    return sum(sum(graph.sizes.values()) for graph in graphs.values())
+
+
+def _built(engine: Engine, precision: str) -> int:
+    """Bytes of the largest TensorRT build of a precision; 0 if there is none."""
+    sizes = [0]
+    for folder in build_folders(engine):
+        # What is damaged cannot have run.
+        with suppress(StaleEngineError):
+            build = Build.load(folder)
+            sizes += [sum(e.size for e in build.engines.values())] * (build.fingerprint.precision == precision)
+    return max(sizes)
+
+
+def _built_size(engine: Engine, backend: str, precision: str) -> str:
+    """The size of what was built and does not run here, for a line about it."""
+    size = _built(engine, precision) if backend == "tensorrt" else 0
+    return f" (built, {size / 1e6:.1f} MB)" if size else ""
+
+
+# ---------------------------------------------------------------------------------------------- the page
+
+
+def write_report(
+    audio: str | os.PathLike[str],
+    engine: Engine,
+    path: str | os.PathLike[str],
+    *,
+    seconds: float | None = None,
+    threads: int | None = None,
+    report: Callable[[str], object] = lambda _line: None,
+) -> Report:
+    """Measure and write the page to `path`; the other arguments are those of `measure`.
+
+    Raises:
+        InputError: the packages for it are missing.
+        OutputError: it cannot be written.
+    """
+    try:
+        import jinja2  # noqa: F401, PLC0415
+        import matplotlib as mpl  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise InputError(
+            f"a report needs packages that are missing ({error}); run: pip install 'samekit[report]'"
+        ) from None
+    # Opened first: who cannot write need not measure.
+    with atomic_path(path) as temporary:
+        measured = measure(audio, engine, seconds=seconds, threads=threads, report=report)
+        temporary.write_text(page_of(measured), encoding="utf-8")
+    return measured
+
+
+def page_of(report: Report) -> str:
+    """The page: HTML with everything in it, nothing loaded from anywhere."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # noqa: PLC0415
+
+    environment = Environment(
+        loader=PackageLoader("samekit_export", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    spec = report.engine.spec
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        spec=spec,
+        columns=COLUMNS,
+        players=[
+            ("Original", _player(report.original, spec.sample_rate)),
+            (f"Decoded ({report.shown})", _player(report.decoded, spec.sample_rate)),
+        ],
+        pictures=_pictures(report),
+        ratio=spec.hop * spec.channels / spec.latent_width,
+        length=report.original.shape[1] / spec.sample_rate,
+        machine=machine(),
+    )
+
+
+def _data_uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _player(audio: Array, rate: int) -> str:
+    """Audio `[channels, samples]` as a FLAC file in a link: browsers play it, and nothing is lost twice."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "audio.flac"
+        with AudioWriter(file, rate, audio.shape[0], "PCM_16") as writer:
+            writer.write(audio)
+        return _data_uri("audio/flac", file.read_bytes())
+
+
+def _pictures(report: Report) -> list[tuple[str, str]]:
+    """Captions and pictures: both spectrograms on one scale, and the latents."""
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    rate = report.engine.spec.sample_rate
+    length = report.original.shape[1] / rate
+    spectra = {"Original": _spectrogram(report.original), "Decoded": _spectrogram(report.decoded)}
+    top = max(float(spectrum.max()) for spectrum in spectra.values())
+    pictures = []
+
+    def draw(title: str, values: Array, y: str, highest: float, scale: dict[str, Any], unit: str) -> None:
+        figure = Figure(figsize=(10, 3), layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(values, aspect="auto", origin="lower", extent=(0, length, 0, highest), **scale)
+        axes.set(xlabel="s", ylabel=y)
+        figure.colorbar(image, label=unit, pad=0.01)
+        with io.BytesIO() as file:
+            figure.savefig(file, format="png", dpi=96)
+            pictures.append((title, _data_uri("image/png", file.getvalue())))
+
+    decibels = {"cmap": "magma", "vmin": top - 80, "vmax": top}
+    for title, spectrum in spectra.items():
+        draw(f"{title}: spectrogram of the sum of both channels", spectrum, "kHz", rate / 2000, decibels, "dB")
+    limit = max(float(np.quantile(np.abs(report.latents), 0.99)), 1e-6)
+    around_zero = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit, "interpolation": "nearest"}
+    width = report.latents.shape[0]
+    draw("Latents: a row a channel, a column a latent", report.latents, "channel", width, around_zero, "value")
+    return pictures
+
+
+def _spectrogram(audio: Array, size: int = 2048, columns: int = 1000) -> Array:
+    """Power in dB, `[size / 2 + 1, at most about columns]`, of the mean of the channels."""
+    mono = np.pad(audio.mean(axis=0), size // 2)
+    frames = np.lib.stride_tricks.sliding_window_view(mono, size)[:: max(size // 4, len(mono) // columns)]
+    power = np.abs(np.fft.rfft(frames * np.hanning(size))) ** 2
+    decibels: Array = 10 * np.log10(power.T + 1e-10)
+    return decibels

@@ -1,0 +1,424 @@
+"""The encoder of a dataset as actors on a Ray cluster; Ray is imported when one is opened.
+
+    here      tasks -> batches -> at most two an actor are on their way -> outcomes -> whoever asked
+    actors    batch -> LocalEncoder -> files in the output
+
+Ray places the actors, and starts those again that die with their process or node. What such an actor had in hand goes
+to whichever is free next, so a node that never comes back holds nothing up.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from samekit.backends.ort import available_cpus
+from samekit.encoder import Encoder, LocalEncoder
+from samekit.errors import BackendError, InputError, SamekitError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from samekit.arrays import Array
+    from samekit.chunking import ExactWindows
+    from samekit.pipeline import Job, Outcome, Task
+    from samekit.spec import EngineSpec
+
+logger = logging.getLogger(__name__)
+
+# What one call hands to an actor, for each window of a batch of the encoder: much against the millisecond that a call
+# takes, little to encode again.
+_BATCH_CLIPS: Final = 8
+_BATCH_BYTES: Final = 2**25
+# One that is encoded, and one that is read meanwhile.
+_BATCHES_IN_HAND: Final = 2
+# So often may actors die over a batch.
+_DEATHS: Final = 3
+# Seconds that an address has to answer, and a cluster to place the first actor: it may have to start a machine for it.
+_CONNECT_PATIENCE: Final = 10
+_ACTOR_PATIENCE: Final = 600
+# Calls carry names, outcomes and at most the latents of silence.
+_OBJECT_STORE_BYTES: Final = 200 * 2**20
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """Where to encode, and what each actor takes of it."""
+
+    address: str = ""
+    """`HOST:PORT` of a cluster; empty joins one that runs on this machine, or starts one for this run."""
+    actors: int | None = None
+    """How many encoders; None takes what the cluster has room for now."""
+    cpus_per_actor: int = 1
+    """Cores of each, and threads of its encoder."""
+    gpus_per_actor: float = 0
+    """GPUs of each; less than one is a share."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("actors", 1), ("cpus_per_actor", 1), ("gpus_per_actor", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{name} is {value}; pass at least {least}")
+        if self.gpus_per_actor > 1 and self.gpus_per_actor % 1:
+            raise InputError(f"gpus_per_actor is {self.gpus_per_actor}; pass a share of one GPU, or a whole number")
+
+    def fitting(self, resources: dict[str, float]) -> int:
+        """Actors for which a machine has room."""
+        room = resources.get("CPU", 0) // self.cpus_per_actor
+        if self.gpus_per_actor:
+            room = min(room, resources.get("GPU", 0) // self.gpus_per_actor)
+        return int(room)
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What an actor encodes with; all of it but the place must be that of the first one."""
+
+    spec: EngineSpec
+    precision: str
+    windows: ExactWindows
+    place: str
+
+    def same(self, other: _Facts) -> bool:
+        """Whether the latents of both can lie in one folder."""
+        ours, theirs = ((facts.spec.source_sha256, facts.precision, facts.windows) for facts in (self, other))
+        return ours == theirs
+
+
+@dataclass
+class _Batch:
+    """Clips for one call."""
+
+    tasks: list[Task]
+    deaths: int = 0
+    """Actors that died with it in hand."""
+
+
+@dataclass
+class _Actor:
+    """An actor as it is seen from here."""
+
+    handle: Any
+    joined: bool = False
+    """Whether it has answered since it was started last."""
+    in_hand: int = 0
+    """Batches that it was given."""
+
+
+class _Worker:
+    """What runs in an actor: one open model, for several calls at a time.
+
+    Nothing can fail before the first call: that carries errors to who called, with their type.
+    """
+
+    def __init__(self, model: str, backend: dict[str, Any], cores: int, folder: str) -> None:
+        # Names are those of whoever plans: relative ones count from there.
+        with suppress(OSError):
+            os.chdir(folder)
+        self._model = model
+        self._backend = backend
+        self._cores = cores
+        self._opening = threading.Lock()
+        self._encoder: LocalEncoder | None = None
+
+    def _opened(self) -> LocalEncoder:
+        """The encoder, opened once."""
+        from samekit.autoencoder import AutoencoderModel  # noqa: PLC0415
+
+        with self._opening:
+            if self._encoder is None:
+                model = AutoencoderModel.from_pretrained(self._model, **self._backend)
+                self._encoder = LocalEncoder(model.autoencoder, self._cores)
+            return self._encoder
+
+    def facts(self) -> _Facts:
+        """Tell what is encoded with, once that is ready."""
+        encoder = self._opened()
+        return _Facts(encoder.spec, encoder.precision, encoder.windows, f"{socket.gethostname()}, {encoder.place}")
+
+    def silence(self, latents: int) -> Array:
+        """As `Encoder.silence`."""
+        return self._opened().silence(latents)
+
+    def encode(self, facts: _Facts, job: Job, tasks: list[Task]) -> list[Outcome]:
+        """Encode a batch; its files are in the output when this returns."""
+        node = socket.gethostname()
+        if not facts.same(self.facts()):
+            raise InputError(f"{node}: opens {self._model} as another model than the first node; give all the same one")
+        job.output.require_reachable()
+        for folder in {task.source.path.removesuffix(task.source.relpath) for task in tasks}:
+            # Without it every clip would be reported as unreadable.
+            if not Path(folder).is_dir():
+                raise InputError(f"{folder}: is not there on {node}; share it under the same path with every node")
+        outcomes: list[Outcome] = []
+        self._opened().encode(job, tasks, outcomes.append)
+        return outcomes
+
+
+class RayEncoder(Encoder):
+    """Encodes on a cluster; a context manager that takes the actors and gives them back.
+
+    Args:
+        model: a name, an engine folder or a checkpoint folder, as every node finds it.
+        ray: where, and how many.
+        backend: arguments of `AutoencoderModel.from_pretrained`; `threads` are those of each actor.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], ray: RayOptions | None = None, **backend: Any) -> None:
+        self._model = os.fspath(model)
+        self._options = ray or RayOptions()
+        self._backend = backend | {"threads": backend.get("threads") or self._options.cpus_per_actor}
+        self._ray: Any = None
+        self._actors: list[Any] = []
+        self._connected = False
+
+    def __enter__(self) -> Self:
+        """Connect, and wait for the first actor.
+
+        Raises:
+            InputError: there is no Ray, no cluster at the address, or no room on it.
+            SamekitError: what opening the model raises.
+        """
+        self._ray = _imported()
+        try:
+            self._connect()
+            self._place()
+            facts = self._first_facts()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        self._facts = facts
+        self.spec, self.precision, self.windows = facts.spec, facts.precision, facts.windows
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for actor in self._actors:
+            self._ray.kill(actor)
+        self._actors.clear()
+        if self._connected:
+            self._ray.shutdown()
+            self._connected = False
+
+    def silence(self, latents: int) -> Array:
+        """The latents of silence, `[latent_width, latents]`, from the first actor that has time."""
+        calls = [_patiently(actor.silence).remote(latents) for actor in self._actors]
+        (done, *_), _ = self._ray.wait(calls, num_returns=1)
+        array: Array = _result(self._ray, done)
+        return array
+
+    def encode(self, job: Job, tasks: Sequence[Task], finished: Callable[[Outcome], None]) -> None:
+        """Encode every clip."""
+        calls = _Calls(self._ray, self._actors, self._facts, job, _batches(tasks, job.batch_size))
+        for outcome in calls.outcomes():
+            finished(outcome)
+
+    def _connect(self) -> None:
+        """Join a cluster, or start one."""
+        if self._ray.is_initialized():
+            return
+        address = self._options.address or os.environ.get("RAY_ADDRESS", "")
+        # What it says of actors that die, is said here.
+        quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+        try:
+            if address not in ("", "auto", "local"):
+                _require_answer(address)
+            if address != "local":
+                self._ray.init(address=address or "auto", **quiet)
+                self._connected = True
+                return
+        except (OSError, RuntimeError, ValueError) as error:
+            if address:
+                raise InputError(
+                    f"{address}: no Ray cluster answers ({' '.join(str(error).split())}); check HOST:PORT, or leave "
+                    "it out to start one here"
+                ) from None
+        cores = available_cpus()
+        self._ray.init(
+            address="local",
+            num_cpus=cores,
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            **quiet,
+        )
+        self._connected = True
+        resources = self._ray.cluster_resources()
+        if self._options.fitting(resources) == 0:
+            raise InputError(
+                f"an actor of {self._options.cpus_per_actor} cores and {self._options.gpus_per_actor:g} GPUs does not "
+                f"fit on this machine ({cores} cores, {resources.get('GPU', 0):g} GPUs); pass less, or a cluster"
+            )
+
+    def _place(self) -> None:
+        """Ask for the actors."""
+        options = self._options
+        room = sum(options.fitting(node["Resources"]) for node in self._ray.nodes() if node["Alive"])
+        count = options.actors or max(1, room)
+        if count > room:
+            logger.warning("%d actors fit on the cluster now; %d more wait for room", room, count - room)
+        remote = self._ray.remote(
+            num_cpus=options.cpus_per_actor,
+            num_gpus=options.gpus_per_actor,
+            max_restarts=-1,
+            max_concurrency=_BATCHES_IN_HAND,
+        )(_Worker)
+        arguments = (self._model, self._backend, options.cpus_per_actor, str(Path.cwd()))
+        self._actors = [remote.remote(*arguments) for _ in range(count)]
+
+    def _first_facts(self) -> _Facts:
+        """What the first actor tells that is ready."""
+        calls = [_patiently(actor.facts).remote() for actor in self._actors]
+        done, _ = self._ray.wait(calls, num_returns=1, timeout=_ACTOR_PATIENCE)
+        if not done:
+            raise InputError(
+                f"the cluster has no room for an actor of {self._options.cpus_per_actor} cores and "
+                f"{self._options.gpus_per_actor:g} GPUs; pass less, or add a node"
+            )
+        try:
+            facts: _Facts = _result(self._ray, done[0])
+        except self._ray.exceptions.RayActorError as error:
+            raise BackendError(
+                f"no actor starts ({_last_line(error)}); install the same samekit on every node"
+            ) from None
+        return facts
+
+
+class _Calls:
+    """The calls of one run that have not returned, and the batches that nobody has yet."""
+
+    def __init__(self, ray: Any, handles: list[Any], facts: _Facts, job: Job, batches: Iterable[_Batch]) -> None:
+        self._ray = ray
+        self._facts = facts
+        self._job = ray.put(job)
+        self._todo = deque(batches)
+        self._left = len(self._todo)
+        self._actors = [_Actor(handle) for handle in handles]
+        # Whose call it is, and its batch, or None for an actor that joins.
+        self._calls: dict[Any, tuple[_Actor, _Batch | None]] = {}
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """Yield the outcome of each clip once, as they come.
+
+        Raises:
+            BackendError: actors die again and again, or all of them are lost.
+            SamekitError: what an actor raised.
+        """
+        for actor in self._actors:
+            self._join(actor)
+        while self._left:
+            if not self._calls:
+                raise BackendError("every actor is lost, see Ray's log; run the same command again to go on")
+            (done,), _ = self._ray.wait(list(self._calls), num_returns=1)
+            actor, batch = self._calls.pop(done)
+            actor.in_hand -= batch is not None
+            outcomes: list[Outcome] = []
+            try:
+                result = _result(self._ray, done)
+            except self._ray.exceptions.RayError as error:
+                if isinstance(error, self._ray.exceptions.RayTaskError):
+                    raise
+                self._failed(actor, batch, error)
+            else:
+                if batch:
+                    self._left -= 1
+                    outcomes = result
+                else:
+                    actor.joined = True
+                    logger.info("an actor encodes on %s", result.place)
+            self._deal()
+            yield from outcomes
+
+    def _join(self, actor: _Actor) -> None:
+        """Have an actor answer as soon as it runs."""
+        self._calls[_patiently(actor.handle.facts).remote()] = actor, None
+
+    def _deal(self) -> None:
+        """Give batches to whoever has room."""
+        for actor in self._actors:
+            while self._todo and actor.joined and actor.in_hand < _BATCHES_IN_HAND:
+                batch = self._todo.popleft()
+                actor.in_hand += 1
+                self._calls[actor.handle.encode.remote(self._facts, self._job, batch.tasks)] = actor, batch
+
+    def _failed(self, actor: _Actor, batch: _Batch | None, error: Exception) -> None:
+        """Take a batch back from an actor that died; Ray starts that again, unless joining itself has failed."""
+        if batch is None:
+            logger.warning("an actor is lost for good: %s", _last_line(error))
+            return
+        batch.deaths += 1
+        if batch.deaths == _DEATHS:
+            names = ", ".join(repr(task.source.relpath) for task in batch.tasks)
+            raise BackendError(f"{_DEATHS} actors died while they encoded one of {names}; see Ray's log for the cause")
+        self._todo.appendleft(batch)
+        if actor.joined:
+            logger.warning("an actor died; its clips go to others until Ray has started it again")
+            actor.joined = False
+            self._join(actor)
+
+
+def _patiently(method: Any) -> Any:
+    """A call that waits for an actor that is started again."""
+    return method.options(max_task_retries=-1)
+
+
+def _result(ray: Any, call: Any) -> Any:
+    """What a call returned; an error that samekit raised there is raised here."""
+    try:
+        return ray.get(call)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, SamekitError):
+            raise error.cause from None
+        raise
+
+
+def _batches(tasks: Iterable[Task], batch_size: int) -> Iterator[_Batch]:
+    """Clips together until they are many or large."""
+    batch, size = _Batch([]), 0
+    for task in tasks:
+        batch.tasks.append(task)
+        size += task.source.audio[0] if task.source.audio else 0
+        if len(batch.tasks) >= _BATCH_CLIPS * batch_size or size >= _BATCH_BYTES * batch_size:
+            yield batch
+            batch, size = _Batch([]), 0
+    if batch.tasks:
+        yield batch
+
+
+def _last_line(error: Exception) -> str:
+    """What a message of Ray ends with: the error, after where it was raised."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def _imported() -> Any:
+    """Ray."""
+    # Unless the user wants it: nothing is sent anywhere.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray  # noqa: PLC0415
+    except ImportError as error:
+        raise InputError(f"encoding on a cluster needs Ray ({error}); run: pip install 'samekit[ray]'") from None
+    return ray
+
+
+def _require_answer(address: str) -> None:
+    """Raise unless something listens: Ray itself tries for minutes.
+
+    Raises:
+        OSError: nobody does.
+        ValueError: the address is none.
+    """
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not separator or not port.isdecimal():
+        raise ValueError("it names no port")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_PATIENCE).close()

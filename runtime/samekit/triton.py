@@ -1,0 +1,192 @@
+"""An engine folder as a model repository of the Triton Inference Server. Knows no server: it writes files.
+
+OUT/same-l-encoder/config.pbtxt        what the server has to know, in its protobuf text format
+OUT/same-l-encoder/1/model.onnx        hard links to the engine folder's files, or copies of them;
+OUT/same-l-encoder/1/encoder.onnx.data external data keep the name that the graph knows
+OUT/same-l-decoder/...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from samekit._files import output_errors
+from samekit.backends.ort import INPUT_NAMES
+from samekit.errors import BackendUnavailableError, InputError, StaleEngineError
+from samekit.fingerprint import NARROW, PROFILES, TENSORRT
+from samekit.spec import DECODER, ENCODER
+from samekit.tensorrt_store import Build, build_folders, why_stale
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from samekit.spec import EngineSpec
+    from samekit.store import Engine
+
+FACTS: Final = "samekit"
+"""Name of the parameter that tells clients, as JSON, the fields of `EngineSpec` that they need, and the precision."""
+_FACTS: Final = ("name", "sample_rate", "channels", "hop", "latent_width", "alignment", "contexts", "source_sha256")
+_VERSION: Final = "1"
+_KINDS: Final = ("auto", "gpu", "cpu")
+# File names that each backend of the server looks for.
+_FILES: Final = {"onnxruntime": "model.onnx", "tensorrt": "model.plan"}
+
+
+@dataclass(frozen=True)
+class TritonOptions:
+    """How the server is to run both halves."""
+
+    backend: str = "onnxruntime"
+    """`onnxruntime` or `tensorrt`."""
+    precision: str = "fp32"
+    """Of the graphs or engines."""
+    max_batch: int = NARROW.batch[2]
+    """Requests of one length that the server may run at once."""
+    queue_delay: int = 2000
+    """Microseconds that a request may wait for others."""
+    instances: int = 1
+    """Copies of each half, on each GPU."""
+    kind: str = "auto"
+    """Where: `gpu`, `cpu`, or `auto` for GPUs if there are any."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("backend", tuple(_FILES)), ("kind", _KINDS)):
+            if getattr(self, name) not in known:
+                raise InputError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}")
+        for name, least in (("max_batch", 1), ("queue_delay", 0), ("instances", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}; pass at least {least}")
+        if self.backend == "tensorrt":
+            if self.max_batch > NARROW.batch[2]:
+                raise InputError(f"max_batch is {self.max_batch}; the engines take at most {NARROW.batch[2]}")
+            if self.kind == "cpu":
+                raise InputError("TensorRT needs a GPU; pass kind gpu, or backend onnxruntime")
+
+
+def write_repository(engine: Engine, out: Path, options: TritonOptions | None = None) -> list[Path]:
+    """Write a model repository with the encoder and the decoder of an engine folder, whole or not at all.
+
+    Args:
+        engine: the engine folder.
+        out: the repository; must not exist.
+        options: see there.
+
+    Returns:
+        The folders of both models.
+
+    Raises:
+        InputError: `out` exists.
+        BackendUnavailableError: there is no graph, or no TensorRT engine, of this precision.
+        StaleEngineError: there are TensorRT engines, but of something else.
+        OutputError: the repository cannot be written.
+    """
+    options = options or TritonOptions()
+    if os.path.lexists(out):
+        raise InputError(f"{out}: exists; remove it, or write another repository: a server takes several")
+    sources = {half: _files(engine, half, options) for half in (ENCODER, DECODER)}
+    staging = out.with_name(f".{out.name}.{secrets.token_hex(4)}.new")
+    try:
+        with output_errors(out):
+            for half, files in sources.items():
+                version = staging / model_name(engine.spec, half) / _VERSION
+                version.mkdir(parents=True)
+                for name, source in files.items():
+                    _link_or_copy(source, version / name)
+                text = config_text(engine.spec, half, options)
+                (version.parent / "config.pbtxt").write_text(text, encoding="utf-8")
+            staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return [out / model_name(engine.spec, half) for half in sources]
+
+
+def model_name(spec: EngineSpec, half: str) -> str:
+    """What the server calls one half of a model."""
+    return f"{spec.name}-{half}"
+
+
+def config_text(spec: EngineSpec, half: str, options: TritonOptions) -> str:
+    """The `config.pbtxt` of one half; the batch is no dimension of its own there."""
+    audio, latents = [spec.channels, -1], [spec.latent_width, -1]
+    before, after = (audio, latents) if half == ENCODER else (latents, audio)
+    input_name = INPUT_NAMES[half]
+    output_name = INPUT_NAMES[DECODER if half == ENCODER else ENCODER]
+    kind = "gpu" if options.backend == "tensorrt" else options.kind
+    # The profile for windows in batches; the other one takes no batches.
+    profile = f' profile: [ "{PROFILES.index(NARROW)}" ]' if options.backend == "tensorrt" else ""
+    facts = {name: getattr(spec, name) for name in _FACTS} | {"precision": options.precision}
+    if options.backend == "tensorrt":
+        facts["longest_window"] = NARROW.latents[2]
+    return f"""name: {_quoted(model_name(spec, half))}
+backend: "{options.backend}"
+max_batch_size: {options.max_batch}
+input [ {{ name: "{input_name}" data_type: TYPE_FP32 dims: {before} }} ]
+output [ {{ name: "{output_name}" data_type: TYPE_FP32 dims: {after} }} ]
+dynamic_batching {{ max_queue_delay_microseconds: {options.queue_delay} }}
+instance_group [ {{ kind: KIND_{kind.upper()} count: {options.instances}{profile} }} ]
+parameters {{ key: "{FACTS}" value {{ string_value: {_quoted(json.dumps(facts))} }} }}
+"""
+
+
+def _quoted(text: str) -> str:
+    """A string in protobuf's text format: JSON's quotes and backslashes are its own, other letters stay."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _files(engine: Engine, half: str, options: TritonOptions) -> dict[str, Path]:
+    """Name in the version's folder -> file of the engine folder."""
+    model = _FILES[options.backend]
+    if options.backend == "tensorrt":
+        build = _build(engine, options.precision)
+        build.read(half)
+        return {model: build.folder / build.engines[half].file}
+    graph = engine.graph(half, options.precision)
+    sizes = engine.spec.graphs[options.precision][half].sizes
+    return {model if name == graph.name else name: engine.folder / name for name in sizes}
+
+
+def _build(engine: Engine, precision: str) -> Build:
+    """The one build for the server's TensorRT; those of TensorRT-RTX it cannot run."""
+    builds = [Build.load(folder) for folder in build_folders(engine)]
+    ours = [b for b in builds if (b.fingerprint.flavour, b.fingerprint.precision) == (TENSORRT, precision)]
+    reasons = [reason for build in ours if (reason := why_stale(build.fingerprint, engine.spec, {}))]
+    cure = f"run samekit export {engine.spec.name} --precision {precision} --tensorrt auto beside such a GPU"
+    if not ours:
+        raise BackendUnavailableError(
+            f"{engine.folder}: no {precision} engine of TensorRT (RTX ones do not do); {cure}"
+        )
+    if reasons:
+        raise StaleEngineError(f"{engine.folder}: a TensorRT engine is stale ({reasons[0]}); {cure}")
+    if len(ours) > 1:
+        places = ", ".join(f"{b.fingerprint.version} for {b.fingerprint.target}" for b in ours)
+        raise InputError(f"{engine.folder}: has engines of TensorRT {places}; leave the one that the server runs")
+    return ours[0]
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy where the file system has no second names or is another one."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def facts_of(config: Any) -> dict[str, Any]:
+    """What `FACTS` in a parsed `config.pbtxt` says.
+
+    Args:
+        config: a `ModelConfig` of the server's protobuf schema.
+
+    Raises:
+        InputError: it was not written here.
+    """
+    try:
+        facts: dict[str, Any] = json.loads(config.parameters[FACTS].string_value)
+    except (KeyError, ValueError):
+        raise InputError(f"model {config.name!r} was not written by samekit triton; serve that") from None
+    return facts

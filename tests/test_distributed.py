@@ -1,0 +1,447 @@
+"""Pre-encoding past one process: on a cluster and into other places, with the folder that one process leaves."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import fsspec
+import psutil
+import pytest
+from helpers import assert_one_line
+from test_dataset import command, contents, run, write_clip, write_clips
+
+from samekit import AutoencoderModel
+from samekit.clips import Source
+from samekit.dataset import PreEncodeOptions, pre_encode
+from samekit.dataset_check import verify
+from samekit.distributed import RayEncoder, RayOptions, _batches
+from samekit.errors import BackendError, EngineNotFoundError, InputError, OutputError
+from samekit.pipeline import Task
+
+SECONDS = 44_100
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """A cluster of two cores, once a run; its address."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # Its token would lie in the home, which is another one in each test.
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
+        yield ray.get_runtime_context().gcs_address
+        ray.shutdown()
+
+
+@pytest.fixture
+def engine(engine_of):
+    return engine_of("tiny-s").folder
+
+
+@pytest.fixture
+def model(engine):
+    """One process, with the threads of an actor."""
+    return AutoencoderModel.from_pretrained(engine, "cpu", backend="onnxruntime", threads=1)
+
+
+@pytest.fixture
+def encoder(cluster, engine):
+    """Two actors."""
+    del cluster
+    with RayEncoder(engine, device="cpu", backend="onnxruntime") as encoder:
+        yield encoder
+
+
+@pytest.fixture
+def data(tmp_path):
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+@pytest.fixture(scope="module")
+def work(engine_of, tmp_path_factory):
+    """Clips that take seconds, and what the folder holds once one process has encoded them."""
+    data = write_clips(tmp_path_factory.mktemp("work"), 48, samples=5 * SECONDS)
+    out = tmp_path_factory.mktemp("alone")
+    run(data, out, AutoencoderModel.from_pretrained(engine_of("tiny-s").folder, "cpu", threads=1))
+    return data, contents(out)
+
+
+def workers():
+    """The processes of this run's actors."""
+    return [
+        process for process in psutil.Process().children(recursive=True) if process.name().startswith("ray::_Worker")
+    ]
+
+
+def mixed_clips(folder):
+    """Rates, channels and lengths, and clips that cannot be encoded."""
+    for index in range(24):
+        suffix, rate = (("wav", 44_100), ("flac", 48_000), ("ogg", 22_050))[index % 3]
+        write_clip(folder / str(index % 2) / f"{index:02d}.{suffix}", 3000 + 20_000 * index, rate=rate, seed=index)
+    write_clip(folder / "mute.wav", 100, caption=None)
+    write_clip(folder / "silent.wav", 100, level=1e-5)
+    (folder / "text.flac").write_text("no audio")
+    (folder / "text.txt").write_text("unreadable")
+
+
+# --- On a cluster -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"pad": True, "sample_size": 30 * 4096, "half": True}], ids=["plain", "pad"])
+def test_folder_is_that_of_one_process(encoder, model, data, out, options):
+    mixed_clips(data)
+    seen = []
+    report = pre_encode(encoder, data, out, PreEncodeOptions(**options), seen.append)
+    alone = out.with_name("alone")
+    expected = run(data, alone, model, **options)
+    assert contents(out) == contents(alone)
+    assert verify(out) == []
+    assert report.statuses == expected.statuses == {"encoded": 24, "no_caption": 1, "silent": 1, "unreadable": 1}
+    assert report.bad == expected.bad
+    assert [(progress.done, progress.total) for progress in seen] == [(done, 27) for done in range(1, 28)]
+    assert seen[-1].audio_seconds == pytest.approx(report.audio_seconds, abs=1e-3)
+    again = pre_encode(encoder, data, out, PreEncodeOptions(**options))
+    assert (again.encoded, again.unchanged) == (0, 26)
+    assert contents(out) == contents(alone)
+
+
+def test_batches_of_windows_give_the_same_latents(encoder, model, data, out):
+    mixed_clips(data)
+    assert pre_encode(encoder, data, out, PreEncodeOptions(batch_size=4)).encoded == 24
+    alone = out.with_name("alone")
+    run(data, alone, model, batch_size=4)
+    assert contents(out).keys() == contents(alone).keys()
+    assert verify(out) == []
+
+
+def test_killed_worker_loses_nothing(encoder, work, out):
+    data, alone = work
+    killed, seen = [], []
+
+    def kill(progress):
+        seen.append(progress.done)
+        if progress.done in (8, 24):
+            victim = workers()[0]
+            victim.kill()
+            killed.append(victim.pid)
+
+    report = pre_encode(encoder, data, out, progress=kill)
+    assert len(set(killed)) == 2
+    assert seen == list(range(1, 49))
+    assert report.statuses == {"encoded": 48}
+    assert contents(out) == alone
+
+
+def test_clips_over_which_actors_die_again_and_again_are_named(encoder, work, out, monkeypatch):
+    monkeypatch.setattr("samekit.distributed._DEATHS", 1)
+    data, _ = work
+
+    def kill(progress):
+        if progress.done == 1:
+            for worker in workers():
+                worker.kill()
+
+    with pytest.raises(BackendError, match=r"1 actors died .* 'clip000") as error:
+        pre_encode(encoder, data, out, progress=kill)
+    assert_one_line(error.value)
+
+
+def test_killed_driver_is_followed_by_another(cluster, engine, work, out):
+    data, alone = work
+    arguments = ["--model", engine, "--backend", "onnxruntime", "--device", "cpu", "--data_dir", data]
+    program = [sys.executable, "-c", "from samekit.cli import main; main()", "pre-encode", *arguments]
+    driver = subprocess.Popen(
+        [*program, "--output_path", out, "--ray", cluster], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    manifest = out / ".samekit" / "manifest.jsonl"
+    deadline = time.monotonic() + 60
+    while not (manifest.exists() and manifest.read_text().count('"encoded"') >= 8):
+        assert driver.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    driver.send_signal(signal.SIGKILL)
+    assert driver.wait() == -signal.SIGKILL
+    result = command(*arguments, "--output_path", out, "--ray", cluster)
+    assert result.exit_code == 0, result.output
+    last = json.loads(result.stdout.splitlines()[-1])
+    assert last["statuses"] == {"encoded": 48}
+    assert 8 <= last["unchanged"] < 48
+    assert contents(out) == alone
+
+
+def test_error_of_a_worker_is_raised_here(encoder, data, out, monkeypatch, tmp_path):
+    """The actors count relative names from where they were started."""
+    monkeypatch.chdir(tmp_path)
+    write_clips(data, 3)
+    with pytest.raises(InputError, match="data/: is not there on ") as error:
+        pre_encode(encoder, "data", out)
+    assert_one_line(error.value)
+    with pytest.raises(InputError, match="out: is not there") as error:
+        pre_encode(encoder, data, "out")
+    assert_one_line(error.value)
+    assert pre_encode(encoder, data, out).encoded == 3
+
+
+# A cluster of two nodes of one core each, of which one goes and never comes back.
+LOST_NODE = """
+import sys
+import ray
+from ray.cluster_utils import Cluster
+from samekit.dataset import pre_encode
+from samekit.distributed import RayEncoder, RayOptions
+
+node = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+cluster = Cluster(initialize_head=True, connect=True, head_node_args={**node, "include_dashboard": False})
+second = cluster.add_node(**node)
+cluster.wait_for_nodes()
+gone = []
+
+def lose(progress):
+    if progress.done >= 16 and not gone:
+        gone.append(second)
+        cluster.remove_node(second, allow_graceful=False)
+
+with RayEncoder(sys.argv[1], RayOptions(actors=2), device="cpu", backend="onnxruntime") as encoder:
+    report = pre_encode(encoder, sys.argv[2], sys.argv[3], progress=lose)
+assert gone
+assert report.statuses == {"encoded": 48}
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_lost_node_holds_nothing_up(engine, work, out, monkeypatch):
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    data, alone = work
+    subprocess.run([sys.executable, "-c", LOST_NODE, engine, data, out], check=True, timeout=120)
+    assert contents(out) == alone
+
+
+# --- What cannot work ---------------------------------------------------------------------------------------
+
+
+def refused(*arguments):
+    """The one line of a command that does not even begin."""
+    result = command(*arguments)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.output
+    return result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--ray", "127.0.0.1:1"], "no Ray cluster answers"),
+        (["--ray", "nowhere.invalid:6379"], "no Ray cluster answers"),
+        (["--ray", "localhost"], "names no port"),
+        (["--ray", "local", "--shard", "1/2"], "pass one of them"),
+        (["--actors", "2", "--cpus-per-actor", "1"], "--actors --cpus-per-actor"),
+        (["--ray", "local", "--gpus-per-actor", "1.5"], "a share of one GPU"),
+        (["--ray", "local", "--cpus-per-actor", "0"], "0 is not in the range"),
+    ],
+    ids=str,
+)
+def test_options_of_a_cluster_that_cannot_be(data, out, monkeypatch, arguments, reason):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    write_clips(data, 1)
+    start = time.monotonic()
+    result = command("--model", "x", "--data_dir", data, "--output_path", out, *arguments)
+    assert result.exit_code == 2
+    assert reason in result.stderr
+    assert "Traceback" not in result.stderr
+    assert time.monotonic() - start < 15
+    assert not out.exists()
+
+
+def test_without_ray_the_command_says_what_to_install(data, out, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert "samekit[ray]" in refused("--model", "x", "--data_dir", data, "--output_path", out, "--ray", "local")
+
+
+def test_missing_engine_is_told_by_the_worker(cluster, data, out):
+    del cluster
+    write_clips(data, 1)
+    with (
+        pytest.raises(EngineNotFoundError, match="no engine for 'absent'") as error,
+        RayEncoder("absent", backend="onnxruntime"),
+    ):
+        pass
+    assert_one_line(error.value)
+    options = ["--backend", "onnxruntime", "--data_dir", data, "--output_path", out]
+    assert "no engine for" in refused("--model", "absent", *options, "--ray", "local")
+
+
+def test_cluster_without_room_is_not_waited_for_for_ever(cluster, engine, monkeypatch):
+    del cluster
+    monkeypatch.setattr("samekit.distributed._ACTOR_PATIENCE", 0.5)
+    with (
+        pytest.raises(InputError, match="no room for an actor of 64 cores") as error,
+        RayEncoder(engine, RayOptions(cpus_per_actor=64)),
+    ):
+        pass
+    assert_one_line(error.value)
+
+
+@pytest.mark.parametrize("options", [{"actors": 0}, {"cpus_per_actor": 0}, {"gpus_per_actor": -1}])
+def test_options_are_checked(options):
+    with pytest.raises(InputError, match="pass at least") as error:
+        RayOptions(**options)
+    assert_one_line(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "resources", "actors"),
+    [
+        ({}, {"CPU": 7.0}, 7),
+        ({"cpus_per_actor": 4}, {"CPU": 7.0}, 1),
+        ({"gpus_per_actor": 1}, {"CPU": 64.0, "GPU": 8.0}, 8),
+        ({"gpus_per_actor": 0.5, "cpus_per_actor": 4}, {"CPU": 64.0, "GPU": 8.0}, 16),
+        ({"gpus_per_actor": 1}, {"CPU": 64.0}, 0),
+    ],
+)
+def test_actors_that_fit(options, resources, actors):
+    assert RayOptions(**options).fitting(resources) == actors
+
+
+def test_batches_are_cut_by_number_and_by_size():
+    sizes = [100] * 9 + [2**26, 100, 2**24, 2**24, 100]
+    tasks = [Task(Source("x", "x", (size, 0), None), f"{index}.npy") for index, size in enumerate(sizes)]
+    lengths = [len(batch.tasks) for batch in _batches(tasks, 1)]
+    assert lengths == [8, 2, 3, 1]
+    assert [task for batch in _batches(tasks, 3) for task in batch.tasks] == tasks
+
+
+# --- Other places -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket():
+    """A place in this process's memory, and what lies there: name -> bytes."""
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+
+    def held():
+        return {name.removeprefix("/bucket/out/"): store.cat_file(name) for name in store.find("/bucket/out")}
+
+    yield held
+    store.store.clear()
+
+
+URL = "memory://bucket/out"
+
+
+def without_locks(folder):
+    return {name: data for name, data in contents(folder).items() if not name.endswith(".lock")}
+
+
+def test_url_holds_what_a_folder_holds(model, data, out, bucket):
+    mixed_clips(data)
+    report = run(data, URL, model, pad=True, sample_size=20 * 4096)
+    run(data, out, model, pad=True, sample_size=20 * 4096)
+    assert bucket() == without_locks(out)
+    assert report.folder == URL
+    assert run(data, URL, model, pad=True, sample_size=20 * 4096).encoded == 0
+    (data / "0" / "00.txt").unlink()
+    write_clips(data, 2)
+    for target in (URL, out):
+        again = run(data, target, model, pad=True, sample_size=20 * 4096)
+        assert (again.encoded, again.statuses["no_caption"]) == (2, 2)
+    assert bucket() == without_locks(out)
+
+
+def test_run_into_a_url_that_was_cut_short_goes_on(model, data, out, bucket, monkeypatch):
+    monkeypatch.setattr("samekit.output._SECONDS_BETWEEN_PARTS", 0)
+    write_clips(data, 12)
+
+    def stop(progress):
+        if progress.done == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pre_encode(model, data, URL, PreEncodeOptions(), stop)
+    parts = [name for name in bucket() if ".jsonl." in name]
+    assert len(parts) == 7
+    # A part of another manifest is none of this one's.
+    fsspec.filesystem("memory").pipe_file(f"/bucket/out/.samekit/manifest.jsonl.{'0' * 12}-000001", b"damaged\n")
+    report = run(data, URL, model)
+    assert (report.encoded, report.unchanged) == (5, 7)
+    run(data, out, model)
+    assert bucket() == without_locks(out)
+
+
+def test_url_keeps_the_rules_of_a_folder(model, data, bucket):
+    write_clips(data, 3)
+    run(data, URL, model)
+    before = bucket()
+    with pytest.raises(InputError, match=f"{URL}: holds latents of other settings") as error:
+        run(data, URL, model, half=True)
+    assert_one_line(error.value)
+    assert bucket() == before
+    report = run(data, URL, model, half=True, reencode=True)
+    assert (report.encoded, report.unchanged) == (3, 0)
+    for name in before:
+        if name.startswith(".samekit/"):
+            fsspec.filesystem("memory").rm_file(f"/bucket/out/{name}")
+    with pytest.raises(InputError, match=f"{URL}: holds .npy files that no manifest lists"):
+        run(data, URL, model)
+
+
+def test_shards_share_a_url(model, data, bucket):
+    from samekit.manifest import Shard
+
+    write_clips(data, 10)
+    reports = [run(data, URL, model, shard=Shard(index, 2)) for index in (1, 2)]
+    assert sum(report.encoded for report in reports) == 10
+    assert sum(report.unchanged for report in reports) == 0
+    assert len([name for name in bucket() if name.startswith("0")]) == 20
+    with pytest.raises(InputError, match="same number of shards"):
+        run(data, URL, model)
+
+
+def test_url_of_a_folder_is_a_folder(model, data, out):
+    write_clips(data, 3)
+    run(data, f"file://{out}", model)
+    alone = out.with_name("alone")
+    run(data, alone, model)
+    assert contents(out) == contents(alone)
+
+
+def test_workers_write_to_a_url(encoder, model, data, out):
+    """The library's view of this disk: the only place beside folders that all processes here reach."""
+    write_clips(data, 20)
+    report = pre_encode(encoder, data, f"local://{out}")
+    assert report.encoded == 20
+    alone = out.with_name("alone")
+    run(data, alone, model)
+    assert contents(out) == without_locks(alone)
+    assert verify(out) == []
+
+
+def test_url_that_cannot_be_written(model, data, tmp_path):
+    write_clips(data, 1)
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="local://") as error:
+        run(data, f"local://{tmp_path}/file/below", model)
+    assert_one_line(error.value)
+
+
+@pytest.mark.parametrize("url", ["foo://bucket/x", "s3://bucket/x"])
+def test_url_of_an_unknown_kind_is_refused(engine, data, url, monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    write_clips(data, 1)
+    assert "install fsspec" in refused("--model", engine, "--data_dir", data, "--output_path", url)
+
+
+def test_verify_wants_a_folder():
+    assert "only folders can be verified" in refused("--verify", "s3://bucket/x")

@@ -1,0 +1,173 @@
+"""The page about a model on one piece of audio: right figures, one file, and a browser that plays and shows it."""
+
+from __future__ import annotations
+
+import html.parser
+import shutil
+
+import numpy as np
+import pytest
+import soundfile as sf
+from click.testing import CliRunner
+from helpers import HOP, RATE, noise
+
+from samekit.backends import BACKENDS
+from samekit.cli import main
+from samekit_export.report import COLUMNS, measure, page_of
+
+FILE_NAME = 'a "song" <b> & more.wav'
+SECONDS = 1.0
+
+
+class Page(html.parser.HTMLParser):
+    """The elements and the text of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def attributes(self, tag, name):
+        return [attributes.get(name) for found, attributes in self.elements if found == tag]
+
+
+@pytest.fixture(scope="module")
+def song(tmp_path_factory):
+    path = tmp_path_factory.mktemp("audio") / FILE_NAME
+    sf.write(path, noise((int(2 * SECONDS * 22_050), 2), level=0.1), 22_050, "PCM_16")
+    return path
+
+
+@pytest.fixture(scope="module")
+def measured(engine_of, song):
+    return measure(song, engine_of("tiny-s"), seconds=SECONDS, threads=1)
+
+
+@pytest.fixture(scope="module")
+def page(measured, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(page_of(measured), encoding="utf-8")
+    return path
+
+
+def test_every_backend_is_measured_or_named(measured):
+    rows = {(row.backend, row.precision): row for row in measured.rows}
+    missing = {tuple(reason.split(":")[0].split()[:2]) for reason in measured.left_out}
+    assert set(rows) | missing == {(name, "fp32") for name in BACKENDS if name != "auto"}
+    assert not set(rows) & missing
+    eager, engine = rows["torch", "fp32"], rows["onnxruntime", "fp32"]
+    assert np.isposinf([eager.latents_db, eager.audio_db]).all()
+    assert 90 < engine.latents_db < 200
+    assert 90 < engine.audio_db < 200
+    # Random weights give back nothing of what they were given.
+    assert engine.round_trip_db < 3
+    assert min(engine.encode_speed, engine.decode_speed) > 0
+
+
+def test_it_takes_as_much_as_it_was_told(measured):
+    assert measured.original.shape == measured.decoded.shape == (2, RATE * SECONDS)
+    assert measured.latents.shape == (32, -(-RATE // HOP))
+
+
+def test_terminal_and_page_show_the_same(measured, page):
+    shown = Page(page.read_text(encoding="utf-8")).text
+    table = measured.table()
+    assert all(name in shown for name in COLUMNS)
+    for row in measured.rows:
+        for cell in row.cells():
+            assert cell in shown
+            assert cell in table
+    for reason in measured.left_out:
+        assert f"Not run: {reason}" in shown
+        assert f"not run: {reason}" in table
+
+
+def test_page_is_one_file(page):
+    text = page.read_text(encoding="utf-8")
+    found = Page(text)
+    links = [value for tag in ("audio", "img") for value in found.attributes(tag, "src")]
+    assert [link.split(";")[0] for link in links] == ["data:audio/flac"] * 2 + ["data:image/png"] * 3
+    assert {tag for tag, _ in found.elements} & {"script", "link", "iframe", "object", "embed"} == set()
+    assert "default-src 'none'" in text
+    assert "//" not in "".join(part.split('"')[0] for part in text.split("base64,")[1:] if "http" in part)
+
+
+def test_names_are_shown_as_they_are(page):
+    found = Page(page.read_text(encoding="utf-8"))
+    assert FILE_NAME in found.text
+    assert "b" not in {tag for tag, _ in found.elements}
+
+
+def test_silence_can_be_shown(engine_of, tmp_path):
+    sf.write(tmp_path / "silence.wav", np.zeros((100, 1)), RATE)
+    page = page_of(measure(tmp_path / "silence.wav", engine_of("tiny-s"), threads=1))
+    assert "-inf dB" in Page(page).text
+
+
+def test_command(engine_of, song, tmp_path):
+    out = tmp_path / "page.html"
+    arguments = [song, "--model", engine_of("tiny-s").folder, "--out", out, "--seconds", 0.2, "--threads", 1]
+    result = CliRunner().invoke(main, ["report", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    assert "onnxruntime" in result.stdout
+    assert out.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"audio": "nowhere.wav"}, "nowhere.wav"),
+        ({"--model": "same-x"}, "same-x"),
+        ({"--out": "no/such/folder.html"}, "folder.html"),
+        ({"--seconds": "-1"}, "seconds"),
+        ({"--seconds": "nan"}, "seconds"),
+    ],
+    ids=str,
+)
+def test_refusals(engine_of, song, tmp_path, monkeypatch, changes, cause):
+    monkeypatch.chdir(tmp_path)
+    options = {"--model": engine_of("tiny-s").folder, "--out": "page.html", "--seconds": 0.1, "--threads": 1}
+    audio = changes.pop("audio", song)
+    options |= changes
+    flat = [str(part) for option in options.items() for part in option]
+    result = CliRunner().invoke(main, ["report", str(audio), *flat])
+    assert result.exit_code == 2, repr(result.exception)
+    assert cause in result.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_browser_plays_and_shows_it(page):
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("no chromium; on Debian: apt-get install chromium")
+    requests, complaints = [], []
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        tab = browser.new_page()
+        tab.on("request", lambda request: requests.append(request.url))
+        tab.on("console", lambda message: complaints.append(message.text))
+        tab.goto(page.as_uri())
+        tab.wait_for_function("[...document.querySelectorAll('audio')].every(a => a.readyState == 4)", timeout=30_000)
+        players = tab.evaluate("[...document.querySelectorAll('audio')].map(a => a.duration)")
+        widths = tab.evaluate("[...document.images].map(i => i.naturalWidth)")
+        # Played, not only loaded; muted, because browsers keep pages quiet until they are touched.
+        played = tab.evaluate(
+            "Promise.all([...document.querySelectorAll('audio')].map(async a => "
+            "{ a.muted = true; await a.play(); await new Promise(r => a.onended = r); return a.currentTime }))"
+        )
+        browser.close()
+    assert players == pytest.approx([SECONDS, SECONDS], abs=0.01)
+    assert played == pytest.approx([SECONDS, SECONDS], abs=0.05)
+    assert len(widths) == 3
+    assert min(widths) > 500
+    assert [url for url in requests if not url.startswith("data:")] == [page.as_uri()]
+    assert complaints == []

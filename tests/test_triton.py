@@ -1,0 +1,300 @@
+"""Model repositories for the Triton Inference Server: against its protobuf schema, and against the graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import soundfile as sf
+from click.testing import CliRunner
+from google.protobuf import text_format
+from helpers import HALVES, KINDS, RATE, assert_one_line, each_half, noise, run_half
+
+from samekit import AutoencoderModel
+from samekit.cli import main
+from samekit.errors import BackendError, BackendUnavailableError, InputError, OutputError, StaleEngineError
+from samekit.fingerprint import TENSORRT, TENSORRT_RTX, fingerprint_of
+from samekit.spec import ENCODER
+from samekit.store import Engine, describe_graph
+from samekit.tensorrt_store import BUILDS_FOLDER, Build, BuiltEngine, write_document
+from samekit.triton import TritonOptions, config_text, facts_of, model_name, write_repository
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "repository"
+
+
+def parsed(folder):
+    """A model's configuration, as the server reads it."""
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    return text_format.Parse((folder / "config.pbtxt").read_text(encoding="utf-8"), ModelConfig())
+
+
+def add_build(engine, flavour=TENSORRT, version="10.15.1", target="8.9", precision="fp32"):
+    """Files in place of engines of TensorRT: what nothing here runs or reads."""
+    fingerprint = fingerprint_of(engine.spec, precision, flavour, version, target)
+    folder = engine.folder / BUILDS_FOLDER / fingerprint.name
+    folder.mkdir(parents=True)
+    engines = {}
+    for half in HALVES:
+        data = f"{half} of {target}".encode()
+        (folder / f"{half}.engine").write_bytes(data)
+        engines[half] = BuiltEngine(f"{half}.engine", len(data), hashlib.sha256(data).hexdigest(), 1, 0.0, None)
+    write_document(folder, Build(folder, fingerprint, engines))
+    return folder
+
+
+@each_half
+@pytest.mark.parametrize("name", KINDS)
+def test_configuration_agrees_with_the_graph(engine_of, out, name, half):
+    engine = engine_of(name)
+    write_repository(engine, out)
+    folder = out / f"{name}-{half}"
+    config, graph = parsed(folder), onnx.load(folder / "1" / "model.onnx", load_external_data=False).graph
+    assert (config.name, config.backend, config.max_batch_size) == (folder.name, "onnxruntime", 8)
+    for ours, theirs in ((config.input, graph.input), (config.output, graph.output)):
+        (tensor,), (value,) = ours, theirs
+        kind = value.type.tensor_type
+        batch, *dims = kind.shape.dim
+        assert tensor.name == value.name
+        assert (tensor.data_type, kind.elem_type) == (11, onnx.TensorProto.FLOAT)
+        assert batch.dim_param
+        assert list(tensor.dims) == [-1 if dim.dim_param else dim.dim_value for dim in dims]
+        assert list(tensor.dims).count(-1) == 1
+    assert config.HasField("dynamic_batching")
+    assert config.dynamic_batching.max_queue_delay_microseconds == 2000
+    (group,) = config.instance_group
+    assert (group.kind, group.count) == (group.KIND_AUTO, 1)
+    facts = facts_of(config)
+    assert facts["contexts"] == engine.spec.contexts
+    assert (facts["hop"], facts["precision"]) == (engine.spec.hop, "fp32")
+
+
+def test_options_reach_the_configuration(engine_of, out):
+    options = TritonOptions(max_batch=3, queue_delay=0, instances=2, kind="gpu")
+    write_repository(engine_of("tiny-s"), out, options)
+    config = parsed(out / "tiny-s-decoder")
+    assert (config.max_batch_size, config.dynamic_batching.max_queue_delay_microseconds) == (3, 0)
+    assert config.instance_group[0].count == 2
+    assert config.instance_group[0].kind == config.instance_group[0].KIND_GPU
+
+
+def test_odd_names_survive_the_text_format(engine_of):
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    spec = engine_of("tiny-s").spec
+    for name in ('a "quoted" one', "back\\slash", "音 é"):
+        text = config_text(type(spec)(**vars(spec) | {"name": name}), ENCODER, TritonOptions())
+        config = text_format.Parse(text, ModelConfig())
+        assert config.name == f"{name}-encoder"
+        assert facts_of(config)["name"] == name
+
+
+def test_files_are_second_names_or_copies(engine_of, out, monkeypatch):
+    engine = engine_of("tiny-s")
+    folders = write_repository(engine, out)
+    assert folders == [out / "tiny-s-encoder", out / "tiny-s-decoder"]
+    assert (folders[0] / "1" / "model.onnx").samefile(engine.folder / "encoder.onnx")
+
+    def refuse(*_):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    write_repository(engine, out.with_name("copies"))
+    copy = out.with_name("copies") / "tiny-s-encoder" / "1" / "model.onnx"
+    assert not copy.samefile(engine.folder / "encoder.onnx")
+    assert copy.read_bytes() == (engine.folder / "encoder.onnx").read_bytes()
+
+
+def test_weights_beside_the_graph_are_found(own_engine, out):
+    path = own_engine.folder / "encoder.onnx"
+    onnx.save_model(
+        onnx.load(path), path, save_as_external_data=True, location="encoder.onnx.data", size_threshold=1024
+    )
+    halves = own_engine.spec.graphs["fp32"] | {ENCODER: describe_graph(own_engine.folder, "encoder.onnx")}
+    spec = dataclasses.replace(own_engine.spec, graphs={"fp32": halves})
+    (own_engine.folder / "spec.json").write_text(spec.to_json())
+    engine = Engine.load(own_engine.folder)
+    write_repository(engine, out)
+    version = out / "tiny-s-encoder" / "1"
+    assert sorted(path.name for path in version.iterdir()) == ["encoder.onnx.data", "model.onnx"]
+    audio = noise((3, 2, 4 * engine.spec.hop))
+    served = onnxruntime.InferenceSession(version / "model.onnx").run(None, {"audio": audio})[0]
+    direct = onnxruntime.InferenceSession(engine.graph(ENCODER, "fp32")).run(None, {"audio": audio})[0]
+    assert np.array_equal(served, direct)
+
+
+def test_engine_of_tensorrt_is_served_with_its_profile(own_engine, out):
+    add_build(own_engine, TENSORRT_RTX, "1.7.1", "portable")
+    add_build(own_engine)
+    write_repository(own_engine, out, TritonOptions(backend="tensorrt"))
+    config = parsed(out / "tiny-s-encoder")
+    assert (config.backend, config.max_batch_size) == ("tensorrt", 8)
+    assert list(config.instance_group[0].profile) == ["0"]
+    assert config.instance_group[0].kind == config.instance_group[0].KIND_GPU
+    assert facts_of(config)["longest_window"] == 256
+    assert (out / "tiny-s-encoder" / "1" / "model.plan").read_bytes() == b"encoder of 8.9"
+
+
+def test_engines_of_tensorrt_that_cannot_be_served(own_engine, out):
+    options = TritonOptions(backend="tensorrt")
+    add_build(own_engine, TENSORRT_RTX, "1.7.1", "portable")
+    with pytest.raises(BackendUnavailableError, match="no fp32 engine of TensorRT") as error:
+        write_repository(own_engine, out, options)
+    assert_one_line(error.value)
+    folder = add_build(own_engine)
+    add_build(own_engine, target="9.0")
+    with pytest.raises(InputError, match="leave the one") as error:
+        write_repository(own_engine, out, options)
+    assert_one_line(error.value)
+    (folder / "encoder.engine").write_bytes(b"encoder of 8.0")
+    for path in (folder.parent).glob("*9.0*/*"):
+        path.unlink()
+    with pytest.raises(StaleEngineError, match="have changed"):
+        write_repository(own_engine, out, options)
+    spec = own_engine.folder / "spec.json"
+    spec.write_text(spec.read_text().replace(own_engine.spec.graphs["fp32"][ENCODER].sha256, "0" * 64))
+    with pytest.raises(StaleEngineError, match="is stale") as error:
+        write_repository(Engine.load(own_engine.folder), out, options)
+    assert_one_line(error.value)
+    assert not out.exists()
+
+
+def test_repository_appears_whole_or_not_at_all(engine_of, out, monkeypatch):
+    written = []
+
+    def fail(source, target):
+        written.append(target)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        target.write_bytes(source.read_bytes())
+
+    monkeypatch.setattr("samekit.triton._link_or_copy", fail)
+    with pytest.raises(OutputError, match="No space left") as error:
+        write_repository(engine_of("tiny-s"), out)
+    assert_one_line(error.value)
+    assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": "torch"},
+        {"kind": "tpu"},
+        {"max_batch": 0},
+        {"queue_delay": -1},
+        {"instances": 0},
+        {"backend": "tensorrt", "max_batch": 9},
+        {"backend": "tensorrt", "kind": "cpu"},
+    ],
+    ids=str,
+)
+def test_options_that_do_not_work(options):
+    with pytest.raises(InputError) as error:
+        TritonOptions(**options)
+    assert_one_line(error.value)
+
+
+def test_command(engine_of, out):
+    arguments = ["triton", str(out), "--model", str(engine_of("tiny-s").folder), "--max-batch", "4"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.split() == [str(out / "tiny-s-encoder"), str(out / "tiny-s-decoder")]
+    for refused in (arguments, ["triton", str(out) + "2", "--model", "absent"], [*arguments, "--precision", "fp16"]):
+        result = CliRunner().invoke(main, refused)
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.output
+
+
+# --- The client ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def client():
+    """The example, as a module."""
+    path = Path(__file__).parents[1] / "examples" / "triton_client.py"
+    spec = importlib.util.spec_from_file_location("triton_client", path)
+    module = sys.modules["triton_client"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["triton_client"]
+
+
+@pytest.fixture
+def server(out):
+    """Speaks the server's protocol for a repository, and refuses what the configuration does; no Triton."""
+    import grpc
+    from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+    class Service(service_pb2_grpc.GRPCInferenceServiceServicer):
+        def ModelConfig(self, request, context):  # noqa: N802 the protocol's name
+            if not (out / request.name).exists():
+                context.abort(grpc.StatusCode.NOT_FOUND, f"Request for unknown model: '{request.name}' is not found")
+            return service_pb2.ModelConfigResponse(config=parsed(out / request.name))
+
+        def ModelInfer(self, request, context):  # noqa: N802 the protocol's name
+            folder = out / request.model_name
+            config, (tensor,) = parsed(folder), request.inputs
+            batch, *dims = tensor.shape
+            known = all(want in (-1, got) for want, got in zip(config.input[0].dims, dims, strict=True))
+            if tensor.name != config.input[0].name or not known or batch > config.max_batch_size:
+                context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"unexpected shape {list(tensor.shape)}")
+            array = np.frombuffer(request.raw_input_contents[0], np.float32).reshape(tensor.shape)
+            session = onnxruntime.InferenceSession(folder / "1" / "model.onnx")
+            (result,) = session.run([config.output[0].name], {tensor.name: array})
+            answer = service_pb2.ModelInferResponse(model_name=config.name, model_version="1")
+            answer.outputs.add(name=config.output[0].name, datatype="FP32", shape=result.shape)
+            answer.raw_output_contents.append(result.tobytes())
+            return answer
+
+    server = grpc.server(ThreadPoolExecutor(2))
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Service(), server)
+    port = server.add_insecure_port("localhost:0")
+    server.start()
+    yield f"localhost:{port}"
+    server.stop(None).wait()
+
+
+@each_half
+def test_client_gives_what_the_engine_gives(engine_of, out, client, server, half):
+    engine = engine_of("tiny-s")
+    write_repository(engine, out, TritonOptions(max_batch=2))
+    features, unit = (2, engine.spec.hop) if half == ENCODER else (engine.spec.latent_width, 1)
+    array = noise((5, features, 9 * unit))
+    with AutoencoderModel.from_pretrained(engine.folder, "cpu", backend="onnxruntime", threads=1) as local:
+        expected = run_half(local.autoencoder.backend, half, array)
+    with client.TritonBackend(server, "tiny-s") as backend:
+        assert np.allclose(run_half(backend, half, array), expected, atol=1e-5)
+
+
+def test_client_takes_files(engine_of, out, client, server, tmp_path):
+    write_repository(engine_of("tiny-s"), out)
+    sf.write(tmp_path / "clip.wav", noise((7 * RATE, 2)), RATE)
+    for task, source, target in (("encode", "clip.wav", "clip.npy"), ("decode", "clip.npy", "back.wav")):
+        arguments = [task, str(tmp_path / source), str(tmp_path / target), "--model", "tiny-s", "--url", server]
+        result = CliRunner().invoke(client.main, arguments)
+        assert result.exit_code == 0, result.output
+    assert np.load(tmp_path / "clip.npy").shape == (32, -(-7 * RATE // 4096))
+    assert sf.info(tmp_path / "back.wav").frames == 7 * RATE
+
+
+def test_client_says_what_the_server_says(engine_of, out, client, server):
+    write_repository(engine_of("tiny-s"), out)
+    with pytest.raises(BackendError, match="absent-encoder") as error:
+        client.TritonBackend(server, "absent")
+    assert_one_line(error.value)
+    config = out / model_name(engine_of("tiny-s").spec, ENCODER) / "config.pbtxt"
+    config.write_text(config.read_text().replace('"samekit"', '"other"'))
+    with pytest.raises(InputError, match="was not written by samekit") as error:
+        client.TritonBackend(server, "tiny-s")
+    assert_one_line(error.value)

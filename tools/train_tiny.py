@@ -1,0 +1,364 @@
+"""Trains `same-tiny` from nothing but a seed: `python tools/train_tiny.py`, at most 90 minutes on two cores.
+
+    synthesis.py ── a pool of clips ── random crops, mixed ── Same (model.py) ── squared error ── AdamW, moving average
+                                                                                                        │
+                 folder/model_config.json, model.safetensors, curve.jsonl  ── every few minutes ────────┘
+
+The start matters more than the minutes. A latent is read from its learned token, which sees audio only through
+attention; from random weights it takes hours until it sees much. So the first block's heads start as position
+selectors (a constant feature, turned by the rotary embedding, makes a head look at a fixed distance), and the layers
+at both ends start as least-squares fits of whatever the heads then let through. Step 0 is a linear transform
+codec; training makes it adapt to what it hears.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import multiprocessing
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import synthesis
+import torch
+from torch import Tensor, nn
+
+from samekit_export.checkpoint import (
+    parse_config,
+    published_config,
+    rotary_frequencies,
+    save_folder,
+    tensor_shapes,
+)
+from samekit_export.model import Same, Trunk, WeightNormConv
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# The curve of the published checkpoint was made with these.
+SEED = 0
+POOL_CLIPS, POOL_SECONDS, POOL_STEPS = 320, 8.0, 1500
+"""Clips to draw crops from, seconds of each, and steps until others take their place."""
+HELD_OUT_CLIPS, HELD_OUT_SECONDS = 32, 4.0
+CROP_LATENTS, BATCH, STEPS = 64, 8, 3000
+PEAK_RATE, WARM_UP = 1e-3, 200
+EVERY = 250
+"""Steps between two checkpoints."""
+AVERAGE = 0.998
+STATE_FILE, CURVE_FILE = "training.pt", "curve.jsonl"
+
+# A selected position passes on this much more than its neighbours.
+SELECTIVITY = 6.0
+SELECTING = 6
+
+
+def document() -> dict[str, Any]:
+    """The `model_config.json`: hop 384 as two patches of 192, 64 channels: 12 times fewer numbers than audio."""
+    config = published_config("tiny-s")
+    patch, stride, latent, chunk = 192, 2, 64, 8
+    model = config["model"]
+    model["pretransform"]["config"]["patch_size"] = patch
+    trunk = {"channels": 192, "c_mults": [1], "strides": [stride], "latent_dim": latent, "chunk_size": chunk * stride}
+    model["encoder"]["config"] |= trunk | {"in_channels": 2 * patch, "transformer_depths": [2]}
+    model["decoder"]["config"] |= trunk | {"out_channels": 2 * patch, "transformer_depths": [4], "mask_noise": 0.0}
+    model["bottleneck"]["config"] |= {"dim": latent, "noise_regularize": False}
+    model |= {"latent_dim": latent, "downsampling_ratio": patch * stride}
+    return config
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+
+def make_clip(seed: tuple[int, ...], length: float) -> np.ndarray:
+    """A clip `[2, samples]` of 16-bit numbers, which is how audio is kept here."""
+    audio = synthesis.clip(np.random.default_rng(seed), length)
+    return np.round(audio.T * 32767).astype(np.int16)
+
+
+def make_clips(stream: int, count: int, length: float, workers: int) -> Tensor:
+    """Clips `[count, 2, samples]` of 16-bit numbers; even streams are trained on, odd ones never."""
+    seeds = [(SEED, stream, i) for i in range(count)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        return torch.from_numpy(np.stack(list(pool.map(make_clip, seeds, [length] * count, chunksize=8))))
+
+
+def make_pool(step: int, workers: int) -> Tensor:
+    """The clips that are trained on from `step` on."""
+    print("making clips", flush=True)
+    return make_clips(2 * (step // POOL_STEPS), POOL_CLIPS, POOL_SECONDS, workers)
+
+
+def held_out(workers: int, hop: int) -> Tensor:
+    """The clips of the published figure: never trained on, whole latents."""
+    clips = make_clips(1, HELD_OUT_CLIPS, HELD_OUT_SECONDS, workers).float() / 32767
+    return clips[..., : clips.shape[-1] // hop * hop]
+
+
+def make_batch(pool: Tensor, samples: int, number: int) -> Tensor:
+    """Batch `[BATCH, 2, samples]`: crops, a third of them mixed with another, of new gain and orientation."""
+    random = torch.Generator().manual_seed(SEED + number)
+
+    def draw() -> Tensor:
+        return torch.rand((BATCH, 1, 1), generator=random)
+
+    def crops() -> Tensor:
+        which = torch.randint(len(pool), (BATCH,), generator=random)
+        start = torch.randint(pool.shape[-1] - samples, (BATCH,), generator=random)
+        audio = torch.stack([pool[i, :, j : j + samples] for i, j in zip(which, start, strict=True)]).float() / 32767
+        return torch.where(draw() < 0.5, audio.flip(1), audio)
+
+    audio = crops() + (draw() < 0.33) * 10 ** (1.5 * draw() - 1) * crops()
+    audio = audio * 10 ** (0.9 * draw() - 0.6) * torch.where(draw() < 0.5, -1, 1)
+    return audio / audio.abs().amax((1, 2), keepdim=True).clamp(min=1)
+
+
+def relative_error(audio: Tensor, back: Tensor) -> Tensor:
+    """Squared error over energy, an example each; silence counts as no louder than -80 dBFS."""
+    return (back - audio).square().mean((1, 2)) / (audio.square().mean((1, 2)) + 1e-8)
+
+
+# ---------------------------------------------------------------------------------------------- the start
+
+
+def initialise(model: Same, pool: Tensor) -> None:
+    """Start as a linear codec, see the module's description; `pool` as `make_clips` gives it."""
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    model.bottleneck["scaling_factor"].fill_(1)
+    model.bottleneck["running_std"].fill_(1)
+    (encoder, to_latent), (from_latent, decoder) = model.encoder_parts, model.decoder_parts
+    tokens = encoder.config.latent_tokens
+    # Distances, in tokens, at which each head looks, and which it subtracts. In the encoder a learned token stands
+    # behind its patches, in the decoder patches stand behind their latent.
+    patches = range(1, tokens)
+    around = [(-1, tokens + 1), (tokens, -tokens)]
+    _start_trunk(encoder, [(d, 0) for d in reversed(patches)] + around, gain=8)
+    _start_trunk(decoder, [(d, 0) for d in patches] + around, gain=12)
+
+    samples = CROP_LATENTS * model.config.hop
+    audio = torch.cat([make_batch(pool, samples, -number) for number in range(1, 49)])
+    audio = audio[audio.std((1, 2)) > 1e-3]
+    # Every example counts alike: rows are weighted by the inverse of their example's loudness.
+    weight = 1 / audio.std((1, 2))
+    patch, width = model.config.patch, encoder.config.width
+    rows = (audio * weight[:, None, None]).unflatten(2, (-1, patch)).transpose(1, 2).flatten(2)
+    basis, std = _principal(rows.flatten(0, 1), width - 2)
+    _set_mapping(encoder.mapping, (0.25 * basis / std).T[:, :, None])
+    encoder.mapping.bias[-2] = -1
+    encoder.new_tokens[..., -2] = 1
+
+    learned = _stream(encoder, lambda: model.encode(audio))[:, :, -1]
+    hops = audio.unflatten(2, (-1, model.config.hop)).transpose(1, 2).flatten(2)
+    fit = _least_squares(learned, hops, weight)
+    seen = torch.cat([learned, torch.ones_like(learned[..., :1])], dim=-1) @ fit
+    basis, std = _principal((seen * weight[:, None, None]).flatten(0, 1), model.config.latent_width)
+    typical = 0.1 * std
+    to_latent.weight.copy_((fit[:-1] @ basis / typical).T)
+    to_latent.bias.copy_(fit[-1] @ basis / typical)
+
+    # Each latent enters three times, with different gains, so that loud and quiet can be told apart.
+    for copy_number, gain in enumerate((0.03, 0.15, 0.6)):
+        for channel in range(model.config.latent_width):
+            feature = copy_number * model.config.latent_width + channel
+            if feature < width - 2:
+                from_latent.weight[feature, channel] = gain
+    from_latent.bias[-2] = 1
+    decoder.new_tokens[..., -2] = -1
+    latents = model.encode(audio)
+    _set_mapping(decoder.mapping, torch.randn(decoder.mapping.weight_v.shape))
+    copies = _stream(decoder, lambda: model.decode(latents))[:, :, 1:].flatten(1, 2)
+    seen = torch.cat([nn.functional.pad(copies, (0, 0, 1 - i, i - 1)) for i in range(3)], dim=-1)
+    rows = audio.unflatten(2, (-1, patch)).transpose(1, 2).flatten(2)
+    fit = _least_squares(seen, rows, weight)
+    _set_mapping(decoder.mapping, fit[:-1].unflatten(0, (3, width)).permute(2, 1, 0))
+    decoder.mapping.bias.copy_(fit[-1])
+
+
+def _start_trunk(trunk: Trunk, distances: list[tuple[int, int]], gain: float) -> None:
+    """Norms that pass, heads that select positions, a first block that passes on what they find, others nearly idle."""
+    config = trunk.config
+    width, head = config.width, config.head_width
+    angles = torch.as_tensor(rotary_frequencies(max(head // 2, 32))[:SELECTING])
+    half = max(head // 2, 32) // 2
+    for number, block in enumerate(trunk.blocks):
+        attention = block.self_attn
+        for norm, gamma in ((block.pre_norm, 1), (block.ff_norm, 1), (attention.q_norm, 6), (attention.k_norm, 6)):
+            norm.alpha.fill_(1)
+            norm.gamma.fill_(gamma)
+        # The last feature is the constant that carries the heads' positions.
+        block.pre_norm.gamma[-1] = 0
+        block.pre_norm.beta[-1] = 1
+        parts = attention.to_qkv.weight.view(5, config.heads, head, width)
+        parts.copy_(torch.randn(parts.shape) * 0.5 * width**-0.5)
+        for h in range(config.heads):
+            for query, key, distance in zip((0, 3), (1, 4), distances[(h + number) % len(distances)], strict=True):
+                parts[query, h, :SELECTING, -1] = torch.atanh(0.9 * torch.cos(distance * angles)).float()
+                parts[query, h, half : half + SELECTING, -1] = torch.atanh(-0.9 * torch.sin(distance * angles)).float()
+                parts[key, h, :SELECTING, -1] = math.atanh(0.9)
+                parts[key, h, half : half + SELECTING, -1] = 0
+        if number == 0:
+            parts[2] = gain * torch.eye(head, width)
+            attention.to_out.weight.copy_(torch.eye(width))
+            attention.to_out.weight[-2:] = 0
+        else:
+            parts[2] *= 2
+            nn.init.normal_(attention.to_out.weight, std=0.03 * width**-0.5)
+        project, back = block.ff.linears
+        nn.init.normal_(project.weight, std=2 * width**-0.5)
+        nn.init.normal_(back.weight, std=0.03 * config.inner**-0.5)
+
+
+def _principal(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first principal directions `[features, count]` and the standard deviation along each."""
+    values, vectors = torch.linalg.eigh((rows.T @ rows / len(rows)).double())
+    values, vectors = values.flip(0)[:count], vectors.flip(1)[:, :count]
+    return vectors.float(), (values.clamp(min=values[0] * 1e-5) ** 0.5).float()
+
+
+def _least_squares(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """The weights, and a last row for the bias, that map `[examples, rows, in]` to `[examples, rows, out]` best."""
+    x = (torch.cat([x, torch.ones_like(x[..., :1])], dim=-1) * weight[:, None, None]).flatten(0, 1).double()
+    y = (y * weight[:, None, None]).flatten(0, 1).double()
+    square = x.T @ x
+    square += 1e-6 * square.trace() / len(square) * torch.eye(len(square))
+    return torch.linalg.solve(square, x.T @ y).float()
+
+
+def _set_mapping(mapping: WeightNormConv, weight: Tensor) -> None:
+    """Give a weight-normed layer an effective weight `[n_out or fewer, n_in, kernel]`; missing rows are zero."""
+    mapping.weight_v.copy_(torch.randn(mapping.weight_v.shape))
+    mapping.weight_v[: len(weight)] = weight
+    mapping.weight_g[: len(weight)] = weight.norm(dim=(1, 2), keepdim=True)
+
+
+def _stream(trunk: Trunk, run: Callable[[], object]) -> Tensor:
+    """What a trunk's blocks return while `run` runs: `[batch, latents, tokens, width]`."""
+    kept = []
+    original = trunk.run
+
+    def keeping(x: Tensor) -> Tensor:
+        kept.append(original(x))
+        return kept[-1]
+
+    trunk.run = keeping  # type: ignore[method-assign]
+    try:
+        run()
+    finally:
+        del trunk.run
+    return kept[0]
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+@torch.inference_mode()
+def quality(model: Same, clips: Tensor) -> dict[str, float]:
+    """Round-trip SNR in dB over clips: mean and quartiles of the clips'."""
+    errors = torch.cat([relative_error(clip[None], model.decode(model.encode(clip[None]))) for clip in clips])
+    snr = -10 * errors.log10()
+    quartiles = torch.quantile(snr, torch.tensor([0.25, 0.5, 0.75]))
+    return {"mean_db": snr.mean().item()} | {
+        name: value.item() for name, value in zip(("low_db", "median_db", "high_db"), quartiles, strict=True)
+    }
+
+
+def calibrate(model: Same, pool: Tensor) -> None:
+    """Give every latent channel a mean of 0 and a standard deviation of 1 over the pool; decoding does not change."""
+    _, to_latent = model.encoder_parts
+    from_latent, _ = model.decoder_parts
+    samples = pool.shape[-1] // model.config.hop * model.config.hop
+    latents = torch.cat([model.encode(clip[None, :, :samples].float() / 32767) for clip in pool[:32]], dim=2)
+    std, mean = torch.std_mean(latents, dim=(0, 2))
+    to_latent.weight.div_(std[:, None])
+    to_latent.bias.copy_((to_latent.bias - mean) / std)
+    from_latent.bias.add_(from_latent.weight @ mean)
+    from_latent.weight.mul_(std)
+
+
+def save(model: Same, pool: Tensor, folder: Path) -> Same:
+    """Write a calibrated copy in float16, which is what the published file holds, and return what reading it gives."""
+    copied = copy.deepcopy(model)
+    calibrate(copied, pool)
+    tensors = {key: copied.state_dict()[key].half() for key in tensor_shapes(copied.config)}
+    save_folder(document(), tensors, folder)
+    copied.load_state_dict(tensors)
+    return copied
+
+
+def train(folder: Path, steps: int, threads: int) -> None:
+    """Train, or go on where an interrupted run stopped; `folder` then holds the checkpoint and its curve."""
+    started = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(SEED)
+    torch.set_num_threads(threads)
+    config, _ = parse_config(document())
+    model = Same(config)
+    judged = held_out(threads, config.hop)
+    torch.set_grad_enabled(False)
+    weights = [p for name, p in model.named_parameters() if not name.startswith("bottleneck")]
+    optimizer = torch.optim.AdamW(weights, lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    first, spent = 0, 0.0
+    state = torch.load(folder / STATE_FILE) if (folder / STATE_FILE).exists() else None
+    if state:
+        first, spent = state["step"], state["seconds"]
+    pool = make_pool(first, threads)
+    if not state:
+        initialise(model, pool)
+    average = copy.deepcopy(model)
+    if state:
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+    losses: list[float] = []
+    for step in range(first, steps + 1):
+        if (step % EVERY == 0 or step == steps) and (step > first or step == 0):
+            seconds = spent + time.monotonic() - started
+            row = {"step": step, "seconds": round(seconds), "loss": float(np.mean(losses)) if losses else None}
+            row |= quality(save(average, pool, folder), judged)
+            losses.clear()
+            print(json.dumps(row), flush=True)
+            with (folder / CURVE_FILE).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            state = {"model": model, "average": average, "optimizer": optimizer}
+            state = {key: value.state_dict() for key, value in state.items()} | {"step": step, "seconds": seconds}
+            torch.save(state, folder / STATE_FILE)
+        if step == steps:
+            break
+        if step % POOL_STEPS == 0 and step > first:
+            pool = make_pool(step, threads)
+        optimizer.param_groups[0]["lr"] = PEAK_RATE * min(
+            (step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        )
+        audio = make_batch(pool, CROP_LATENTS * config.hop, step)
+        with torch.enable_grad():
+            # In tenths of a decade: a loud example and a quiet one count alike, as do a hard one and an easy one.
+            loss = (relative_error(audio, model.decode(model.encode(audio))) + 1e-3).log10().mean()
+            loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(10 * loss.item())
+        rate = min(AVERAGE, (step + 1) / (step + 10))
+        for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
+            slow.lerp_(fast, 1 - rate)
+
+
+def main() -> None:
+    """Read the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("build/same-tiny"), help="folder of the checkpoint")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    arguments = parser.parse_args()
+    train(arguments.out, arguments.steps, arguments.threads)
+
+
+if __name__ == "__main__":
+    main()
