@@ -15,7 +15,7 @@ import time
 import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from samekit.dataset_check import verify
 from samekit.errors import AudioFileError, LatentsFileError, OutputError
 from samekit.latents import LatentsWriter
 from samekit.store import Engine
-from samekit.tensorrt_store import BuiltEngine, is_whole
+from samekit.tensorrt_store import BuiltEngine, build_folders, is_whole
 from samekit_export import export as export_module
 from samekit_export import to_tensorrt
 from samekit_export.export import export
@@ -59,6 +59,8 @@ def in_a_fork(work):
         process = os.fork()
     if process == 0:
         code = 1
+        # It never hangs: a lock that another thread held at the fork stays held.
+        signal.alarm(300)
         try:
             work()
             code = 0
@@ -797,3 +799,35 @@ for arguments in (
     assert codes == [b"0"] * 5 + [b"2"], (done.stdout, done.stderr)
     assert done.stdout.isascii()
     assert sf.info(name + b"2.wav").frames == 999
+
+
+@pytest.mark.slow
+def test_killed_builds_of_tensorrt(engine, tmp_path):
+    """The real compiler, killed at random moments."""
+    pytest.importorskip("tensorrt_rtx")
+    folder = shutil.copytree(engine, tmp_path / "engine")
+    shutil.rmtree(folder / "tensorrt")
+    script = """
+import sys
+from pathlib import Path
+from samekit.store import Engine
+from samekit_export.to_tensorrt import add_engines
+add_engines(Engine.load(Path(sys.argv[1])), ["fp32"], "rtx", print)
+"""
+    command = [sys.executable, "-c", script, folder]
+    begun = time.monotonic()
+    subprocess.run(command, check=True, capture_output=True)
+    seconds, died = time.monotonic() - begun, 0
+    moments = random.Random(0)  # noqa: S311 no secret
+    for _ in range(12):
+        shutil.rmtree(folder / "tensorrt", ignore_errors=True)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(seconds * (0.3 + 0.7 * moments.random()))
+        process.kill()
+        died += process.wait() == KILLED
+        assert all(is_whole(build) for build in build_folders(Engine.load(folder)))
+    subprocess.run(command, check=True, capture_output=True)
+    (build,) = (folder / "tensorrt").iterdir()
+    assert is_whole(build)
+    assert died >= 6

@@ -29,7 +29,7 @@ from samekit.store import find_engine
 from samekit_export.checkpoint import load, load_source
 
 HOP, WIDTH, CHANNELS = 8, 4, 2
-SOME, MANY = 60, 1500
+SOME, MANY = 60, 500
 DTYPES = ("float16", "float32", "float64")
 
 
@@ -334,7 +334,8 @@ def test_any_file(budget):
             assert decoded_rate == RATE
             assert_same(codec.decode(latents[None])[0, :, :written], decoded)
 
-    file_rates = common_rates if budget < MANY else st.integers(1_000, 192_000)
+    # FLAC has not every rate above.
+    file_rates = common_rates if budget < MANY else st.integers(1_000, 65_535)
     check(property_, budget, clip=clips, rate=file_rates, form=_FORMATS, window=windows)
 
 

@@ -93,6 +93,12 @@ def replace_folder(new: Path, folder: Path) -> None:
     Raises:
         OSError: it cannot be renamed; the older one stays.
     """
+    # Contents before names, as of files: after a power failure too, what is there is whole.
+    for path in (*new.rglob("*"), new):
+        if path.is_dir():
+            _sync_folder(path)
+        else:
+            _sync(path)
     try:
         new.rename(folder)
     except OSError as error:
@@ -102,6 +108,7 @@ def replace_folder(new: Path, folder: Path) -> None:
     else:
         return
     if _exchanged(new, folder):
+        _sync_folder(folder.parent)
         return
     old = _temporary_name(folder, _OLD)
     with ExitStack() as stack:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import reprlib
 import tokenize
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -282,7 +283,7 @@ def _read_layout(path: Path) -> _Layout:
     if dtype.kind != "f" or dtype.itemsize > 8:
         raise LatentsFileError(f"{path}: holds {dtype.name} values; latents are float16, float32 or float64")
     if len(shape) > 3:
-        raise LatentsFileError(f"{path}: has {len(shape)} dimensions; give one clip, [width, latents]")
+        raise LatentsFileError(f"{path}: has shape {reprlib.repr(shape)}; give one clip, [width, latents]")
     # In a header, true may stand for one.
     shape = tuple(map(int, shape))
     if min(shape, default=0) < 1:
