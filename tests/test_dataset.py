@@ -205,8 +205,8 @@ def test_no_latent_is_computed_in_vain(data, out):
     for latents in (1, 2, 3, 4, 63, 64, 65, 130):
         write_clip(data / f"{latents:03d}.wav", latents * FAKE_HOP)
     run(data, out, model, readers=1)
-    # Context 1, aligned to 2, windows of 64 in steps of 62; the first call is the silence.
-    assert model.autoencoder.backend.calls[1:] == [2, 4, 4, 6, 64, 64, 4, 64, 4, 64, 64, 8]
+    # Context 1, aligned to 2, windows of 128 in steps of 126; the first call is the silence.
+    assert model.autoencoder.backend.calls[1:] == [2, 4, 4, 6, 64, 66, 66, 128, 6]
 
 
 def test_batches_hold_windows_of_one_length(data, out):
