@@ -269,6 +269,19 @@ def test_without_ray_the_command_says_what_to_install(data, out, monkeypatch):
     assert "samekit[ray]" in refused("--model", "x", "--data_dir", data, "--output_path", out, "--ray", "local")
 
 
+def test_cluster_that_does_not_start_is_told_in_one_line(data, out, monkeypatch):
+    """As on a machine that is too busy."""
+
+    def init(*_, **options):
+        raise ConnectionError("nobody") if options["address"] == "auto" else Exception("The node\ntimed out.")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", init)
+    write_clips(data, 1)
+    line = refused("--model", "x", "--data_dir", data, "--output_path", out, "--ray")
+    assert "Ray does not start here (timed out.)" in line
+
+
 def test_missing_engine_is_told_by_the_worker(cluster, data, out):
     del cluster
     write_clips(data, 1)

@@ -245,13 +245,18 @@ class RayEncoder(Encoder):
                     "it out to start one here"
                 ) from None
         cores = available_cpus()
-        self._ray.init(
-            address="local",
-            num_cpus=cores,
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            **quiet,
-        )
+        try:
+            self._ray.init(
+                address="local",
+                num_cpus=cores,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                **quiet,
+            )
+        except Exception as error:  # noqa: BLE001 Ray raises no class of its own here
+            raise BackendError(
+                f"Ray does not start here ({_last_line(error)}); see /tmp/ray, or pass a cluster"
+            ) from None
         self._connected = True
         resources = self._ray.cluster_resources()
         if self._options.fitting(resources) == 0:
