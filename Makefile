@@ -12,6 +12,7 @@ WEIGHTS ?= hub
 PRECISION ?= fp32
 TENSORRT ?= auto
 OUT ?= engines
+COMMA := ,
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo export bench test test-slow lint format wheel clean
@@ -42,8 +43,8 @@ export: $(READY) ## write an engine folder: MODEL, WEIGHTS, PRECISION, TENSORRT,
 
 bench: $(READY) ## measure against eager PyTorch: MODEL, WEIGHTS, OUT
 	$(BIN)/samekit export $(MODEL) --weights $(WEIGHTS) --precision $(PRECISION) --out $(OUT)
-	$(BIN)/python benchmarks/latency.py $(OUT)/$(MODEL) --precision $(PRECISION) $(ARGS)
-	$(BIN)/python benchmarks/opening.py $(OUT)/$(MODEL)
+	$(BIN)/python benchmarks/latency.py $(OUT)/$(MODEL) --precision $(PRECISION) --plot $(OUT)/$(MODEL)-latency.png $(ARGS)
+	$(BIN)/python benchmarks/opening.py $(OUT)/$(MODEL) --precision $(firstword $(subst $(COMMA), ,$(PRECISION)))
 
 test: $(READY) $(RTX) ## run every test but the slow ones
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

@@ -21,7 +21,7 @@ OPEN = """
 import time, sys, numpy as np
 from samekit import AutoencoderModel
 start = time.perf_counter()
-model = AutoencoderModel.from_pretrained(sys.argv[1], "cpu", backend="onnxruntime")
+model = AutoencoderModel.from_pretrained(sys.argv[1], "cpu", backend="onnxruntime", precision=sys.argv[2])
 silence = np.zeros((model.spec.channels, model.downsampling_ratio), np.float32)
 backend = model.autoencoder.backend
 backend._session("encoder")
@@ -40,8 +40,9 @@ def one_second(folder: Path) -> Path:
 
 @click.command()
 @click.argument("engine", type=click.Path(path_type=Path, exists=True))
+@click.option("--precision", default="fp32", show_default=True)
 @click.option("--runs", default=5, show_default=True, type=click.IntRange(1))
-def main(engine: Path, runs: int) -> None:
+def main(engine: Path, precision: str, runs: int) -> None:
     """Print the table for one ENGINE folder; the last line is JSON."""
     for file in engine.glob("*.onnx*"):
         file.read_bytes()
@@ -50,12 +51,16 @@ def main(engine: Path, runs: int) -> None:
         clip = one_second(Path(name))
         samekit = [str(Path(sys.executable).with_name("samekit")), "encode", str(clip), str(clip.with_suffix(".npy"))]
         for _ in range(runs):
-            done = subprocess.run([sys.executable, "-c", OPEN, str(engine)], check=True, capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, "-c", OPEN, str(engine), precision], check=True, capture_output=True, text=True
+            )
             seconds = [float(part) for part in done.stdout.split()]
             opening.append(seconds[0])
             first.append(seconds[1])
             start = time.perf_counter()
-            subprocess.run([*samekit, "--model", str(engine)], check=True, capture_output=True)
+            subprocess.run(
+                [*samekit, "--model", str(engine), "--precision", precision], check=True, capture_output=True
+            )
             command.append(time.perf_counter() - start)
     results = {
         "open the encoder": summary(opening),

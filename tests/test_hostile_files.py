@@ -407,7 +407,7 @@ def test_links_out_of_the_folder_are_not_followed(valid, tmp_path):
 # --- What the code itself never does ---------------------------------------------------------------------------
 
 
-# The only processes that samekit starts; no argument of theirs comes from a file or a user.
+# The only processes that samekit itself starts (Ray starts its own); no argument of theirs comes from a file or a user.
 PROCESSES = ["subprocess.run([tool, *_GPU_QUERY], capture_output=True, text=True, timeout=20, check=True)"]
 
 FORBIDDEN = re.compile(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import shutil
 
@@ -13,7 +14,8 @@ from helpers import HOP, RATE, noise
 
 from samekit.backends import BACKENDS
 from samekit.cli import main
-from samekit_export.report import COLUMNS, measure, page_of
+from samekit.errors import OutputError
+from samekit_export.report import COLUMNS, measure, page_of, write_report
 
 FILE_NAME = 'a "song" <b> & more.wav'
 SECONDS = 1.0
@@ -103,6 +105,24 @@ def test_names_are_shown_as_they_are(page):
     found = Page(page.read_text(encoding="utf-8"))
     assert FILE_NAME in found.text
     assert "b" not in {tag for tag, _ in found.elements}
+
+
+def test_without_a_float32_graph(engine_of, song):
+    engine = engine_of("tiny-s")
+    engine = dataclasses.replace(engine, spec=dataclasses.replace(engine.spec, graphs={}))
+    (row,) = measure(song, engine, seconds=0.1, threads=1).rows
+    assert row.cells()[:3] == ("torch", "fp32", "-")
+
+
+def test_full_disk(engine_of, song, measured, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("samekit_export.report.measure", lambda *_, **__: measured)
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(OutputError, match="No space left"):
+        write_report(song, engine_of("tiny-s"), tmp_path / "report.html")
+    assert not list(tmp_path.iterdir())
 
 
 def test_silence_can_be_shown(engine_of, tmp_path):

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from samekit import AutoencoderModel
-from samekit._files import atomic_path
-from samekit.audio import AudioReader, AudioWriter
+from samekit._files import atomic_path, output_errors
+from samekit.audio import AudioReader, AudioWriter, resampled_length
 from samekit.backends import AUTO, BACKENDS
 from samekit.errors import InputError, SamekitError, StaleEngineError
 from samekit.tensorrt_store import Build, build_folders
@@ -58,7 +58,7 @@ class Row:
     backend: str
     precision: str
     size: int
-    """Bytes of both halves."""
+    """Bytes of both halves as they lie on disk; 0 where no engine is run."""
     latents_db: float
     """SNR of the latents against those of eager float32."""
     audio_db: float
@@ -75,7 +75,7 @@ class Row:
         return (
             self.backend,
             self.precision,
-            f"{self.size / 1e6:.1f} MB",
+            f"{self.size / 1e6:.1f} MB" if self.size else "-",
             *("equal" if np.isposinf(value) else f"{value:.1f} dB" for value in decibels),
             f"{self.encode_speed:.0f} x real time",
             f"{self.decode_speed:.0f} x real time",
@@ -151,7 +151,7 @@ def measure(
         report(f"running {', '.join(' '.join(candidate) for candidate in models)}")
         codec = models[EAGER, "fp32"].autoencoder
         ready = codec.preprocess_audio_for_encoder(clip, rate)
-        samples = round(clip.shape[-1] * codec.sample_rate / rate)
+        samples = resampled_length(clip.shape[-1], rate, codec.sample_rate)
         results = {name: _round_trip(model, ready) for name, model in models.items()}
         times = interleaved(
             {
@@ -219,11 +219,12 @@ def _halves(model: AutoencoderModel, ready: Array, latents: Array) -> dict[str, 
 
 
 def _size(engine: Engine, backend: str, precision: str) -> int:
-    """Bytes of both halves, as they lie on disk; PyTorch's are the float32 graphs' weights."""
+    """Bytes of both halves as they lie on disk; 0 for PyTorch, which runs the checkpoint."""
+    if backend == EAGER:
+        return 0
     if backend == "tensorrt":
         return _built(engine, precision)
-    graphs = engine.spec.graphs[precision if backend != EAGER else "fp32"]
-    return sum(sum(graph.sizes.values()) for graph in graphs.values())
+    return sum(sum(graph.sizes.values()) for graph in engine.spec.graphs[precision].values())
 
 
 def _built(engine: Engine, precision: str) -> int:
@@ -266,12 +267,14 @@ def write_report(
         import matplotlib as mpl  # noqa: F401, PLC0415
     except ImportError as error:
         raise InputError(
-            f"a report needs packages that are missing ({error}); run: pip install 'samekit[report]'"
+            f"a report needs packages that are missing ({error}); run: pip install 'samekit[cpu,export,report]'"
         ) from None
     # Opened first: who cannot write need not measure.
     with atomic_path(path) as temporary:
         measured = measure(audio, engine, seconds=seconds, threads=threads, report=report)
-        temporary.write_text(page_of(measured), encoding="utf-8")
+        page = page_of(measured)
+        with output_errors(path):
+            temporary.write_text(page, encoding="utf-8")
     return measured
 
 
@@ -333,7 +336,7 @@ def _pictures(report: Report) -> list[tuple[str, str]]:
 
     decibels = {"cmap": "magma", "vmin": top - 80, "vmax": top}
     for title, spectrum in spectra.items():
-        draw(f"{title}: spectrogram of the sum of both channels", spectrum, "kHz", rate / 2000, decibels, "dB")
+        draw(f"{title}: spectrogram of the mean of the channels", spectrum, "kHz", rate / 2000, decibels, "dB")
     limit = max(float(np.quantile(np.abs(report.latents), 0.99)), 1e-6)
     around_zero = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit, "interpolation": "nearest"}
     width = report.latents.shape[0]

@@ -278,16 +278,21 @@ def _shortened(name: str) -> str:
 
 def _sync(path: Path) -> None:
     """Wait until the contents of a file are on disk."""
-    with path.open("r+b") as file:
-        os.fsync(file.fileno())
+    # For reading where that is enough: a graph that an older export shares may be read-only. Windows wants more.
+    _flush(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+
+
+def _flush(path: Path, flags: int) -> None:
+    """Open and sync a file or a folder."""
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on disk, where the system can do that."""
     # Windows opens no folders and some network file systems sync none; the file itself is complete by now.
     with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _flush(folder, os.O_RDONLY)

@@ -238,8 +238,9 @@ class AutoencoderModel:
                 engine folder; or a checkpoint folder, which runs in PyTorch.
             device: `cpu` or `cuda`; the best there is unless given.
             backend: `auto`, `tensorrt`, `onnxruntime` or `torch`.
-            precision: `fp32` or `fp16` (the reference's `.half()`).
-            window: latents that are computed at once; bounds the memory, does not change the numbers.
+            precision: `fp32`, `fp16` (the reference's `.half()`) or `int8`.
+            window: latents that are computed at once; bounds the memory, does not change the numbers, but for those of
+                `int8`, whose ranges are measured in each window.
             options: further fields of `samekit.backends.base.BackendOptions`, such as `threads`.
 
         Raises:

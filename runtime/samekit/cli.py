@@ -279,7 +279,7 @@ def _need_export() -> None:
         import torch  # noqa: F401, PLC0415
     except ImportError as error:
         raise InputError(
-            f"exporting needs packages that are missing ({error}); run: pip install 'samekit[export]'"
+            f"this command needs packages that are missing ({error}); run: pip install 'samekit[export]'"
         ) from None
 
 
@@ -295,9 +295,11 @@ def report(audio: Path, model: str, out: Path, seconds: float, threads: int | No
     from samekit.store import find_engine  # noqa: PLC0415
     from samekit_export.report import write_report  # noqa: PLC0415
 
-    measured = write_report(audio, find_engine(model), out, seconds=seconds, threads=threads, report=click.echo)
-    click.echo(measured.table())
-    click.echo(f"{out} is ready")
+    remove_abandoned(out.parent, out.name)
+    measured = write_report(audio, find_engine(model), out, seconds=seconds, threads=threads, report=_say)
+    for line in measured.table().splitlines():
+        _say(line)
+    _say(f"{out} is ready")
 
 
 @main.command()
@@ -365,7 +367,7 @@ def triton(out: Path, model: str, **options: Any) -> None:
     from samekit.triton import TritonOptions, write_repository  # noqa: PLC0415
 
     for folder in write_repository(find_engine(model), out, TritonOptions(**options)):
-        click.echo(folder)
+        _say(str(folder))
 
 
 @main.command()

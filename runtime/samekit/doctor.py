@@ -51,6 +51,9 @@ PARTS = (
     Part("huggingface_hub", "published weights by name", "pip install 'samekit[export]'"),
     Part("matplotlib", "the pictures of a report", "pip install 'samekit[report]'"),
     Part("jinja2", "the page of a report", "pip install 'samekit[report]'"),
+    Part("ray", "datasets on a cluster", "pip install 'samekit[ray]'"),
+    Part("fsspec", "datasets written to s3://, gs:// and the like", "pip install 'samekit[ray]'"),
+    Part("tritonclient", "the example client of a Triton server", "pip install 'samekit[triton]'"),
 )
 """In the order in which they matter to most people."""
 
