@@ -250,12 +250,19 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 
 @contextmanager
-def output_errors(path: str | os.PathLike[str], library_error: type[Exception] = OSError) -> Iterator[None]:
+def output_errors(
+    path: str | os.PathLike[str],
+    library_error: type[Exception] = OSError,
+    cause: str = "cannot be written",
+    cure: str = "choose a folder that exists, is writable and has room",
+) -> Iterator[None]:
     """Raise what goes wrong with the disk inside the block as an error about `path`.
 
     Args:
         path: the output that the message names.
         library_error: what a library raises in place of an OSError.
+        cause: what the message says of the output.
+        cure: what it says to do.
 
     Raises:
         OutputError: the block raised an OSError or a `library_error`.
