@@ -156,6 +156,18 @@ def remove_abandoned(folder: Path, name: str | None = None) -> list[tuple[Path, 
     return removed
 
 
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """A second name for a file, or a copy where the file system has no second names or is another one.
+
+    Raises:
+        OSError: the file cannot be read, or the target not written.
+    """
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def named(path: str | os.PathLike[str]) -> Path:
     """The path, if a file may have this name.
 
@@ -273,9 +285,7 @@ def output_errors(
         raise
     except (OSError, library_error) as error:
         reason = getattr(error, "strerror", None) or str(error).rstrip(".")
-        raise OutputError(
-            f"{path}: cannot be written ({reason}); choose a folder that exists, is writable and has room"
-        ) from error
+        raise OutputError(f"{path}: {cause} ({reason}); {cure}") from error
 
 
 def _shortened(name: str) -> str:
@@ -285,8 +295,12 @@ def _shortened(name: str) -> str:
 
 def _sync(path: Path) -> None:
     """Wait until the contents of a file are on disk."""
-    with path.open("r+b") as file:
-        os.fsync(file.fileno())
+    # Windows syncs only what is open for writing; elsewhere that would refuse second names of read-only files.
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:
