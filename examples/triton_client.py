@@ -45,10 +45,10 @@ class TritonBackend(Backend):
     def __init__(self, url: str, model: str) -> None:
         self._url = url
         self._client = triton.InferenceServerClient(url)
-        config = self._called(self._client.get_model_config, f"{model}-{ENCODER}").config
+        config = self._called(self._client.get_model_config, model_name(model, ENCODER)).config
         facts = facts_of(config)
         precision = facts.pop("precision")
-        self.longest_window = facts.pop("longest_window", None)
+        self.longest_window = facts.pop("longest_window")
         super().__init__(EngineSpec(**facts, source={"kind": "triton", "url": url}), precision)
         self._most = config.max_batch_size
 
@@ -60,7 +60,7 @@ class TritonBackend(Backend):
         """One request."""
         values = triton.InferInput(INPUT_NAMES[half], list(array.shape), "FP32")
         values.set_data_from_numpy(np.ascontiguousarray(array))
-        answer = self._called(self._client.infer, model_name(self.spec, half), [values])
+        answer = self._called(self._client.infer, model_name(self.spec.name, half), [values])
         result: Array = answer.as_numpy(INPUT_NAMES[DECODER if half == ENCODER else ENCODER])
         return result
 

@@ -418,6 +418,7 @@ def test_shards_share_a_url(model, data, bucket):
     assert sum(report.encoded for report in reports) == 10
     assert sum(report.unchanged for report in reports) == 0
     assert len([name for name in bucket() if name.startswith("0")]) == 20
+    assert {f".samekit/report-{index}-of-2.json" for index in (1, 2)} <= bucket().keys()
     with pytest.raises(InputError, match="same number of shards"):
         run(data, URL, model)
 
@@ -441,10 +442,27 @@ def test_workers_write_to_a_url(encoder, model, data, out):
     assert verify(out) == []
 
 
+@pytest.mark.parametrize("call", ["ls", "cat_file"])
+def test_url_that_cannot_be_read(model, data, bucket, monkeypatch, call):
+    write_clips(data, 1)
+    run(data, URL, model)
+    before = bucket()
+
+    def refuse(*_arguments, **_options):
+        raise PermissionError(13, "Forbidden")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(fsspec.filesystem("memory")), call, refuse)
+        with pytest.raises(OutputError, match=rf"^{URL}: cannot be read \(Forbidden\); ") as error:
+            run(data, URL, model)
+    assert_one_line(error.value)
+    assert bucket() == before
+
+
 def test_url_that_cannot_be_written(model, data, tmp_path):
     write_clips(data, 1)
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="local://") as error:
+    with pytest.raises(OutputError, match=r"^local://.* cannot be written") as error:
         run(data, f"local://{tmp_path}/file/below", model)
     assert_one_line(error.value)
 

@@ -124,6 +124,11 @@ def test_output_errors_names_the_file_and_the_cause():
         raise OSError(28, "No space left on device")
     with pytest.raises(OutputError, match=r"\(codec failed\)"), output_errors("song.wav", ArithmeticError):
         raise ArithmeticError("codec failed.")
+    with (
+        pytest.raises(OutputError, match=r"^song\.wav: cannot be read \(Forbidden\); sign in$"),
+        output_errors("song.wav", cause="cannot be read", cure="sign in"),
+    ):
+        raise OSError(13, "Forbidden")
 
 
 def test_output_errors_passes_what_it_does_not_know():

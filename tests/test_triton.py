@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +24,10 @@ from samekit import AutoencoderModel
 from samekit.cli import main
 from samekit.errors import BackendError, BackendUnavailableError, InputError, OutputError, StaleEngineError
 from samekit.fingerprint import TENSORRT, TENSORRT_RTX, fingerprint_of
-from samekit.spec import ENCODER
+from samekit.spec import DECODER, ENCODER
 from samekit.store import Engine, describe_graph
 from samekit.tensorrt_store import BUILDS_FOLDER, Build, BuiltEngine, write_document
-from samekit.triton import TritonOptions, config_text, facts_of, model_name, write_repository
+from samekit.triton import FACTS, TritonOptions, config_text, facts_of, model_name, write_repository
 
 
 @pytest.fixture
@@ -88,6 +89,18 @@ def test_options_reach_the_configuration(engine_of, out):
     assert (config.max_batch_size, config.dynamic_batching.max_queue_delay_microseconds) == (3, 0)
     assert config.instance_group[0].count == 2
     assert config.instance_group[0].kind == config.instance_group[0].KIND_GPU
+
+
+@pytest.mark.parametrize("kind", ["auto", "cpu"])
+def test_int8_requests_are_never_joined(engine_of, kind):
+    """Ranges are measured in each call, so what else is in a batch would change the numbers."""
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    text = config_text(engine_of("tiny-s").spec, ENCODER, TritonOptions(precision="int8", kind=kind, max_batch=4))
+    config = text_format.Parse(text, ModelConfig())
+    assert config.max_batch_size == 1
+    assert not config.HasField("dynamic_batching")
+    assert config.instance_group[0].kind == config.instance_group[0].KIND_CPU
 
 
 def test_odd_names_survive_the_text_format(engine_of):
@@ -180,11 +193,36 @@ def test_repository_appears_whole_or_not_at_all(engine_of, out, monkeypatch):
             raise OSError(28, "No space left on device")
         target.write_bytes(source.read_bytes())
 
-    monkeypatch.setattr("samekit.triton._link_or_copy", fail)
+    monkeypatch.setattr("samekit.triton.link_or_copy", fail)
     with pytest.raises(OutputError, match="No space left") as error:
         write_repository(engine_of("tiny-s"), out)
     assert_one_line(error.value)
     assert list(out.parent.iterdir()) == []
+
+
+def test_what_killed_commands_left_goes(engine_of, out):
+    (out.parent / f".{out.name}.12-0123abcd.tmp" / "tiny-s-encoder").mkdir(parents=True)
+    write_repository(engine_of("tiny-s"), out)
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_what_came_there_meanwhile_stays(engine_of, out, monkeypatch):
+    def copy_slowly(source, target):
+        target.write_bytes(source.read_bytes())
+        out.mkdir(exist_ok=True)
+        (out / "theirs").touch()
+
+    monkeypatch.setattr("samekit.triton.link_or_copy", copy_slowly)
+    with pytest.raises(InputError, match="exists"):
+        write_repository(engine_of("tiny-s"), out)
+    assert list(out.parent.iterdir()) == [out]
+    assert [path.name for path in out.iterdir()] == ["theirs"]
+
+
+def test_name_that_no_folder_can_have(engine_of, out):
+    with pytest.raises(InputError, match="no file can have this name") as error:
+        write_repository(engine_of("tiny-s"), out.with_name("a\0b"))
+    assert_one_line(error.value)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +235,9 @@ def test_repository_appears_whole_or_not_at_all(engine_of, out, monkeypatch):
         {"instances": 0},
         {"backend": "tensorrt", "max_batch": 9},
         {"backend": "tensorrt", "kind": "cpu"},
+        {"precision": "fp8"},
+        {"precision": "int8", "backend": "tensorrt"},
+        {"precision": "int8", "kind": "gpu"},
     ],
     ids=str,
 )
@@ -214,6 +255,31 @@ def test_command(engine_of, out):
     for refused in (arguments, ["triton", str(out) + "2", "--model", "absent"], [*arguments, "--precision", "fp16"]):
         result = CliRunner().invoke(main, refused)
         assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.output
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        list,
+        lambda facts: facts | {"more": 1},
+        lambda facts: {name: fact for name, fact in facts.items() if name != "hop"},
+        lambda facts: facts | {"hop": "4096"},
+        lambda facts: facts | {"channels": True},
+        lambda facts: facts | {"precision": None},
+        lambda facts: facts | {"longest_window": 2.5},
+        lambda facts: facts | {"contexts": [1, 1]},
+        lambda facts: facts | {"contexts": {ENCODER: 1}},
+        lambda facts: facts | {"contexts": {ENCODER: 1, DECODER: "1"}},
+    ],
+)
+def test_facts_that_a_server_made_up(engine_of, edit):
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    config = text_format.Parse(config_text(engine_of("tiny-s").spec, ENCODER, TritonOptions()), ModelConfig())
+    config.parameters[FACTS].string_value = json.dumps(edit(facts_of(config)))
+    with pytest.raises(InputError, match="was not written by samekit") as error:
+        facts_of(config)
+    assert_one_line(error.value)
 
 
 # --- The client ---------------------------------------------------------------------------------------------
@@ -293,7 +359,7 @@ def test_client_says_what_the_server_says(engine_of, out, client, server):
     with pytest.raises(BackendError, match="absent-encoder") as error:
         client.TritonBackend(server, "absent")
     assert_one_line(error.value)
-    config = out / model_name(engine_of("tiny-s").spec, ENCODER) / "config.pbtxt"
+    config = out / model_name("tiny-s", ENCODER) / "config.pbtxt"
     config.write_text(config.read_text().replace('"samekit"', '"other"'))
     with pytest.raises(InputError, match="was not written by samekit") as error:
         client.TritonBackend(server, "tiny-s")

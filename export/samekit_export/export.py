@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import shutil
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from samekit._files import named, output_errors, remove_abandoned, replace_folder, temporary_folder
+from samekit._files import link_or_copy, named, output_errors, remove_abandoned, replace_folder, temporary_folder
 from samekit.errors import InputError, OutputError, SamekitError
 from samekit.spec import DECODER, ENCODER, PRECISIONS, SPEC_FILE, EngineSpec
 from samekit.store import Engine, describe_graph
@@ -146,25 +145,17 @@ def _carry_over(older: Engine, spec: EngineSpec, wanted: Sequence[str], staging:
     for precision in kept:
         for graph in older.spec.graphs[precision].values():
             for name in graph.sizes:
-                _link(older.folder / name, staging / name)
+                link_or_copy(older.folder / name, staging / name)
     builds = older.folder / BUILDS_FOLDER
     if builds.is_dir():
         # But for what killed builds left.
         half_written = shutil.ignore_patterns(".*.tmp")
-        shutil.copytree(builds, staging / BUILDS_FOLDER, copy_function=_link, ignore=half_written)
+        shutil.copytree(builds, staging / BUILDS_FOLDER, copy_function=link_or_copy, ignore=half_written)
     return dataclasses.replace(
         spec,
         graphs={p: older.spec.graphs[p] for p in kept},
         verification={p: older.spec.verification.get(p, []) for p in kept},
     )
-
-
-def _link(source: str | Path, target: str | Path) -> None:
-    """A second name for a file, or a copy where the file system has no such thing."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _add_precision(

@@ -156,6 +156,18 @@ def remove_abandoned(folder: Path, name: str | None = None) -> list[tuple[Path, 
     return removed
 
 
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """A second name for a file, or a copy where the file system has no second names or is another one.
+
+    Raises:
+        OSError: the file cannot be read, or the target not written.
+    """
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def named(path: str | os.PathLike[str]) -> Path:
     """The path, if a file may have this name.
 
@@ -250,12 +262,19 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 
 @contextmanager
-def output_errors(path: str | os.PathLike[str], library_error: type[Exception] = OSError) -> Iterator[None]:
+def output_errors(
+    path: str | os.PathLike[str],
+    library_error: type[Exception] = OSError,
+    cause: str = "cannot be written",
+    cure: str = "choose a folder that exists, is writable and has room",
+) -> Iterator[None]:
     """Raise what goes wrong with the disk inside the block as an error about `path`.
 
     Args:
         path: the output that the message names.
         library_error: what a library raises in place of an OSError.
+        cause: what the message says of the output.
+        cure: what it says to do.
 
     Raises:
         OutputError: the block raised an OSError or a `library_error`.
@@ -266,9 +285,7 @@ def output_errors(path: str | os.PathLike[str], library_error: type[Exception] =
         raise
     except (OSError, library_error) as error:
         reason = getattr(error, "strerror", None) or str(error).rstrip(".")
-        raise OutputError(
-            f"{path}: cannot be written ({reason}); choose a folder that exists, is writable and has room"
-        ) from error
+        raise OutputError(f"{path}: {cause} ({reason}); {cure}") from error
 
 
 def _shortened(name: str) -> str:
@@ -279,7 +296,7 @@ def _shortened(name: str) -> str:
 def _sync(path: Path) -> None:
     """Wait until the contents of a file are on disk."""
     # For reading where that is enough: a graph that an older export shares may be read-only. Windows wants more.
-    _flush(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    _flush(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
 
 
 def _flush(path: Path, flags: int) -> None:

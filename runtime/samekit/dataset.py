@@ -188,7 +188,7 @@ def pre_encode(
     encoder = model if isinstance(model, Encoder) else LocalEncoder(model.autoencoder)
     settings, shard, output = _settings(encoder, options), options.shard, find_output(output_path)
     with (
-        output.opened(shard.manifest) as folder,
+        output.opened(shard) as folder,
         Manifest.open(folder, shard, settings, reencode=options.reencode) as manifest,
     ):
         manifest.assign(sources)

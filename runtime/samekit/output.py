@@ -22,6 +22,9 @@ from samekit.errors import InputError, SamekitError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
+
+    from samekit.manifest import Shard
 
 STATE_FOLDER: Final = ".samekit"
 SILENCE_FILE: Final = "silence.npy"
@@ -61,8 +64,8 @@ class Output:
             raise InputError(f"{self._folder.absolute()}: is not there; share it under the same path with every node")
 
     @contextmanager
-    def opened(self, manifest: str) -> Iterator[Path]:  # noqa: ARG002 there it lies
-        """Yield the folder with the manifest of this name, and with the silence latents, for the whole run."""
+    def opened(self, shard: Shard) -> Iterator[Path]:  # noqa: ARG002 there its manifest lies
+        """Yield the folder with the manifest of a shard, and with the silence latents, for the whole run."""
         yield self._folder
 
     @contextmanager
@@ -109,6 +112,7 @@ class RemoteOutput(Output):
                 f"{url}: cannot be used ({error}); install fsspec and the package of this scheme, or pass a folder"
             ) from None
         self._manifest = Path()
+        self._report = Path()
         self._local = Path()
         self._digest = ""
         self._size = 0
@@ -122,12 +126,14 @@ class RemoteOutput(Output):
         """Nothing: the first upload will tell."""
 
     @contextmanager
-    def opened(self, manifest: str) -> Iterator[Path]:
+    def opened(self, shard: Shard) -> Iterator[Path]:
         """Yield a temporary folder with a copy of the manifests and the silence latents."""
         with tempfile.TemporaryDirectory(prefix="samekit-") as scratch:
             self._local = Path(scratch)
-            self._manifest = Path(STATE_FOLDER, manifest)
+            self._manifest, self._report = Path(STATE_FOLDER, shard.manifest), Path(STATE_FOLDER, shard.report)
             try:
+                with output_errors(self._url, Exception):
+                    self._fs.makedirs(f"{self._root}/{STATE_FOLDER}", exist_ok=True)
                 self._fetch()
                 yield self._local
             except SamekitError as error:
@@ -174,9 +180,8 @@ class RemoteOutput(Output):
             for name in self._list(f"{self._root}/{STATE_FOLDER}"):
                 if name.startswith(f"{self._manifest.name}."):
                     self.remove(f"{STATE_FOLDER}/{name}")
-            report = Path(STATE_FOLDER, self._manifest.name.replace("manifest", "report").replace("jsonl", "json"))
-            if (self._local / report).exists():
-                self._put((self._local / report).read_bytes(), report.as_posix())
+            if (self._local / self._report).exists():
+                self._put((self._local / self._report).read_bytes(), self._report.as_posix())
         elif data:
             self._parts += 1
             self._put(data, f"{self._manifest.as_posix()}.{self._digest}-{self._parts:06d}")
@@ -209,7 +214,7 @@ class RemoteOutput(Output):
 
     def _list(self, folder: str) -> set[str]:
         """Names of the files in a folder of the output; none if there is no such folder."""
-        with output_errors(self._url, Exception):
+        with self._read_errors():
             self._fs.invalidate_cache()
             try:
                 entries: list[dict[str, Any]] = self._fs.ls(folder, detail=True)
@@ -218,13 +223,14 @@ class RemoteOutput(Output):
             return {entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries}
 
     def _get(self, name: str) -> bytes:
-        with output_errors(self._url, Exception):
+        with self._read_errors():
             data: bytes = self._fs.cat_file(f"{self._root}/{name}")
             return data
 
     def _put(self, data: bytes, name: str) -> None:
         """Write a file at once; object stores show it whole or not at all."""
         with output_errors(self._url, Exception):
-            path = f"{self._root}/{name}"
-            self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-            self._fs.pipe_file(path, data)
+            self._fs.pipe_file(f"{self._root}/{name}", data)
+
+    def _read_errors(self) -> AbstractContextManager[None]:
+        return output_errors(self._url, Exception, "cannot be read", "check URL, network and permissions")

@@ -10,27 +10,32 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from samekit._files import output_errors
+from samekit._files import link_or_copy, named, output_errors, remove_abandoned, replace_folder, temporary_folder
+from samekit._json import check_kind, check_kinds
 from samekit.backends.ort import INPUT_NAMES
 from samekit.errors import BackendUnavailableError, InputError, StaleEngineError
 from samekit.fingerprint import NARROW, PROFILES, TENSORRT
-from samekit.spec import DECODER, ENCODER
+from samekit.spec import DECODER, ENCODER, GPU_PRECISIONS, PRECISIONS
 from samekit.tensorrt_store import Build, build_folders, why_stale
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from samekit._json import Kind
     from samekit.spec import EngineSpec
     from samekit.store import Engine
 
 FACTS: Final = "samekit"
-"""Name of the parameter that tells clients, as JSON, the fields of `EngineSpec` that they need, and the precision."""
-_FACTS: Final = ("name", "sample_rate", "channels", "hop", "latent_width", "alignment", "contexts", "source_sha256")
+"""Name of the parameter that tells clients, as JSON, what they must know of the model: see `facts_of`."""
+_SPEC_FACTS: Final[dict[str, Kind]] = {
+    **dict.fromkeys(("name", "source_sha256"), str),
+    **dict.fromkeys(("sample_rate", "channels", "hop", "latent_width", "alignment"), int),
+    "contexts": dict,
+}
+_FACTS: Final[dict[str, Kind]] = {**_SPEC_FACTS, "precision": str, "longest_window": (int, type(None))}
 _VERSION: Final = "1"
 _KINDS: Final = ("auto", "gpu", "cpu")
 # File names that each backend of the server looks for.
@@ -44,7 +49,7 @@ class TritonOptions:
     backend: str = "onnxruntime"
     """`onnxruntime` or `tensorrt`."""
     precision: str = "fp32"
-    """Of the graphs or engines."""
+    """Of the graphs or engines; int8 runs on CPUs, one request at a time whatever `max_batch` is."""
     max_batch: int = NARROW.batch[2]
     """Requests of one length that the server may run at once."""
     queue_delay: int = 2000
@@ -55,12 +60,16 @@ class TritonOptions:
     """Where: `gpu`, `cpu`, or `auto` for GPUs if there are any."""
 
     def __post_init__(self) -> None:
-        for name, known in (("backend", tuple(_FILES)), ("kind", _KINDS)):
+        for name, known in (("backend", tuple(_FILES)), ("precision", PRECISIONS), ("kind", _KINDS)):
             if getattr(self, name) not in known:
                 raise InputError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}")
         for name, least in (("max_batch", 1), ("queue_delay", 0), ("instances", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; pass at least {least}")
+        if self.precision not in GPU_PRECISIONS and (self.backend == "tensorrt" or self.kind == "gpu"):
+            raise InputError(
+                f"{self.precision} graphs are for CPUs; pass backend onnxruntime and kind cpu, or precision fp16"
+            )
         if self.backend == "tensorrt":
             if self.max_batch > NARROW.batch[2]:
                 raise InputError(f"max_batch is {self.max_batch}; the engines take at most {NARROW.batch[2]}")
@@ -80,34 +89,38 @@ def write_repository(engine: Engine, out: Path, options: TritonOptions | None = 
         The folders of both models.
 
     Raises:
-        InputError: `out` exists.
+        InputError: `out` exists, or nothing can have this name.
         BackendUnavailableError: there is no graph, or no TensorRT engine, of this precision.
         StaleEngineError: there are TensorRT engines, but of something else.
         OutputError: the repository cannot be written.
     """
-    options = options or TritonOptions()
+    options, out = options or TritonOptions(), named(out)
+    remove_abandoned(out.parent, out.name)
+    _require_new(out)
+    sources = {half: _files(engine, half, options) for half in (ENCODER, DECODER)}
+    with output_errors(out), temporary_folder(out) as staging:
+        for half, files in sources.items():
+            version = staging / model_name(engine.spec.name, half) / _VERSION
+            version.mkdir(parents=True)
+            for name, source in files.items():
+                link_or_copy(source, version / name)
+            text = config_text(engine.spec, half, options)
+            (version.parent / "config.pbtxt").write_text(text, encoding="utf-8")
+        # Copies take their time, in which something else may have come there.
+        _require_new(out)
+        replace_folder(staging, out)
+    return [out / model_name(engine.spec.name, half) for half in sources]
+
+
+def _require_new(out: Path) -> None:
+    """Refuse to replace anything: nobody knows what it is."""
     if os.path.lexists(out):
         raise InputError(f"{out}: exists; remove it, or write another repository: a server takes several")
-    sources = {half: _files(engine, half, options) for half in (ENCODER, DECODER)}
-    staging = out.with_name(f".{out.name}.{secrets.token_hex(4)}.new")
-    try:
-        with output_errors(out):
-            for half, files in sources.items():
-                version = staging / model_name(engine.spec, half) / _VERSION
-                version.mkdir(parents=True)
-                for name, source in files.items():
-                    _link_or_copy(source, version / name)
-                text = config_text(engine.spec, half, options)
-                (version.parent / "config.pbtxt").write_text(text, encoding="utf-8")
-            staging.rename(out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return [out / model_name(engine.spec, half) for half in sources]
 
 
-def model_name(spec: EngineSpec, half: str) -> str:
-    """What the server calls one half of a model."""
-    return f"{spec.name}-{half}"
+def model_name(name: str, half: str) -> str:
+    """What the server calls one half of a model of this name."""
+    return f"{name}-{half}"
 
 
 def config_text(spec: EngineSpec, half: str, options: TritonOptions) -> str:
@@ -119,16 +132,20 @@ def config_text(spec: EngineSpec, half: str, options: TritonOptions) -> str:
     kind = "gpu" if options.backend == "tensorrt" else options.kind
     # The profile for windows in batches; the other one takes no batches.
     profile = f' profile: [ "{PROFILES.index(NARROW)}" ]' if options.backend == "tensorrt" else ""
-    facts = {name: getattr(spec, name) for name in _FACTS} | {"precision": options.precision}
-    if options.backend == "tensorrt":
-        facts["longest_window"] = NARROW.latents[2]
-    return f"""name: {_quoted(model_name(spec, half))}
+    batch, batching = options.max_batch, f"dynamic_batching {{ max_queue_delay_microseconds: {options.queue_delay} }}\n"
+    if options.precision not in GPU_PRECISIONS:
+        # Ranges are measured in each call: joined with a loud request, a quiet one would lose accuracy.
+        kind, batch, batching = "cpu", 1, ""
+    facts = {name: getattr(spec, name) for name in _SPEC_FACTS} | {
+        "precision": options.precision,
+        "longest_window": NARROW.latents[2] if options.backend == "tensorrt" else None,
+    }
+    return f"""name: {_quoted(model_name(spec.name, half))}
 backend: "{options.backend}"
-max_batch_size: {options.max_batch}
+max_batch_size: {batch}
 input [ {{ name: "{input_name}" data_type: TYPE_FP32 dims: {before} }} ]
 output [ {{ name: "{output_name}" data_type: TYPE_FP32 dims: {after} }} ]
-dynamic_batching {{ max_queue_delay_microseconds: {options.queue_delay} }}
-instance_group [ {{ kind: KIND_{kind.upper()} count: {options.instances}{profile} }} ]
+{batching}instance_group [ {{ kind: KIND_{kind.upper()} count: {options.instances}{profile} }} ]
 parameters {{ key: "{FACTS}" value {{ string_value: {_quoted(json.dumps(facts))} }} }}
 """
 
@@ -168,25 +185,30 @@ def _build(engine: Engine, precision: str) -> Build:
     return ours[0]
 
 
-def _link_or_copy(source: Path, target: Path) -> None:
-    """A second name for a file, or a copy where the file system has no second names or is another one."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
 def facts_of(config: Any) -> dict[str, Any]:
     """What `FACTS` in a parsed `config.pbtxt` says.
 
     Args:
-        config: a `ModelConfig` of the server's protobuf schema.
+        config: a `ModelConfig` of the server's protobuf schema, from anywhere.
+
+    Returns:
+        Fields of `EngineSpec`; `precision`; and `longest_window` in latents, or None. Nothing else.
 
     Raises:
         InputError: it was not written here.
     """
     try:
         facts: dict[str, Any] = json.loads(config.parameters[FACTS].string_value)
-    except (KeyError, ValueError):
+        _check_fields(FACTS, facts, _FACTS)
+        _check_fields("contexts", facts["contexts"], dict.fromkeys((ENCODER, DECODER), int))
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise InputError(f"model {config.name!r} was not written by samekit triton; serve that") from None
     return facts
+
+
+def _check_fields(name: str, fields: Any, kinds: dict[str, Kind]) -> None:
+    """Raise TypeError or ValueError unless it is an object with just these fields, each of its kind."""
+    check_kind(name, fields, dict)
+    if fields.keys() != kinds.keys():
+        raise ValueError(f"{name} has {sorted(fields)}")
+    check_kinds(fields, kinds)
