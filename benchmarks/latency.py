@@ -85,7 +85,7 @@ class DiffusersPeer:
         self._theirs = theirs(
             encoder_c_mults=(encoder.width // 128,),
             encoder_transformer_depths=(encoder.depth,),
-            decoder_sinusoidal_blocks=(sum(map(decoder.gates_with_sine, range(decoder.depth))),),
+            decoder_sinusoidal_blocks=(decoder.sine_blocks,),
             latent_dim=ours.config.latent_width,
         ).eval()
         tensors = ours.state_dict()
