@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's description, honest timing, and the last line of JSON."""
+"""What the benchmarks share: options, sessions, honest timing, pictures, and the last line of JSON."""
 
 from __future__ import annotations
 
@@ -6,17 +6,27 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import click
+import onnxruntime
 
+from samekit.backends.ort import CPU_PROVIDER
 from samekit.spec import ENCODER
 from samekit_export.measure import interleaved, machine, summary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from samekit.autoencoder import Autoencoder
 
-__all__ = ["finish", "half_of", "interleaved", "machine", "plot_lines", "summary"]
+__all__ = ["counts", "finish", "half_of", "interleaved", "machine", "open_session", "plot_lines", "summary"]
+
+
+def counts(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:  # noqa: ARG001 click's shape
+    """Whole numbers, separated by commas."""
+    try:
+        return [int(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no list of numbers") from None
 
 
 def half_of(codec: Autoencoder, half: str) -> Callable[[Any], Any]:
@@ -24,19 +34,31 @@ def half_of(codec: Autoencoder, half: str) -> Callable[[Any], Any]:
     return codec.encode_audio if half == ENCODER else codec.decode_audio
 
 
-def plot_lines(
-    path: Path, panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], x: str, y: str
-) -> None:
-    """Write a picture: by panel and by line, abscissas and ordinates; needs matplotlib."""
+def open_session(graph: bytes | Path, threads: int, profile: Path | None = None) -> onnxruntime.InferenceSession:
+    """A session as the runtime opens it, with a profiler if it has a place to write to."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    if profile:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    return onnxruntime.InferenceSession(graph, options, providers=[CPU_PROVIDER])
+
+
+def plot_lines(path: Path, points: Iterable[tuple[str, str, float, float]], x: str, y: str) -> None:
+    """Write a picture of points (panel, line, abscissa, ordinate); needs matplotlib."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         raise click.UsageError("--plot needs matplotlib; run: pip install matplotlib") from None
 
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for panel, line, abscissa, ordinate in points:
+        panels.setdefault(panel, {}).setdefault(line, []).append((abscissa, ordinate))
     figure, row = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), sharey=True, squeeze=False)
     for axes, (title, lines) in zip(row[0], panels.items(), strict=True):
-        for name, (abscissas, ordinates) in lines.items():
-            axes.plot(abscissas, ordinates, marker="o", label=name)
+        for name, line_points in lines.items():
+            axes.plot(*zip(*line_points, strict=True), marker="o", label=name)
         axes.set(title=title, xlabel=x, xscale="log")
         axes.legend()
     row[0][0].set_ylabel(y)

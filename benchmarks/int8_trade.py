@@ -19,11 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-import onnxruntime
 import torch
-from common import finish, interleaved, machine, summary
+from common import finish, interleaved, machine, open_session, summary
 
-from samekit.backends.ort import CPU_PROVIDER
 from samekit.spec import DECODER, ENCODER
 from samekit_export.checkpoint import random_checkpoint
 from samekit_export.export import GRAPHS, spec_of
@@ -64,14 +62,6 @@ def change(graph: GraphEncoder | GraphDecoder, variant: str) -> int:
     if variant != "rows not apart":
         feed_apart(graph)
     return kept
-
-
-def open_session(path: Path, threads: int) -> Any:
-    """A session as the runtime opens it."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    return onnxruntime.InferenceSession(path, options, providers=[CPU_PROVIDER])
 
 
 @click.command()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import torch
-from common import finish, half_of, interleaved, machine, plot_lines, summary
+from common import counts, finish, half_of, interleaved, machine, plot_lines, summary
 
 from samekit import AutoencoderModel
 from samekit.spec import DECODER, ENCODER
@@ -158,19 +158,9 @@ def show(row: dict[str, Any]) -> str:
     )
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time per latent by length, one line a candidate."""
-    panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-    for row in rows:
-        lengths, times = panels.setdefault(row["half"], {}).setdefault(row["candidate"], ([], []))
-        lengths.append(row["latents"])
-        times.append(row["per_latent_ms"])
-    plot_lines(path, panels, x="latents", y="ms per latent")
-
-
 @click.command()
 @click.argument("engine", type=click.Path(path_type=Path))
-@click.option("--latents", default="128", show_default=True, help="Lengths, separated by commas.")
+@click.option("--latents", default="128", show_default=True, callback=counts, help="Lengths, by commas.")
 @click.option("--precision", default="fp32", show_default=True, help="Of ONNX Runtime, separated by commas.")
 @click.option("--runs", default=5, show_default=True, type=click.IntRange(1))
 @click.option("--threads", type=click.IntRange(1), help="For every candidate. [default: all cores]")
@@ -180,7 +170,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Write a picture; needs matplotlib.")
 def main(
     engine: Path,
-    latents: str,
+    latents: list[int],
     precision: str,
     runs: int,
     threads: int | None,
@@ -191,12 +181,13 @@ def main(
     codecs = open_all(engine, precision.split(","), threads or machine()["cores"], list(yardsticks))
     rows = []
     for half in (ENCODER, DECODER):
-        for length in map(int, latents.split(",")):
+        for length in latents:
             for row in measure(codecs, half, length, runs):
                 rows.append(row)
                 print(show(row), flush=True)
     if plot_path:
-        plot(rows, plot_path)
+        points = [(row["half"], row["candidate"], row["latents"], row["per_latent_ms"]) for row in rows]
+        plot_lines(plot_path, points, x="latents", y="ms per latent")
     finish("latency", rows)
 
 

@@ -12,16 +12,15 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
 import onnx
-import onnxruntime as ort
-from common import finish, machine
+from common import finish, interleaved, machine, open_session, summary
 from onnx import TensorProto, helper, numpy_helper
 
 from samekit.backends.ort import INPUT_NAMES
@@ -32,23 +31,14 @@ from samekit_export.verify import example_input
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from onnxruntime import InferenceSession
+
     from samekit.arrays import Array
 
 # Rows, inner size, columns: of the size of the models' feed-forward products, and larger.
 LARGE = ((2176, 768, 4608), (2176, 1536, 9216), (4096, 4096, 4096))
 QUANTISED = "int8"
 RUNS = 12
-
-
-def session(graph: bytes | str, threads: int, profile: Path | None = None) -> ort.InferenceSession:
-    """A session as the runtime opens it, with a profiler if it has a place to write to."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    if profile:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(profile)
-    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def product_graph(inner: int, columns: int, precision: str) -> bytes:
@@ -74,22 +64,17 @@ def product_graph(inner: int, columns: int, precision: str) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def fastest(engine: ort.InferenceSession, given: Array) -> float:
+def fastest(engine: InferenceSession, given: Array) -> float:
     """Seconds of the fastest of several runs: the limit is what the machine can do, not what it usually does."""
-    feeds = {engine.get_inputs()[0].name: given}
-    times = []
-    for _ in range(RUNS):
-        start = time.perf_counter()
-        engine.run(None, feeds)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    run = partial(engine.run, None, {engine.get_inputs()[0].name: given})
+    return summary(interleaved({"": run}, RUNS)[""])["min"]
 
 
 def measured_limit(precision: str, threads: int) -> float:
     """The most operations a second of the large products."""
     speeds = []
     for rows, inner, columns in LARGE:
-        engine = session(product_graph(inner, columns, precision), threads)
+        engine = open_session(product_graph(inner, columns, precision), threads)
         given = np.random.default_rng(1).standard_normal((rows, inner), np.float32)
         speeds.append(2 * rows * inner * columns / fastest(engine, given))
     return max(speeds)
@@ -111,10 +96,10 @@ def operations(event: dict[str, Any]) -> int:
     return 2 * inner * math.prod(outputs)
 
 
-def profile(path: str, given: Array, threads: int) -> list[dict[str, Any]]:
+def profile(path: Path, given: Array, threads: int) -> list[dict[str, Any]]:
     """Events of the nodes of one warm run."""
     with tempfile.TemporaryDirectory() as folder:
-        engine = session(path, threads, Path(folder) / "profile")
+        engine = open_session(path, threads, Path(folder) / "profile")
         feeds = {engine.get_inputs()[0].name: given}
         for _ in range(RUNS):
             engine.run(None, feeds)
@@ -145,8 +130,8 @@ def main(folder: Path, latents: int, precision: str, threads: int | None) -> Non
     print(f"large {precision} products: {limit / 1e9:.0f} GOP/s with {threads} threads")
     results: dict[str, Any] = {"limit_gops": limit / 1e9, "latents": latents, "precision": precision}
     for half in (ENCODER, DECODER):
-        path, given = str(engine.graph(half, precision)), example_input(engine.spec, half, 1, latents, seed=0)
-        opened = session(path, threads)
+        path, given = engine.graph(half, precision), example_input(engine.spec, half, 1, latents, seed=0)
+        opened = open_session(path, threads)
         if [node.name for node in opened.get_inputs()] != [INPUT_NAMES[half]]:
             raise click.ClickException(f"{path}: not the graph of an {half}")
         seconds = fastest(opened, given)

@@ -14,8 +14,7 @@ from typing import Any
 import click
 import numpy as np
 import soundfile as sf
-from common import finish, plot_lines
-from throughput import counts
+from common import counts, finish, plot_lines
 
 from samekit.spec import DECODER, ENCODER, EngineSpec
 
@@ -67,11 +66,8 @@ def main(engine: Path, latents: list[int], precision: str, plot_path: Path | Non
                 path.unlink()
             print(f"{length:>6} latents  encode {row[ENCODER]:7.0f} MiB  decode {row[DECODER]:7.0f} MiB", flush=True)
     if plot_path:
-        lines = {
-            half: ([row["latents"] for row in rows], [row["peak_mib"][half] for row in rows])
-            for half in (ENCODER, DECODER)
-        }
-        plot_lines(plot_path, {spec.name: lines}, x="latents", y="MiB at the peak")
+        points = [(spec.name, half, row["latents"], peak) for row in rows for half, peak in row["peak_mib"].items()]
+        plot_lines(plot_path, points, x="latents", y="MiB at the peak")
     finish("memory", rows)
 
 

@@ -10,19 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from common import finish, half_of, interleaved, machine, plot_lines, summary
+from common import counts, finish, half_of, interleaved, machine, plot_lines, summary
 
 from samekit import AutoencoderModel
 from samekit.spec import DECODER, ENCODER
 from samekit_export.verify import example_input
-
-
-def counts(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:  # noqa: ARG001 click's shape
-    """Whole numbers, separated by commas."""
-    try:
-        return [int(part) for part in value.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is no list of numbers") from None
 
 
 @click.command()
@@ -69,18 +61,12 @@ def main(
                     flush=True,
                 )
     if plot_path:
-        plot(rows, plot_path)
+        points = [
+            (row["half"], f"batch {row['batch']}", row["window"], row["audio_seconds_per_second"]["median"])
+            for row in rows
+        ]
+        plot_lines(plot_path, points, x="window in latents", y="seconds of audio a second")
     finish("throughput", rows)
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Speed by window, one line a batch size."""
-    panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-    for row in rows:
-        windows, speeds = panels.setdefault(row["half"], {}).setdefault(f"batch {row['batch']}", ([], []))
-        windows.append(row["window"])
-        speeds.append(row["audio_seconds_per_second"]["median"])
-    plot_lines(path, panels, x="window in latents", y="seconds of audio a second")
 
 
 if __name__ == "__main__":

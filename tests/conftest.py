@@ -165,3 +165,15 @@ def ready_graphs(engine_of, monkeypatch):
     monkeypatch.setattr("samekit_export.export.write_onnx", write)
     monkeypatch.setattr("samekit_export.export.verify", lambda *_: [])
     return written
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Where a test puts its clips; not there yet."""
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def out(tmp_path):
+    """Where their latents go; not there yet."""
+    return tmp_path / "out"

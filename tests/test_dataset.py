@@ -117,16 +117,6 @@ def one_pass(model, audio, latents):
 
 
 @pytest.fixture
-def data(tmp_path):
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out"
-
-
-@pytest.fixture
 def tiny(model_of, kind):
     """Both kinds of attention span."""
     return model_of(kind, "onnxruntime")

@@ -58,16 +58,6 @@ def encoder(cluster, engine):
         yield encoder
 
 
-@pytest.fixture
-def data(tmp_path):
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out"
-
-
 @pytest.fixture(scope="module")
 def work(engine_of, tmp_path_factory):
     """Clips that take seconds, and what the folder holds once one process has encoded them."""

@@ -20,7 +20,7 @@ from samekit.tensorrt_api import INSTALL, builder_versions
 from samekit.tensorrt_store import describe_builds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 
@@ -71,8 +71,9 @@ def examine() -> Iterator[str]:
     for line in _gpus():
         yield f"  {line}"
     yield "engines"
+    versions = builder_versions()
     for root in engine_roots():
-        yield from (f"  {line}" for line in _engines(root))
+        yield from (f"  {line}" for line in _engines(root, versions))
 
 
 def _libsndfile() -> str:
@@ -128,7 +129,7 @@ def _gpus() -> Iterator[str]:
     yield from done.stdout.splitlines() or ["none found by the driver"]
 
 
-def _engines(root: Path) -> Iterator[str]:
+def _engines(root: Path, versions: Mapping[str, str]) -> Iterator[str]:
     """A line for each engine folder under a root, and for each of its TensorRT builds."""
     folders = sorted(path.parent for path in root.glob(f"*/{SPEC_FILE}"))
     if not folders:
@@ -143,5 +144,5 @@ def _engines(root: Path) -> Iterator[str]:
             yield f"DAMAGED: {error}"
             continue
         yield f"{folder}: {', '.join(engine.spec.graphs)}"
-        for line in describe_builds(engine, builder_versions()):
+        for line in describe_builds(engine, versions):
             yield f"  tensorrt {line}"
