@@ -132,8 +132,7 @@ def _matching(folder: Path, spec: EngineSpec) -> Engine | None:
 def _is_whole(engine: Engine, precision: str) -> bool:
     """Whether both graphs of a precision are there at their full size."""
     try:
-        for half in GRAPHS:
-            engine.graph(half, precision)
+        engine.check(precision)
     except SamekitError:
         return False
     return True

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -147,13 +148,32 @@ def remove_abandoned(folder: Path, name: str | None = None) -> list[tuple[Path, 
                 if target.endswith(_OLD) and not place.exists():
                     path.rename(place)
                     continue
-                size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
-                removed.append((path, size))
+                removed.append((path, remove(path)))
     return removed
+
+
+def remove(path: Path) -> int:
+    """Remove a file or a folder; returns how many bytes it held.
+
+    Raises:
+        OSError: it cannot be removed, or is not there.
+    """
+    size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    return size
+
+
+def stamp(path: Path | os.DirEntry[str]) -> tuple[int, int] | None:
+    """Size and time of a regular file, which change when it does; None if it is none, or gone."""
+    with suppress(OSError):
+        status = path.stat()
+        # Whoever opens a pipe is blocked.
+        if stat.S_ISREG(status.st_mode):
+            return status.st_size, status.st_mtime_ns
+    return None
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:

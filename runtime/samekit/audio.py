@@ -19,7 +19,7 @@ import numpy.typing as npt
 import soundfile as sf
 from numpy.lib.stride_tricks import sliding_window_view
 
-from samekit._files import atomic_path, named, output_errors
+from samekit._files import atomic_path, named, output_errors, stamp
 from samekit.errors import AudioFileError, InputError, OutputError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class AudioReader:
         self._frames_read = 0
         self._source: BinaryIO | None = None
         _check_container(self.path)
-        self._stamp = _stamp(self.path)
+        self._stamp = stamp(self.path)
         with ExitStack() as stack:
             self._file = stack.enter_context(_opened(self.path, _native(self.path)))
             if self._file.format == "MP3" and not _has_xing_header(self.path):
@@ -129,7 +129,7 @@ class AudioReader:
         """Refuse a file that ended before it should."""
         if not self._frames_read:
             raise self._empty()
-        if _stamp(self.path) != self._stamp:
+        if stamp(self.path) != self._stamp:
             raise AudioFileError(f"{self.path}: was changed while it was read; read it again")
         if self._source is not None:
             if self._source.tell() < _MP3_READ * self.path.stat().st_size:
@@ -215,15 +215,6 @@ def _decoder_errors(path: Path, cause: str, cure: str) -> Iterator[None]:
     except (sf.SoundFileError, TypeError) as error:
         reason = str(getattr(error, "error_string", error)).rstrip(".")
         raise AudioFileError(f"{path}: {cause} ({reason}); {cure}") from error
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """Size and time of a file, which change when it does; None if it is gone."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
 
 
 def _cut_off(path: Path) -> AudioFileError:

@@ -323,8 +323,7 @@ def info(engine: Path) -> None:
         size = sum(sum(graph.sizes.values()) for graph in halves.values())
         worst = min((case["snr_db"] for case in spec.verification.get(precision, [])), default=None)
         against = "not verified" if worst is None else f"at least {worst} dB against eager PyTorch"
-        for half in halves:
-            found.graph(half, precision)
+        found.check(precision)
         _say(f"  {precision:10} {size / 1e6:.0f} MB, {against}")
     for line in _describe_builds(found):
         _say(f"  tensorrt   {line}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 import random
-import stat
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import soundfile as sf
 
-from samekit._files import named
+from samekit._files import named, stamp
 from samekit.audio import AudioReader, PreparedReader, resampled_length
 from samekit.errors import AudioFileError, InputError, SamekitError
 from samekit.spec import ENCODER
@@ -102,7 +101,7 @@ def _walk(folder: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterat
             yield from _walk(entry.path, str(Path(below, name)), (*above, identity))
         elif Path(name).suffix.lower() in SUFFIXES:
             caption = entries.get(str(Path(name).with_suffix(".txt")))
-            yield Source(entry.path, str(Path(below, name)), _stamp(entry), _stamp(caption) if caption else None)
+            yield Source(entry.path, str(Path(below, name)), stamp(entry), stamp(caption) if caption else None)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -110,15 +109,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     with suppress(OSError):
         return entry.is_dir()
     return False
-
-
-def _stamp(entry: os.DirEntry[str]) -> Stamp | None:
-    """Size and time of a regular file; a pipe would block whoever opens it."""
-    with suppress(OSError):
-        status = entry.stat()
-        if stat.S_ISREG(status.st_mode):
-            return status.st_size, status.st_mtime_ns
-    return None
 
 
 # --- How a clip is cut --------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import numpy as np
 from samekit._files import atomic_path, output_errors
 from samekit.backends.ort import available_cpus
 from samekit.clips import CuttingRules, Source, expected_latents, find_sources
-from samekit.encoder import Encoder, LocalEncoder
+from samekit.encoder import Encoder, LocalEncoder, default_readers
 from samekit.errors import InputError, LatentsFileError
 from samekit.latents import map_array
 from samekit.manifest import Manifest, Row, Settings, Shard, remove_temporaries
@@ -326,7 +326,7 @@ class _Run:
 
     def _by_length(self, due: list[Source]) -> list[Source]:
         """Clips of one length side by side, so that they can share a batch."""
-        with ThreadPoolExecutor(self._options.readers or min(4, available_cpus())) as pool:
+        with ThreadPoolExecutor(self._options.readers or default_readers(available_cpus())) as pool:
             lengths = list(pool.map(partial(expected_latents, rules=self._rules), due))
         return [source for _, source in sorted(zip(lengths, due, strict=True), key=lambda pair: pair[0])]
 

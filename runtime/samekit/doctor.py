@@ -137,9 +137,8 @@ def _engines(root: Path, versions: Mapping[str, str]) -> Iterator[str]:
     for folder in folders:
         try:
             engine = Engine.load(folder)
-            for precision, halves in engine.spec.graphs.items():
-                for half in halves:
-                    engine.graph(half, precision)
+            for precision in engine.spec.graphs:
+                engine.check(precision)
         except SamekitError as error:
             yield f"DAMAGED: {error}"
             continue

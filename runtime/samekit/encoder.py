@@ -68,7 +68,7 @@ class LocalEncoder(Encoder):
         self.place = f"{autoencoder.backend.name} on {autoencoder.backend.place}"
         """What computes, for people."""
         self._autoencoder = autoencoder
-        self._readers = min(4, cores or available_cpus())
+        self._readers = default_readers(cores or available_cpus())
         self._turn = threading.Lock()
         # A run that goes on where another was killed must give the same bytes.
         autoencoder.backend.expect_many_calls(ENCODER)
@@ -91,6 +91,11 @@ class LocalEncoder(Encoder):
 
             backend, readers = self._autoencoder.backend, job.readers or self._readers
             Pipeline(backend, self._turn, job, folder, readers, written).run(tasks)
+
+
+def default_readers(cores: int) -> int:
+    """Threads that read clips: more would wait for the encoder."""
+    return min(4, cores)
 
 
 def silence_latents(autoencoder: Autoencoder, latents: int) -> Array:

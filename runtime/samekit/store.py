@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from samekit.errors import BackendUnavailableError, EngineError, EngineNotFoundError
-from samekit.spec import SPEC_FILE, EngineSpec, GraphFile
+from samekit.spec import DECODER, ENCODER, SPEC_FILE, EngineSpec, GraphFile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,6 +61,11 @@ class Engine:
                 raise EngineError(f"{path}: {state}; export the model again with --force")
         return self.folder / graph.file
 
+    def check(self, precision: str) -> None:
+        """Raise what `graph` raises unless both graphs of a precision are there at their full size."""
+        for half in (ENCODER, DECODER):
+            self.graph(half, precision)
+
     def check_digests(self) -> None:
         """Compare every graph's contents with the digest in `spec.json`; reads all of it.
 
@@ -68,8 +73,8 @@ class Engine:
             EngineError: a graph is missing or is not the one that was exported.
         """
         for precision, halves in self.spec.graphs.items():
-            for half, graph in halves.items():
-                self.graph(half, precision)
+            self.check(precision)
+            for graph in halves.values():
                 if describe_graph(self.folder, graph.file).sha256 != graph.sha256:
                     raise EngineError(
                         f"{self.folder / graph.file}: contents have changed since the export; export again with --force"

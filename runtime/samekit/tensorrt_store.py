@@ -15,13 +15,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from samekit._files import output_errors, remove_abandoned, replace_folder, temporary_folder
+from samekit._files import output_errors, remove, remove_abandoned, replace_folder, temporary_folder
 from samekit._json import check_kinds
 from samekit.errors import BackendUnavailableError, StaleEngineError
 from samekit.fingerprint import Fingerprint, capability_name, fingerprint_of, runs_on
@@ -245,19 +244,12 @@ def remove_stale(engine: Engine, versions: Mapping[str, str]) -> list[tuple[Path
         OutputError: something cannot be removed.
     """
     builds = engine.folder / BUILDS_FOLDER
+    stale = [folder for folder in build_folders(engine) if _stale_reason(folder, engine.spec, versions)]
     removed = []
-    for folder in build_folders(engine):
-        if _stale_reason(folder, engine.spec, versions):
-            # Whoever else is clearing away at the same time may be faster.
-            with output_errors(folder), suppress(FileNotFoundError):
-                size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-                shutil.rmtree(folder)
-                removed.append((folder, size))
-    for log in sorted(builds.glob(f"*{FAILED_LOG_SUFFIX}")):
-        with output_errors(log), suppress(FileNotFoundError):
-            size = log.stat().st_size
-            log.unlink()
-            removed.append((log, size))
+    for path in (*stale, *sorted(builds.glob(f"*{FAILED_LOG_SUFFIX}"))):
+        # Whoever else is clearing away at the same time may be faster.
+        with output_errors(path), suppress(FileNotFoundError):
+            removed.append((path, remove(path)))
     return removed + remove_abandoned(builds)
 
 

@@ -55,8 +55,7 @@ class OnnxRuntimeBackend(Backend):
         self._engine = engine
         self._threads = options.threads or available_cpus()
         # A missing precision or a damaged folder must show now, not at the first clip.
-        for half in engine.spec.contexts:
-            engine.graph(half, options.precision)
+        engine.check(options.precision)
         self._gpu_is_asked_for = options.device == "cuda" or options.providers is not None
         self._providers = self._choose_providers(options)
         self.device_id = options.device_id
