@@ -121,6 +121,20 @@ class Branch(Linear):
         return total if self.bias is None else total + self.bias.to(total.dtype)
 
 
+class Norm(nn.Module):
+    """A norm before linear layers, of which folding left a bare tanh: `[rows, width]` to the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Perhaps a factor for each feature, `[1, width]`, which the layers that read it undo: see `int8.migrate_`.
+        self.scale: nn.Parameter | None = None
+
+    def forward(self, residual: Tensor) -> Tensor:
+        """The norm of the scaled residual."""
+        x = torch.tanh(residual)
+        return x if self.scale is None else x * self.scale
+
+
 class NormedHeads(nn.Module):
     """The queries or keys of one attention, all heads: linear layer and per-head norm, without rotary embedding."""
 
@@ -244,6 +258,7 @@ class GraphBlock(nn.Module):
         q1, k1, v, q2, k2 = (qkv * block.pre_norm.gamma.double()).split(config.width)
         bias_q1, bias_k1, _, bias_q2, bias_k2 = (qkv @ block.pre_norm.beta.double()).split(config.width)
         scale = config.head_width**-0.5
+        self.norm, self.ff_norm = Norm(), Norm()
         # The heads of both attentions side by side: half the steps.
         self.q = NormedHeads(torch.cat([q1, q2]), torch.cat([bias_q1, bias_q2]), attention.q_norm, scale)
         self.k = NormedHeads(torch.cat([k1, k2]), torch.cat([bias_k1, bias_k2]), attention.k_norm)
@@ -281,7 +296,7 @@ class GraphBlock(nn.Module):
         spread = spread or _same
         layout = grid.layout
         islands, product = self.islands, self.v.dtype
-        x = torch.tanh(residual).to(product)
+        x = self.norm(residual).to(product)
         residual = spread(residual)
         asking, positions = x, grid.query_positions
         if learned_only:
@@ -306,7 +321,7 @@ class GraphBlock(nn.Module):
     def feed_forward(self, residual: Tensor) -> Tensor:
         """The second branch: `[rows, width]` to the same."""
         islands = self.islands
-        x = torch.tanh(residual)
+        x = self.ff_norm(residual)
         gate = _wide(self.gate(x), islands.gate)
         gate = torch.sin(gate) if self.sine else functional.silu(gate)
         return self.ff(self.value(x).to(gate.dtype) * gate, residual)
