@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 TARGET_DB = 38.0
 """What an export aims at, on the inputs of `examples`; what every case must hold is `verify.FLOOR_DB`."""
 
-# Inner activations that are rotated together. Longer blocks cost more and gain little.
 ROTATED = 64
+"""Inner activations that are rotated together. Longer blocks cost more and gain little."""
 
-# ONNX's number for float32.
 FLOAT = 1
+"""ONNX's number for float32."""
 
 
 @torch.library.custom_op("samekit::int8_product", mutates_args=())
@@ -135,8 +135,11 @@ class Product:
     name: str
     """Of the module in the graph."""
     parent: nn.Module
+    """The module that holds it."""
     float32: Linear
+    """As it was."""
     int8: Int8Linear
+    """What may take its place."""
 
     def use(self, form: nn.Module) -> None:
         """Put one of the forms into the graph."""
