@@ -12,6 +12,7 @@ import doctest
 import io
 import itertools
 import json
+import os
 import re
 import shlex
 import shutil
@@ -174,7 +175,7 @@ def assert_shown(step, output):
         pytest.fail(f"{step}\n{checker.output_difference(example, output, flags | doctest.REPORT_NDIFF)}")
 
 
-def run_samekit(step):
+def run_samekit(step, _monkeypatch):
     arguments = step.words[1:]
     if "--ray" in arguments:
         # There is no such cluster here; that its options are there can be seen all the same.
@@ -189,7 +190,7 @@ def run_samekit(step):
         assert_shown(step, result.stdout if result.exit_code == 0 else result.stderr)
 
 
-def run_make(step):
+def run_make(step, _monkeypatch):
     arguments = step.words[1:]
     done = subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -203,7 +204,7 @@ def test_make_targets_in_running_text_exist():
         assert set(re.findall(r"`make ([a-z-]+)", text)) <= targets, name
 
 
-def run_pip(step):
+def run_pip(step, _monkeypatch):
     """Nothing is installed here; the extras are those of the package."""
     assert step.words[1] == "install"
     (package,) = step.words[2:]
@@ -218,7 +219,7 @@ def test_extras_in_running_text_exist():
             assert set(extras.split(",")) <= EXTRAS, name
 
 
-def run_python_program(step):
+def run_python_program(step, monkeypatch):
     program, *arguments = step.words[1:]
     if program == "-m":
         done = subprocess.run([sys.executable, *step.words[1:]], capture_output=True, text=True, check=True, timeout=60)
@@ -230,14 +231,20 @@ def run_python_program(step):
             assert arguments[-2:] == ["--url", "localhost:8001"]
             result = CliRunner().invoke(triton_client.main, [*arguments[:-1], address])
         assert result.exit_code == 0, result.output
+    elif program == "benchmarks/latency.py":
+        # Takes minutes; that it takes these arguments can be seen all the same.
+        code = "import sys, latency; latency.main.make_context('latency', sys.argv[1:])"
+        monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'benchmarks'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, check=False, timeout=60)
+        assert done.returncode == 0, done.stderr
     else:
-        # Takes an hour; that it takes these arguments can be seen all the same.
+        # Takes an hour.
         assert step.words == ["python", "tools/train_tiny.py"]
         done = subprocess.run([sys.executable, ROOT / program, "--help"], capture_output=True, check=False, timeout=60)
         assert done.returncode == 0, done.stderr
 
 
-def run_docker(step):
+def run_docker(step, _monkeypatch):
     """Not here; but what it serves is what was written before."""
     assert step.words[:3] == ["docker", "run", "--rm"]
     assert step.words[step.words.index("--model-repository") + 1] == "/models"
@@ -254,12 +261,12 @@ def test_container_file():
     assert f'environ.get("{variable}")' in (ROOT / "runtime/samekit/store.py").read_text(encoding="utf-8")
 
 
-def run_snippet(step):
+def run_snippet(step, _monkeypatch):
     with contextlib.redirect_stdout(io.StringIO()):
         exec(step.text, {})  # noqa: S102 our own text
 
 
-def run_session(step):
+def run_session(step, _monkeypatch):
     session = doctest.DocTestParser().get_doctest(step.text, {}, str(step), step.document, step.line)
     assert len([example for example in session.examples if example.want]) >= 2
     report = io.StringIO()
@@ -282,7 +289,7 @@ def test_step(step, folder_of, monkeypatch):
     """In the order of the document, in one folder a document: a step finds what those before it made."""
     monkeypatch.chdir(folder_of(step.document))
     run = LANGUAGE_RUNNERS.get(step.language) or PROGRAM_RUNNERS[step.words[0]]
-    run(step)
+    run(step, monkeypatch)
 
 
 # --- What is so --------------------------------------------------------------------------------------------
@@ -341,7 +348,7 @@ def test_figures_in_guides_are_those_of_record(name):
     record = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
     shown = re.findall(r"\d+\.\d+(?= s\b| %)|\d+(?= MiB)", prose_of(name))
     assert len(shown) >= 2
-    assert [figure for figure in shown if not re.search(rf"(?<![\d.]){figure}(?![\d.]\d)", record)] == []
+    assert [figure for figure in shown if not re.search(rf"(?<![\d.]){re.escape(figure)}(?!\.?\d)", record)] == []
 
 
 def prose_of(name):

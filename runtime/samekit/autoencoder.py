@@ -169,14 +169,12 @@ class Autoencoder:
 
         Args:
             latents: any number of them.
-            chunked: give the reference's chunked numbers; otherwise those of one pass over everything.
-            chunk_size: latents in a chunk; only with `chunked`.
-            overlap: latents that neighbouring chunks share; only with `chunked`.
+            chunked: as of `encode_audio`.
+            chunk_size: as of `encode_audio`.
+            overlap: as of `encode_audio`.
 
         Raises:
-            InputError: wrong shape or dtype, NaN or infinity, unusable chunks.
-            NonFiniteError: the model overflowed.
-            BackendError: the backend failed.
+            InputError, NonFiniteError, BackendError: as of `encode_audio`.
         """
         if self.on_device(latents):
             return self._run(DECODER, self._ready_on_device(latents, 1), (chunk_size, overlap) if chunked else None)
