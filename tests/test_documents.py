@@ -357,11 +357,12 @@ def prose_of(name):
 
 
 def test_options_in_running_text_exist():
-    """Every `--option` of a guide is one of the commands, of a program that it names, or of pytest and docker."""
+    """Every `--option` is one of the commands, of the benchmarks, or of a program that is named."""
     options = {
         option for command in main.commands.values() for parameter in command.params for option in parameter.opts
     }
-    others = {"--encoded_dir", "--cpuset-cpus", "--cpus", "--gpus", "--help"}
+    benchmarks = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
+    others = {"--encoded_dir", "--cpuset-cpus", "--cpus", "--gpus", "--help", *re.findall(r'"(--\w+)"', benchmarks)}
     for name in TEXTS:
         assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", prose_of(name))) <= options | others, name
 
