@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from samekit_export.checkpoint import Checkpoint, TrunkConfig
 
 GRAPHS: dict[str, type[GraphEncoder | GraphDecoder]] = {ENCODER: GraphEncoder, DECODER: GraphDecoder}
+"""What is exported of each half."""
 
 
 def _context(trunk: TrunkConfig) -> int:

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from samekit_export.checkpoint import SameConfig, TrunkConfig
     from samekit_export.model import Block, DynamicTanh, Same, Trunk
 
-# Added to the score of a key out of sight: its exponential is zero in float32 and float16, and it fits both.
 OUT_OF_SIGHT = -1e4
+"""Added to the score of a key out of sight: its exponential is zero in float32 and float16, and it fits both."""
 
 
 @dataclass(frozen=True)
@@ -157,11 +157,16 @@ class Grid:
 
     def __init__(self, layout: Layout, batch: int, groups: int) -> None:
         self.layout = layout
+        """What is the same for every number of groups."""
         self.batch = batch
+        """Sequences."""
         self.groups = groups
+        """Of each sequence."""
         self.total = batch * groups
+        """Of all sequences."""
         # Made of a range, which takes fewer steps than an expansion to a shape.
         self.zeros = torch.arange(self.total) * 0
+        """One for each group."""
         self.query_positions = self.key_positions = self.positions(layout.query_positions)
         if layout.neighbours:
             self.key_positions = self.positions(layout.key_positions)

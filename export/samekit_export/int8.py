@@ -40,20 +40,20 @@ if TYPE_CHECKING:
 TARGET_DB = 38.0
 """What an export aims at, on the inputs of `examples`; what every case must hold is `verify.FLOOR_DB`."""
 
-# Latents of each example that weights are rounded for; half as many lose less than 1 dB.
 SEEN = 24
+"""Latents of each example that weights are rounded for; half as many lose less than 1 dB."""
 
-# Inner activations that are rotated together. Longer blocks take longer and gain little.
 TURNED = 16
+"""Inner activations that are rotated together. Longer blocks take longer and gain little."""
 
-# Where rows are rounded in a block, and the products that read them there; the first of them sees all rows.
 READERS = {"norm": ("k.linear", "q.linear", "v"), "heads": ("out",), "ff_norm": ("value", "gate"), "inner": ("ff",)}
+"""Where rows are rounded in a block, and the products that read them there; the first of them sees all rows."""
 
-# How far below the others' mean a feature may lie and still be made larger for it.
 FAINTEST = 1e-3
+"""How far below the others' mean a feature may lie and still be made larger for it."""
 
-# ONNX's number for float32.
 FLOAT = 1
+"""ONNX's number for float32."""
 
 
 @torch.library.custom_op("samekit::int8_product", mutates_args=())
@@ -233,8 +233,11 @@ class Product:
     name: str
     """Of the module in the graph."""
     parent: nn.Module
+    """The module that holds it."""
     float32: Linear
+    """As it was."""
     int8: Int8Linear
+    """What may take its place."""
 
     def use(self, form: nn.Module) -> None:
         """Put one of the forms into the graph."""

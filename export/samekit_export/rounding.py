@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Added to the second moments, as a fraction of the mean one, so that rows of a kind that was not seen do not meet
-# weights of any size.
 DAMPING = 0.01
+"""Added to the second moments, as a fraction of the mean one, so that rows of a kind that was not seen do not meet
+weights of any size."""
 
-# Features whose errors are passed on among themselves first, and to all others in one product.
 BLOCK = 128
+"""Features whose errors are passed on among themselves first, and to all others in one product."""
 
 STEPS = 127
 """Steps of int8 to either side of zero."""
