@@ -31,16 +31,16 @@ class Compensation:
     def __init__(self, moment: Tensor) -> None:
         damped = moment.double() + DAMPING * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
         # Features that matter most are rounded first, when all others can still make up for them.
-        self.order = damped.diagonal().argsort(descending=True)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[self.order][:, self.order]))
-        self.factor = torch.linalg.cholesky(inverse, upper=True).float()
+        self._order = damped.diagonal().argsort(descending=True)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[self._order][:, self._order]))
+        self._factor = torch.linalg.cholesky(inverse, upper=True).float()
 
     def rounded(self, weight: Tensor, scale: Tensor) -> Tensor:
         """Weights `[in, out]` in whole steps of `scale` `[out]`, int8."""
-        left = (weight / scale)[self.order]
+        left = (weight / scale)[self._order]
         steps = torch.empty_like(left)
         for start in range(0, len(left), BLOCK):
-            block, factor = left[start : start + BLOCK], self.factor[start : start + BLOCK]
+            block, factor = left[start : start + BLOCK], self._factor[start : start + BLOCK]
             errors = torch.empty_like(block)
             own = factor[:, start : start + BLOCK]
             for i in range(len(block)):
@@ -48,7 +48,7 @@ class Compensation:
                 errors[i] = (block[i] - steps[start + i]) / own[i, i]
                 block[i + 1 :] -= own[i, i + 1 :, None] * errors[i]
             left[start + BLOCK :] -= factor[:, start + BLOCK :].T @ errors
-        return steps[self.order.argsort()].to(torch.int8)
+        return steps[self._order.argsort()].to(torch.int8)
 
 
 def to_int8(weight: Tensor, compensation: Compensation | None = None) -> tuple[Tensor, Tensor]:
