@@ -275,7 +275,7 @@ def examples(graph: GraphEncoder | GraphDecoder, model: Same, latents: int) -> l
     hiss = noise.standard_normal((1, config.channels, latents * config.hop), np.float32)
     seconds = np.arange(hiss.shape[-1]) / config.sample_rate
     chord = sum(np.sin(2 * np.pi * pitch * seconds) for pitch in (110, 277.2, 659.3, 2637))
-    audio = [_tensor(array) for array in (0.2 * hiss, 0.01 * hiss, 0.5 * hiss, 0.2 * chord + 0.002 * hiss)]
+    audio = [_tensor(array) for array in (0.2 * hiss, 0.01 * hiss, 0.3 * hiss, 0.2 * chord + 0.002 * hiss)]
     if isinstance(graph, GraphEncoder):
         return audio
     z = noise.standard_normal((1, config.latent_width, latents), np.float32)
