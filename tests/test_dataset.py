@@ -18,6 +18,7 @@ import psutil
 import pytest
 import soundfile as sf
 from click.testing import CliRunner
+from faults import contents
 from helpers import HOP, KINDS, RATE, FakeBackend, assert_close, assert_one_line, noise
 
 from samekit import AutoencoderModel
@@ -86,11 +87,6 @@ def fake_model(answer=first_samples):
 
 def run(data, out, model=None, **options):
     return pre_encode(model or fake_model(), data, out, PreEncodeOptions(**options))
-
-
-def contents(folder):
-    """Relative path -> bytes of every file."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def rows_of(out):

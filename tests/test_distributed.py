@@ -11,8 +11,9 @@ import time
 import fsspec
 import psutil
 import pytest
+from faults import contents
 from helpers import assert_one_line
-from test_dataset import command, contents, run, write_clip, write_clips
+from test_dataset import command, run, write_clip, write_clips
 
 from samekit import AutoencoderModel
 from samekit.clips import Source

@@ -85,14 +85,11 @@ def temporary_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def replace_folder(new: Path, folder: Path) -> None:
-    """Give a temporary folder the place of another; what lay there goes, or is at `new` afterwards.
-
-    Where the system can swap names, one of both is at `folder` at every moment. Elsewhere a process that is killed
-    right between two renamings leaves the older one to `remove_abandoned`, which puts it back.
+def place_folder(new: Path, folder: Path) -> bool:
+    """Give a temporary folder its name; False if a folder that is not empty has that, which stays.
 
     Raises:
-        OSError: it cannot be renamed; the older one stays.
+        OSError: it cannot be renamed.
     """
     # Contents before names, as of files: after a power failure too, what is there is whole.
     for path in (*new.rglob("*"), new):
@@ -106,7 +103,21 @@ def replace_folder(new: Path, folder: Path) -> None:
         # The codes with which systems refuse to rename over a folder that is not empty.
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-    else:
+        return False
+    _sync_folder(folder.parent)
+    return True
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Give a temporary folder the place of another; what lay there goes, or is at `new` afterwards.
+
+    Where the system can swap names, one of both is at `folder` at every moment. Elsewhere a process that is killed
+    right between two renamings leaves the older one to `remove_abandoned`, which puts it back.
+
+    Raises:
+        OSError: it cannot be renamed; the older one stays.
+    """
+    if place_folder(new, folder):
         return
     if _exchanged(new, folder):
         _sync_folder(folder.parent)

@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from samekit._files import link_or_copy, named, output_errors, remove_abandoned, replace_folder, temporary_folder
+from samekit._files import link_or_copy, named, output_errors, place_folder, remove_abandoned, temporary_folder
 from samekit._json import check_kind, check_kinds
 from samekit.backends.ort import INPUT_NAMES
 from samekit.errors import BackendUnavailableError, InputError, StaleEngineError
@@ -107,15 +107,19 @@ def write_repository(engine: Engine, out: Path, options: TritonOptions | None = 
             text = config_text(engine.spec, half, options)
             (version.parent / "config.pbtxt").write_text(text, encoding="utf-8")
         # Copies take their time, in which something else may have come there.
-        _require_new(out)
-        replace_folder(staging, out)
+        if not place_folder(staging, out):
+            raise _taken(out)
     return [out / model_name(engine.spec.name, half) for half in sources]
 
 
 def _require_new(out: Path) -> None:
     """Refuse to replace anything: nobody knows what it is."""
     if os.path.lexists(out):
-        raise InputError(f"{out}: exists; remove it, or write another repository: a server takes several")
+        raise _taken(out)
+
+
+def _taken(out: Path) -> InputError:
+    return InputError(f"{out}: exists; remove it, or write another repository: a server takes several")
 
 
 def model_name(name: str, half: str) -> str:
