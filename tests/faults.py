@@ -46,7 +46,7 @@ def in_a_fork(work):
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def kill_this_process():
+def kill_this_process(*_arguments, **_options):
     """End at once, as `kill -9` does."""
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -58,7 +58,7 @@ def dying_at(step, work, steps=STEPS, die=kill_this_process):
         step: which step, from 1.
         work: what is called.
         steps: object and name of each function whose calls are counted.
-        die: what happens then, instead of the step if it raises.
+        die: what happens then, instead of the step if it raises; it gets the step's arguments.
     """
     left = [step]
 
@@ -66,7 +66,7 @@ def dying_at(step, work, steps=STEPS, die=kill_this_process):
         def count(*arguments, **options):
             left[0] -= 1
             if left[0] == 0:
-                die()
+                die(*arguments, **options)
             return function(*arguments, **options)
 
         return count
