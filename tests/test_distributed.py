@@ -6,9 +6,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -413,6 +415,49 @@ def test_options_of_a_cluster_that_cannot_be(data, out, monkeypatch, arguments, 
     assert "Traceback" not in result.stderr
     assert time.monotonic() - start < 15
     assert not out.exists()
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", None], ids=["closed", "HTTP/1", "silent"])
+def test_port_that_is_not_rays(data, out, monkeypatch, answer):
+    """Ray itself would try for a quarter of an hour."""
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("samekit.distributed._CONNECT_PATIENCE", 1)
+    write_clips(data, 1)
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+
+        def serve():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(100)
+                if answer is None:
+                    # Until the other side has had enough.
+                    connection.recv(1)
+                else:
+                    connection.sendall(answer)
+
+        served = pool.submit(serve)
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        line = refused("--model", "x", "--data_dir", data, "--output_path", out, "--ray", address)
+        served.result()
+    assert f"{address}: no Ray cluster answers" in line
+    assert ("timed out" if answer is None else "what listens there is not Ray") in line
+
+
+@pytest.mark.slow
+def test_port_of_another_service_that_speaks_grpc(data, out, monkeypatch):
+    import grpc
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    write_clips(data, 1)
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    start = time.monotonic()
+    assert "no Ray cluster answers" in refused(
+        "--model", "x", "--data_dir", data, "--output_path", out, "--ray", f"127.0.0.1:{port}"
+    )
+    assert time.monotonic() - start < 90
+    server.stop(None).wait()
 
 
 def test_without_ray_the_command_says_what_to_install(data, out, monkeypatch):

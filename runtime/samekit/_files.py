@@ -136,26 +136,27 @@ def replace_folder(new: Path, folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_abandoned(folder: Path, name: str | None = None) -> list[tuple[Path, int]]:
+def remove_abandoned(folder: Path, wanted: str | Callable[[str], bool] | None = None) -> list[tuple[Path, int]]:
     """Remove what killed processes left half-written in a folder; what others are writing stays.
 
     Args:
         folder: where to look; it need not be there.
-        name: the file or folder that they were writing; all unless given.
+        wanted: the file or folder that they were writing, or what tells of a name whether it counts; all unless given.
 
     Returns:
         What was removed, and how many bytes it held. An older folder that was on its way out is put back instead, if
         nothing took its place.
     """
     removed = []
-    with suppress(OSError):
-        for path in sorted(folder.iterdir()):
-            target = temporary_target(path.name)
-            if target is None or (name is not None and target.removesuffix(_OLD) != _shortened(name)):
+    with suppress(OSError), os.scandir(folder) as entries:
+        for path in sorted(Path(entry.path) for entry in entries if temporary_target(entry.name)):
+            target = temporary_target(path.name) or ""
+            name = target.removesuffix(_OLD)
+            if not (wanted(name) if callable(wanted) else wanted is None or name == _shortened(wanted)):
                 continue
             # Taken by a process that is alive, or gone by now.
             with suppress(OSError), _locked(path):
-                place = path.with_name(name or target.removesuffix(_OLD))
+                place = path.with_name(wanted if isinstance(wanted, str) else name)
                 if target.endswith(_OLD) and not place.exists():
                     path.rename(place)
                     continue
@@ -273,7 +274,8 @@ def _locked(path: Path) -> Iterator[None]:
     """
     if sys.platform == "win32":
         raise OSError(errno.ENOTSUP, "no locks on folders")
-    descriptor = os.open(path, os.O_RDONLY)
+    # Network file systems lock only what is open for writing, which folders never are.
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

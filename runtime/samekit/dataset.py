@@ -30,7 +30,7 @@ from samekit.clips import CuttingRules, Source, expected_latents, find_sources
 from samekit.encoder import Encoder, LocalEncoder, default_readers
 from samekit.errors import InputError, LatentsFileError
 from samekit.latents import map_array
-from samekit.manifest import Manifest, Row, Settings, Shard, remove_temporaries
+from samekit.manifest import Manifest, Row, Settings, Shard, clear_away
 from samekit.output import SILENCE_FILE, STATE_FOLDER, find_output
 from samekit.pipeline import Job, Outcome, Task
 
@@ -322,7 +322,7 @@ class _Run:
         self._start = time.perf_counter()
         self._encoder.encode(job, tasks, self._finished)
         # A worker that was killed may have left some, while others did its work.
-        remove_temporaries(self._manifest.folder, self._options.shard)
+        clear_away(self._manifest.folder, self._options.shard)
 
     def _by_length(self, due: list[Source]) -> list[Source]:
         """Clips of one length side by side, so that they can share a batch."""

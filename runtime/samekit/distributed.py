@@ -14,7 +14,7 @@ import os
 import socket
 import threading
 from collections import deque
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -47,6 +47,12 @@ _DEATHS: Final = 3
 # Seconds that an address has to answer, and a cluster to place the first actor: it may have to start a machine for it.
 _CONNECT_PATIENCE: Final = 10
 _ACTOR_PATIENCE: Final = 600
+# Ray speaks gRPC: a server of HTTP/2 answers this beginning of a client with a frame of settings (RFC 9113, 3.4).
+_HELLO: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+_FRAME_HEADER: Final = 9
+_SETTINGS: Final = 4
+# Names what bounds how often Ray tries to connect.
+_TRIES: Final = "RAY_gcs_server_port_wait_time_s"
 # Calls carry names, outcomes and at most the latents of silence.
 _OBJECT_STORE_BYTES: Final = 200 * 2**20
 
@@ -235,7 +241,8 @@ class RayEncoder(Encoder):
             if address not in ("", "auto", "local"):
                 _require_answer(address)
             if address != "local":
-                self._ray.init(address=address or "auto", **quiet)
+                with _one_try():
+                    self._ray.init(address=address or "auto", **quiet)
                 self._connected = True
                 return
         except (OSError, RuntimeError, ValueError) as error:
@@ -417,13 +424,32 @@ def _imported() -> Any:
 
 
 def _require_answer(address: str) -> None:
-    """Raise unless something listens: Ray itself tries for minutes.
+    """Raise unless something listens that may be Ray, which itself tries for ever.
 
     Raises:
-        OSError: nobody does.
-        ValueError: the address is none.
+        OSError: nobody does, or not in time.
+        ValueError: the address is none, or something else listens there.
     """
     host, separator, port = address.removeprefix("ray://").rpartition(":")
     if not separator or not port.isdecimal():
         raise ValueError("it names no port")
-    socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_PATIENCE).close()
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_PATIENCE) as connection:
+        if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+            return
+        connection.sendall(_HELLO)
+        answer = connection.recv(_FRAME_HEADER, socket.MSG_WAITALL)
+    if len(answer) < _FRAME_HEADER or answer[3] != _SETTINGS:
+        raise ValueError("what listens there is not Ray")
+
+
+@contextmanager
+def _one_try() -> Iterator[None]:
+    """Have Ray try an address once, for 41 s; by itself it tries 20 times. Versions that know no such bound ignore it."""
+    if _TRIES in os.environ:
+        yield
+        return
+    os.environ[_TRIES] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_TRIES]
