@@ -487,7 +487,7 @@ CHANGES = {change.__name__: change for change in (shrink, grow, replace, overwri
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3", "aiff"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_audio_that_changes_while_it_is_encoded(tmp_path, monkeypatch, suffix, change):
+def test_audio_that_changes_while_it_is_encoded(tmp_path, monkeypatch, suffix, change, faults):
     path = tmp_path / f"song.{suffix}"
     sf.write(path, noise((200_000, 2), level=0.1), RATE)
     os.utime(path, (1, 1))
@@ -502,13 +502,14 @@ def test_audio_that_changes_while_it_is_encoded(tmp_path, monkeypatch, suffix, c
     (tmp_path / "out").mkdir()
     with pytest.raises(AudioFileError) as caught:
         model.encode_file(path, tmp_path / "out" / "a.npy", progress)
+    faults["files changed while they were read"] += 1
     assert_one_line(caught.value)
     assert len(blocks) >= 2
     assert names(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_audio_that_changes_while_a_dataset_is_encoded(tmp_path, out, change):
+def test_audio_that_changes_while_a_dataset_is_encoded(tmp_path, out, change, faults):
     """What such a clip became does not matter, if the next run makes it right."""
     data = tmp_path / "data"
     data.mkdir()
@@ -525,6 +526,7 @@ def test_audio_that_changes_while_a_dataset_is_encoded(tmp_path, out, change):
 
     model = AutoencoderModel(FakeBackend(answer))
     pre_encode(model, data, out, PreEncodeOptions(readers=1))
+    faults["files changed while they were read"] += len(changed)
     (data / "other.wav").unlink(missing_ok=True)
     pre_encode(model, data, out)
     pre_encode(model, data, tmp_path / "whole")
@@ -538,7 +540,7 @@ def test_audio_that_changes_while_a_dataset_is_encoded(tmp_path, out, change):
 
 
 @pytest.mark.parametrize("change", ["shrink", "remove", "overwrite"])
-def test_latents_that_change_while_they_are_decoded(tmp_path, out, change):
+def test_latents_that_change_while_they_are_decoded(tmp_path, out, change, faults):
     path = tmp_path / "song.npy"
     with LatentsWriter(path, 4) as writer:
         writer.write(noise((4, 100_000)))
@@ -559,6 +561,7 @@ def test_latents_that_change_while_they_are_decoded(tmp_path, out, change):
 
     # In a fork, because reading a map that has no file any more ends a process.
     assert in_a_fork(decode) == 0
+    faults["files changed while they were read"] += 1
 
 
 # --- Two of everything ----------------------------------------------------------------------------------------
