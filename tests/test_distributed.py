@@ -245,8 +245,8 @@ dying_at(int(sys.argv[1]), lambda: main(sys.argv[2:], standalone_mode=False))()
 def dying_driver(step, arguments):
     """How a command ended that should die before a step of its writing."""
     program = [sys.executable, "-c", DYING, str(step), *map(str, arguments)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": False}
-    return subprocess.run(program, env=os.environ | {"PYTHONPATH": WITH_TESTS}, **quiet).returncode
+    environment, nowhere = os.environ | {"PYTHONPATH": WITH_TESTS}, subprocess.DEVNULL
+    return subprocess.run(program, env=environment, stdout=nowhere, stderr=nowhere, check=False).returncode
 
 
 def finished_pairs(out):
@@ -638,6 +638,15 @@ def test_workers_write_to_a_url(encoder, model, data, out):
     assert verify(out) == []
 
 
+def ended_by(work):
+    """What was raised by a work that was to write; None if it came to its end."""
+    try:
+        work()
+    except (OutputError, KeyboardInterrupt) as error:
+        return error
+    return None
+
+
 @pytest.mark.parametrize("error", [RuntimeError("503 Slow Down"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("keeps_halves", [False, True])
 @pytest.mark.parametrize("begun", [False, True])
@@ -651,8 +660,8 @@ def test_url_that_fails_at_any_call(data, out, bucket, monkeypatch, error, keeps
     store, options = fsspec.filesystem("memory"), {"pad": True, "sample_size": 400}
     if begun:
         # What is new stands before the rest, so numbers that are forgotten would be others.
-        for target in (out, URL):
-            run(data, target, **options)
+        run(data, out, **options)
+        run(data, URL, **options)
         write_clip(data / "a.wav", 100)
     write_clip(data / "mute.wav", 100, caption=None)
     before = bucket()
@@ -672,20 +681,16 @@ def test_url_that_fails_at_any_call(data, out, bucket, monkeypatch, error, keeps
 
     for step in range(1, 300):
         store.store.clear()
-        for name, held in before.items():
-            upload(f"/bucket/out/{name}", held)
-        try:
-            dying_at(step, work, calls, fail)()
-        except OutputError as caught:
+        store.pipe({f"/bucket/out/{name}": held for name, held in before.items()})
+        caught = ended_by(dying_at(step, work, calls, fail))
+        if caught is None:
+            break
+        # An interrupt is like a kill: nobody clears halves away.
+        if caught is not error:
             assert_one_line(caught)
             assert str(caught).startswith(f"{URL}: cannot be ")
-        except KeyboardInterrupt:
-            # Nobody clears away, as after a kill.
-            pass
-        else:
-            break
-        pairs = {name: held for name, held in bucket().items() if not name.startswith(".")}
-        if not (keeps_halves and isinstance(error, KeyboardInterrupt)):
+        if caught is not error or not keeps_halves:
+            pairs = {name: held for name, held in bucket().items() if not name.startswith(".")}
             assert pairs.items() <= expected.items(), step
         work()
         assert bucket() == expected, step

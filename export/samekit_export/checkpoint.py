@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from samekit._files import named
+from samekit._files import named, read_regular
 from samekit.errors import CheckpointError
 from samekit_export import diffusers_format
 
@@ -419,7 +419,7 @@ def _digest(config: SameConfig, tensors: Mapping[str, torch.Tensor]) -> str:
 
 def _read_config(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_regular(path).decode())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download the checkpoint again") from None
 

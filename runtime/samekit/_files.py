@@ -26,6 +26,7 @@ if sys.platform != "win32":
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import BinaryIO
 
 # File names end at 255 bytes on common file systems; the process id and the rest take fewer than 55.
 _NAME_BYTES: Final = 200
@@ -186,6 +187,34 @@ def stamp(path: Path | os.DirEntry[str]) -> tuple[int, int] | None:
         if stat.S_ISREG(status.st_mode):
             return status.st_size, status.st_mtime_ns
     return None
+
+
+@contextmanager
+def regular_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to be read; whoever opens a pipe is blocked, and whoever reads a device never ends.
+
+    Raises:
+        OSError: it cannot be opened, or is none.
+    """
+
+    def at_once(name: str, flags: int) -> int:
+        # Windows knows no such flag, and no such pipes.
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+    with open(path, "rb", opener=at_once) as file:  # noqa: PTH123 a Path takes no opener
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        yield file
+
+
+def read_regular(path: Path) -> bytes:
+    """What a regular file holds.
+
+    Raises:
+        OSError: it cannot be opened, or is none.
+    """
+    with regular_file(path) as file:
+        return file.read()
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:

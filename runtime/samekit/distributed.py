@@ -444,7 +444,7 @@ def _require_answer(address: str) -> None:
 
 @contextmanager
 def _one_try() -> Iterator[None]:
-    """Have Ray try an address once, for 41 s; by itself it tries 20 times. Versions that know no such bound ignore it."""
+    """Have Ray try an address once, for 41 s; by itself it tries 20 times. Older versions know no such bound."""
     if _TRIES in os.environ:
         yield
         return

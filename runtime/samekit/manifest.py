@@ -20,10 +20,9 @@ import re
 import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
-from samekit._files import atomic_path, output_errors, remove_abandoned
+from samekit._files import atomic_path, output_errors, read_regular, remove_abandoned
 from samekit._json import check_kinds
 from samekit.errors import InputError, OutputError
 from samekit.output import SILENCE_FILE, STATE_FOLDER
@@ -35,6 +34,7 @@ else:
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from pathlib import Path
     from typing import BinaryIO
 
     from typing_extensions import Self
@@ -364,7 +364,7 @@ def read_manifest(path: Path) -> tuple[Settings, list[Row]]:
     """
     cure = "restore it from a copy, or encode into another folder"
     try:
-        header, *lines = path.read_bytes().split(b"\n")[:-1]
+        header, *lines = read_regular(path).split(b"\n")[:-1]
         fields = json.loads(header)
         if fields.pop("format") != _FORMAT:
             raise InputError(f"{path}: was written by another samekit; use that one, or encode into another folder")

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from samekit._files import read_regular
 from samekit._json import check_kind
 from samekit.errors import EngineError
 
@@ -103,7 +104,7 @@ class EngineSpec:
         path = folder / SPEC_FILE
         cure = "export the model again"
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = json.loads(read_regular(path).decode())
         except FileNotFoundError:
             raise EngineError(f"{folder}: no {SPEC_FILE}, so this is no finished engine folder; {cure}") from None
         except (OSError, ValueError, RecursionError) as error:

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from samekit.arrays import Array
 
 
+MOST_THREADS = 1024
+"""More than any machine has cores for: starting them would take minutes."""
+
+
 @dataclass(frozen=True)
 class BackendOptions:
     """How to open a backend; what a backend has no use for, it ignores.
@@ -58,7 +62,7 @@ class BackendOptions:
             raise InputError(f"unknown device {self.device!r}; choose cpu or cuda, and which GPU by device_id")
         _check_whole("device_id", self.device_id, least=0)
         if self.threads is not None:
-            _check_whole("threads", self.threads, least=1)
+            _check_whole("threads", self.threads, least=1, most=MOST_THREADS)
         if self.window_batch is not None:
             _check_whole("window_batch", self.window_batch, least=1)
         if self.providers is not None and not _are_names(self.providers):
@@ -67,10 +71,11 @@ class BackendOptions:
             raise InputError(f"cuda_graph is {self.cuda_graph!r}; pass True or False")
 
 
-def _check_whole(name: str, value: Any, least: int) -> None:
+def _check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
     """A whole number, and none that comes of a mistake."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"{name} is {value!r}; pass a whole number from {least}")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
+        upwards = "" if most is None else f" to {most}"
+        raise InputError(f"{name} is {value!r}; pass a whole number from {least}{upwards}")
 
 
 def _are_names(value: Any) -> bool:
