@@ -564,6 +564,64 @@ def test_latents_that_change_while_they_are_decoded(tmp_path, out, change, fault
     faults["files changed while they were read"] += 1
 
 
+# --- Pipes and devices -----------------------------------------------------------------------------------------
+
+
+def pipe(path):
+    os.mkfifo(path)
+
+
+def device(path):
+    """Never ends, and says that it is empty."""
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("kind", [pipe, device])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "song.wav",
+        "song.npy",
+        "song.json",
+        "engine/spec.json",
+        "build/fingerprint.json",
+        "out/.samekit/manifest.jsonl",
+        "checkpoint/model_config.json",
+        "checkpoint/model.safetensors",
+    ],
+)
+def test_what_is_no_file_is_refused_at_once(engine, latents, checkpoint_of, tmp_path, kind, place, faults):
+    """Whoever opens a pipe is blocked, and whoever reads a device never ends."""
+    shutil.copytree(engine, tmp_path / "engine")
+    (build,) = (tmp_path / "engine" / "tensorrt").iterdir()
+    (tmp_path / "build").symlink_to(build)
+    (tmp_path / "out" / ".samekit").mkdir(parents=True)
+    shutil.copytree(checkpoint_of("tiny-s"), tmp_path / "checkpoint")
+    (tmp_path / place).unlink(missing_ok=True)
+    kind(tmp_path / place)
+    options = ("--model", engine, "--backend", "onnxruntime", "--threads", 1)
+    command = {
+        "song.wav": ("encode", tmp_path / "song.wav", tmp_path / "new.npy", *options),
+        "song.npy": ("decode", latents, tmp_path / "new.wav", *options),
+        "song.json": ("decode", latents, tmp_path / "new.wav", *options),
+        "engine": ("info", tmp_path / "engine"),
+        "build": ("info", tmp_path / "engine"),
+        "out": ("pre-encode", *options, "--data_dir", tmp_path / "data", "--output_path", tmp_path / "out"),
+        "checkpoint": ("export", tmp_path / "checkpoint", "--out", tmp_path / "engines"),
+    }[place.split("/")[0]]
+    (tmp_path / "data").mkdir()
+    sf.write(tmp_path / "data" / "a.wav", noise((300, 2), level=0.1), RATE)
+
+    def run():
+        result = CliRunner().invoke(main, [str(argument) for argument in command])
+        # A damaged build is listed as such.
+        assert result.exit_code == (0 if place.startswith("build") else 2), result.output
+        assert "no regular file" in result.output or f"no {Path(place).name} here" in result.output
+
+    assert in_a_fork(run) == 0
+    faults["pipes and devices in place of files"] += 1
+
+
 # --- Two of everything ----------------------------------------------------------------------------------------
 
 

@@ -318,10 +318,11 @@ def spec_document(valid, changes):
         {"sample_rate": 10**7},
         {"graphs.fp32.decoder.file": "../decoder.onnx"},
         {"graphs.fp32.decoder.sizes": {"decoder.onnx": 1, "/etc/passwd": 1}},
+        *({"name": name} for name in ("../../evil", "/evil", "a/b", "a\\b", "", ".", "..", "a\0b", "\ud800", None)),
     ],
     ids=str,
 )
-def test_spec_that_asks_for_too_much(child, valid, tmp_path, changes):
+def test_spec_that_asks_for_too_much_or_leads_out_of_its_folder(child, valid, tmp_path, changes):
     path = tmp_path / "spec.json"
     path.write_bytes(spec_document(valid, changes))
     assert child.open("spec", path) == "EngineError"

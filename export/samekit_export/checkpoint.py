@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samekit._files import named, read_regular
+from samekit._json import check_kinds
 from samekit.errors import CheckpointError
 from samekit_export import diffusers_format
 
@@ -458,6 +459,7 @@ def load_source(source: Mapping[str, Any]) -> Checkpoint:
     try:
         loader = loaders[source["kind"]]
         inspect.signature(loader).bind(**arguments)
+        check_kinds(arguments, dict.fromkeys(("folder", "name", "revision"), str) | {"seed": int})
     except (KeyError, TypeError):
         raise CheckpointError(f"a checkpoint source {dict(source)!r} is not known; export the model again") from None
     return loader(**arguments)

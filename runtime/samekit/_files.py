@@ -201,7 +201,7 @@ def regular_file(path: Path) -> Iterator[BinaryIO]:
         # Windows knows no such flag, and no such pipes.
         return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
 
-    with open(path, "rb", opener=at_once) as file:  # noqa: PTH123 a Path takes no opener
+    with open(path, "rb", opener=at_once) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is no regular file")
         yield file

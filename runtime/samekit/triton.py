@@ -105,7 +105,7 @@ def write_repository(engine: Engine, out: Path, options: TritonOptions | None = 
             for name, source in files.items():
                 link_or_copy(source, version / name)
             text = config_text(engine.spec, half, options)
-            (version.parent / "config.pbtxt").write_text(text, encoding="utf-8")
+            (version.parent / "config.pbtxt").write_bytes(_utf8(text, engine))
         # Copies take their time, in which something else may have come there.
         if not place_folder(staging, out):
             raise _taken(out)
@@ -152,6 +152,16 @@ output [ {{ name: "{output_name}" data_type: TYPE_FP32 dims: {after} }} ]
 {batching}instance_group [ {{ kind: KIND_{kind.upper()} count: {options.instances}{profile} }} ]
 parameters {{ key: "{FACTS}" value {{ string_value: {_quoted(json.dumps(facts))} }} }}
 """
+
+
+def _utf8(text: str, engine: Engine) -> bytes:
+    """The bytes of a configuration; a model's name may be none that is text."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{engine.folder}: the model's name is no text, which the server needs; export it under another"
+        ) from None
 
 
 def _quoted(text: str) -> str:
