@@ -665,7 +665,15 @@ def test_verify_misses_the_shards_that_did_not_run(data, out):
 
 @pytest.mark.parametrize(
     "options",
-    [{"batch_size": 0}, {"sample_size": 0}, {"readers": -1}, {"crop": "end"}, {"full": True, "crop": "random"}],
+    [
+        {"batch_size": 0},
+        {"sample_size": 0},
+        {"sample_size": 2**63},
+        {"readers": -1},
+        {"readers": 10**5},
+        {"crop": "end"},
+        {"full": True, "crop": "random"},
+    ],
 )
 def test_options_that_do_not_work(options):
     with pytest.raises(InputError) as error:

@@ -243,6 +243,8 @@ def test_name_that_no_folder_can_have(engine_of, out):
         {"max_batch": 0},
         {"queue_delay": -1},
         {"instances": 0},
+        {"max_batch": 2**31},
+        {"queue_delay": 1.5},
         {"backend": "tensorrt", "max_batch": 9},
         {"backend": "tensorrt", "kind": "cpu"},
         {"precision": "fp8"},

@@ -96,6 +96,7 @@ def export(
         VerificationError: a graph does not equal eager PyTorch; nothing was written.
         OutputError: the folder cannot be written, or something else lies there.
     """
+    precisions = list(dict.fromkeys(precisions))
     for precision in precisions:
         if precision not in PRECISIONS:
             raise InputError(f"cannot export precision {precision!r}; choose of {', '.join(PRECISIONS)}")

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 
 from samekit._files import atomic_path, output_errors
+from samekit._options import MOST_THREADS, check_whole
 from samekit.backends.ort import available_cpus
 from samekit.clips import CuttingRules, Source, expected_latents, find_sources
 from samekit.encoder import Encoder, LocalEncoder, default_readers
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 SAMPLE_SIZE: Final = 12_582_912
 """The reference's default: 285 s at 44.1 kHz, 3,072 latents."""
+# Of `sample_size`: 13.5 hours at 44.1 kHz, whose silence takes half a gigabyte.
+_MOST_SAMPLES: Final = 2**31
 # What is worth trying again although the file has not changed.
 _PASSING: Final = ("unreadable", "failed", "gone")
 _HASHED_AT_ONCE: Final = 2**22
@@ -79,9 +82,9 @@ class PreEncodeOptions:
     """Threads that read ahead; 0 takes one a core, at most 4."""
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("sample_size", 1), ("readers", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} is {getattr(self, name)}; pass at least {least}")
+        check_whole("batch_size", self.batch_size, least=1)
+        check_whole("sample_size", self.sample_size, least=1, most=_MOST_SAMPLES)
+        check_whole("readers", self.readers, least=0, most=MOST_THREADS)
         if self.crop not in ("start", "random"):
             raise InputError(f"crop {self.crop!r} is not known; pass start or random")
         if self.full and self.crop == "random":

@@ -10,6 +10,7 @@ to whichever is free next, so a node that never comes back holds nothing up.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import threading
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from samekit._options import MOST_THREADS, check_whole
 from samekit.backends.ort import available_cpus
 from samekit.encoder import Encoder, LocalEncoder
 from samekit.errors import BackendError, InputError, SamekitError
@@ -44,6 +46,8 @@ _BATCH_BYTES: Final = 2**25
 _BATCHES_IN_HAND: Final = 2
 # So often may actors die over a batch.
 _DEATHS: Final = 3
+# What Ray is said to bear on its largest clusters.
+_MOST_ACTORS: Final = 40_000
 # Seconds that an address has to answer, and a cluster to place the first actor: it may have to start a machine for it.
 _CONNECT_PATIENCE: Final = 10
 _ACTOR_PATIENCE: Final = 600
@@ -71,11 +75,10 @@ class RayOptions:
     """GPUs of each; less than one is a share."""
 
     def __post_init__(self) -> None:
-        for name, least in (("actors", 1), ("cpus_per_actor", 1), ("gpus_per_actor", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{name} is {value}; pass at least {least}")
-        if self.gpus_per_actor > 1 and self.gpus_per_actor % 1:
+        if self.actors is not None:
+            check_whole("actors", self.actors, least=1, most=_MOST_ACTORS)
+        check_whole("cpus_per_actor", self.cpus_per_actor, least=1, most=MOST_THREADS)
+        if not 0 <= self.gpus_per_actor < math.inf or (self.gpus_per_actor > 1 and self.gpus_per_actor % 1):
             raise InputError(f"gpus_per_actor is {self.gpus_per_actor}; pass a share of one GPU, or a whole number")
 
     def fitting(self, resources: dict[str, float]) -> int:

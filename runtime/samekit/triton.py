@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from samekit._files import link_or_copy, named, output_errors, place_folder, remove_abandoned, temporary_folder
 from samekit._json import check_kind, check_kinds
+from samekit._options import MOST_INT32, check_whole
 from samekit.backends.ort import INPUT_NAMES
 from samekit.errors import BackendUnavailableError, InputError, StaleEngineError
 from samekit.fingerprint import NARROW, PROFILES, TENSORRT
@@ -64,8 +65,7 @@ class TritonOptions:
             if getattr(self, name) not in known:
                 raise InputError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}")
         for name, least in (("max_batch", 1), ("queue_delay", 0), ("instances", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} is {getattr(self, name)}; pass at least {least}")
+            check_whole(name, getattr(self, name), least, MOST_INT32)
         if self.precision not in GPU_PRECISIONS and (self.backend == "tensorrt" or self.kind == "gpu"):
             raise InputError(
                 f"{self.precision} graphs are for CPUs; pass backend onnxruntime and kind cpu, or precision fp16"
