@@ -15,7 +15,7 @@ OUT ?= engines
 COMMA := ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo export bench test test-slow lint format wheel clean
+.PHONY: help setup demo export bench test test-slow lint format docs wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -68,6 +68,9 @@ lint: $(READY) ## check style and types
 
 format: $(READY) ## bring the code into the project's format
 	$(BIN)/ruff format .
+
+docs: $(READY) ## write the API reference, from the docstrings, to build/docs
+	$(BIN)/python tools/reference.py
 
 wheel: $(READY) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel

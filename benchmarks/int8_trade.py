@@ -1,7 +1,7 @@
 """What does int8 cost in accuracy and give in time, and what does each measure that keeps the error small?
 
-Every variant is written as an ONNX graph of seeded random weights and run in ONNX Runtime, in turn with the others;
-the yardstick of accuracy is eager PyTorch in float32.
+Every variant is written as an ONNX graph, of seeded random weights or of `same-tiny`'s trained ones, and run in ONNX
+Runtime, in turn with the others; the yardstick of accuracy is eager PyTorch in float32.
 
     python benchmarks/int8_trade.py same-s --half encoder --latents 64
 
@@ -23,9 +23,9 @@ import torch
 from common import finish, interleaved, machine, open_session, summary
 
 from samekit.spec import DECODER, ENCODER
-from samekit_export.checkpoint import random_checkpoint
+from samekit_export.checkpoint import BUNDLED_FOLDERS, load, random_checkpoint
 from samekit_export.export import GRAPHS, spec_of
-from samekit_export.int8 import feed_apart, products, quantize_
+from samekit_export.int8 import SEEN, examples, feed_apart, migrate_, moments_of, products, quantize_, rotate_heads_
 from samekit_export.model import Same
 from samekit_export.to_onnx import write_onnx
 from samekit_export.verify import example_input, snr_db
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from samekit_export.graph import GraphDecoder, GraphEncoder
 
 FLOAT32, EXPORTED, ALL = "float32", "as exported", "every product int8"
+FLAT, UNTURNED = "inner activations not rotated", "heads not rotated"
+UNEVEN, NEAREST, TOGETHER = "features not scaled", "rounded to nearest", "rows not apart"
+PLAIN = "none of these measures"
 
 # Variant -> roles that stay float32.
 KEPT = {
@@ -42,30 +45,42 @@ KEPT = {
     "value and gate float32": ("value", "gate"),
     "attention float32": ("q.linear", "k.linear", "v", "out"),
     "attention int8 only": ("value", "gate", "ff"),
-    "without rotation": (),
-    "rows not apart": (),
+    FLAT: (),
+    UNTURNED: (),
+    UNEVEN: (),
+    NEAREST: (),
+    TOGETHER: (),
+    PLAIN: (),
 }
 
 
-def change(graph: GraphEncoder | GraphDecoder, variant: str) -> int:
+def change(graph: GraphEncoder | GraphDecoder, model: Same, variant: str) -> int:
     """Make a variant of a float32 graph, in place; returns how many of its products are float32."""
     if variant == FLOAT32:
         return len(list(products(graph)))
     if variant == EXPORTED:
-        return len(quantize_(graph))
+        return len(quantize_(graph, model))
     kept = 0
-    for product in products(graph, rotate=variant != "without rotation"):
-        if product.name.partition(".")[2] in KEPT[variant]:
-            kept += 1
-        else:
-            product.use(product.int8)
-    if variant != "rows not apart":
+    with torch.no_grad():
+        if variant not in (UNTURNED, PLAIN):
+            rotate_heads_(graph)
+        moments = moments_of(graph, examples(graph, model, SEEN))
+        if variant not in (UNEVEN, PLAIN):
+            migrate_(graph, moments)
+        for product in products(
+            graph, None if variant in (NEAREST, PLAIN) else moments, turn_inner=variant not in (FLAT, PLAIN)
+        ):
+            if product.name.partition(".")[2] in KEPT[variant]:
+                kept += 1
+            else:
+                product.use(product.int8)
+    if variant not in (TOGETHER, PLAIN):
         feed_apart(graph)
     return kept
 
 
 @click.command()
-@click.argument("name", type=click.Choice(["tiny-s", "tiny-l", "same-s", "same-l"]))
+@click.argument("name", type=click.Choice(["tiny-s", "tiny-l", "same-s", "same-l", "same-tiny"]))
 @click.option("--half", default=ENCODER, show_default=True, type=click.Choice([ENCODER, DECODER]))
 @click.option("--variants", help="Separated by commas. [default: all]")
 @click.option("--latents", default=64, show_default=True, type=click.IntRange(1))
@@ -77,9 +92,9 @@ def main(name: str, half: str, variants: str | None, latents: int, seed: int, ru
     threads = threads or machine()["cores"]
     chosen = variants.split(",") if variants else [FLOAT32, EXPORTED, *KEPT]
     if half == ENCODER and not variants:
-        chosen.remove("rows not apart")
+        chosen.remove(TOGETHER)
     torch.set_num_threads(threads)
-    checkpoint = random_checkpoint(name, seed)
+    checkpoint = load(name) if name in BUNDLED_FOLDERS else random_checkpoint(name, seed)
     model = Same.from_checkpoint(checkpoint)
     array = example_input(spec_of(checkpoint), half, 1, latents, seed=1)
     with torch.inference_mode():
@@ -89,7 +104,7 @@ def main(name: str, half: str, variants: str | None, latents: int, seed: int, ru
     with tempfile.TemporaryDirectory() as folder:
         for number, variant in enumerate(chosen):
             graph = GRAPHS[half](model)
-            rows[variant] = {"float32_products": change(graph, variant)}
+            rows[variant] = {"float32_products": change(graph, model, variant)}
             write_onnx(graph, Path(folder, f"{number}.onnx"))
             print(f"  written: {variant}", flush=True)
         del model, graph

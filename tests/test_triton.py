@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from contextlib import contextmanager
 
 import numpy as np
 import onnx
@@ -300,16 +298,20 @@ def test_facts_that_a_server_made_up(engine_of, edit):
 @pytest.fixture(scope="module")
 def client():
     """The example, as a module."""
-    path = Path(__file__).parents[1] / "examples" / "triton_client.py"
-    spec = importlib.util.spec_from_file_location("triton_client", path)
-    module = sys.modules["triton_client"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["triton_client"]
+    import triton_client
+
+    return triton_client
 
 
 @pytest.fixture
 def server(out):
+    """The address of a stand-in that serves `out`."""
+    with stand_in(out) as address:
+        yield address
+
+
+@contextmanager
+def stand_in(out):
     """Speaks the server's protocol for a repository, and refuses what the configuration does; no Triton."""
     import grpc
     from tritonclient.grpc import service_pb2, service_pb2_grpc
@@ -335,12 +337,16 @@ def server(out):
             answer.raw_output_contents.append(result.tobytes())
             return answer
 
-    server = grpc.server(ThreadPoolExecutor(2))
+    # As the server does: by default gRPC ends at 4 MiB, less than a window of audio.
+    sizes = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+    server = grpc.server(ThreadPoolExecutor(2), options=sizes)
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Service(), server)
     port = server.add_insecure_port("localhost:0")
     server.start()
-    yield f"localhost:{port}"
-    server.stop(None).wait()
+    try:
+        yield f"localhost:{port}"
+    finally:
+        server.stop(None).wait()
 
 
 @each_half

@@ -30,25 +30,31 @@ if TYPE_CHECKING:
     import torch
 
 CONFIG_FILE = "model_config.json"
+"""Name of the published configuration."""
 WEIGHTS_FILE = "model.safetensors"
+"""Name of the published weights."""
 
-# A full Stable Audio 3 checkpoint stores the autoencoder's tensors under this prefix.
 NESTED_PREFIX = "pretransform.model."
+"""Under which a full Stable Audio 3 checkpoint stores the autoencoder's tensors."""
 
 HUB_REPOSITORIES = {"same-s": "stabilityai/SAME-S", "same-l": "stabilityai/SAME-L"}
+"""Where the published weights of a name are."""
 
-# Full checkpoints that contain the same autoencoder; who has one in the cache need not download the other.
 CONTAINING_REPOSITORIES = {
     "same-s": ("stabilityai/stable-audio-3-small-music", "stabilityai/stable-audio-3-small-sfx"),
     "same-l": ("stabilityai/stable-audio-3-medium",),
 }
+"""Full checkpoints that contain the same autoencoder; who has one in the cache need not download the other."""
 
 BUNDLED_FOLDERS = {"same-tiny": Path(__file__).with_name("same-tiny")}
 """Checkpoints that come with samekit; the folder's README.md is the model card."""
 
 RANDOM = "random"
+"""Seeded random weights."""
 HUB = "hub"
+"""Weights from the Hugging Face hub."""
 BUNDLED = "bundled"
+"""Weights that come with samekit."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +124,17 @@ class SameConfig:
     """Every number of a SAME autoencoder that its checkpoint decides."""
 
     sample_rate: int
+    """In Hz."""
     channels: int
+    """Of audio."""
     patch: int
     """Samples per patch."""
     latent_width: int
+    """Features of a latent."""
     encoder: TrunkConfig
+    """Its transformers."""
     decoder: TrunkConfig
+    """Its transformers."""
     soft_clip: bool
     """Whether the decoder ends in tanh."""
 
@@ -143,7 +154,9 @@ class Checkpoint:
     """A loaded checkpoint: what it is, what it holds, where it came from."""
 
     name: str
+    """What users call the model."""
     config: SameConfig
+    """Every number that decides the architecture."""
     tensors: dict[str, torch.Tensor]
     """Float32, under the bare published keys; exactly the autoencoder's."""
     source: dict[str, Any]

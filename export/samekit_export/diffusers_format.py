@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG_FILE = "config.json"
+"""Name of the configuration there."""
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+"""Name of the weights there."""
 CLASS_NAME = "AutoencoderSAME"
+"""The only class of `diffusers` whose configuration is read."""
 
 # Its key -> the published key; `{half}` and block numbers are kept.
 _RENAMES = (

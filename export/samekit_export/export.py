@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from samekit_export.checkpoint import Checkpoint, TrunkConfig
 
 GRAPHS: dict[str, type[GraphEncoder | GraphDecoder]] = {ENCODER: GraphEncoder, DECODER: GraphDecoder}
+"""What is exported of each half."""
 
 
 def _context(trunk: TrunkConfig) -> int:
@@ -174,7 +175,8 @@ def _add_precision(
         if precision == "fp16":
             built.half_()
         elif precision == "int8":
-            report(_told(quantize_(built)))
+            report("rounding weights to int8")
+            report(_told(quantize_(built, model)))
         write_onnx(built, staging / file)
         graphs[half] = describe_graph(staging, file)
     spec = dataclasses.replace(spec, graphs={**spec.graphs, precision: graphs})

@@ -17,13 +17,15 @@ Exact rewrites, all done here when the weights are loaded, in float64:
   and the change of alpha is the `beta` of the matrix product that adds the branch;
 * v needs no bias: both softmaxes sum to one, so their difference cancels whatever is constant over the keys;
 * (softmax1 - softmax2) v instead of softmax1 v - softmax2 v: one product, and no cancellation after rounding;
-* the encoder's last block computes queries, outputs and feed-forward for the learned tokens only: nothing else is read;
+* the last block computes queries, outputs and feed-forward for the tokens only that are read: the encoder's learned
+  ones, the decoder's patches;
 * the decoder's first block projects its learned token once, not once per patch: all copies are still equal.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,8 +44,8 @@ if TYPE_CHECKING:
     from samekit_export.checkpoint import SameConfig, TrunkConfig
     from samekit_export.model import Block, DynamicTanh, Same, Trunk
 
-# Added to the score of a key out of sight: its exponential is zero in float32 and float16, and it fits both.
 OUT_OF_SIGHT = -1e4
+"""Added to the score of a key out of sight: its exponential is zero in float32 and float16, and it fits both."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,20 @@ class Branch(Linear):
         return total if self.bias is None else total + self.bias.to(total.dtype)
 
 
+class Norm(nn.Module):
+    """A norm before linear layers, of which folding left a bare tanh: `[rows, width]` to the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Perhaps a factor for each feature, `[1, width]`, which the layers that read it undo: see `int8.migrate_`.
+        self.scale: nn.Parameter | None = None
+
+    def forward(self, residual: Tensor) -> Tensor:
+        """The norm of the scaled residual."""
+        x = torch.tanh(residual)
+        return x if self.scale is None else x * self.scale
+
+
 class NormedHeads(nn.Module):
     """The queries or keys of one attention, all heads: linear layer and per-head norm, without rotary embedding."""
 
@@ -143,11 +159,16 @@ class Grid:
 
     def __init__(self, layout: Layout, batch: int, groups: int) -> None:
         self.layout = layout
+        """What is the same for every number of groups."""
         self.batch = batch
+        """Sequences."""
         self.groups = groups
+        """Of each sequence."""
         self.total = batch * groups
+        """Of all sequences."""
         # Made of a range, which takes fewer steps than an expansion to a shape.
         self.zeros = torch.arange(self.total) * 0
+        """One for each group."""
         self.query_positions = self.key_positions = self.positions(layout.query_positions)
         if layout.neighbours:
             self.key_positions = self.positions(layout.key_positions)
@@ -176,29 +197,34 @@ class Grid:
         beside = rows.view(self.layout.tokens, -1, width).index_select(1, self.key_groups)
         return beside.reshape(-1, width)
 
-    def masked(self, scores: Tensor, *, learned_only: bool) -> Tensor:
+    def masked(self, scores: Tensor, *, read_only: bool) -> Tensor:
         """Scores `[groups, heads, queries, keys]` with the keys out of sight pushed down."""
         if not self.layout.neighbours:
             return scores
-        # A learned token is the last of its latent.
         mask = self.mask.to(scores.dtype)
-        return scores + (mask[:, :, -1:] if learned_only else mask)
+        return scores + (mask[:, :, self.layout.first_read :] if read_only else mask)
 
 
 class Layout(nn.Module):
-    """The constants of a trunk's attention: tokens of a group, positions, rotary tables, the band."""
+    """The constants of a trunk's attention: tokens of a group, positions, rotary tables, the band.
+
+    Args:
+        config: of the trunk.
+        first_read: which of a latent's tokens is the first that is read after the last block; all that follow are.
+    """
 
     key_positions: Tensor
     query_positions: Tensor
-    learned_positions: Tensor
+    read_positions: Tensor
     neighbour_offsets: Tensor
     key_offsets: Tensor
     band: Tensor
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: TrunkConfig) -> None:
+    def __init__(self, config: TrunkConfig, first_read: int) -> None:
         super().__init__()
+        self.first_read = first_read
         span = config.span
         self.neighbours = span.latents if isinstance(span, BandSpan) else 0
         self.latents = 1 if isinstance(span, BandSpan) else span.latents
@@ -212,13 +238,13 @@ class Layout(nn.Module):
         key_tokens = np.repeat(np.arange(self.tokens), seen)
         key_positions = key_offsets * self.tokens + key_tokens + reach
         query_positions = np.arange(self.tokens) + reach
-        learned = np.arange(1, self.latents + 1) * config.latent_tokens - 1
+        read = query_positions.reshape(self.latents, -1)[:, first_read:].flatten()
         distance = np.abs(query_positions[:, None] - key_positions)
         angles = np.outer(np.arange(seen * self.tokens), rotary_frequencies(self.rotated))
         for name, value in {
             "key_positions": key_positions,
             "query_positions": query_positions,
-            "learned_positions": learned + reach,
+            "read_positions": read,
             "neighbour_offsets": np.arange(seen) - self.neighbours,
             "key_offsets": key_offsets,
         }.items():
@@ -244,6 +270,7 @@ class GraphBlock(nn.Module):
         q1, k1, v, q2, k2 = (qkv * block.pre_norm.gamma.double()).split(config.width)
         bias_q1, bias_k1, _, bias_q2, bias_k2 = (qkv @ block.pre_norm.beta.double()).split(config.width)
         scale = config.head_width**-0.5
+        self.norm, self.ff_norm = Norm(), Norm()
         # The heads of both attentions side by side: half the steps.
         self.q = NormedHeads(torch.cat([q1, q2]), torch.cat([bias_q1, bias_q2]), attention.q_norm, scale)
         self.k = NormedHeads(torch.cat([k1, k2]), torch.cat([bias_k1, bias_k2]), attention.k_norm)
@@ -268,7 +295,7 @@ class GraphBlock(nn.Module):
         grid: Grid,
         spread: Callable[[Tensor], Tensor] | None = None,
         *,
-        learned_only: bool = False,
+        read_only: bool = False,
     ) -> Tensor:
         """`[rows, width]` to the same.
 
@@ -276,27 +303,27 @@ class GraphBlock(nn.Module):
             residual: the stream, times `alpha_in`.
             grid: how rows form groups.
             spread: where equal tokens are given only once, turns such rows into the full ones.
-            learned_only: return the rows of the learned tokens, `[latents of a group * groups, width]`.
+            read_only: return the rows of the tokens that are read after the last block.
         """
-        spread = spread or _same
         layout = grid.layout
         islands, product = self.islands, self.v.dtype
-        x = torch.tanh(residual).to(product)
-        residual = spread(residual)
-        asking, positions = x, grid.query_positions
-        if learned_only:
-            asking, positions = learned_rows(x, layout), grid.positions(layout.learned_positions)
-            residual = learned_rows(residual, layout)
-
-        q = self._turn(spread(self.q(asking, islands.heads)), positions, grid).permute(1, 2, 0, 3)
+        x = self.norm(residual).to(product)
+        read, positions = _same, grid.query_positions
+        if read_only:
+            read, positions = partial(read_rows, layout=layout), grid.positions(layout.read_positions)
+        # What is not asked for is left out before the product, but rows that stand for several must be spread first.
+        q = read(spread(self.q(x, islands.heads))) if spread else self.q(read(x), islands.heads)
+        spread = spread or _same
+        residual = read(spread(residual))
+        q = self._turn(q, positions, grid).permute(1, 2, 0, 3)
         k = self._turn(grid.keys(spread(self.k(x, islands.heads))), grid.key_positions, grid).permute(1, 2, 3, 0)
         scores = _wide(q.to(product) @ k.to(product), islands.softmax)
-        both = torch.softmax(grid.masked(scores, learned_only=learned_only), dim=-1).unflatten(1, (2, self.heads))
+        both = torch.softmax(grid.masked(scores, read_only=read_only), dim=-1).unflatten(1, (2, self.heads))
         weights = (both.select(1, 0) - both.select(1, 1)).to(product)
         v = self._per_head(grid.keys(spread(self.v(x))), grid).permute(1, 2, 0, 3)
         heads = (weights @ v).permute(2, 0, 1, 3).reshape(-1, self.width)
         residual = self.out(heads, residual)
-        if not self.apart:
+        if read_only or not self.apart:
             return self.feed_forward(residual)
         latents = residual.view(layout.latents, layout.tokens // layout.latents, -1, self.width)
         parts = latents.split([1, latents.shape[1] - 1], dim=1)
@@ -306,7 +333,7 @@ class GraphBlock(nn.Module):
     def feed_forward(self, residual: Tensor) -> Tensor:
         """The second branch: `[rows, width]` to the same."""
         islands = self.islands
-        x = torch.tanh(residual)
+        x = self.ff_norm(residual)
         gate = _wide(self.gate(x), islands.gate)
         gate = torch.sin(gate) if self.sine else functional.silu(gate)
         return self.ff(self.value(x).to(gate.dtype) * gate, residual)
@@ -345,20 +372,21 @@ def _filled(x: Tensor, dim: int, most: int, length: int) -> Tensor:
     return torch.cat([x, x.new_zeros(shape)], dim=dim).index_select(dim, torch.arange(length))
 
 
-def learned_rows(rows: Tensor, layout: Layout) -> Tensor:
-    """The rows of the encoder's learned tokens, the last of each latent."""
+def read_rows(rows: Tensor, layout: Layout) -> Tensor:
+    """The rows of the tokens that are read after the last block."""
     width = rows.shape[-1]
-    return rows.view(layout.latents, layout.tokens // layout.latents, -1, width).select(1, -1).reshape(-1, width)
+    latents = rows.view(layout.latents, layout.tokens // layout.latents, -1, width)
+    return latents[:, layout.first_read :].reshape(-1, width)
 
 
 class GraphTrunk(nn.Module):
     """All blocks of one direction over rows."""
 
-    def __init__(self, trunk: Trunk, islands: Islands) -> None:
+    def __init__(self, trunk: Trunk, islands: Islands, first_read: int) -> None:
         super().__init__()
         config = trunk.config
         self.islands = islands
-        self.layout = Layout(config)
+        self.layout = Layout(config, first_read)
         self.shift_at = config.depth // 2 if getattr(config.span, "shifted", False) else None
         alphas = [float(block.pre_norm.alpha) for block in trunk.blocks] + [1.0]
         for block in trunk.blocks:
@@ -376,18 +404,15 @@ class GraphTrunk(nn.Module):
         batch: int,
         groups: int,
         spread: Callable[[Tensor], Tensor] | None = None,
-        *,
-        learned_only: bool = False,
     ) -> Tensor:
-        """Rows times `alpha_in` to rows, or to those of the learned tokens; arguments as in `GraphBlock`."""
+        """Rows times `alpha_in` to those of the tokens that are read; arguments as in `GraphBlock`."""
         rows = rows.float() if self.islands.residual else rows.to(self.product_dtype)
         grid = Grid(self.layout, batch, groups)
         for i, block in enumerate(self.blocks):
             if i == self.shift_at:
                 rows = self._shift(rows, batch, groups)
                 grid = Grid(self.layout, batch, groups + 1)
-            last = i == len(self.blocks) - 1
-            rows = block(rows, grid, spread if i == 0 else None, learned_only=learned_only and last)
+            rows = block(rows, grid, spread if i == 0 else None, read_only=i == len(self.blocks) - 1)
         return rows if self.shift_at is None else self._shift_back(rows, batch, groups)
 
     def _shift(self, rows: Tensor, batch: int, groups: int) -> Tensor:
@@ -412,10 +437,10 @@ class Graph(nn.Module):
     input_name: str
     output_name: str
 
-    def __init__(self, config: SameConfig, trunk: Trunk, islands: Islands) -> None:
+    def __init__(self, config: SameConfig, trunk: Trunk, islands: Islands, first_read: int) -> None:
         super().__init__()
         self.config = config
-        self.trunk = GraphTrunk(trunk, islands)
+        self.trunk = GraphTrunk(trunk, islands, first_read)
 
     def separate_(self) -> Self:
         """Keep the products that end a branch apart from the sums, as other dtypes than float32 need it; in place."""
@@ -442,7 +467,8 @@ class GraphEncoder(Graph):
 
     def __init__(self, model: Same, islands: Islands = ISLANDS) -> None:
         trunk, to_latent = model.encoder_parts
-        super().__init__(model.config, trunk, islands)
+        # A latent's patches, then its learned token.
+        super().__init__(model.config, trunk, islands, first_read=trunk.config.stride)
         alpha = self.trunk.alpha_in
         self.mapping = Linear(trunk.mapping.weight().double()[..., 0] * alpha, trunk.mapping.bias.double() * alpha)
         self.learned = _constant(trunk.new_tokens.double() * alpha)
@@ -466,7 +492,7 @@ class GraphEncoder(Graph):
         rows = self.mapping(rows).view(latents_in_group, trunk.stride, -1, trunk.width)
         learned = self.learned[None].expand(latents_in_group, 1, rows.shape[2], -1)
         rows = torch.cat([rows, learned], dim=1).reshape(-1, trunk.width)
-        rows = self.trunk(rows, batch, groups, learned_only=True)
+        rows = self.trunk(rows, batch, groups)
         z = self.to_latent(rows.reshape(-1, trunk.width)).view(latents_in_group, batch, groups, -1)
         z = z.float().permute(1, 3, 2, 0).reshape(batch, config.latent_width, -1)
         return z.index_select(2, torch.arange(latents))
@@ -479,7 +505,8 @@ class GraphDecoder(Graph):
 
     def __init__(self, model: Same, islands: Islands = ISLANDS) -> None:
         from_latent, trunk = model.decoder_parts
-        super().__init__(model.config, trunk, islands)
+        # A latent's own token, then its patches.
+        super().__init__(model.config, trunk, islands, first_read=1)
         alpha = self.trunk.alpha_in
         std = model.bottleneck["running_std"].double()
         self.from_latent = Linear(from_latent.weight.double() * (std * alpha), from_latent.bias.double() * alpha)
@@ -509,9 +536,9 @@ class GraphDecoder(Graph):
             return torch.cat([own, learned], dim=1).reshape(-1, width)
 
         rows = self.trunk(torch.cat([rows, self.learned]), batch, groups, spread)
-        rows = rows.reshape(latents_in_group, trunk.latent_tokens, -1, trunk.width)
-        rows = rows.index_select(1, torch.arange(1, trunk.latent_tokens)).reshape(-1, trunk.width)
-        taps = self.mapping(rows).view(latents_in_group, trunk.stride, batch, groups, self.kernel, config.patch_width)
+        taps = self.mapping(rows.reshape(-1, trunk.width)).view(
+            latents_in_group, trunk.stride, batch, groups, self.kernel, config.patch_width
+        )
         patches = self._convolve(taps.permute(2, 3, 0, 1, 4, 5).reshape(batch, -1, self.kernel, config.patch_width))
         audio = (
             (patches.float() + self.mapping_bias).reshape(batch, -1, config.channels, config.patch).permute(0, 2, 1, 3)

@@ -4,8 +4,11 @@ A product becomes ONNX's DynamicQuantizeLinear and MatMulInteger, which ONNX Run
 stays float32. What keeps the error small:
 
 * the inner activations of the feed-forward, products of two activations with rare large values, are rotated by an
-  orthogonal matrix in blocks first (QuaRot, arXiv 2404.00456): large values spread, and the range halves. The weights
-  are rotated with them, so no calibration decides what is accurate;
+  orthogonal matrix in blocks (QuaRot, arXiv 2404.00456): large values spread, and the range shrinks. So are the heads'
+  outputs, for which the rotation is folded into the layers on either side;
+* features that are large at every product's input are made smaller, and their weights larger (SmoothQuant, arXiv
+  2211.10438): folded into the layer before, or a factor after a norm;
+* weights are rounded so that their errors cancel over the rows of examples: see `rounding.py`;
 * the decoder's own rows of latents are larger than its learned rows, so both feed forward apart, each with its range;
 * products that cost a model too much accuracy stay float32: as few as reach a target, by measurement. See `quantize_`.
 
@@ -25,21 +28,32 @@ from onnxscript import opset18
 from torch import Tensor, nn
 
 from samekit_export.graph import Branch, GraphDecoder, GraphEncoder, Linear
+from samekit_export.rounding import Compensation, to_int8
 from samekit_export.verify import snr_db
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from samekit_export.graph import GraphBlock
+    from samekit_export.model import Same
 
 TARGET_DB = 38.0
 """What an export aims at, on the inputs of `examples`; what every case must hold is `verify.FLOOR_DB`."""
 
-# Inner activations that are rotated together. Longer blocks cost more and gain little.
-ROTATED = 64
+SEEN = 24
+"""Latents of each example that weights are rounded for; half as many lose less than 1 dB."""
 
-# ONNX's number for float32.
+TURNED = 16
+"""Inner activations that are rotated together. Longer blocks take longer and gain little."""
+
+READERS = {"norm": ("k.linear", "q.linear", "v"), "heads": ("out",), "ff_norm": ("value", "gate"), "inner": ("ff",)}
+"""Where rows are rounded in a block, and the products that read them there; the first of them sees all rows."""
+
+FAINTEST = 1e-3
+"""How far below the others' mean a feature may lie and still be made larger for it."""
+
 FLOAT = 1
+"""ONNX's number for float32."""
 
 
 @torch.library.custom_op("samekit::int8_product", mutates_args=())
@@ -81,29 +95,28 @@ class Int8Linear(nn.Module):
 
     Args:
         linear: what is replaced.
-        rotated: whether its rows are rotated first.
+        compensation: of the rows that its weights meet; without, they are rounded to the nearest step.
+        turn: an orthogonal matrix by which rows are rotated first, in blocks of its size.
     """
 
     weight: Tensor
     scale: Tensor
 
-    def __init__(self, linear: Linear, *, rotated: bool = False) -> None:
+    def __init__(self, linear: Linear, compensation: Compensation | None = None, turn: Tensor | None = None) -> None:
         super().__init__()
-        weight = linear.weight.double()
-        self.rotation = rotation(ROTATED) if rotated else None
-        if self.rotation is not None:
-            weight = (self.rotation.double().T @ weight.view(-1, ROTATED, weight.shape[1])).reshape(weight.shape)
-        scale = weight.abs().amax(dim=0).clamp(min=torch.finfo(torch.float32).tiny) / 127
-        self.register_buffer("weight", torch.round(weight / scale).to(torch.int8))
-        self.register_buffer("scale", scale.float())
+        self.turn = None if turn is None else nn.Parameter(turn.float(), requires_grad=False)
+        weight = linear.weight if turn is None else turned(linear.weight.double().T, turn).T.float()
+        weight, scale = to_int8(weight, compensation)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
         # A vector: the fused step takes no other bias.
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias[0], requires_grad=False)
         self.dtype = linear.dtype
 
     def forward(self, rows: Tensor) -> Tensor:
         """`[rows, in]` to `[rows, out]`, float32."""
-        if self.rotation is not None:
-            rows = (rows.reshape(-1, ROTATED) @ self.rotation).reshape(rows.shape)
+        if self.turn is not None:
+            rows = turned(rows, self.turn)
         product: Tensor = int8_product(rows, self.weight, self.scale)
         return product if self.bias is None else product + self.bias
 
@@ -111,8 +124,8 @@ class Int8Linear(nn.Module):
 class Int8Branch(Int8Linear):
     """A `Branch` with an int8 product."""
 
-    def __init__(self, branch: Branch, *, rotated: bool = False) -> None:
-        super().__init__(branch, rotated=rotated)
+    def __init__(self, branch: Branch, compensation: Compensation | None = None, turn: Tensor | None = None) -> None:
+        super().__init__(branch, compensation, turn)
         self.residual_scale = branch.scale
 
     def forward(self, rows: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
@@ -120,12 +133,97 @@ class Int8Branch(Int8Linear):
         return super().forward(rows) + residual * self.residual_scale
 
 
-def rotation(size: int) -> nn.Parameter:
-    """A Hadamard matrix, orthogonal, `[size, size]`; the size is a power of two."""
-    matrix = torch.ones(1, 1)
+def rotation(size: int) -> Tensor:
+    """A Hadamard matrix, orthogonal, float64 `[size, size]`; the size is a power of two."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
     while matrix.shape[0] < size:
         matrix = torch.cat([torch.cat([matrix, matrix], dim=1), torch.cat([matrix, -matrix], dim=1)])
-    return nn.Parameter(matrix / math.sqrt(size), requires_grad=False)
+    return matrix / math.sqrt(size)
+
+
+def turned(rows: Tensor, turn: Tensor) -> Tensor:
+    """Rows `[rows, features]` times an orthogonal matrix, in blocks of its size."""
+    return (rows.reshape(-1, len(turn)) @ turn).reshape(rows.shape)
+
+
+def rotate_heads_(graph: GraphEncoder | GraphDecoder) -> None:
+    """Rotate every head's output, and undo it in the layer that reads it: the same function; in place."""
+    block: GraphBlock
+    for block in graph.trunk.blocks:  # type: ignore[assignment]
+        # The largest power of two that divides a head.
+        size = block.head_width & -block.head_width
+        turn = rotation(size)
+        v, out = block.v.weight.double(), block.out.weight.double()
+        _set(block.v.weight, turned(v, turn))
+        _set(block.out.weight, turned(out.T, turn).T)
+
+
+def moments_of(graph: GraphEncoder | GraphDecoder, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Second moments `[in, in]` of the rows at each of `READERS`, by block and name such as `11.inner`.
+
+    Every input counts alike, however quiet it is.
+    """
+    moments: dict[str, Tensor] = {}
+    hooks = []
+
+    def listen(key: str, copies: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            rows = given[0]
+            moment = rows.T @ rows
+            if copies:
+                moment += copies * (len(rows) - 1) * rows[-1:].T @ rows[-1:]
+            moments[key] = moments.get(key, 0.0) + moment / moment.trace().clamp(min=torch.finfo(torch.float32).tiny)
+
+        return hook
+
+    for i, block in enumerate(graph.trunk.blocks):
+        for place, readers in READERS.items():
+            # The decoder's first block is given its learned row once, in place of a copy for each patch.
+            once = isinstance(graph, GraphDecoder) and (i, place) == (0, "norm")
+            copies = graph.config.decoder.stride if once else 0
+            reader = block.get_submodule(readers[0])
+            hooks.append(reader.register_forward_pre_hook(listen(f"{i}.{place}", copies)))
+    for x in inputs:
+        graph(x)
+    for hook in hooks:
+        hook.remove()
+    return moments
+
+
+def migrate_(graph: GraphEncoder | GraphDecoder, moments: dict[str, Tensor]) -> None:
+    """Scale features by the root of their size at each of `READERS`, and weights the other way; in place.
+
+    The factors are powers of two, so that float32 products stay the same to the bit.
+
+    Args:
+        graph: float32.
+        moments: of `moments_of`; become those of the scaled rows.
+    """
+    block: GraphBlock
+    for i, block in enumerate(graph.trunk.blocks):  # type: ignore[assignment]
+        for place, readers in READERS.items():
+            moment = moments[f"{i}.{place}"]
+            size = moment.diagonal().sqrt()
+            factor = torch.exp2((size / size.mean()).clamp(min=FAINTEST).log2().mul(-0.5).round())
+            moments[f"{i}.{place}"] = moment * factor * factor[:, None]
+            for reader in readers:
+                weight: Tensor = block.get_submodule(reader).weight  # type: ignore[assignment]
+                _set(weight, weight / factor[:, None])
+            if (factor == 1).all():
+                continue
+            if place in ("norm", "ff_norm"):
+                block.get_submodule(place).scale = nn.Parameter(factor[None], requires_grad=False)
+            else:
+                before = block.v if place == "heads" else block.value
+                _set(before.weight, before.weight * factor)
+                if before.bias is not None:
+                    _set(before.bias, before.bias * factor)
+
+
+def _set(parameter: Tensor, value: Tensor) -> None:
+    """Give a parameter another value of the same shape."""
+    with torch.no_grad():
+        parameter.copy_(value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,65 +233,93 @@ class Product:
     name: str
     """Of the module in the graph."""
     parent: nn.Module
+    """The module that holds it."""
     float32: Linear
+    """As it was."""
     int8: Int8Linear
+    """What may take its place."""
 
     def use(self, form: nn.Module) -> None:
         """Put one of the forms into the graph."""
         setattr(self.parent, self.name.rpartition(".")[2], form)
 
 
-def products(graph: GraphEncoder | GraphDecoder, *, rotate: bool = True) -> Iterator[Product]:
-    """The products of the blocks; the ends are a hundredth of the work and stay float32."""
-    modules = dict(graph.named_modules())
-    for name, module in modules.items():
-        if name.startswith("trunk.blocks.") and isinstance(module, Linear):
-            block, _, role = name.removeprefix("trunk.blocks.").partition(".")
-            parent = modules[name.rpartition(".")[0]]
-            rotated = rotate and role == "ff"
-            form: Int8Linear
-            if isinstance(module, Branch):
-                form = Int8Branch(module, rotated=rotated)
-            else:
-                form = Int8Linear(module, rotated=rotated)
-            yield Product(f"{block}.{role}", parent, module, form)
+def products(
+    graph: GraphEncoder | GraphDecoder, moments: dict[str, Tensor] | None = None, *, turn_inner: bool = True
+) -> Iterator[Product]:
+    """The products of the blocks; the ends are a hundredth of the work and stay float32.
+
+    Args:
+        graph: float32.
+        moments: of `moments_of`, to round weights for such rows; without, each to the nearest step.
+        turn_inner: rotate the inner activations where they become int8.
+    """
+    for i, block in enumerate(graph.trunk.blocks):
+        for place, readers in READERS.items():
+            turn = rotation(TURNED) if turn_inner and place == "inner" else None
+            moment = moments[f"{i}.{place}"] if moments else None
+            if moment is not None and turn is not None:
+                moment = turned(turned(moment, turn.float()).T, turn.float())
+            compensation = None if moment is None else Compensation(moment)
+            for reader in readers:
+                linear: Linear = block.get_submodule(reader)  # type: ignore[assignment]
+                form = Int8Branch if isinstance(linear, Branch) else Int8Linear
+                parent = block.get_submodule(reader.rpartition(".")[0])
+                yield Product(f"{i}.{reader}", parent, linear, form(linear, compensation, turn))  # type: ignore[arg-type]
 
 
-def examples(graph: GraphEncoder | GraphDecoder, latents: int) -> list[Tensor]:
+def examples(graph: GraphEncoder | GraphDecoder, model: Same, latents: int) -> list[Tensor]:
     """Inputs of several kinds and levels, seeded: the first is noise of a usual level."""
     noise = np.random.default_rng(0)
     config = graph.config
-    if isinstance(graph, GraphDecoder):
-        z = noise.standard_normal((1, config.latent_width, latents), np.float32)
-        # Latents of real audio move slowly.
-        arrays = [z, 0.5 * z, np.cumsum(z, axis=2) / np.sqrt(np.arange(1, latents + 1))]
-    else:
-        hiss = noise.standard_normal((1, config.channels, latents * config.hop), np.float32)
-        seconds = np.arange(hiss.shape[-1]) / config.sample_rate
-        chord = sum(np.sin(2 * np.pi * pitch * seconds) for pitch in (110, 277.2, 659.3, 2637))
-        arrays = [0.2 * hiss, 0.01 * hiss, 0.2 * chord + 0.002 * hiss]
-    return [torch.from_numpy(np.asarray(array, np.float32)) for array in arrays]
+    hiss = noise.standard_normal((1, config.channels, latents * config.hop), np.float32)
+    seconds = np.arange(hiss.shape[-1]) / config.sample_rate
+    chord = sum(np.sin(2 * np.pi * pitch * seconds) for pitch in (110, 277.2, 659.3, 2637))
+    audio = [_tensor(array) for array in (0.2 * hiss, 0.01 * hiss, 0.5 * hiss, 0.2 * chord + 0.002 * hiss)]
+    if isinstance(graph, GraphEncoder):
+        return audio
+    z = noise.standard_normal((1, config.latent_width, latents), np.float32)
+    # Latents of real audio move slowly.
+    slow = np.cumsum(z, axis=2) / np.sqrt(np.arange(1, latents + 1))
+    with torch.no_grad():
+        return [*map(_tensor, (z, 0.5 * z, slow)), *map(model.encode, audio)]
 
 
-def quantize_(graph: GraphEncoder | GraphDecoder, target_db: float = TARGET_DB, latents: int = 8) -> list[str]:
+def _tensor(array: Any) -> Tensor:
+    return torch.from_numpy(np.asarray(array, np.float32))
+
+
+def prepare_(graph: GraphEncoder | GraphDecoder, model: Same) -> list[Product]:
+    """Make a graph bear int8 products, with the same function still, and give both forms of each; in place."""
+    with torch.no_grad():
+        rotate_heads_(graph)
+        moments = moments_of(graph, examples(graph, model, SEEN))
+        migrate_(graph, moments)
+        return list(products(graph, moments))
+
+
+def quantize_(
+    graph: GraphEncoder | GraphDecoder, model: Same, target_db: float = TARGET_DB, latents: int = 8
+) -> list[str]:
     """Turn the products of the blocks into int8, but for those that keep the graph from `target_db`; in place.
 
     Where not all can be int8, each is tried alone, and those that add most noise for their size stay float32.
 
     Args:
         graph: as it was made, float32.
+        model: what it was made of, for examples of latents.
         target_db: against the float32 graph, on the worst of `examples`.
         latents: in an example.
 
     Returns:
         Names of the products that stay float32, such as `11.ff`.
     """
-    given = examples(graph, latents)
+    given = examples(graph, model, latents)
     # Each product alone is tried on a little only: there are dozens of them, of ten megabytes each.
-    little = examples(graph, max(1, latents // 4))[:1]
-    with torch.inference_mode():
+    little = examples(graph, model, max(1, latents // 4))[:1]
+    with torch.no_grad():
         wanted, wanted_of_little = ([graph(x).numpy() for x in inputs] for inputs in (given, little))
-        found = list(products(graph))
+        found = prepare_(graph, model)
 
         def use(int8: Sequence[Product]) -> None:
             for product in found:

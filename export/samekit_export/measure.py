@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 PACKAGES = ("samekit", "torch", "onnxruntime", "numpy")
+"""Whose versions go with a figure."""
 
 
 def machine() -> dict[str, Any]:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from samekit.store import Engine
 
 EAGER = "torch"
+"""The backend that the others are compared with."""
 RUNS = 3
 """Timed passes of each half on each backend; the best counts, what disturbs a pass only slows it."""
 
@@ -49,6 +50,7 @@ COLUMNS = (
     "encode",
     "decode",
 )
+"""Heads of the table."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ class Row:
     """One backend at one precision."""
 
     backend: str
+    """Its name."""
     precision: str
+    """That it computed in."""
     size: int
     """Bytes of both halves as they lie on disk; 0 where no engine is run."""
     latents_db: float
@@ -68,6 +72,7 @@ class Row:
     encode_speed: float
     """Seconds of audio encoded in a second."""
     decode_speed: float
+    """Seconds of audio decoded in a second."""
 
     def cells(self) -> tuple[str, ...]:
         """What a table shows, in the order of `COLUMNS`."""
@@ -89,7 +94,9 @@ class Report:
     source: str
     """The audio file's name."""
     engine: Engine
+    """The model."""
     rows: Sequence[Row]
+    """What ran; eager PyTorch first."""
     left_out: Sequence[str]
     """What could not run here, and why; a line each."""
     original: Array = field(repr=False)

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-# 23 is the first with RotaryEmbedding, which ONNX Runtime and TensorRT both run as one fused step.
 OPSET = 23
+"""Of the graphs: the first with RotaryEmbedding, which ONNX Runtime and TensorRT both run as one fused step."""
 
-# Protocol buffers end at 2 GiB; above this the weights lie beside the graph, where a runtime can map them.
 EXTERNAL_DATA_ABOVE = 64 * 1024 * 1024
+"""Bytes of weights above which they lie beside the graph, where a runtime can map them: protobuf ends at 2 GiB."""
 
 
 @contextlib.contextmanager

@@ -75,6 +75,7 @@ class AudioReader:
 
     def __init__(self, path: str | os.PathLike[str], block: int = BLOCK) -> None:
         self.path = named(path)
+        """The file."""
         self._frames_read = 0
         self._source: BinaryIO | None = None
         _check_container(self.path)
@@ -323,6 +324,7 @@ class AudioWriter:
         clip: bool = False,
     ) -> None:
         self.path = Path(path)
+        """The file; not there before the `with` block ends."""
         self.frames = 0
         """Samples a channel that were written so far."""
         self._channels = channels

@@ -51,7 +51,9 @@ class Autoencoder:
         if window is not None and (not isinstance(window, int) or window < 1):
             raise InputError(f"window is {window!r}; pass a whole number of latents from 1")
         self.backend = backend
+        """What computes; closing it closes the model."""
         self.spec: EngineSpec = backend.spec
+        """Every fact about the model."""
         self._plans = {
             half: ExactWindows(
                 window or default_window(context, self.spec.alignment, backend.longest_window),
@@ -87,7 +89,7 @@ class Autoencoder:
         return self.spec.hop
 
     def windows(self, half: str) -> ExactWindows:
-        """How sequences of the encoder or the decoder are cut."""
+        """How sequences of a half are cut: `spec.ENCODER` or `spec.DECODER`."""
         return self._plans[half]
 
     def preprocess_audio_for_encoder(self, audio: Any, in_sr: int) -> Any:
@@ -117,7 +119,8 @@ class Autoencoder:
             latents; of the kind of the first clip.
 
         Raises:
-            InputError: as above, or the lists do not match.
+            InputError: no clips, numbers of clips and rates that differ, or a clip that cannot be used: rank, dtype,
+                NaN, infinity, no samples, or a rate out of range.
         """
         clips = list(audio_list)
         several = isinstance(in_sr_list, (list, tuple, np.ndarray))
@@ -162,7 +165,17 @@ class Autoencoder:
     def decode_audio(
         self, latents: Any, chunked: bool = False, chunk_size: int = CHUNK_SIZE, overlap: int = OVERLAP
     ) -> Any:
-        """Latents `[batch, latent_dim, latents]` to audio `[batch, io_channels, samples]`; arguments as above."""
+        """Latents `[batch, latent_dim, latents]` to audio `[batch, io_channels, latents * downsampling_ratio]`.
+
+        Args:
+            latents: any number of them.
+            chunked: as of `encode_audio`.
+            chunk_size: as of `encode_audio`.
+            overlap: as of `encode_audio`.
+
+        Raises:
+            InputError, NonFiniteError, BackendError: as of `encode_audio`.
+        """
         if self.on_device(latents):
             return self._run(DECODER, self._ready_on_device(latents, 1), (chunk_size, overlap) if chunked else None)
         array = as_float32(latents, "latents")
@@ -203,7 +216,11 @@ class Autoencoder:
         return padded
 
     def stream_encoder(self, sample_rate: int) -> StreamEncoder:
-        """An encoder of one stream at `sample_rate` Hz."""
+        """An encoder of one stream at `sample_rate` Hz.
+
+        Raises:
+            InputError: the rate is out of range.
+        """
         return StreamEncoder(self.backend, self._plans[ENCODER], sample_rate)
 
     def stream_decoder(self) -> StreamDecoder:
@@ -219,6 +236,7 @@ class AutoencoderModel:
 
     def __init__(self, backend: Backend, window: int | None = None) -> None:
         self.autoencoder = Autoencoder(backend, window)
+        """Whole batches of prepared audio, as the reference's attribute of this name."""
 
     @classmethod
     def from_pretrained(
@@ -338,7 +356,11 @@ class AutoencoderModel:
         return self.autoencoder.decode_audio(latents, chunked, chunk_size, overlap)
 
     def stream_encoder(self, sr: int) -> StreamEncoder:
-        """An encoder of one stream at `sr` Hz: `push(samples)` as they arrive, then `finish()`."""
+        """An encoder of one stream at `sr` Hz: `push(samples)` as they arrive, then `finish()`.
+
+        Raises:
+            InputError: the rate is out of range.
+        """
         return self.autoencoder.stream_encoder(sr)
 
     def stream_decoder(self) -> StreamDecoder:
@@ -365,7 +387,10 @@ class AutoencoderModel:
 
         Raises:
             AudioFileError: the file is no readable audio.
+            InputError: its rate or channels cannot be converted, or `latents_path` has another suffix.
             OutputError: the latents cannot be written.
+            NonFiniteError: the model overflowed.
+            BackendError: the backend failed.
         """
         with AudioReader(audio_path) as reader:
             encoder = self.stream_encoder(reader.info.sample_rate)
@@ -410,7 +435,10 @@ class AutoencoderModel:
 
         Raises:
             LatentsFileError: the file holds no latents of this model.
+            InputError: `audio_path` has another suffix, or its format does not hold the subtype.
             OutputError: the audio cannot be written.
+            NonFiniteError: the model overflowed.
+            BackendError: the backend failed.
         """
         reader = LatentsReader(latents_path, self.latent_dim)
         metadata = reader.metadata

@@ -26,9 +26,13 @@ class Window:
     """A stretch of latents to run, and the part of it to keep; all ends are exclusive, all counts from the start."""
 
     start: int
+    """First latent that runs."""
     stop: int
+    """Its end."""
     core_start: int
+    """First latent that is kept."""
     core_stop: int
+    """Its end."""
 
     @property
     def core(self) -> slice:

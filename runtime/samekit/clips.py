@@ -120,7 +120,9 @@ class BadClipError(Exception):
     def __init__(self, status: Status, reason: str) -> None:
         super().__init__(reason)
         self.status: Status = status
+        """Which kind of bad, see `manifest.Status`."""
         self.reason = " ".join(reason.split())
+        """Cause and cure, in one line."""
 
     def __reduce__(self) -> tuple[type[BadClipError], tuple[Status, str]]:
         return type(self), (self.status, self.reason)
@@ -130,15 +132,20 @@ class BadClipError(Exception):
 class Extent:
     """Lengths in latents: what is kept of a clip, and the sequence that has to be encoded for it.
 
-    |------- clip -------|--- zeros, up to sample_size ------------ ... -|
-    |------ latents ------|                            their mask is 1
-    |--------- computed ---------|                     differ from the silence latents; more than `latents` if padded
-    |------------- sequence ------------|              computed and the context that they see
+        |------- clip -------|--- zeros, up to sample_size ------------ ... -|
+        |------ latents ------|                           their mask is 1
+        |--------- computed ---------|                    differ from the silence latents; more than `latents` if padded
+        |------------- sequence ------------|             computed and the context that they see
+
+    None is shorter than the one above it.
     """
 
     latents: int
+    """Of the clip."""
     computed: int
+    """That are taken from the encoder; what follows them in a padded clip are silence latents."""
     sequence: int
+    """That the encoder is given."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +205,7 @@ class Clip:
     kept: int
     """Samples of that part."""
     extent: Extent
+    """Its lengths in latents."""
 
     def metadata(self, source: Source, rules: CuttingRules) -> dict[str, Any]:
         """What the training code reads beside the latents; the fields are those of the reference."""

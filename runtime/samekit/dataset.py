@@ -173,16 +173,16 @@ def pre_encode(
         model: an open model; or a `samekit.distributed.RayEncoder`, to encode on a cluster.
         data_dir: folder with audio files, at any depth, each with a caption of the same name in `.txt`; or several.
         output_path: folder for the latents, or a URL that fsspec knows; one for each model and kind of settings.
-        options: see there.
+        options: how; `PreEncodeOptions()` unless given.
         progress: called after each clip, maybe in another thread.
 
     Returns:
         What was done; also in `.samekit/report.json`, as far as it describes the folder.
 
     Raises:
-        InputError: there is no audio, or the folder holds latents of other settings.
+        InputError: there is no audio, the folder holds latents of other settings, or a clip is bad and
+            `options.strict` is set.
         OutputError: the folder cannot be written or is full, or another process is writing into it.
-        InputError: as above, and when a clip is bad and `options.strict` is set.
         BackendError: the backend failed.
     """
     options = options or PreEncodeOptions()

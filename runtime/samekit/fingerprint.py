@@ -37,7 +37,9 @@ class Profile:
     """The shapes that one optimisation profile takes, each as (least, optimal, most)."""
 
     batch: tuple[int, int, int]
+    """Rows."""
     latents: tuple[int, int, int]
+    """Length of a row."""
 
     def takes(self, batch: int, latents: int) -> bool:
         """Whether a shape lies inside."""
@@ -45,7 +47,9 @@ class Profile:
 
 
 NARROW = Profile(batch=(1, 1, 8), latents=(1, 256, 256))
+"""For windows, several at once."""
 WIDE = Profile(batch=(1, 1, 1), latents=(1, 1292, 4096))
+"""For whole songs in one pass; optimal at two minutes."""
 PROFILES = (NARROW, WIDE)
 """In the order in which they lie in an engine; the first that takes a shape runs it."""
 

@@ -65,6 +65,7 @@ class LatentsWriter:
 
     def __init__(self, path: str | os.PathLike[str], width: int, dtype: str = "float32") -> None:
         self.path = Path(path)
+        """The `.npy` file; not there before the `with` block ends."""
         self.metadata: dict[str, Any] = {}
         """What becomes the `.json`; fill it before the `with` block ends."""
         self.latents = 0
@@ -190,6 +191,9 @@ class LatentsReader:
 
     def blocks(self, latents: int) -> Iterator[npt.NDArray[np.floating[Any]]]:
         """Yield `[width, latents]` of the file's dtype, the last block maybe shorter.
+
+        Args:
+            latents: in a block.
 
         Raises:
             LatentsFileError: a value is NaN or infinite, or the file has become shorter.

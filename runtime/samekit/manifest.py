@@ -1,8 +1,8 @@
 """What an output folder remembers of a dataset: which number each clip has, and what became of it. Knows no audio.
 
-out/.samekit/
-  manifest.jsonl            first line: the settings; then a line for each clip, sorted by number
-  manifest.jsonl.lock       held by the process that writes into the folder
+    out/.samekit/
+      manifest.jsonl            first line: the settings; then a line for each clip, sorted by number
+      manifest.jsonl.lock       held by the process that writes into the folder
 
 While a run goes on, a line is appended for each clip that is finished; the last line about a clip counts, and the run
 ends by writing one line a clip again. A process that is killed leaves at most an incomplete last line, which the next
@@ -232,7 +232,9 @@ class Manifest:
         self.folder = folder
         """Where the latents are."""
         self.shard = shard
+        """The part of the dataset that it is of."""
         self.settings = settings
+        """What decided the latents."""
         self.rows: dict[str, Row] = {row.relpath: row for row in rows}
         """relpath -> row, in the order of the numbers."""
         self._path = folder / STATE_FOLDER / shard.manifest

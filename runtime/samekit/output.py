@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from samekit.manifest import Shard
 
 STATE_FOLDER: Final = ".samekit"
+"""Folder of manifest, lock and report, in the output."""
 SILENCE_FILE: Final = "silence.npy"
+"""The latents of silence, `[1, latent_width, latents of sample_size]`."""
 # What a driver that is killed forgets, at most; the clips of that time are encoded again.
 _SECONDS_BETWEEN_PARTS: Final = 10.0
 _WHOLE: Final = ".whole-"

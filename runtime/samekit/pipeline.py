@@ -51,6 +51,7 @@ class Task:
     """A clip to be encoded."""
 
     source: Source
+    """Its files."""
     target: str
     """Name of the `.npy` file; the `.json` gets the same one."""
 
@@ -78,6 +79,7 @@ class Outcome:
     """What became of a task."""
 
     task: Task
+    """What was to be done."""
     clip: Clip | None
     """None if it was not encoded."""
     bad: BadClipError | None = None

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SPEC_FILE = "spec.json"
+"""Name of the file, in an engine folder."""
 
-# Raised when an older samekit could misread the file.
 FORMAT = 1
+"""Of the file; raised when an older samekit could misread it."""
 
 ENCODER, DECODER = "encoder", "decoder"
 """The two halves of an autoencoder; an engine folder holds a graph of each."""

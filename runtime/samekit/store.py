@@ -1,9 +1,12 @@
 """Where an engine folder lies, and whether it is whole.
 
-engines/same-l/
-  spec.json                        model facts, source, verification
-  encoder.onnx decoder.onnx        fp32 graphs, with .data beside them when large
-  encoder.fp16.onnx ...            other precisions
+    engines/same-l/
+      spec.json                        model facts, source, verification
+      encoder.onnx decoder.onnx        fp32 graphs, with .data beside them when large
+      encoder.fp16.onnx ...            other precisions
+      tensorrt/                        TensorRT engines, see `samekit.tensorrt_store`
+
+Knows no graph: files are compared with what `spec.json` says of them.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 ENGINES_FOLDER = "engines"
+"""Where names are looked up first, and where `samekit export` writes."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,9 @@ class Engine:
     """A finished engine folder."""
 
     folder: Path
+    """Where it lies."""
     spec: EngineSpec
+    """What its `spec.json` says."""
 
     @classmethod
     def load(cls, folder: Path) -> Engine:

@@ -37,6 +37,7 @@ class HalfRunner:
         self._most = backend.window_batch
         self.unit_in, self.unit_out = (spec.hop, 1) if half == ENCODER else (1, spec.hop)
         self.features_out = spec.latent_width if half == ENCODER else spec.channels
+        """Features of an output: the latents' width, or audio channels."""
 
     def cores(self, pieces: Iterable[tuple[Window, Array]]) -> Iterator[Array]:
         """The kept part of each window's output, in order; equal windows run together where the backend wants that.
@@ -170,6 +171,7 @@ class StreamEncoder:
     def __init__(self, backend: Backend, plan: ExactWindows, sample_rate: int) -> None:
         spec = backend.spec
         self.latency = plan.size + 1
+        """Latents that are held back at most."""
         self.samples = 0
         """Samples of the stream so far, at the model's rate."""
         self._finished = False
@@ -228,6 +230,7 @@ class StreamDecoder:
 
     def __init__(self, backend: Backend, plan: ExactWindows) -> None:
         self.latency = plan.size + 1
+        """Latents that are held back at most."""
         self._steps = _Steps()
         self._run = WindowedRun(HalfRunner(backend, DECODER), plan)
         self._width = backend.spec.latent_width

@@ -12,13 +12,14 @@ from samekit.fingerprint import TENSORRT, TENSORRT_RTX
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# The first whose parser knows RotaryEmbedding of ONNX opset 23, in TensorRT's and in TensorRT-RTX's own counting.
 OLDEST = {TENSORRT: (10, 15), TENSORRT_RTX: (1, 4)}
+"""The first whose parser knows RotaryEmbedding of ONNX opset 23, in TensorRT's and in TensorRT-RTX's own counting."""
 
 FLAVOURS = tuple(OLDEST)
 """The preferred one first: it compiles for the very GPU that it runs on."""
 
 INSTALL = {TENSORRT: "pip install 'samekit[gpu]'", TENSORRT_RTX: "pip install 'samekit[rtx]'"}
+"""How to get each flavour."""
 
 
 def import_flavour(flavour: str) -> Any:

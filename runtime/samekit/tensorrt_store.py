@@ -33,12 +33,16 @@ if TYPE_CHECKING:
     from samekit.store import Engine
 
 BUILDS_FOLDER = "tensorrt"
+"""Where builds lie in an engine folder."""
 FINGERPRINT_FILE = "fingerprint.json"
+"""Name of the file that makes a folder a build."""
 LOG_FILE = "build.log"
+"""Name of the builder's log, in a build."""
 FAILED_LOG_SUFFIX = ".failed.log"
+"""Of the log of a build that failed, which lies beside the builds."""
 
-# Raised when an older samekit could misread the file.
 FORMAT = 1
+"""Of `fingerprint.json`; raised when an older samekit could misread it."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class BuiltEngine:
     size: int
     """Bytes."""
     sha256: str
+    """Of its contents."""
     layers: int
     """Layers of the network after parsing, before TensorRT fused them."""
     seconds: float
@@ -71,7 +76,9 @@ class Build:
     """A finished folder of engines."""
 
     folder: Path
+    """Where it lies."""
     fingerprint: Fingerprint
+    """What it was built from and for."""
     engines: dict[str, BuiltEngine]
     """encoder / decoder -> engine; empty for a cache of ONNX Runtime."""
 

@@ -1,9 +1,11 @@
-"""An engine folder as a model repository of the Triton Inference Server. Knows no server: it writes files.
+"""An engine folder as a model repository of the Triton Inference Server.
 
-OUT/same-l-encoder/config.pbtxt        what the server has to know, in its protobuf text format
-OUT/same-l-encoder/1/model.onnx        hard links to the engine folder's files, or copies of them;
-OUT/same-l-encoder/1/encoder.onnx.data external data keep the name that the graph knows
-OUT/same-l-decoder/...
+    OUT/same-l-encoder/config.pbtxt        what the server has to know, in its protobuf text format
+    OUT/same-l-encoder/1/model.onnx        hard links to the engine folder's files, or copies of them;
+    OUT/same-l-encoder/1/encoder.onnx.data external data keep the name that the graph knows
+    OUT/same-l-decoder/...
+
+Knows no server: it writes files.
 """
 
 from __future__ import annotations
@@ -83,7 +85,7 @@ def write_repository(engine: Engine, out: Path, options: TritonOptions | None = 
     Args:
         engine: the engine folder.
         out: the repository; must not exist.
-        options: see there.
+        options: how the server is to run it; `TritonOptions()` unless given.
 
     Returns:
         The folders of both models.

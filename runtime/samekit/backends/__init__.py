@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
+"""The backend that tries the others in order."""
 
 
 def _open_tensorrt(engine: Engine, options: BackendOptions) -> Backend:
@@ -56,6 +57,7 @@ _OPENERS: dict[str, Callable[[Engine, BackendOptions], Backend]] = {
 }
 
 BACKENDS = (AUTO, *_OPENERS)
+"""What users pass as `backend=`."""
 
 # What "auto" does not try where the CPU was asked for.
 _GPU_ONLY = ("tensorrt",)

@@ -96,7 +96,9 @@ class Backend(ABC):
 
     def __init__(self, spec: EngineSpec, precision: str, window_batch: int | None = None) -> None:
         self.spec = spec
+        """Every fact about the model."""
         self.precision = precision
+        """That it computes in, one of `spec.PRECISIONS`."""
         self._window_batch = window_batch
         self._closed = False
 

@@ -23,19 +23,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CPU_PROVIDER = "CPUExecutionProvider"
+"""ONNX Runtime's name for the CPU."""
 CUDA_PROVIDER = "CUDAExecutionProvider"
+"""Its name for NVIDIA GPUs."""
 TENSORRT_PROVIDER = "TensorrtExecutionProvider"
+"""Its name for NVIDIA GPUs through TensorRT, which compiles engines when a graph is first run."""
 
 # Packing SAME-L's weights for the CPU takes seconds, a session without it opens in 0.1 s and maps the file, but packs
 # in every call, a tenth of that time. So the first calls run on the mapped file, and whoever calls more often gets
 # packed weights; a short clip never waits for them.
 MAPPED_CALLS = 2
+"""Calls of a half that run on the mapped file, before its weights are packed."""
 
 # Of ONNX Runtime's log.
 _FATAL = 4
 
-# As the graphs are written.
 INPUT_NAMES = {ENCODER: "audio", DECODER: "latents"}
+"""Of the graphs, as they are written; each half's output is named as the other half's input."""
 
 
 class OnnxRuntimeBackend(Backend):

@@ -43,7 +43,9 @@ class Piece:
     """Rows of a batch that one profile takes at once."""
 
     profile: int
+    """Its place in `fingerprint.PROFILES`."""
     rows: slice
+    """Of the batch."""
 
 
 def split(batch: int, latents: int) -> list[Piece]:

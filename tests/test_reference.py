@@ -1,0 +1,88 @@
+"""The API reference builds without a warning, and every public name in it is described."""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import re
+import subprocess
+import sys
+
+import pdoc.doc
+import pytest
+import reference
+from torch import nn
+
+from samekit import errors
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """The folder of the built reference, by the command of `make docs`."""
+    folder = tmp_path_factory.mktemp("reference")
+    build = [sys.executable, reference.__file__]
+    done = subprocess.run(build, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{reference.FOLDER / 'index.html'}\n"
+    return folder / reference.FOLDER
+
+
+def documented(namespace):
+    """The public names of a module or class that it defines itself, and of the classes in it."""
+    for member in namespace.members.values():
+        inherited = member.taken_from[0] != namespace.modulename or (
+            namespace.kind == "class" and member not in namespace.own_members
+        )
+        if member.kind == "module" or member.name.startswith("_") or inherited:
+            continue
+        # What layers are called is the checkpoint's business, and what they compute is said by their module.
+        if not (member.kind == "variable" and namespace.kind == "class" and issubclass(namespace.obj, nn.Module)):
+            yield member
+        if member.kind == "class":
+            yield from documented(member)
+
+
+def test_every_public_module_has_a_page(pages):
+    names = {str(path.relative_to(pages).with_suffix("")).replace("/", ".") for path in pages.rglob("*.html")}
+    assert names == {"index", *reference.modules()}
+    assert {"samekit", "samekit.autoencoder", "samekit.backends.base", "samekit_export.export"} <= names
+    assert not [name for name in names if "._" in name]
+
+
+def test_pages_show_signatures_sections_and_drawings(pages):
+    model = (pages / "samekit.html").read_text(encoding="utf-8")
+    for shown in ("from_pretrained", "Arguments:", "Returns:", "Raises:", "[batch, latent_dim, latents]"):
+        assert shown in model, shown
+    # A drawing that is not indented becomes one line of text.
+    for page in pages.rglob("*.html"):
+        text = re.sub(r"<pre>.*?</pre>", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        paragraphs = re.findall(r"<p>(.*?)</p>", text, re.DOTALL)
+        assert not [paragraph for paragraph in paragraphs if re.search(r"\|-|-\||──|\w {4,}\w", paragraph)], page.name
+
+
+@pytest.mark.parametrize("name", reference.modules())
+def test_every_public_name_is_described(name):
+    reference.prepare()
+    module = pdoc.doc.Module.from_name(name)
+    assert module.docstring.strip()
+    assert [member.qualname for member in documented(module) if not member.docstring.strip()] == []
+
+
+@pytest.mark.parametrize("name", reference.modules())
+def test_arguments_and_errors_are_those_that_there_are(name):
+    """Sections name no argument that a function lacks, and all of them if any; errors are classes that exist."""
+    reference.prepare()
+    for member in documented(pdoc.doc.Module.from_name(name)):
+        if member.kind != "function":
+            continue
+        described = section(member.docstring, "Args")
+        parameters = [p for p in inspect.signature(member.obj).parameters if p not in ("self", "cls")]
+        assert described in ([], parameters), member.qualname
+        for error in [each for line in section(member.docstring, "Raises") for each in line.split(", ")]:
+            assert hasattr(errors, error) or hasattr(builtins, error), (member.qualname, error)
+
+
+def section(docstring, head):
+    """The names that a section of a docstring describes."""
+    found = re.search(rf"^{head}:\n((?:[ ].*\n?|\n)*)", docstring, re.MULTILINE)
+    return re.findall(r"^    (\w+(?:, \w+)*): ", found[1], re.MULTILINE) if found else []

@@ -1,0 +1,53 @@
+"""Write the API reference, HTML from the docstrings, to build/docs."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from pathlib import Path
+
+import pdoc
+
+import samekit
+import samekit_export
+
+FOLDER = Path("build", "docs")
+# Its reference is `samekit COMMAND --help`.
+LEFT_OUT = "samekit.cli"
+
+
+def modules() -> list[str]:
+    """Names of the public modules: those without a leading underscore."""
+    names = []
+    for package in (samekit, samekit_export):
+        within = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+        names += [package.__name__, *(module.name for module in within)]
+    return [name for name in names if "._" not in name and name != LEFT_OUT]
+
+
+def prepare() -> None:
+    """Import what pdoc reads from modules and does not import by itself."""
+    # Names that a package imports on first use.
+    for name in samekit.__all__:
+        vars(samekit)[name] = getattr(samekit, name)
+    for name in modules():
+        importlib.import_module(name)
+
+
+def write(folder: Path) -> None:
+    """Write a page for each public module, and an index.
+
+    Args:
+        folder: what lies there is replaced.
+    """
+    prepare()
+    pdoc.render.configure(docformat="google", footer_text=f"samekit {samekit.__version__}", show_source=False)
+    # Packages bring their modules along, but for those whose `__all__` names none.
+    names = [name for name in modules() if name.count(".") < 2 and not name.startswith("samekit_export.")]
+    pdoc.pdoc(*names, output_directory=folder)
+
+
+if __name__ == "__main__":
+    write(FOLDER)
+    sys.stdout.write(f"{FOLDER / 'index.html'}\n")
