@@ -46,8 +46,17 @@ bench: $(READY) ## measure against eager PyTorch: MODEL, WEIGHTS, OUT
 	$(BIN)/python benchmarks/latency.py $(OUT)/$(MODEL) --precision $(PRECISION) --plot $(OUT)/$(MODEL)-latency.png $(ARGS)
 	$(BIN)/python benchmarks/opening.py $(OUT)/$(MODEL) --precision $(firstword $(subst $(COMMA), ,$(PRECISION)))
 
-test: $(READY) $(RTX) ## run every test but the slow ones
+# Per cent of the lines of each package that the tests must run; without those that need a GPU, see pyproject.toml.
+COVERED := 90
+
+test: $(READY) $(RTX) ## run every test but the slow ones, and say which lines they ran; with ARGS those tests alone
+ifdef ARGS
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+else
+	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=
+	$(BIN)/coverage report --include 'runtime/*' --fail-under $(COVERED)
+	$(BIN)/coverage report --include 'export/*' --fail-under $(COVERED)
+endif
 
 test-slow: $(READY) $(RTX) ## run the tests that need minutes or gigabytes
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -67,4 +76,4 @@ wheel: $(READY) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel
 
 clean: ## remove what the other targets made, engines excepted
-	rm -rf $(VENV) dist build demo .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) dist build demo .mypy_cache .ruff_cache .pytest_cache .coverage

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+from collections import Counter
 from importlib.metadata import version
 
 import pytest
 import torch
-from helpers import EACH_BACKEND, KINDS, SUMMARY, seeded
+from helpers import EACH_BACKEND, FAULTS, INPUTS, KINDS, SUMMARY, WRONG, seeded
 
 from samekit import AutoencoderModel
 from samekit.store import Engine
@@ -39,9 +40,42 @@ def pytest_report_header():
     ]
 
 
+def pytest_configure(config):
+    config.stash[INPUTS], config.stash[FAULTS], config.stash[WRONG] = Counter(), Counter(), []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    if report.failed and {"inputs", "faults"} & set(item.fixturenames):
+        item.config.stash[WRONG].append(item.nodeid)
+    return report
+
+
 def pytest_terminal_summary(terminalreporter, config):
     for line in config.stash.get(SUMMARY, ()):
         terminalreporter.write_line(line)
+    for key, what in ((INPUTS, "inputs tried"), (FAULTS, "faults injected")):
+        if counts := config.stash[key]:
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(counts.items()))
+            terminalreporter.write_line(f"{counts.total():,} {what}: {kinds}")
+    if config.stash[INPUTS] or config.stash[FAULTS]:
+        wrong = len(set(config.stash[WRONG]))
+        # Each of these tests asserts that nothing crashes, hangs, or is lost or half-written.
+        told = f"in {wrong} tests, see above" if wrong else "0"
+        terminalreporter.write_line(f"crashes: {told}; items lost: {told}")
+
+
+@pytest.fixture(scope="session")
+def inputs(request):
+    """Counts inputs: `inputs["damaged files"] += 1`; a test with it that fails counts as a crash."""
+    return request.config.stash[INPUTS]
+
+
+@pytest.fixture(scope="session")
+def faults(request):
+    """Counts faults: `faults["disks full"] += 1`; a test with it that fails counts as a crash or a loss."""
+    return request.config.stash[FAULTS]
 
 
 def pytest_collection_modifyitems(items):

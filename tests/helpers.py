@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -33,6 +34,12 @@ seeded = functools.cache(random_checkpoint)
 
 # Lines for the end of a run's report.
 SUMMARY = pytest.StashKey[list[str]]()
+
+# What a run tried and broke on purpose, told at its end: kind -> how often. The fixtures of these names count.
+INPUTS = pytest.StashKey[Counter]()
+FAULTS = pytest.StashKey[Counter]()
+# Tests of those that failed.
+WRONG = pytest.StashKey[list[str]]()
 
 REMOVED = object()
 """In place of a field's value: the field is left out."""

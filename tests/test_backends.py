@@ -179,7 +179,9 @@ def test_unknown_names():
 
 
 @pytest.mark.parametrize(
-    "options", [{"device": "tpu"}, {"device": "cuda:0"}, {"threads": 0}, {"threads": -1}, {"threads": "2"}], ids=str
+    "options",
+    [{"device": "tpu"}, {"device": "cuda:0"}, {"threads": 0}, {"threads": -1}, {"threads": "2"}, {"threads": 2**31}],
+    ids=str,
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_values_that_no_backend_can_use(engine_of, backend, options):

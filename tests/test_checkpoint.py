@@ -437,7 +437,19 @@ def test_digest_covers_weights_and_configuration(folder):
     assert len(digests) == 2 + len(WEIGHTS)
 
 
-@pytest.mark.parametrize("source", [{}, {"kind": "tape"}, {"kind": "random"}, {"kind": "folder", "path": "x"}], ids=str)
+@pytest.mark.parametrize(
+    "source",
+    [
+        {},
+        {"kind": "tape"},
+        {"kind": ["random"]},
+        {"kind": "random"},
+        {"kind": "random", "name": "tiny-s", "seed": "0"},
+        {"kind": "folder", "path": "x"},
+        {"kind": "folder", "folder": 5},
+    ],
+    ids=str,
+)
 def test_sources_that_are_none(source):
     assert_one_line(refused(load_source, source))
 

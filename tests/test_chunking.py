@@ -144,8 +144,10 @@ def test_reference_chunks(chunk_size, overlap):
         assert all(0 <= chunk.start < chunk.stop <= latents for chunk in chunks)
 
 
-@pytest.mark.parametrize(("chunk_size", "overlap"), [(0, 0), (-1, -2), (8, 8), (8, 9), (8, -1)])
+@pytest.mark.parametrize(
+    ("chunk_size", "overlap"), [(0, 0), (-1, -2), (8, 8), (8, 9), (8, -1), (8, 2.0), (8.5, 2), ("8", 2), (8, None)]
+)
 def test_chunks_without_a_step_are_refused(chunk_size, overlap):
-    with pytest.raises(InputError, match="pass 0 <= overlap < chunk_size") as caught:
+    with pytest.raises(InputError, match=r"pass (0 <= overlap < chunk_size|a whole number from)") as caught:
         reference_chunks(100, chunk_size, overlap)
     assert_one_line(caught.value)

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import soundfile as sf
 from click.testing import CliRunner
+from faults import KILLED, contents
 from helpers import HOP, KINDS, RATE, FakeBackend, assert_close, assert_one_line, noise
 
 from samekit import AutoencoderModel
@@ -86,11 +87,6 @@ def fake_model(answer=first_samples):
 
 def run(data, out, model=None, **options):
     return pre_encode(model or fake_model(), data, out, PreEncodeOptions(**options))
-
-
-def contents(folder):
-    """Relative path -> bytes of every file."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def rows_of(out):
@@ -669,7 +665,15 @@ def test_verify_misses_the_shards_that_did_not_run(data, out):
 
 @pytest.mark.parametrize(
     "options",
-    [{"batch_size": 0}, {"sample_size": 0}, {"readers": -1}, {"crop": "end"}, {"full": True, "crop": "random"}],
+    [
+        {"batch_size": 0},
+        {"sample_size": 0},
+        {"sample_size": 2**63},
+        {"readers": -1},
+        {"readers": 10**5},
+        {"crop": "end"},
+        {"full": True, "crop": "random"},
+    ],
 )
 def test_options_that_do_not_work(options):
     with pytest.raises(InputError) as error:
@@ -749,39 +753,39 @@ def test_full_disk_stops_with_one_line_and_can_be_resumed(data, small_disk):
 
 
 def kill_and_resume(engine, data, folder, kills):
-    """Kill runs at random moments, then let one finish; returns how many died in the middle."""
+    """Kill runs after random numbers of clips, then let one finish; returns how many died in the middle."""
     command = [sys.executable, "-c", "from samekit.cli import main; main()", "pre-encode", "--threads", "1"]
     command += ["--backend", "onnxruntime", "--model", engine, "--data_dir", data, "--output_path"]
-    seconds = []
-    for _ in range(2):
-        start = time.monotonic()
-        subprocess.run([*command, folder / "whole"], check=True, capture_output=True)
-        seconds.append(time.monotonic() - start)
-    whole, idle = seconds
-    moments, died = random.Random(kills), 0  # noqa: S311 no secret
-    for _ in range(kills):
+    subprocess.run([*command, folder / "whole"], check=True, capture_output=True)
+    manifest, died = folder / "out" / ".samekit" / "manifest.jsonl", 0
+    clips = len(list(data.glob("*.wav")))
+    # Some while the run begins, and none so late that it may be over.
+    for moment in sorted(random.Random(kills).choices(range(clips * 3 // 4), k=kills)):  # noqa: S311 no secret
         process = subprocess.Popen([*command, folder / "out"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            # Some while the run begins, most at work, and so early that the last ones still find something to do.
-            process.wait(idle / 2 + moments.random() * (idle / 2 + (whole - idle) / kills))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            died += process.wait() == -signal.SIGKILL
+        while process.poll() is None and not (
+            manifest.exists() and manifest.read_bytes().count(b'"encoded"') >= moment
+        ):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        died += process.wait() == KILLED
     subprocess.run([*command, folder / "out"], check=True, capture_output=True)
     assert contents(folder / "out") == contents(folder / "whole")
     return died
 
 
-def test_killed_runs_leave_the_same_folder(engine_of, data, tmp_path):
+def test_killed_runs_leave_the_same_folder(engine_of, data, tmp_path, faults):
     write_clips(data, 30, samples=RATE)
-    assert kill_and_resume(engine_of(KINDS[0]).folder, data, tmp_path, kills=2)
+    assert kill_and_resume(engine_of(KINDS[0]).folder, data, tmp_path, kills=2) == 2
+    faults["processes killed"] += 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
-def test_twenty_kills_leave_the_same_folder(engine_of, data, tmp_path, name):
+def test_twenty_kills_leave_the_same_folder(engine_of, data, tmp_path, name, faults):
     write_clips(data, 300, samples=RATE)
-    assert kill_and_resume(engine_of(name).folder, data, tmp_path, kills=20) >= 10
+    died = kill_and_resume(engine_of(name).folder, data, tmp_path, kills=20)
+    faults["processes killed"] += died
+    assert died >= 10
 
 
 # --- Verifying ----------------------------------------------------------------------------------------------

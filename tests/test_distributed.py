@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import fsspec
 import psutil
 import pytest
+from faults import KILLED, contents, dying_at, fill, kill_this_process, mounted, remount
 from helpers import assert_one_line
-from test_dataset import command, contents, run, write_clip, write_clips
+from test_dataset import command, run, write_clip, write_clips
 
 from samekit import AutoencoderModel
 from samekit.clips import Source
 from samekit.dataset import PreEncodeOptions, pre_encode
 from samekit.dataset_check import verify
-from samekit.distributed import RayEncoder, RayOptions, _batches
+from samekit.distributed import RayEncoder, RayOptions, _batches, _Calls, _Worker
 from samekit.errors import BackendError, EngineNotFoundError, InputError, OutputError
 from samekit.pipeline import Task
 
 SECONDS = 44_100
+# For processes that import the tests' own modules.
+WITH_TESTS = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +42,9 @@ def cluster():
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         # Its token would lie in the home, which is another one in each test.
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
+        with patch.context() as starting:
+            starting.setenv("PYTHONPATH", WITH_TESTS)
+            ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
         yield ray.get_runtime_context().gcs_address
         ray.shutdown()
 
@@ -115,7 +125,7 @@ def test_batches_of_windows_give_the_same_latents(encoder, model, data, out):
     assert verify(out) == []
 
 
-def test_killed_worker_loses_nothing(encoder, work, out):
+def test_killed_worker_loses_nothing(encoder, work, out, faults):
     data, alone = work
     killed, seen = [], []
 
@@ -128,6 +138,7 @@ def test_killed_worker_loses_nothing(encoder, work, out):
 
     report = pre_encode(encoder, data, out, progress=kill)
     assert len(set(killed)) == 2
+    faults["actors killed"] += 2
     assert seen == list(range(1, 49))
     assert report.statuses == {"encoded": 48}
     assert contents(out) == alone
@@ -147,7 +158,7 @@ def test_clips_over_which_actors_die_again_and_again_are_named(encoder, work, ou
     assert_one_line(error.value)
 
 
-def test_killed_driver_is_followed_by_another(cluster, engine, work, out):
+def test_killed_driver_is_followed_by_another(cluster, engine, work, out, faults):
     data, alone = work
     arguments = ["--model", engine, "--backend", "onnxruntime", "--device", "cpu", "--data_dir", data]
     program = [sys.executable, "-c", "from samekit.cli import main; main()", "pre-encode", *arguments]
@@ -161,7 +172,8 @@ def test_killed_driver_is_followed_by_another(cluster, engine, work, out):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     driver.send_signal(signal.SIGKILL)
-    assert driver.wait() == -signal.SIGKILL
+    assert driver.wait() == KILLED
+    faults["processes killed"] += 1
     result = command(*arguments, "--output_path", out, "--ray", cluster)
     assert result.exit_code == 0, result.output
     last = json.loads(result.stdout.splitlines()[-1])
@@ -219,6 +231,157 @@ def test_lost_node_holds_nothing_up(engine, work, out, monkeypatch):
     assert contents(out) == alone
 
 
+# --- Killed while they write, and disks that take nothing ----------------------------------------------------
+
+# A command that dies before the step that it is told; steps of Ray itself count too.
+DYING = """
+import sys
+from faults import dying_at
+from samekit.cli import main
+dying_at(int(sys.argv[1]), lambda: main(sys.argv[2:], standalone_mode=False))()
+"""
+
+
+def dying_driver(step, arguments):
+    """How a command ended that should die before a step of its writing."""
+    program = [sys.executable, "-c", DYING, str(step), *map(str, arguments)]
+    environment, nowhere = os.environ | {"PYTHONPATH": WITH_TESTS}, subprocess.DEVNULL
+    return subprocess.run(program, env=environment, stdout=nowhere, stderr=nowhere, check=False).returncode
+
+
+def finished_pairs(out):
+    """The files of an output that nobody is writing, but for manifest, report and lock."""
+    return {name: data for name, data in contents(out).items() if not name.startswith(".")}
+
+
+def wait_for_orphans(before):
+    """Wait until the actors of a killed driver are gone."""
+    deadline = time.monotonic() + 60
+    while {process.pid for process in workers()} - before:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("stride", [9, pytest.param(1, marks=pytest.mark.slow)], ids=["some steps", "every step"])
+def test_driver_killed_at_a_step(cluster, engine, model, data, out, stride, faults):
+    """Whatever it and the actors, which live a moment longer, leave: the next run makes it whole."""
+    write_clips(data, 3)
+    alone, kills = out.with_name("alone"), 0
+    run(data, alone, model)
+    expected, others = contents(alone), {process.pid for process in workers()}
+    arguments = ["pre-encode", "--model", engine, "--backend", "onnxruntime", "--device", "cpu", "--data_dir", data]
+    for step in range(1, 400, stride):
+        ended = dying_driver(step, [*arguments, "--output_path", out, "--ray", cluster])
+        assert ended in (0, KILLED), step
+        if ended == 0:
+            break
+        kills += 1
+        if out.exists():
+            pairs = finished_pairs(out)
+            assert pairs.items() <= expected.items(), step
+            run(data, out, model)
+        wait_for_orphans(others)
+        run(data, out, model)
+        assert contents(out) == expected, step
+        shutil.rmtree(out)
+    faults["processes killed"] += kills
+    assert kills * stride >= 25
+    assert contents(out) == expected
+
+
+@pytest.mark.parametrize("clips", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_actor_killed_at_every_step(cluster, engine, model, data, out, tmp_path, monkeypatch, clips, faults):
+    """Each actor dies one step of its writing later than the one before it, until one lives long enough."""
+    del cluster
+    write_clips(data, clips)
+    alone, deaths = out.with_name("alone"), tmp_path / "deaths"
+    run(data, alone, model)
+    expected = finished_pairs(alone)
+    deaths.mkdir()
+
+    class Dying(_Worker):
+        def encode(self, facts, job, tasks):
+            def die(*_arguments, **_options):
+                (deaths / str(step)).mkdir()
+                kill_this_process()
+
+            step = len(list(deaths.iterdir())) + 1
+            answers = []
+            dying_at(step, lambda: answers.append(super(Dying, self).encode(facts, job, tasks)), die=die)()
+            return answers[0]
+
+    def look(calls, actor, batch, error):
+        seen.append(dict(finished_pairs(out)))
+        failed(calls, actor, batch, error)
+
+    seen, failed = [], _Calls._failed
+    monkeypatch.setattr("samekit.distributed._Worker", Dying)
+    monkeypatch.setattr("samekit.distributed._DEATHS", 10**6)
+    monkeypatch.setattr(_Calls, "_failed", look)
+    with RayEncoder(engine, RayOptions(actors=1), device="cpu", backend="onnxruntime") as encoder:
+        report = pre_encode(encoder, data, out)
+    assert report.statuses == {"encoded": clips}
+    assert contents(out) == contents(alone)
+    assert all(pairs.items() <= expected.items() for pairs in seen)
+    assert len(seen) == len(list(deaths.iterdir())) >= 10 * clips
+    faults["actors killed"] += len(seen)
+
+
+@pytest.mark.parametrize("scheme", ["", "local://"], ids=["folder", "URL"])
+def test_disk_that_becomes_full(encoder, model, data, tmp_path, scheme, faults):
+    """In the middle, where nobody but the actors writes anything large."""
+    write_clips(data, 30, samples=10_000)
+    alone = tmp_path / "alone"
+    run(data, alone, model)
+    with mounted(tmp_path / "disk", "-o", "size=600k") as disk:
+        out = disk / "out"
+
+        def stop(progress):
+            if progress.done == 1:
+                fill(disk)
+
+        with pytest.raises(OutputError, match="No space left") as error:
+            pre_encode(encoder, data, f"{scheme}{out}", progress=stop)
+        faults["disks full"] += 1
+        assert_one_line(error.value)
+        assert str(out) in str(error.value)
+        assert finished_pairs(out).items() <= contents(alone).items()
+        assert not list(disk.rglob(".*.tmp"))
+        (disk / "filler").unlink()
+        remount(disk, "size=20m")
+        assert pre_encode(encoder, data, f"{scheme}{out}").clips == 30
+        found = contents(out)
+        assert found == (contents if not scheme else without_locks)(alone)
+
+
+def test_disk_that_is_read_only(encoder, data, tmp_path, faults):
+    write_clips(data, 1)
+    with mounted(tmp_path / "disk") as disk:
+        remount(disk, "ro")
+        for target in (disk, disk / "new", f"local://{disk}/new"):
+            with pytest.raises(OutputError, match="Read-only file system") as error:
+                pre_encode(encoder, data, target)
+            faults["disks read-only"] += 1
+            assert_one_line(error.value)
+
+
+def test_two_of_everything(encoder, model, data, out):
+    """While a cluster writes into a folder, nobody else does."""
+    write_clips(data, 20)
+    refusals = []
+
+    def meddle(progress):
+        if progress.done == 1:
+            with pytest.raises(OutputError, match=f"process {os.getpid()} is writing there") as error:
+                run(data, out, model)
+            refusals.append(error.value)
+
+    assert pre_encode(encoder, data, out, progress=meddle).encoded == 20
+    (refusal,) = refusals
+    assert_one_line(refusal)
+    assert verify(out) == []
+
+
 # --- What cannot work ---------------------------------------------------------------------------------------
 
 
@@ -252,6 +415,49 @@ def test_options_of_a_cluster_that_cannot_be(data, out, monkeypatch, arguments, 
     assert "Traceback" not in result.stderr
     assert time.monotonic() - start < 15
     assert not out.exists()
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", None], ids=["closed", "HTTP/1", "silent"])
+def test_port_that_is_not_rays(data, out, monkeypatch, answer):
+    """Ray itself would try for a quarter of an hour."""
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("samekit.distributed._CONNECT_PATIENCE", 1)
+    write_clips(data, 1)
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+
+        def serve():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(100)
+                if answer is None:
+                    # Until the other side has had enough.
+                    connection.recv(1)
+                else:
+                    connection.sendall(answer)
+
+        served = pool.submit(serve)
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        line = refused("--model", "x", "--data_dir", data, "--output_path", out, "--ray", address)
+        served.result()
+    assert f"{address}: no Ray cluster answers" in line
+    assert ("timed out" if answer is None else "what listens there is not Ray") in line
+
+
+@pytest.mark.slow
+def test_port_of_another_service_that_speaks_grpc(data, out, monkeypatch):
+    import grpc
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    write_clips(data, 1)
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    start = time.monotonic()
+    assert "no Ray cluster answers" in refused(
+        "--model", "x", "--data_dir", data, "--output_path", out, "--ray", f"127.0.0.1:{port}"
+    )
+    assert time.monotonic() - start < 90
+    server.stop(None).wait()
 
 
 def test_without_ray_the_command_says_what_to_install(data, out, monkeypatch):
@@ -298,7 +504,7 @@ def test_cluster_without_room_is_not_waited_for_for_ever(cluster, engine, monkey
 
 @pytest.mark.parametrize("options", [{"actors": 0}, {"cpus_per_actor": 0}, {"gpus_per_actor": -1}])
 def test_options_are_checked(options):
-    with pytest.raises(InputError, match="pass at least") as error:
+    with pytest.raises(InputError, match="pass a ") as error:
         RayOptions(**options)
     assert_one_line(error.value)
 
@@ -430,6 +636,66 @@ def test_workers_write_to_a_url(encoder, model, data, out):
     run(data, alone, model)
     assert contents(out) == without_locks(alone)
     assert verify(out) == []
+
+
+def ended_by(work):
+    """What was raised by a work that was to write; None if it came to its end."""
+    try:
+        work()
+    except (OutputError, KeyboardInterrupt) as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("error", [RuntimeError("503 Slow Down"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("keeps_halves", [False, True])
+@pytest.mark.parametrize("begun", [False, True])
+def test_url_that_fails_at_any_call(data, out, bucket, monkeypatch, error, keeps_halves, begun, faults):
+    """A place that fails once, whenever, holds whole files; and all of them after the next run.
+
+    Object stores keep nothing of an upload that fails; other places may keep half of it.
+    """
+    monkeypatch.setattr("samekit.output._SECONDS_BETWEEN_PARTS", 0)
+    write_clips(data, 4)
+    store, options = fsspec.filesystem("memory"), {"pad": True, "sample_size": 400}
+    if begun:
+        # What is new stands before the rest, so numbers that are forgotten would be others.
+        run(data, out, **options)
+        run(data, URL, **options)
+        write_clip(data / "a.wav", 100)
+    write_clip(data / "mute.wav", 100, caption=None)
+    before = bucket()
+    run(data, out, **options)
+    expected = without_locks(out)
+    calls = [(type(store), name) for name in ("pipe_file", "rm_file", "makedirs", "ls", "cat_file")]
+
+    upload = store.pipe_file
+
+    def fail(_, path, data=None, **_options):
+        if keeps_halves and isinstance(data, bytes):
+            upload(path, data[: len(data) // 2])
+        raise error
+
+    def work():
+        run(data, URL, **options)
+
+    for step in range(1, 300):
+        store.store.clear()
+        store.pipe({f"/bucket/out/{name}": held for name, held in before.items()})
+        caught = ended_by(dying_at(step, work, calls, fail))
+        if caught is None:
+            break
+        # An interrupt is like a kill: nobody clears halves away.
+        if caught is not error:
+            assert_one_line(caught)
+            assert str(caught).startswith(f"{URL}: cannot be ")
+        if caught is not error or not keeps_halves:
+            pairs = {name: held for name, held in bucket().items() if not name.startswith(".")}
+            assert pairs.items() <= expected.items(), step
+        work()
+        assert bucket() == expected, step
+    faults["calls of a file system failed"] += step - 1
+    assert step > 15
 
 
 @pytest.mark.parametrize("call", ["ls", "cat_file"])

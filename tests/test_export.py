@@ -162,6 +162,15 @@ def contents(folder):
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".."])
+def test_name_that_leads_out_of_the_folder(ready_graphs, tmp_path, name):
+    with pytest.raises(InputError, match="no engine folder can be called") as error:
+        export(dataclasses.replace(seeded("tiny-s"), name=name), tmp_path / "engines")
+    assert_one_line(error.value)
+    assert ready_graphs == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_current_folder_is_left_alone(exported, ready_graphs):
     before, lines = contents(exported), []
     engine = export(seeded("tiny-s"), exported, report=lines.append)

@@ -8,14 +8,11 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
-import traceback
-import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -24,10 +21,12 @@ import psutil
 import pytest
 import soundfile as sf
 from click.testing import CliRunner
-from helpers import RATE, SUMMARY, FakeBackend, assert_one_line, noise, seeded
+from faults import KILLED, contents, fill, in_a_fork, kill_at_every_step, mounted, names, remount, together
+from helpers import RATE, FakeBackend, assert_one_line, noise, seeded
 from small import small_graph, write_engine
 
 from samekit import AutoencoderModel, _files
+from samekit import triton as triton_module
 from samekit.audio import read_audio
 from samekit.cli import main
 from samekit.dataset import PreEncodeOptions, pre_encode
@@ -37,91 +36,13 @@ from samekit.latents import LatentsWriter
 from samekit.store import Engine
 from samekit.tensorrt_store import BuiltEngine, build_folders, is_whole
 from samekit_export import export as export_module
+from samekit_export import report as report_module
 from samekit_export import to_tensorrt
 from samekit_export.export import export
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="faults are injected into forks of this process")
 
-KILLED = -signal.SIGKILL
-
-
-# --- Dying at a step ----------------------------------------------------------------------------------------
-
-# What changes names and what waits for the disk; everything that can be half-done lies between two of these.
-STEPS = ("open", "rename", "replace", "fsync", "mkdir", "rmdir", "link", "unlink")
-
-
-def in_a_fork(work):
-    """How a copy of this process ended that did the work: 0, or minus the number of a signal."""
-    with warnings.catch_warnings():
-        # Python 3.12 warns of threads; the work uses none of theirs.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        process = os.fork()
-    if process == 0:
-        code = 1
-        # It never hangs: a lock that another thread held at the fork stays held.
-        signal.alarm(300)
-        try:
-            work()
-            code = 0
-        except BaseException:  # noqa: BLE001 nothing may get back into the test
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-
-
-def dying_at(step, work):
-    """The work, but the process kills itself before its `step`-th step."""
-    left = [step]
-
-    def counting(function):
-        def count(*arguments, **options):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **options)
-
-        return count
-
-    def run():
-        for name in STEPS:
-            setattr(os, name, counting(getattr(os, name)))
-        _files._exchanged = counting(_files._exchanged)
-        work()
-
-    return run
-
-
-def kill_at_every_step(work, check, prepare, most=200):
-    """Kill the work at its first step, its second, ... until it ends by itself; returns how often it was killed."""
-    for step in range(1, most):
-        prepare()
-        ended = in_a_fork(dying_at(step, work))
-        assert ended in (0, KILLED), f"step {step}"
-        check(f"killed at step {step}")
-        if ended == 0:
-            return step - 1
-    pytest.fail("it never ends")
-
-
-@pytest.fixture(scope="module")
-def record_faults(request):
-    """Adds to the number of processes killed in this run, told at its end."""
-    killed = []
-    yield killed.append
-    line = f"{sum(killed)} processes killed while they wrote: nothing half-written, nothing lost"
-    request.config.stash.setdefault(SUMMARY, []).append(line)
-
-
-def contents(folder):
-    """Relative path -> bytes of every file."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+# --- Killed ---------------------------------------------------------------------------------------------------
 
 
 def samekit(*arguments):
@@ -167,7 +88,7 @@ def out(tmp_path):
 
 
 @pytest.mark.parametrize("older", [False, True])
-def test_killed_encode(song, out, options, older, record_faults):
+def test_killed_encode(song, out, options, older, faults):
     whole = out.parent / "whole"
     whole.mkdir()
     samekit("encode", song, whole / "a.npy", *options)
@@ -188,12 +109,12 @@ def test_killed_encode(song, out, options, older, record_faults):
         assert contents(out) == new, moment
 
     kills = kill_at_every_step(lambda: samekit("encode", song, out / "a.npy", *options), check, prepare)
-    record_faults(kills)
+    faults["processes killed"] += kills
     assert kills >= 8
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac"])
-def test_killed_decode(latents, out, options, suffix, record_faults):
+def test_killed_decode(latents, out, options, suffix, faults):
     target = out / f"a.{suffix}"
 
     def prepare():
@@ -207,7 +128,7 @@ def test_killed_decode(latents, out, options, suffix, record_faults):
     samekit("decode", latents, target, *options)
     new = target.read_bytes()
     kills = kill_at_every_step(lambda: samekit("decode", latents, target, *options), check, prepare)
-    record_faults(kills)
+    faults["processes killed"] += kills
     assert kills >= 4
 
 
@@ -230,10 +151,27 @@ class QuickGraph:
         return self
 
 
+@pytest.fixture
+def quick_page(monkeypatch, engine):
+    """Let reports tell of made-up measurements."""
+    row = report_module.Row("torch", "fp32", 0, np.inf, np.inf, 1.0, 2.0, 3.0)
+    measured = report_module.Report(
+        source="song.wav",
+        engine=Engine.load(engine),
+        rows=[row],
+        left_out=[],
+        original=noise((2, 999)),
+        decoded=noise((2, 999), 1),
+        latents=noise((4, 125)),
+        shown="torch fp32",
+    )
+    monkeypatch.setattr(report_module, "measure", lambda *_, **__: measured)
+
+
 @pytest.mark.parametrize("swap", [True, False], ids=["swapped in one step", "renamed twice"])
 @pytest.mark.parametrize("precisions", [["fp32"], ["fp16"]])
 @pytest.mark.usefixtures("quick_graphs")
-def test_killed_export(out, monkeypatch, precisions, swap, record_faults):
+def test_killed_export(out, monkeypatch, precisions, swap, faults):
     if not swap:
         monkeypatch.setattr(_files, "_exchanged", lambda *_: False)
     folder = out / "tiny-s"
@@ -262,14 +200,14 @@ def test_killed_export(out, monkeypatch, precisions, swap, record_faults):
         assert (folder / "tensorrt" / "some" / "fingerprint.json").exists(), moment
 
     kills = kill_at_every_step(run, check, prepare)
-    record_faults(kills)
+    faults["processes killed"] += kills
     assert kills >= 10
     run()
     assert names(folder / "tensorrt") == ["some"]
 
 
 @pytest.mark.usefixtures("quick_graphs")
-def test_killed_first_export(out, record_faults):
+def test_killed_first_export(out, faults):
     def check(moment):
         assert not (out / "tiny-s").exists() or Engine.load(out / "tiny-s").graph("encoder", "fp32")
         export(seeded("tiny-s"), out)
@@ -279,7 +217,7 @@ def test_killed_first_export(out, record_faults):
         shutil.rmtree(out, ignore_errors=True)
 
     kills = kill_at_every_step(lambda: export(seeded("tiny-s"), out), check, prepare)
-    record_faults(kills)
+    faults["processes killed"] += kills
     assert kills >= 4
 
 
@@ -301,7 +239,7 @@ def quick_halves(engine, fingerprint, module, staging, report):
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_killed_build(engine, tmp_path, monkeypatch, damaged, record_faults):
+def test_killed_build(engine, tmp_path, monkeypatch, damaged, faults):
     folder = tmp_path / "engine"
     monkeypatch.setattr(to_tensorrt, "_build_halves", quick_halves)
 
@@ -324,11 +262,11 @@ def test_killed_build(engine, tmp_path, monkeypatch, damaged, record_faults):
         assert is_whole(build), moment
 
     kills = kill_at_every_step(run, check, prepare)
-    record_faults(kills)
+    faults["processes killed"] += kills
     assert kills >= 5
 
 
-def test_killed_dataset(tmp_path, out, record_faults):
+def test_killed_dataset(tmp_path, out, faults):
     data = tmp_path / "data"
     data.mkdir()
     for index in range(2):
@@ -349,8 +287,53 @@ def test_killed_dataset(tmp_path, out, record_faults):
 
     run(tmp_path / "whole")
     kills = kill_at_every_step(lambda: run(out), check, prepare)
-    record_faults(kills)
+    faults["processes killed"] += kills
     assert kills >= 30
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["linked", "copied"])
+def test_killed_repository(engine, out, monkeypatch, links, faults):
+    if not links:
+        monkeypatch.setattr(_files, "link_or_copy", shutil.copyfile)
+        monkeypatch.setattr(triton_module, "link_or_copy", shutil.copyfile)
+    models = out / "models"
+
+    def run():
+        triton_module.write_repository(Engine.load(engine), models)
+
+    def prepare():
+        shutil.rmtree(models, ignore_errors=True)
+
+    def check(moment):
+        if models.exists():
+            assert contents(models) == new, moment
+            shutil.rmtree(models)
+        run()
+        # Nothing else is left, neither of the killed process nor of this one.
+        assert names(out) == ["models"], moment
+
+    run()
+    new = contents(models)
+    kills = kill_at_every_step(run, check, prepare)
+    faults["processes killed"] += kills
+    assert kills >= 8
+
+
+@pytest.mark.usefixtures("quick_page")
+def test_killed_report(song, engine, out, monkeypatch, faults):
+    page = out / "page.html"
+    command = ("report", song, "--model", engine, "--out", page)
+    # Pictures take time, and are drawn before anything is written.
+    monkeypatch.setattr(report_module, "page_of", lambda _: "a new page" * 10_000)
+
+    def check(moment):
+        assert page.read_text() in ("an older page", "a new page" * 10_000), moment
+        samekit(*command)
+        assert contents(out) == {"page.html": b"a new page" * 10_000}, moment
+
+    kills = kill_at_every_step(lambda: samekit(*command), check, lambda: page.write_text("an older page"))
+    faults["processes killed"] += kills
+    assert kills >= 4
 
 
 def test_what_is_being_written_is_not_cleared_away(out):
@@ -376,19 +359,6 @@ def test_only_what_killed_processes_left_is_cleared_away(out):
 
 
 # --- The disk ------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def mounted(folder, *options):
-    """A small file system in memory."""
-    folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", folder], capture_output=True, check=False)
-    if mount.returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
 def long_song(path):
@@ -421,16 +391,20 @@ def _writers(work, options, engine):
             disk / "out",
         ],
         "export": lambda disk: ["export", "tiny-s", "--weights", "random", "--out", disk, "--force"],
+        "triton": lambda disk: ["triton", disk / "models", "--model", engine],
+        "report": lambda disk: ["report", song, "--model", engine, "--out", disk / "page.html"],
     }
 
 
-WRITERS = ("encode", "decode", "pre-encode", "export")
+WRITERS = ("encode", "decode", "pre-encode", "export", "triton", "report")
+# Bytes that are left on the full disk: repositories of small graphs are small.
+ROOM = dict.fromkeys(WRITERS, 40_000) | {"triton": 0}
 
 
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("fault", ["full", "read-only"])
-@pytest.mark.usefixtures("quick_graphs")
-def test_disk_that_cannot_be_written(tmp_path, options, engine, monkeypatch, writer, fault):
+@pytest.mark.usefixtures("quick_graphs", "quick_page")
+def test_disk_that_cannot_be_written(tmp_path, options, engine, monkeypatch, writer, fault, faults):
     command = _writers(tmp_path, options, engine)[writer]
     small = export_module.write_onnx
 
@@ -439,16 +413,17 @@ def test_disk_that_cannot_be_written(tmp_path, options, engine, monkeypatch, wri
         path.with_name(f"{path.name}.data").write_bytes(bytes(300_000))
 
     with mounted(tmp_path / "disk", "-o", "size=400k") as disk:
-        if writer != "pre-encode":
-            samekit(*command(disk))
-        else:
+        if writer == "pre-encode":
             (disk / "out" / ".samekit").mkdir(parents=True)
-        (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 40_000))
+        elif writer != "triton":
+            samekit(*command(disk))
+        fill(disk, ROOM[writer])
         before = contents(disk)
         monkeypatch.setattr(export_module, "write_onnx", larger)
         if fault == "read-only":
-            subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+            remount(disk, "ro")
         result = CliRunner().invoke(main, list(map(str, command(disk))))
+        faults["disks full" if fault == "full" else "disks read-only"] += 1
         assert result.exit_code == 2, result.output
         # libsndfile does not tell why.
         full = ("No space left", "Not enough free space", "System error")
@@ -459,19 +434,20 @@ def test_disk_that_cannot_be_written(tmp_path, options, engine, monkeypatch, wri
             assert contents(disk) == before
         assert not list(disk.rglob(".*.tmp"))
         # Room makes it work.
-        subprocess.run(["mount", "-o", "remount,rw,size=20m", disk], check=True)
+        remount(disk, "rw,size=20m")
         samekit(*command(disk))
         assert not list(disk.rglob(".*.tmp"))
 
 
-def test_cleaning_on_a_read_only_disk(tmp_path, engine):
+def test_cleaning_on_a_read_only_disk(tmp_path, engine, faults):
     with mounted(tmp_path / "disk") as disk:
         shutil.copytree(engine, disk / "engine")
         (build,) = (disk / "engine" / "tensorrt").iterdir()
         (build / "encoder.engine").write_bytes(b"")
         before = contents(disk)
-        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        remount(disk, "ro")
         result = CliRunner().invoke(main, ["clean", str(disk / "engine")])
+        faults["disks read-only"] += 1
         assert result.exit_code == 2
         assert "Read-only file system" in result.stderr
         assert contents(disk) == before
@@ -511,7 +487,7 @@ CHANGES = {change.__name__: change for change in (shrink, grow, replace, overwri
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3", "aiff"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_audio_that_changes_while_it_is_encoded(tmp_path, monkeypatch, suffix, change):
+def test_audio_that_changes_while_it_is_encoded(tmp_path, monkeypatch, suffix, change, faults):
     path = tmp_path / f"song.{suffix}"
     sf.write(path, noise((200_000, 2), level=0.1), RATE)
     os.utime(path, (1, 1))
@@ -526,13 +502,14 @@ def test_audio_that_changes_while_it_is_encoded(tmp_path, monkeypatch, suffix, c
     (tmp_path / "out").mkdir()
     with pytest.raises(AudioFileError) as caught:
         model.encode_file(path, tmp_path / "out" / "a.npy", progress)
+    faults["files changed while they were read"] += 1
     assert_one_line(caught.value)
     assert len(blocks) >= 2
     assert names(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_audio_that_changes_while_a_dataset_is_encoded(tmp_path, out, change):
+def test_audio_that_changes_while_a_dataset_is_encoded(tmp_path, out, change, faults):
     """What such a clip became does not matter, if the next run makes it right."""
     data = tmp_path / "data"
     data.mkdir()
@@ -549,6 +526,7 @@ def test_audio_that_changes_while_a_dataset_is_encoded(tmp_path, out, change):
 
     model = AutoencoderModel(FakeBackend(answer))
     pre_encode(model, data, out, PreEncodeOptions(readers=1))
+    faults["files changed while they were read"] += len(changed)
     (data / "other.wav").unlink(missing_ok=True)
     pre_encode(model, data, out)
     pre_encode(model, data, tmp_path / "whole")
@@ -562,7 +540,7 @@ def test_audio_that_changes_while_a_dataset_is_encoded(tmp_path, out, change):
 
 
 @pytest.mark.parametrize("change", ["shrink", "remove", "overwrite"])
-def test_latents_that_change_while_they_are_decoded(tmp_path, out, change):
+def test_latents_that_change_while_they_are_decoded(tmp_path, out, change, faults):
     path = tmp_path / "song.npy"
     with LatentsWriter(path, 4) as writer:
         writer.write(noise((4, 100_000)))
@@ -583,15 +561,68 @@ def test_latents_that_change_while_they_are_decoded(tmp_path, out, change):
 
     # In a fork, because reading a map that has no file any more ends a process.
     assert in_a_fork(decode) == 0
+    faults["files changed while they were read"] += 1
+
+
+# --- Pipes and devices -----------------------------------------------------------------------------------------
+
+
+def pipe(path):
+    os.mkfifo(path)
+
+
+def device(path):
+    """Never ends, and says that it is empty."""
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("kind", [pipe, device])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "song.wav",
+        "song.npy",
+        "song.json",
+        "engine/spec.json",
+        "build/fingerprint.json",
+        "out/.samekit/manifest.jsonl",
+        "checkpoint/model_config.json",
+        "checkpoint/model.safetensors",
+    ],
+)
+def test_what_is_no_file_is_refused_at_once(engine, latents, checkpoint_of, tmp_path, kind, place, faults):
+    """Whoever opens a pipe is blocked, and whoever reads a device never ends."""
+    shutil.copytree(engine, tmp_path / "engine")
+    (build,) = (tmp_path / "engine" / "tensorrt").iterdir()
+    (tmp_path / "build").symlink_to(build)
+    (tmp_path / "out" / ".samekit").mkdir(parents=True)
+    shutil.copytree(checkpoint_of("tiny-s"), tmp_path / "checkpoint")
+    (tmp_path / place).unlink(missing_ok=True)
+    kind(tmp_path / place)
+    options = ("--model", engine, "--backend", "onnxruntime", "--threads", 1)
+    command = {
+        "song.wav": ("encode", tmp_path / "song.wav", tmp_path / "new.npy", *options),
+        "song.npy": ("decode", latents, tmp_path / "new.wav", *options),
+        "song.json": ("decode", latents, tmp_path / "new.wav", *options),
+        "engine": ("info", tmp_path / "engine"),
+        "build": ("info", tmp_path / "engine"),
+        "out": ("pre-encode", *options, "--data_dir", tmp_path / "data", "--output_path", tmp_path / "out"),
+        "checkpoint": ("export", tmp_path / "checkpoint", "--out", tmp_path / "engines"),
+    }[place.split("/")[0]]
+    (tmp_path / "data").mkdir()
+    sf.write(tmp_path / "data" / "a.wav", noise((300, 2), level=0.1), RATE)
+
+    def run():
+        result = CliRunner().invoke(main, [str(argument) for argument in command])
+        # A damaged build is listed as such.
+        assert result.exit_code == (0 if place.startswith("build") else 2), result.output
+        assert "no regular file" in result.output or f"no {Path(place).name} here" in result.output
+
+    assert in_a_fork(run) == 0
+    faults["pipes and devices in place of files"] += 1
 
 
 # --- Two of everything ----------------------------------------------------------------------------------------
-
-
-def together(*works):
-    """Start works at once in processes; how each ended."""
-    with ThreadPoolExecutor(len(works)) as pool:
-        return list(pool.map(in_a_fork, works))
 
 
 def quietly(error, work):
@@ -620,6 +651,32 @@ def test_encodes_and_decodes_to_one_file_at_once(song, latents, out, options):
         assert together(*[lambda: samekit(*encode), lambda: samekit(*decode)] * 2) == [0] * 4
         assert names(out) == ["a.json", "a.npy", "a.wav"]
         assert np.array_equal(np.load(out / "a.npy"), np.load(latents))
+
+
+def test_repositories_into_one_folder_at_once(engine, out):
+    """One is written, and the others say that it is there."""
+    ended = out.parent / "ended"
+    ended.mkdir()
+
+    def run(index):
+        result = CliRunner().invoke(main, ["triton", str(out / "models"), "--model", str(engine)])
+        (ended / str(index)).write_text(f"{result.exit_code} {result.stderr}")
+
+    for _ in range(10):
+        assert together(*[partial(run, index) for index in range(3)]) == [0, 0, 0]
+        first, *others = sorted(path.read_text() for path in ended.iterdir())
+        assert first == "0 "
+        assert all(line.startswith("2 ") and "exists" in line for line in others), others
+        assert names(out) == ["models"]
+        shutil.rmtree(out / "models")
+
+
+@pytest.mark.usefixtures("quick_page")
+def test_reports_into_one_file_at_once(song, engine, out):
+    command = ("report", song, "--model", engine, "--out", out / "page.html")
+    assert together(*[lambda: samekit(*command)] * 3) == [0, 0, 0]
+    assert names(out) == ["page.html"]
+    assert (out / "page.html").read_text().rstrip().endswith("</html>")
 
 
 def test_cleaning_and_looking_at_once(engine, tmp_path):

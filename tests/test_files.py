@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import re
 
 import pytest
 
+from samekit import _files
 from samekit._files import atomic_path, output_errors
 from samekit.errors import OutputError
 
@@ -19,6 +22,23 @@ def test_target_changes_only_when_the_block_ends(tmp_path):
         assert target.read_text() == "old"
     assert target.read_text() == "new"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_locks_of_network_file_systems(tmp_path, monkeypatch):
+    """NFS locks only what is open for writing, see flock(2)."""
+    flock = fcntl.flock
+
+    def strict(file, operation):
+        descriptor = file if isinstance(file, int) else file.fileno()
+        if not fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", strict)
+    (tmp_path / ".song.wav.12-0123abcd.tmp").touch()
+    with _files.atomic_path(tmp_path / "other.wav"):
+        assert [path.name for path, _ in _files.remove_abandoned(tmp_path)] == [".song.wav.12-0123abcd.tmp"]
+    assert [path.name for path in tmp_path.iterdir()] == ["other.wav"]
 
 
 def test_contents_are_on_disk_before_the_name(tmp_path, monkeypatch):

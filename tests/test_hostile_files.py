@@ -178,11 +178,12 @@ def attack(child, valid, folder, name, count):
 NAMED = {name for name, value in vars(errors).items() if isinstance(value, type)}
 
 
-def check(child, valid, folder, name, count, record):
+def check(child, valid, folder, name, count, record, inputs):
     """No file may do anything but be accepted or be refused by name; the counts go to the report (`-rA` shows them)."""
     outcomes, wrong = attack(child, valid, folder, name, count)
     accepted = outcomes.pop(hostile.ACCEPTED, 0)
     record("files", count)
+    inputs["damaged files"] += count
     named = ", ".join(f"{number} {error}" for error, number in outcomes.most_common())
     record("outcomes", f"{accepted} accepted, {named or 'none refused'}")
     TOLD.append((name, count, accepted, count - accepted - len(wrong), len(wrong)))
@@ -190,14 +191,14 @@ def check(child, valid, folder, name, count, record):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_some_damaged_files(child, valid, tmp_path, name, record_property):
-    check(child, valid, tmp_path, name, 8 * FORMATS[name][2], record_property)
+def test_some_damaged_files(child, valid, tmp_path, name, record_property, inputs):
+    check(child, valid, tmp_path, name, 8 * FORMATS[name][2], record_property, inputs)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
-def test_ten_thousand_damaged_files(child, valid, tmp_path, name, record_property):
-    check(child, valid, tmp_path, name, 200 * FORMATS[name][2], record_property)
+def test_ten_thousand_damaged_files(child, valid, tmp_path, name, record_property, inputs):
+    check(child, valid, tmp_path, name, 200 * FORMATS[name][2], record_property, inputs)
 
 
 # --- Files that were made to harm ------------------------------------------------------------------------------
@@ -292,11 +293,12 @@ HARMFUL = {
 
 
 @pytest.mark.parametrize("harm", HARMFUL)
-def test_harmful_file_is_refused(child, tmp_path, harm):
+def test_harmful_file_is_refused(child, tmp_path, harm, inputs):
     kind, suffix, contents = HARMFUL[harm]
     path = tmp_path / f"harmful{suffix}"
     path.write_bytes(contents)
     outcome = child.open(kind, path)
+    inputs["files made to harm"] += 1
     assert outcome in NAMED, outcome
 
 
@@ -316,10 +318,11 @@ def spec_document(valid, changes):
         {"sample_rate": 10**7},
         {"graphs.fp32.decoder.file": "../decoder.onnx"},
         {"graphs.fp32.decoder.sizes": {"decoder.onnx": 1, "/etc/passwd": 1}},
+        *({"name": name} for name in ("../../evil", "/evil", "a/b", "a\\b", "", ".", "..", "a\0b", "\ud800", None)),
     ],
     ids=str,
 )
-def test_spec_that_asks_for_too_much(child, valid, tmp_path, changes):
+def test_spec_that_asks_for_too_much_or_leads_out_of_its_folder(child, valid, tmp_path, changes):
     path = tmp_path / "spec.json"
     path.write_bytes(spec_document(valid, changes))
     assert child.open("spec", path) == "EngineError"

@@ -115,15 +115,26 @@ def assert_same(expected, result, tolerance=1e-5):
     assert np.allclose(expected, result, rtol=0, atol=tolerance * max(1.0, float(np.abs(expected).max(initial=0))))
 
 
+# One for each example of a property.
+TRIED = []
+
+
 @pytest.fixture(params=["some", pytest.param("many", marks=pytest.mark.slow)])
-def budget(request):
+def budget(request, inputs):
     """How many examples."""
-    return SOME if request.param == "some" else MANY
+    TRIED.clear()
+    yield SOME if request.param == "some" else MANY
+    inputs["examples of properties"] += len(TRIED)
 
 
 def check(property_, budget, *explicit, **strategies):
     """Run a property on examples."""
-    run = given(**strategies)(property_)
+
+    def counted(**values):
+        TRIED.append(1)
+        property_(**values)
+
+    run = given(**strategies)(counted)
     for values in explicit:
         run = example(**values)(run)
     settings(

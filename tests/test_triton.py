@@ -217,6 +217,16 @@ def test_what_came_there_meanwhile_stays(engine_of, out, monkeypatch):
     assert [path.name for path in out.iterdir()] == ["theirs"]
 
 
+def test_name_that_is_no_text(engine_of, out):
+    """As checkpoint folders may have; the server reads UTF-8."""
+    engine = engine_of("tiny-s")
+    engine = dataclasses.replace(engine, spec=dataclasses.replace(engine.spec, name="caf\udce9"))
+    with pytest.raises(InputError, match="is no text") as error:
+        write_repository(engine, out)
+    assert_one_line(error.value)
+    assert list(out.parent.iterdir()) == []
+
+
 def test_name_that_no_folder_can_have(engine_of, out):
     with pytest.raises(InputError, match="no file can have this name") as error:
         write_repository(engine_of("tiny-s"), out.with_name("a\0b"))
@@ -231,6 +241,8 @@ def test_name_that_no_folder_can_have(engine_of, out):
         {"max_batch": 0},
         {"queue_delay": -1},
         {"instances": 0},
+        {"max_batch": 2**31},
+        {"queue_delay": 1.5},
         {"backend": "tensorrt", "max_batch": 9},
         {"backend": "tensorrt", "kind": "cpu"},
         {"precision": "fp8"},

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from samekit._files import named
+from samekit._files import named, read_regular
+from samekit._json import check_kinds
 from samekit.errors import CheckpointError
 from samekit_export import diffusers_format
 
@@ -432,7 +433,7 @@ def _digest(config: SameConfig, tensors: Mapping[str, torch.Tensor]) -> str:
 
 def _read_config(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_regular(path).decode())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download the checkpoint again") from None
 
@@ -471,6 +472,7 @@ def load_source(source: Mapping[str, Any]) -> Checkpoint:
     try:
         loader = loaders[source["kind"]]
         inspect.signature(loader).bind(**arguments)
+        check_kinds(arguments, dict.fromkeys(("folder", "name", "revision"), str) | {"seed": int})
     except (KeyError, TypeError):
         raise CheckpointError(f"a checkpoint source {dict(source)!r} is not known; export the model again") from None
     return loader(**arguments)

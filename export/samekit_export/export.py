@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from samekit._files import link_or_copy, named, output_errors, remove_abandoned, replace_folder, temporary_folder
+from samekit._files import link_or_copy, output_errors, remove_abandoned, replace_folder, temporary_folder
 from samekit.errors import InputError, OutputError, SamekitError
-from samekit.spec import DECODER, ENCODER, PRECISIONS, SPEC_FILE, EngineSpec
+from samekit.spec import DECODER, ENCODER, PRECISIONS, SPEC_FILE, EngineSpec, check_file_name
 from samekit.store import Engine, describe_graph
 from samekit.tensorrt_store import BUILDS_FOLDER
 from samekit_export.checkpoint import ChunkSpan
@@ -93,14 +93,19 @@ def export(
         The finished engine folder.
 
     Raises:
-        InputError: a precision cannot be exported.
+        InputError: a precision cannot be exported, or no folder can have the model's name.
         VerificationError: a graph does not equal eager PyTorch; nothing was written.
         OutputError: the folder cannot be written, or something else lies there.
     """
+    precisions = list(dict.fromkeys(precisions))
     for precision in precisions:
         if precision not in PRECISIONS:
             raise InputError(f"cannot export precision {precision!r}; choose of {', '.join(PRECISIONS)}")
-    folder = named(out / checkpoint.name)
+    try:
+        check_file_name("name", checkpoint.name)
+    except ValueError:
+        raise InputError(f"no engine folder can be called {checkpoint.name!r}; pass a name without / and \\") from None
+    folder = out / checkpoint.name
     spec = spec_of(checkpoint)
     remove_abandoned(out, checkpoint.name)
     older = _matching(folder, spec)

@@ -26,6 +26,7 @@ if sys.platform != "win32":
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import BinaryIO
 
 # File names end at 255 bytes on common file systems; the process id and the rest take fewer than 55.
 _NAME_BYTES: Final = 200
@@ -85,14 +86,11 @@ def temporary_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def replace_folder(new: Path, folder: Path) -> None:
-    """Give a temporary folder the place of another; what lay there goes, or is at `new` afterwards.
-
-    Where the system can swap names, one of both is at `folder` at every moment. Elsewhere a process that is killed
-    right between two renamings leaves the older one to `remove_abandoned`, which puts it back.
+def place_folder(new: Path, folder: Path) -> bool:
+    """Give a temporary folder its name; False if a folder that is not empty has that, which stays.
 
     Raises:
-        OSError: it cannot be renamed; the older one stays.
+        OSError: it cannot be renamed.
     """
     # Contents before names, as of files: after a power failure too, what is there is whole.
     for path in (*new.rglob("*"), new):
@@ -106,7 +104,21 @@ def replace_folder(new: Path, folder: Path) -> None:
         # The codes with which systems refuse to rename over a folder that is not empty.
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-    else:
+        return False
+    _sync_folder(folder.parent)
+    return True
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Give a temporary folder the place of another; what lay there goes, or is at `new` afterwards.
+
+    Where the system can swap names, one of both is at `folder` at every moment. Elsewhere a process that is killed
+    right between two renamings leaves the older one to `remove_abandoned`, which puts it back.
+
+    Raises:
+        OSError: it cannot be renamed; the older one stays.
+    """
+    if place_folder(new, folder):
         return
     if _exchanged(new, folder):
         _sync_folder(folder.parent)
@@ -125,26 +137,27 @@ def replace_folder(new: Path, folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_abandoned(folder: Path, name: str | None = None) -> list[tuple[Path, int]]:
+def remove_abandoned(folder: Path, wanted: str | Callable[[str], bool] | None = None) -> list[tuple[Path, int]]:
     """Remove what killed processes left half-written in a folder; what others are writing stays.
 
     Args:
         folder: where to look; it need not be there.
-        name: the file or folder that they were writing; all unless given.
+        wanted: the file or folder that they were writing, or what tells of a name whether it counts; all unless given.
 
     Returns:
         What was removed, and how many bytes it held. An older folder that was on its way out is put back instead, if
         nothing took its place.
     """
     removed = []
-    with suppress(OSError):
-        for path in sorted(folder.iterdir()):
-            target = temporary_target(path.name)
-            if target is None or (name is not None and target.removesuffix(_OLD) != _shortened(name)):
+    with suppress(OSError), os.scandir(folder) as entries:
+        for path in sorted(Path(entry.path) for entry in entries if temporary_target(entry.name)):
+            target = temporary_target(path.name) or ""
+            name = target.removesuffix(_OLD)
+            if not (wanted(name) if callable(wanted) else wanted is None or name == _shortened(wanted)):
                 continue
             # Taken by a process that is alive, or gone by now.
             with suppress(OSError), _locked(path):
-                place = path.with_name(name or target.removesuffix(_OLD))
+                place = path.with_name(wanted if isinstance(wanted, str) else name)
                 if target.endswith(_OLD) and not place.exists():
                     path.rename(place)
                     continue
@@ -174,6 +187,34 @@ def stamp(path: Path | os.DirEntry[str]) -> tuple[int, int] | None:
         if stat.S_ISREG(status.st_mode):
             return status.st_size, status.st_mtime_ns
     return None
+
+
+@contextmanager
+def regular_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to be read; whoever opens a pipe is blocked, and whoever reads a device never ends.
+
+    Raises:
+        OSError: it cannot be opened, or is none.
+    """
+
+    def at_once(name: str, flags: int) -> int:
+        # Windows knows no such flag, and no such pipes.
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+    with open(path, "rb", opener=at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        yield file
+
+
+def read_regular(path: Path) -> bytes:
+    """What a regular file holds.
+
+    Raises:
+        OSError: it cannot be opened, or is none.
+    """
+    with regular_file(path) as file:
+        return file.read()
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
@@ -262,7 +303,8 @@ def _locked(path: Path) -> Iterator[None]:
     """
     if sys.platform == "win32":
         raise OSError(errno.ENOTSUP, "no locks on folders")
-    descriptor = os.open(path, os.O_RDONLY)
+    # Network file systems lock only what is open for writing, which folders never are.
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import soundfile as sf
 from numpy.lib.stride_tricks import sliding_window_view
 
-from samekit._files import atomic_path, named, output_errors, stamp
+from samekit._files import atomic_path, named, output_errors, regular_file, stamp
 from samekit.errors import AudioFileError, InputError, OutputError
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def _cut_off(path: Path) -> AudioFileError:
 def _check_container(path: Path) -> None:
     """Refuse a file that cannot be opened, is empty, or shows that its end is missing."""
     try:
-        with path.open("rb") as file:
+        with regular_file(path) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
             magic = file.read(4)

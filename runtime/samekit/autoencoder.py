@@ -463,7 +463,7 @@ class AutoencoderModel:
     def _exact_length(self, metadata: dict[str, Any], latents: int, path: str | os.PathLike[str]) -> int:
         """Samples of the original audio if the metadata know them, else whole latents."""
         samples = metadata.get("samples", self.spec.samples(latents))
-        if not isinstance(samples, int) or self.spec.latents(samples) != latents:
+        if type(samples) is not int or self.spec.latents(samples) != latents:
             raise LatentsFileError(
                 f"{path}: holds {latents} latents, but the .json beside it says {samples!r} samples; encode again"
             )

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from samekit._options import check_whole
 from samekit.errors import InputError
 
 if TYPE_CHECKING:
@@ -109,7 +110,9 @@ def reference_chunks(latents: int, chunk_size: int, overlap: int) -> list[Window
     Raises:
         InputError: `chunk_size` or `overlap` leaves no step.
     """
-    if chunk_size < 1 or not 0 <= overlap < chunk_size:
+    check_whole("chunk_size", chunk_size, least=1)
+    check_whole("overlap", overlap, least=0)
+    if overlap >= chunk_size:
         raise InputError(f"chunk_size {chunk_size} and overlap {overlap} do not work; pass 0 <= overlap < chunk_size")
     if latents <= chunk_size:
         return [Window(0, latents, 0, latents)]

@@ -25,12 +25,13 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 
 from samekit._files import atomic_path, output_errors
+from samekit._options import MOST_THREADS, check_whole
 from samekit.backends.ort import available_cpus
 from samekit.clips import CuttingRules, Source, expected_latents, find_sources
 from samekit.encoder import Encoder, LocalEncoder, default_readers
 from samekit.errors import InputError, LatentsFileError
 from samekit.latents import map_array
-from samekit.manifest import Manifest, Row, Settings, Shard, remove_temporaries
+from samekit.manifest import Manifest, Row, Settings, Shard, clear_away
 from samekit.output import SILENCE_FILE, STATE_FOLDER, find_output
 from samekit.pipeline import Job, Outcome, Task
 
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 SAMPLE_SIZE: Final = 12_582_912
 """The reference's default: 285 s at 44.1 kHz, 3,072 latents."""
+# Of `sample_size`: 13.5 hours at 44.1 kHz, whose silence takes half a gigabyte.
+_MOST_SAMPLES: Final = 2**31
 # What is worth trying again although the file has not changed.
 _PASSING: Final = ("unreadable", "failed", "gone")
 _HASHED_AT_ONCE: Final = 2**22
@@ -79,9 +82,9 @@ class PreEncodeOptions:
     """Threads that read ahead; 0 takes one a core, at most 4."""
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("sample_size", 1), ("readers", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} is {getattr(self, name)}; pass at least {least}")
+        check_whole("batch_size", self.batch_size, least=1)
+        check_whole("sample_size", self.sample_size, least=1, most=_MOST_SAMPLES)
+        check_whole("readers", self.readers, least=0, most=MOST_THREADS)
         if self.crop not in ("start", "random"):
             raise InputError(f"crop {self.crop!r} is not known; pass start or random")
         if self.full and self.crop == "random":
@@ -322,7 +325,7 @@ class _Run:
         self._start = time.perf_counter()
         self._encoder.encode(job, tasks, self._finished)
         # A worker that was killed may have left some, while others did its work.
-        remove_temporaries(self._manifest.folder, self._options.shard)
+        clear_away(self._manifest.folder, self._options.shard)
 
     def _by_length(self, due: list[Source]) -> list[Source]:
         """Clips of one length side by side, so that they can share a batch."""

@@ -10,15 +10,17 @@ to whichever is free next, so a node that never comes back holds nothing up.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import threading
 from collections import deque
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from samekit._options import MOST_THREADS, check_whole
 from samekit.backends.ort import available_cpus
 from samekit.encoder import Encoder, LocalEncoder
 from samekit.errors import BackendError, InputError, SamekitError
@@ -44,9 +46,17 @@ _BATCH_BYTES: Final = 2**25
 _BATCHES_IN_HAND: Final = 2
 # So often may actors die over a batch.
 _DEATHS: Final = 3
+# What Ray is said to bear on its largest clusters.
+_MOST_ACTORS: Final = 40_000
 # Seconds that an address has to answer, and a cluster to place the first actor: it may have to start a machine for it.
 _CONNECT_PATIENCE: Final = 10
 _ACTOR_PATIENCE: Final = 600
+# Ray speaks gRPC: a server of HTTP/2 answers this beginning of a client with a frame of settings (RFC 9113, 3.4).
+_HELLO: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+_FRAME_HEADER: Final = 9
+_SETTINGS: Final = 4
+# Names what bounds how often Ray tries to connect.
+_TRIES: Final = "RAY_gcs_server_port_wait_time_s"
 # Calls carry names, outcomes and at most the latents of silence.
 _OBJECT_STORE_BYTES: Final = 200 * 2**20
 
@@ -65,11 +75,10 @@ class RayOptions:
     """GPUs of each; less than one is a share."""
 
     def __post_init__(self) -> None:
-        for name, least in (("actors", 1), ("cpus_per_actor", 1), ("gpus_per_actor", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{name} is {value}; pass at least {least}")
-        if self.gpus_per_actor > 1 and self.gpus_per_actor % 1:
+        if self.actors is not None:
+            check_whole("actors", self.actors, least=1, most=_MOST_ACTORS)
+        check_whole("cpus_per_actor", self.cpus_per_actor, least=1, most=MOST_THREADS)
+        if not 0 <= self.gpus_per_actor < math.inf or (self.gpus_per_actor > 1 and self.gpus_per_actor % 1):
             raise InputError(f"gpus_per_actor is {self.gpus_per_actor}; pass a share of one GPU, or a whole number")
 
     def fitting(self, resources: dict[str, float]) -> int:
@@ -235,7 +244,8 @@ class RayEncoder(Encoder):
             if address not in ("", "auto", "local"):
                 _require_answer(address)
             if address != "local":
-                self._ray.init(address=address or "auto", **quiet)
+                with _one_try():
+                    self._ray.init(address=address or "auto", **quiet)
                 self._connected = True
                 return
         except (OSError, RuntimeError, ValueError) as error:
@@ -417,13 +427,32 @@ def _imported() -> Any:
 
 
 def _require_answer(address: str) -> None:
-    """Raise unless something listens: Ray itself tries for minutes.
+    """Raise unless something listens that may be Ray, which itself tries for ever.
 
     Raises:
-        OSError: nobody does.
-        ValueError: the address is none.
+        OSError: nobody does, or not in time.
+        ValueError: the address is none, or something else listens there.
     """
     host, separator, port = address.removeprefix("ray://").rpartition(":")
     if not separator or not port.isdecimal():
         raise ValueError("it names no port")
-    socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_PATIENCE).close()
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_PATIENCE) as connection:
+        if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+            return
+        connection.sendall(_HELLO)
+        answer = connection.recv(_FRAME_HEADER, socket.MSG_WAITALL)
+    if len(answer) < _FRAME_HEADER or answer[3] != _SETTINGS:
+        raise ValueError("what listens there is not Ray")
+
+
+@contextmanager
+def _one_try() -> Iterator[None]:
+    """Have Ray try an address once, for 41 s; by itself it tries 20 times. Older versions know no such bound."""
+    if _TRIES in os.environ:
+        yield
+        return
+    os.environ[_TRIES] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_TRIES]

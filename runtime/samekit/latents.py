@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from samekit._files import atomic_path, named, output_errors
+from samekit._files import atomic_path, named, output_errors, read_regular, regular_file
 from samekit.errors import InputError, LatentsFileError
 
 if TYPE_CHECKING:
@@ -256,7 +256,7 @@ def _cut_off(path: Path) -> LatentsFileError:
 def _readable(path: Path) -> Iterator[BinaryIO]:
     """The open file; what goes wrong with it becomes a LatentsFileError."""
     try:
-        with path.open("rb") as file:
+        with regular_file(path) as file:
             yield file
     except OSError as error:
         reason = error.strerror or error
@@ -316,7 +316,7 @@ def _json_path(path: Path) -> Path:
 def _read_metadata(path: Path) -> dict[str, Any]:
     """Read a `.json` file, or nothing if it is not there."""
     try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
+        metadata = json.loads(read_regular(path).decode())
     except FileNotFoundError:
         return {}
     except OSError as error:

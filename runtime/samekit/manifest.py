@@ -20,10 +20,9 @@ import re
 import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
-from samekit._files import atomic_path, output_errors, temporary_target
+from samekit._files import atomic_path, output_errors, read_regular, remove_abandoned
 from samekit._json import check_kinds
 from samekit.errors import InputError, OutputError
 from samekit.output import SILENCE_FILE, STATE_FOLDER
@@ -35,6 +34,7 @@ else:
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from pathlib import Path
     from typing import BinaryIO
 
     from typing_extensions import Self
@@ -262,7 +262,7 @@ class Manifest:
         with output_errors(folder):
             path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_name(f"{path.name}.lock"), folder):
-            remove_temporaries(folder, shard)
+            clear_away(folder, shard)
             manifest = cls._begun(folder, shard, settings, reencode=reencode)
             try:
                 yield manifest
@@ -366,7 +366,7 @@ def read_manifest(path: Path) -> tuple[Settings, list[Row]]:
     """
     cure = "restore it from a copy, or encode into another folder"
     try:
-        header, *lines = path.read_bytes().split(b"\n")[:-1]
+        header, *lines = read_regular(path).split(b"\n")[:-1]
         fields = json.loads(header)
         if fields.pop("format") != _FORMAT:
             raise InputError(f"{path}: was written by another samekit; use that one, or encode into another folder")
@@ -400,17 +400,10 @@ def _drop_incomplete_line(path: Path) -> None:
         file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def remove_temporaries(folder: Path, shard: Shard) -> None:
-    """Remove what a killed process of the same shard left half-written; other shards may be writing theirs.
-
-    Raises:
-        OutputError: the folder cannot be written.
-    """
-    with output_errors(folder):
-        for entry in (*os.scandir(folder), *os.scandir(folder / STATE_FOLDER)):
-            target = temporary_target(entry.name)
-            if target is not None and shard.owns(target):
-                Path(entry.path).unlink(missing_ok=True)
+def clear_away(folder: Path, shard: Shard) -> None:
+    """Remove what killed processes of the same shard left half-written in its folder."""
+    for place in (folder, folder / STATE_FOLDER):
+        remove_abandoned(place, shard.owns)
 
 
 @contextmanager

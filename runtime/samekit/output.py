@@ -5,6 +5,10 @@ a finished file. A manifest cannot be appended to on an object store, so it grow
 
     .samekit/manifest.jsonl                      as it was when the run began, or when it ended
     .samekit/manifest.jsonl.DIGEST-NNNNNN        what came since; DIGEST is that of the manifest it follows
+    .samekit/manifest.jsonl.whole-DIGEST         its next version, while that is written; DIGEST is its own
+
+Object stores show an upload whole or not at all. Other places may keep half of one that was cut short: half of a clip's
+file is encoded again, as its line in the manifest is missing, and half a manifest has a copy beside it.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from samekit._files import named, output_errors
-from samekit.errors import InputError, SamekitError
+from samekit.errors import InputError, OutputError, SamekitError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,6 +36,7 @@ SILENCE_FILE: Final = "silence.npy"
 """The latents of silence, `[1, latent_width, latents of sample_size]`."""
 # What a driver that is killed forgets, at most; the clips of that time are encoded again.
 _SECONDS_BETWEEN_PARTS: Final = 10.0
+_WHOLE: Final = ".whole-"
 
 
 def find_output(path: str | os.PathLike[str]) -> Output:
@@ -155,7 +160,12 @@ class RemoteOutput(Output):
             self.remove(metadata)
         for file in (name, metadata):
             if (folder / file).exists():
-                self._put((folder / file).read_bytes(), file)
+                try:
+                    self._put((folder / file).read_bytes(), file)
+                except OutputError:
+                    with suppress(OutputError):
+                        self.remove(file)
+                    raise
                 if not keep:
                     (folder / file).unlink()
 
@@ -177,8 +187,7 @@ class RemoteOutput(Output):
             file.seek(0 if whole else self._size)
             data = file.read()
         if whole:
-            self._put(data, self._manifest.as_posix())
-            self._follow(data)
+            self._replace_manifest(data)
             for name in self._list(f"{self._root}/{STATE_FOLDER}"):
                 if name.startswith(f"{self._manifest.name}."):
                     self.remove(f"{STATE_FOLDER}/{name}")
@@ -190,6 +199,22 @@ class RemoteOutput(Output):
             self._size += len(data)
         self._next_part = time.monotonic() + _SECONDS_BETWEEN_PARTS
 
+    def _replace_manifest(self, data: bytes) -> None:
+        """Upload a manifest in place of another; at every moment one of them, or a copy, is whole."""
+        name = self._manifest.as_posix()
+        self._put(data, f"{name}{_WHOLE}{_digest(data)}")
+        self._put(data, name)
+        self._follow(data)
+
+    def _whole_manifest(self, name: str, state: set[str]) -> bytes:
+        """A manifest, or the copy of the one that was being written when a run was cut short."""
+        for copy in sorted(state):
+            if copy.startswith(f"{name}{_WHOLE}"):
+                data = self._get(f"{STATE_FOLDER}/{copy}")
+                if copy == f"{name}{_WHOLE}{_digest(data)}":
+                    return data
+        return self._get(f"{STATE_FOLDER}/{name}")
+
     def _fetch(self) -> None:
         """Copy what the run goes on from."""
         (self._local / STATE_FOLDER).mkdir()
@@ -197,7 +222,7 @@ class RemoteOutput(Output):
         names = self.names()
         for name in sorted(state):
             if name.endswith(".jsonl"):
-                data = self._get(f"{STATE_FOLDER}/{name}")
+                data = self._whole_manifest(name, state)
                 if name == self._manifest.name:
                     self._follow(data)
                     parts = sorted(part for part in state if part.startswith(f"{name}.{self._digest}-"))
@@ -211,7 +236,7 @@ class RemoteOutput(Output):
 
     def _follow(self, manifest: bytes) -> None:
         """Let the next parts be those of this manifest."""
-        self._digest = hashlib.sha256(manifest).hexdigest()[:12]
+        self._digest = _digest(manifest)
         self._size, self._parts = len(manifest), 0
 
     def _list(self, folder: str) -> set[str]:
@@ -236,3 +261,8 @@ class RemoteOutput(Output):
 
     def _read_errors(self) -> AbstractContextManager[None]:
         return output_errors(self._url, Exception, "cannot be read", "check URL, network and permissions")
+
+
+def _digest(manifest: bytes) -> str:
+    """Short, of a manifest."""
+    return hashlib.sha256(manifest).hexdigest()[:12]

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import reprlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from samekit._files import named, read_regular
 from samekit._json import check_kind
 from samekit.errors import EngineError
 
@@ -104,7 +106,7 @@ class EngineSpec:
         path = folder / SPEC_FILE
         cure = "export the model again"
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = json.loads(read_regular(path).decode())
         except FileNotFoundError:
             raise EngineError(f"{folder}: no {SPEC_FILE}, so this is no finished engine folder; {cure}") from None
         except (OSError, ValueError, RecursionError) as error:
@@ -127,8 +129,8 @@ class EngineSpec:
             raise ValueError(f"contexts = {document['contexts']!r}")
         for half, context in document["contexts"].items():
             _check_count(f"contexts.{half}", context, minimum=0, maximum=_LIMITS["alignment"])
-        for name in ("name", "source_sha256"):
-            check_kind(name, document[name], str)
+        check_file_name("name", document["name"])
+        check_kind("source_sha256", document["source_sha256"], str)
         _checked_object("source", document["source"])
         for tool, version in _checked_object("tools", document.get("tools", {})).items():
             check_kind(f"tools.{tool}", version, str)
@@ -142,6 +144,18 @@ class EngineSpec:
             for graph in halves.values():
                 _check_graph(graph)
         return cls(**document, graphs=graphs)
+
+
+def check_file_name(name: str, value: Any) -> None:
+    """Check that a text names something in a folder, and cannot lead out of it.
+
+    Raises:
+        TypeError, ValueError: it does not.
+    """
+    check_kind(name, value, str)
+    if value in ("", ".", "..") or "/" in value or "\\" in value:
+        raise ValueError(f"{name} = {reprlib.repr(value)}")
+    named(value)
 
 
 def _check_count(name: str, value: Any, minimum: int, maximum: int) -> None:
@@ -170,7 +184,6 @@ def _check_graph(graph: GraphFile) -> None:
     for name, size in _checked_object("sizes", graph.sizes).items():
         _check_count(f"size of {name!r}", size, minimum=0, maximum=2**63)
     for name in (graph.file, *graph.sizes):
-        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
-            raise ValueError(f"graph file name {name!r}")
+        check_file_name("graph file name", name)
     if graph.file not in graph.sizes:
         raise ValueError(f"no size for {graph.file!r}")

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from samekit._files import output_errors, remove, remove_abandoned, replace_folder, temporary_folder
+from samekit._files import output_errors, read_regular, remove, remove_abandoned, replace_folder, temporary_folder
 from samekit._json import check_kinds
 from samekit.errors import BackendUnavailableError, StaleEngineError
 from samekit.fingerprint import Fingerprint, capability_name, fingerprint_of, runs_on
@@ -91,7 +91,7 @@ class Build:
         """
         path = folder / FINGERPRINT_FILE
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = json.loads(read_regular(path).decode())
             if document["format"] != FORMAT:
                 raise ValueError(f"format {document['format']}")  # noqa: TRY301 one cure for all that can be wrong
             fingerprint = Fingerprint.from_json(document["fingerprint"])

@@ -15,8 +15,9 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from samekit._files import link_or_copy, named, output_errors, remove_abandoned, replace_folder, temporary_folder
+from samekit._files import link_or_copy, named, output_errors, place_folder, remove_abandoned, temporary_folder
 from samekit._json import check_kind, check_kinds
+from samekit._options import MOST_INT32, check_whole
 from samekit.backends.ort import INPUT_NAMES
 from samekit.errors import BackendUnavailableError, InputError, StaleEngineError
 from samekit.fingerprint import NARROW, PROFILES, TENSORRT
@@ -66,8 +67,7 @@ class TritonOptions:
             if getattr(self, name) not in known:
                 raise InputError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}")
         for name, least in (("max_batch", 1), ("queue_delay", 0), ("instances", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} is {getattr(self, name)}; pass at least {least}")
+            check_whole(name, getattr(self, name), least, MOST_INT32)
         if self.precision not in GPU_PRECISIONS and (self.backend == "tensorrt" or self.kind == "gpu"):
             raise InputError(
                 f"{self.precision} graphs are for CPUs; pass backend onnxruntime and kind cpu, or precision fp16"
@@ -107,17 +107,21 @@ def write_repository(engine: Engine, out: Path, options: TritonOptions | None = 
             for name, source in files.items():
                 link_or_copy(source, version / name)
             text = config_text(engine.spec, half, options)
-            (version.parent / "config.pbtxt").write_text(text, encoding="utf-8")
+            (version.parent / "config.pbtxt").write_bytes(_utf8(text, engine))
         # Copies take their time, in which something else may have come there.
-        _require_new(out)
-        replace_folder(staging, out)
+        if not place_folder(staging, out):
+            raise _taken(out)
     return [out / model_name(engine.spec.name, half) for half in sources]
 
 
 def _require_new(out: Path) -> None:
     """Refuse to replace anything: nobody knows what it is."""
     if os.path.lexists(out):
-        raise InputError(f"{out}: exists; remove it, or write another repository: a server takes several")
+        raise _taken(out)
+
+
+def _taken(out: Path) -> InputError:
+    return InputError(f"{out}: exists; remove it, or write another repository: a server takes several")
 
 
 def model_name(name: str, half: str) -> str:
@@ -150,6 +154,16 @@ output [ {{ name: "{output_name}" data_type: TYPE_FP32 dims: {after} }} ]
 {batching}instance_group [ {{ kind: KIND_{kind.upper()} count: {options.instances}{profile} }} ]
 parameters {{ key: "{FACTS}" value {{ string_value: {_quoted(json.dumps(facts))} }} }}
 """
+
+
+def _utf8(text: str, engine: Engine) -> bytes:
+    """The bytes of a configuration; a model's name may be none that is text."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{engine.folder}: the model's name is no text, which the server needs; export it under another"
+        ) from None
 
 
 def _quoted(text: str) -> str:

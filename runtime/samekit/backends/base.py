@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from samekit._options import MOST_THREADS, check_whole
 from samekit.errors import BackendError, InputError, NonFiniteError
 from samekit.spec import DECODER, ENCODER, PRECISIONS, EngineSpec
 
@@ -56,21 +57,15 @@ class BackendOptions:
             raise InputError(f"unknown precision {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
         if self.device not in (None, "cpu", "cuda"):
             raise InputError(f"unknown device {self.device!r}; choose cpu or cuda, and which GPU by device_id")
-        _check_whole("device_id", self.device_id, least=0)
+        check_whole("device_id", self.device_id, least=0)
         if self.threads is not None:
-            _check_whole("threads", self.threads, least=1)
+            check_whole("threads", self.threads, least=1, most=MOST_THREADS)
         if self.window_batch is not None:
-            _check_whole("window_batch", self.window_batch, least=1)
+            check_whole("window_batch", self.window_batch, least=1)
         if self.providers is not None and not _are_names(self.providers):
             raise InputError(f"providers is {self.providers!r}; pass a tuple of names, or None to choose by device")
         if not isinstance(self.cuda_graph, bool):
             raise InputError(f"cuda_graph is {self.cuda_graph!r}; pass True or False")
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    """A whole number, and none that comes of a mistake."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"{name} is {value!r}; pass a whole number from {least}")
 
 
 def _are_names(value: Any) -> bool:
