@@ -32,7 +32,7 @@ from samekit_export.rounding import Compensation, to_int8
 from samekit_export.verify import snr_db
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from samekit_export.graph import GraphBlock
     from samekit_export.model import Same
@@ -154,11 +154,11 @@ def rotate_heads_(graph: GraphEncoder | GraphDecoder) -> None:
         size = block.head_width & -block.head_width
         turn = rotation(size)
         v, out = block.v.weight.double(), block.out.weight.double()
-        _set(block.v.weight, turned(v, turn))
-        _set(block.out.weight, turned(out.T, turn).T)
+        block.v.weight.copy_(turned(v, turn))
+        block.out.weight.copy_(turned(out.T, turn).T)
 
 
-def moments_of(graph: GraphEncoder | GraphDecoder, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+def moments_of(graph: GraphEncoder | GraphDecoder, inputs: Iterable[Tensor]) -> dict[str, Tensor]:
     """Second moments `[in, in]` of the rows at each of `READERS`, by block and name such as `11.inner`.
 
     Every input counts alike, however quiet it is.
@@ -208,22 +208,16 @@ def migrate_(graph: GraphEncoder | GraphDecoder, moments: dict[str, Tensor]) -> 
             moments[f"{i}.{place}"] = moment * factor * factor[:, None]
             for reader in readers:
                 weight: Tensor = block.get_submodule(reader).weight  # type: ignore[assignment]
-                _set(weight, weight / factor[:, None])
+                weight /= factor[:, None]
             if (factor == 1).all():
                 continue
             if place in ("norm", "ff_norm"):
                 block.get_submodule(place).scale = nn.Parameter(factor[None], requires_grad=False)
             else:
                 before = block.v if place == "heads" else block.value
-                _set(before.weight, before.weight * factor)
+                before.weight.mul_(factor)
                 if before.bias is not None:
-                    _set(before.bias, before.bias * factor)
-
-
-def _set(parameter: Tensor, value: Tensor) -> None:
-    """Give a parameter another value of the same shape."""
-    with torch.no_grad():
-        parameter.copy_(value)
+                    before.bias.mul_(factor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,8 +262,8 @@ def products(
                 yield Product(f"{i}.{reader}", parent, linear, form(linear, compensation, turn))  # type: ignore[arg-type]
 
 
-def examples(graph: GraphEncoder | GraphDecoder, model: Same, latents: int) -> list[Tensor]:
-    """Inputs of several kinds and levels, seeded: the first is noise of a usual level."""
+def examples(graph: GraphEncoder | GraphDecoder, model: Same, latents: int) -> Iterator[Tensor]:
+    """Inputs of several kinds and levels, seeded: the first is noise of a usual level, those that take a model last."""
     noise = np.random.default_rng(0)
     config = graph.config
     hiss = noise.standard_normal((1, config.channels, latents * config.hop), np.float32)
@@ -277,12 +271,16 @@ def examples(graph: GraphEncoder | GraphDecoder, model: Same, latents: int) -> l
     chord = sum(np.sin(2 * np.pi * pitch * seconds) for pitch in (110, 277.2, 659.3, 2637))
     audio = [_tensor(array) for array in (0.2 * hiss, 0.01 * hiss, 0.3 * hiss, 0.2 * chord + 0.002 * hiss)]
     if isinstance(graph, GraphEncoder):
-        return audio
+        yield from audio
+        return
     z = noise.standard_normal((1, config.latent_width, latents), np.float32)
     # Latents of real audio move slowly.
     slow = np.cumsum(z, axis=2) / np.sqrt(np.arange(1, latents + 1))
-    with torch.no_grad():
-        return [*map(_tensor, (z, 0.5 * z, slow)), *map(model.encode, audio)]
+    yield from map(_tensor, (z, 0.5 * z, slow))
+    for clip in audio:
+        with torch.no_grad():
+            encoded = model.encode(clip)
+        yield encoded
 
 
 def _tensor(array: Any) -> Tensor:
@@ -314,9 +312,9 @@ def quantize_(
     Returns:
         Names of the products that stay float32, such as `11.ff`.
     """
-    given = examples(graph, model, latents)
+    given = list(examples(graph, model, latents))
     # Each product alone is tried on a little only: there are dozens of them, of ten megabytes each.
-    little = examples(graph, model, max(1, latents // 4))[:1]
+    little = [next(examples(graph, model, max(1, latents // 4)))]
     with torch.no_grad():
         wanted, wanted_of_little = ([graph(x).numpy() for x in inputs] for inputs in (given, little))
         found = prepare_(graph, model)
