@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +23,12 @@ import numpy as np
 import torch
 from common import finish, interleaved, machine, open_session, summary
 
+from samekit._options import MOST_THREADS
+from samekit.audio import read_audio, to_channels
 from samekit.spec import DECODER, ENCODER
 from samekit_export.checkpoint import BUNDLED_FOLDERS, load, random_checkpoint
 from samekit_export.export import GRAPHS, spec_of
-from samekit_export.int8 import SEEN, examples, feed_apart, migrate_, moments_of, products, quantize_, rotate_heads_
+from samekit_export.int8 import MEASURES, Int8Linear, Measures, prepare_, quantize_, use_
 from samekit_export.model import Same
 from samekit_export.to_onnx import write_onnx
 from samekit_export.verify import example_input, snr_db
@@ -33,70 +36,91 @@ from samekit_export.verify import example_input, snr_db
 if TYPE_CHECKING:
     from samekit_export.graph import GraphDecoder, GraphEncoder
 
-FLOAT32, EXPORTED, ALL = "float32", "as exported", "every product int8"
-FLAT, UNTURNED = "inner activations not rotated", "heads not rotated"
-UNEVEN, NEAREST, TOGETHER = "features not scaled", "rounded to nearest", "rows not apart"
-PLAIN = "none of these measures"
+FLOAT32, EXPORTED, TOGETHER = "float32", "as exported", "rows not apart"
+NONE = Measures(**dict.fromkeys((field.name for field in fields(Measures)), False))
 
-# Variant -> roles that stay float32.
-KEPT = {
-    ALL: (),
-    "feed-forward's end float32": ("ff",),
-    "value and gate float32": ("value", "gate"),
-    "attention float32": ("q.linear", "k.linear", "v", "out"),
-    "attention int8 only": ("value", "gate", "ff"),
-    FLAT: (),
-    UNTURNED: (),
-    UNEVEN: (),
-    NEAREST: (),
-    TOGETHER: (),
-    PLAIN: (),
+# Variant -> what is done, and the roles that stay float32.
+VARIANTS: dict[str, tuple[Measures, tuple[str, ...]]] = {
+    "every product int8": (MEASURES, ()),
+    "feed-forward's end float32": (MEASURES, ("ff",)),
+    "value and gate float32": (MEASURES, ("value", "gate")),
+    "attention float32": (MEASURES, ("q.linear", "k.linear", "v", "out")),
+    "attention int8 only": (MEASURES, ("value", "gate", "ff")),
+    "inner activations not rotated": (replace(MEASURES, rotate_inner=False), ()),
+    "heads not rotated": (replace(MEASURES, rotate_heads=False), ()),
+    "features not scaled": (replace(MEASURES, scale_features=False), ()),
+    "rounded to nearest": (replace(MEASURES, compensate=False), ()),
+    TOGETHER: (replace(MEASURES, feed_apart=False), ()),
+    "none of these measures": (NONE, ()),
 }
 
 
+def listed(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:  # noqa: ARG001
+    """Names of variants, separated by commas."""
+    known = [FLOAT32, EXPORTED, *VARIANTS]
+    chosen = value.split(",") if value else known
+    if unknown := [name for name in chosen if name not in known]:
+        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(known)}")
+    return chosen
+
+
 def change(graph: GraphEncoder | GraphDecoder, model: Same, variant: str) -> int:
-    """Make a variant of a float32 graph, in place; returns how many of its products are float32."""
-    if variant == FLOAT32:
-        return len(list(products(graph)))
+    """Make a variant of a float32 graph, in place; returns how many products of its blocks are int8."""
     if variant == EXPORTED:
-        return len(quantize_(graph, model))
-    kept = 0
-    with torch.no_grad():
-        if variant not in (UNTURNED, PLAIN):
-            rotate_heads_(graph)
-        moments = moments_of(graph, examples(graph, model, SEEN))
-        if variant not in (UNEVEN, PLAIN):
-            migrate_(graph, moments)
-        for product in products(
-            graph, None if variant in (NEAREST, PLAIN) else moments, turn_inner=variant not in (FLAT, PLAIN)
-        ):
-            if product.name.partition(".")[2] in KEPT[variant]:
-                kept += 1
-            else:
-                product.use(product.int8)
-    if variant not in (TOGETHER, PLAIN):
-        feed_apart(graph)
-    return kept
+        quantize_(graph, model)
+    elif variant != FLOAT32:
+        measures, kept = VARIANTS[variant]
+        found = prepare_(graph, model, measures)
+        use_(graph, found, [product for product in found if product.role not in kept], measures)
+    return sum(isinstance(module, Int8Linear) for module in graph.modules())
+
+
+def from_file(path: Path, model: Same, half: str, latents: int) -> np.ndarray[Any, Any]:
+    """The start of a file, or its latents."""
+    config, length = model.config, latents * model.config.hop
+    samples, rate = read_audio(path)
+    if rate != config.sample_rate or samples.shape[1] < length:
+        raise click.UsageError(f"{path}: not {length} samples at {config.sample_rate} Hz")
+    clip = np.ascontiguousarray(to_channels(samples[:, :length], config.channels)[None])
+    if half == ENCODER:
+        return clip
+    with torch.inference_mode():
+        return model.encode(torch.from_numpy(clip)).numpy()
 
 
 @click.command()
 @click.argument("name", type=click.Choice(["tiny-s", "tiny-l", "same-s", "same-l", "same-tiny"]))
 @click.option("--half", default=ENCODER, show_default=True, type=click.Choice([ENCODER, DECODER]))
-@click.option("--variants", help="Separated by commas. [default: all]")
+@click.option("--variants", callback=listed, help="Separated by commas. [default: all]")
 @click.option("--latents", default=64, show_default=True, type=click.IntRange(1))
+@click.option("--audio", type=click.Path(path_type=Path, exists=True), help="Its start in place of noise.")
 @click.option("--seed", default=0, show_default=True, help="Of the weights.")
 @click.option("--runs", default=5, show_default=True, type=click.IntRange(1))
-@click.option("--threads", type=click.IntRange(1), help="[default: all cores]")
-def main(name: str, half: str, variants: str | None, latents: int, seed: int, runs: int, threads: int | None) -> None:
+@click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="[default: all cores]")
+def main(
+    name: str,
+    half: str,
+    variants: list[str],
+    latents: int,
+    audio: Path | None,
+    seed: int,
+    runs: int,
+    threads: int | None,
+) -> None:
     """Print the table for one half of one model; the last line is JSON."""
     threads = threads or machine()["cores"]
-    chosen = variants.split(",") if variants else [FLOAT32, EXPORTED, *KEPT]
-    if half == ENCODER and not variants:
-        chosen.remove(TOGETHER)
+    # The encoder feeds no rows apart.
+    chosen = [variant for variant in variants if half == DECODER or variant != TOGETHER]
+    if not chosen:
+        raise click.UsageError(f"{TOGETHER!r} is a variant of decoders")
     torch.set_num_threads(threads)
     checkpoint = load(name) if name in BUNDLED_FOLDERS else random_checkpoint(name, seed)
     model = Same.from_checkpoint(checkpoint)
-    array = example_input(spec_of(checkpoint), half, 1, latents, seed=1)
+    array = (
+        from_file(audio, model, half, latents)
+        if audio
+        else example_input(spec_of(checkpoint), half, 1, latents, seed=1)
+    )
     with torch.inference_mode():
         run = model.encode if half == ENCODER else model.decode
         expected = run(torch.from_numpy(array)).numpy()
@@ -104,22 +128,22 @@ def main(name: str, half: str, variants: str | None, latents: int, seed: int, ru
     with tempfile.TemporaryDirectory() as folder:
         for number, variant in enumerate(chosen):
             graph = GRAPHS[half](model)
-            rows[variant] = {"float32_products": change(graph, model, variant)}
+            rows[variant] = {"int8_products": change(graph, model, variant)}
             write_onnx(graph, Path(folder, f"{number}.onnx"))
             print(f"  written: {variant}", flush=True)
         del model, graph
         gc.collect()
         calls = {}
         for number, variant in enumerate(chosen):
-            session = open_session(Path(folder, f"{number}.onnx"), threads)
+            session = open_session(Path(folder, f"{number}.onnx"), threads, "int8")
             calls[variant] = partial(session.run, None, {session.get_inputs()[0].name: array})
             rows[variant]["snr_db"] = round(snr_db(expected, np.asarray(calls[variant]()[0])), 1)
         clock = time.process_time if threads == 1 else time.perf_counter
         for variant, times in interleaved(calls, runs, clock).items():
             rows[variant]["seconds"] = summary(times)
-    print(f"\n| {name}, {half}, {latents} latents | float32 products | SNR | fastest run |\n|---|---|---|---|")
+    print(f"\n| {name}, {half}, {latents} latents | int8 products | SNR | fastest run |\n|---|---|---|---|")
     for variant, row in rows.items():
-        print(f"| {variant} | {row['float32_products']} | {row['snr_db']} dB | {row['seconds']['min']:.3f} s |")
+        print(f"| {variant} | {row['int8_products']} | {row['snr_db']} dB | {row['seconds']['min']:.3f} s |")
     settings = {"model": name, "half": half, "latents": latents, "seed": seed, "threads": threads}
     finish("int8_trade", {**settings, "variants": rows})
 

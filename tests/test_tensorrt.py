@@ -134,10 +134,11 @@ class TestBuilding:
     def test_compiler_has_nothing_to_complain_of(self, build):
         assert {line.split("]")[0] for line in log_of(build).splitlines()} == {"[INFO"}
 
-    def test_layers_are_counted(self, build):
+    def test_layers_are_counted(self, build, precision):
         counts = [int(count) for count in re.findall(r"(\d+) layers after parsing", log_of(build))]
         assert counts == [build.engines[half].layers for half in (ENCODER, DECODER)]
-        assert 0 < counts[0] < 1500
+        # Of the encoder, 479 and 506 in fp32: a slice with a length of its own costs 24, an index 1.
+        assert 0 < counts[0] < {"fp32": 520, "fp16": 600}[precision]
 
     def test_both_profiles_are_in_it(self, build):
         # The builder sizes the scratch memory of each profile, and that of the most latents is largest.

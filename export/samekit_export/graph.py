@@ -38,8 +38,7 @@ from samekit_export.checkpoint import BandSpan, rotary_frequencies
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from typing_extensions import Self
+    from typing import Self
 
     from samekit_export.checkpoint import SameConfig, TrunkConfig
     from samekit_export.model import Block, DynamicTanh, Same, Trunk
@@ -128,7 +127,7 @@ class Norm(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # Perhaps a factor for each feature, `[1, width]`, which the layers that read it undo: see `int8.migrate_`.
+        # Perhaps a factor for each feature, `[1, width]`, that the next layers undo: see `int8.scale_features_`.
         self.scale: nn.Parameter | None = None
 
     def forward(self, residual: Tensor) -> Tensor:
@@ -202,7 +201,7 @@ class Grid:
         if not self.layout.neighbours:
             return scores
         mask = self.mask.to(scores.dtype)
-        return scores + (mask[:, :, self.layout.first_read :] if read_only else mask)
+        return scores + (mask.index_select(2, self.layout.read_tokens) if read_only else mask)
 
 
 class Layout(nn.Module):
@@ -216,6 +215,7 @@ class Layout(nn.Module):
     key_positions: Tensor
     query_positions: Tensor
     read_positions: Tensor
+    read_tokens: Tensor
     neighbour_offsets: Tensor
     key_offsets: Tensor
     band: Tensor
@@ -224,7 +224,6 @@ class Layout(nn.Module):
 
     def __init__(self, config: TrunkConfig, first_read: int) -> None:
         super().__init__()
-        self.first_read = first_read
         span = config.span
         self.neighbours = span.latents if isinstance(span, BandSpan) else 0
         self.latents = 1 if isinstance(span, BandSpan) else span.latents
@@ -245,6 +244,7 @@ class Layout(nn.Module):
             "key_positions": key_positions,
             "query_positions": query_positions,
             "read_positions": read,
+            "read_tokens": np.arange(first_read, config.latent_tokens),
             "neighbour_offsets": np.arange(seen) - self.neighbours,
             "key_offsets": key_offsets,
         }.items():
@@ -284,9 +284,9 @@ class GraphBlock(nn.Module):
         value, gate = (weight * block.ff_norm.gamma.double()).split(config.inner)
         bias_value, bias_gate = bias.split(config.inner)
         self.sine = block.ff.sine
-        turn = torch.pi if self.sine else 1.0
+        pi = torch.pi if self.sine else 1.0
         self.value = Linear(value, bias_value)
-        self.gate = Linear(gate * turn, bias_gate * turn)
+        self.gate = Linear(gate * pi, bias_gate * pi)
         self.ff = Branch(back.weight.double() * alpha_out, back.bias.double() * alpha_out, alpha_out / alpha_mid)
 
     def forward(
@@ -315,8 +315,8 @@ class GraphBlock(nn.Module):
         q = read(spread(self.q(x, islands.heads))) if spread else self.q(read(x), islands.heads)
         spread = spread or _same
         residual = read(spread(residual))
-        q = self._turn(q, positions, grid).permute(1, 2, 0, 3)
-        k = self._turn(grid.keys(spread(self.k(x, islands.heads))), grid.key_positions, grid).permute(1, 2, 3, 0)
+        q = self._rotary(q, positions, grid).permute(1, 2, 0, 3)
+        k = self._rotary(grid.keys(spread(self.k(x, islands.heads))), grid.key_positions, grid).permute(1, 2, 3, 0)
         scores = _wide(q.to(product) @ k.to(product), islands.softmax)
         both = torch.softmax(grid.masked(scores, read_only=read_only), dim=-1).unflatten(1, (2, self.heads))
         weights = (both.select(1, 0) - both.select(1, 1)).to(product)
@@ -338,19 +338,19 @@ class GraphBlock(nn.Module):
         gate = torch.sin(gate) if self.sine else functional.silu(gate)
         return self.ff(self.value(x).to(gate.dtype) * gate, residual)
 
-    def _turn(self, rows: Tensor, positions: Tensor, grid: Grid) -> Tensor:
+    def _rotary(self, rows: Tensor, positions: Tensor, grid: Grid) -> Tensor:
         """Rotary embedding, then `_per_head`."""
         layout = grid.layout
         rows = _wide(rows, self.islands.rotary)
         # One row a sequence: ONNX Runtime wants no sequence longer than the tables.
-        turned = torch.onnx.ops.rotary_embedding(
+        rotated = torch.onnx.ops.rotary_embedding(
             rows.view(-1, 2 * self.heads, 1, self.head_width),
             layout.cos.to(rows.dtype),
             layout.sin.to(rows.dtype),
             positions,
             rotary_embedding_dim=layout.rotated,
         )
-        return self._per_head(turned, grid)
+        return self._per_head(rotated, grid)
 
     def _per_head(self, rows: Tensor, grid: Grid) -> Tensor:
         """Rows of one attention or of both to `[tokens, groups, heads, head_width]`."""
@@ -373,10 +373,13 @@ def _filled(x: Tensor, dim: int, most: int, length: int) -> Tensor:
 
 
 def read_rows(rows: Tensor, layout: Layout) -> Tensor:
-    """The rows of the tokens that are read after the last block."""
+    """The rows of the tokens that are read after the last block.
+
+    Here too an index: a slice takes TensorRT ten times the layers.
+    """
     width = rows.shape[-1]
     latents = rows.view(layout.latents, layout.tokens // layout.latents, -1, width)
-    return latents[:, layout.first_read :].reshape(-1, width)
+    return latents.index_select(1, layout.read_tokens).reshape(-1, width)
 
 
 class GraphTrunk(nn.Module):
@@ -389,9 +392,12 @@ class GraphTrunk(nn.Module):
         self.layout = Layout(config, first_read)
         self.shift_at = config.depth // 2 if getattr(config.span, "shifted", False) else None
         alphas = [float(block.pre_norm.alpha) for block in trunk.blocks] + [1.0]
-        for block in trunk.blocks:
+        for i, block in enumerate(trunk.blocks):
             if min(abs(float(block.pre_norm.alpha)), abs(float(block.ff_norm.alpha))) < 1e-4:
-                raise CheckpointError("a norm's alpha is (nearly) zero, so its block ignores its input; not exportable")
+                raise CheckpointError(
+                    f"block {i}: a norm's alpha is (nearly) zero, so the block ignores its input, which cannot be "
+                    "exported; use backend torch, or download the checkpoint again"
+                )
         self.alpha_in = alphas[0]
         self.product_dtype = torch.float32
         self.blocks = nn.ModuleList(

@@ -10,7 +10,7 @@ stays float32. What keeps the error small:
   2211.10438): folded into the layer before, or a factor after a norm;
 * weights are rounded so that their errors cancel over the rows of examples: see `rounding.py`;
 * the decoder's own rows of latents are larger than its learned rows, so both feed forward apart, each with its range;
-* products that cost a model too much accuracy stay float32: as few as reach a target, by measurement. See `quantize_`.
+* products that cost a model too much accuracy stay float32: few, found by measurement. See `quantize_`.
 
 Ranges are those of everything in a call, so another window or batch rounds differently; the same call gives the same
 numbers.
@@ -19,6 +19,7 @@ numbers.
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,33 +28,57 @@ import torch
 from onnxscript import opset18
 from torch import Tensor, nn
 
+from samekit.errors import CheckpointError
 from samekit_export.graph import Branch, GraphDecoder, GraphEncoder, Linear
 from samekit_export.rounding import Compensation, to_int8
 from samekit_export.verify import snr_db
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
-    from samekit_export.graph import GraphBlock
+    from samekit_export.graph import GraphBlock, Norm
     from samekit_export.model import Same
 
 TARGET_DB = 38.0
-"""What an export aims at, on the inputs of `examples`; what every case must hold is `verify.FLOOR_DB`."""
+"""What an export aims at, on examples that nothing was fitted to; what every case must hold is `verify.FLOOR_DB`."""
 
-SEEN = 24
-"""Latents of each example that weights are rounded for; half as many lose less than 1 dB."""
+FITTED, TRIED = 0, 1
+"""Seeds of `examples`: those that weights are rounded for, and those that accuracy is measured on."""
 
-TURNED = 16
-"""Inner activations that are rotated together. Longer blocks take longer and gain little."""
+FITTED_LATENTS = 24
+"""Latents of each example that weights are rounded for."""
+
+INNER_ROTATION = 16
+"""Most inner activations that are rotated together. Longer blocks take longer and gain little."""
 
 READERS = {"norm": ("k.linear", "q.linear", "v"), "heads": ("out",), "ff_norm": ("value", "gate"), "inner": ("ff",)}
 """Where rows are rounded in a block, and the products that read them there; the first of them sees all rows."""
 
 FAINTEST = 1e-3
-"""How far below the others' mean a feature may lie and still be made larger for it."""
+"""How far below the mean size a feature may lie and still be made larger for it."""
 
 FLOAT = 1
 """ONNX's number for float32."""
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What keeps the error of int8 products small; exports take all of it, `benchmarks/int8_trade.py` measures each."""
+
+    rotate_heads: bool = True
+    """Spread large values of the heads' outputs."""
+    rotate_inner: bool = True
+    """Spread large inner activations of the feed-forward."""
+    scale_features: bool = True
+    """Make large features smaller."""
+    compensate: bool = True
+    """Round weights so that errors cancel."""
+    feed_apart: bool = True
+    """Give the rows of the decoder's latents a range of their own in the feed-forward."""
+
+
+MEASURES = Measures()
+"""What graphs are exported with."""
 
 
 @torch.library.custom_op("samekit::int8_product", mutates_args=())
@@ -96,16 +121,18 @@ class Int8Linear(nn.Module):
     Args:
         linear: what is replaced.
         compensation: of the rows that its weights meet; without, they are rounded to the nearest step.
-        turn: an orthogonal matrix by which rows are rotated first, in blocks of its size.
+        rotation: an orthogonal matrix by which rows are rotated first, in blocks of its size.
     """
 
     weight: Tensor
     scale: Tensor
 
-    def __init__(self, linear: Linear, compensation: Compensation | None = None, turn: Tensor | None = None) -> None:
+    def __init__(
+        self, linear: Linear, compensation: Compensation | None = None, rotation: Tensor | None = None
+    ) -> None:
         super().__init__()
-        self.turn = None if turn is None else nn.Parameter(turn.float(), requires_grad=False)
-        weight = linear.weight if turn is None else turned(linear.weight.double().T, turn).T.float()
+        self.rotation = None if rotation is None else nn.Parameter(rotation.float(), requires_grad=False)
+        weight = linear.weight if rotation is None else rotated(linear.weight.double().T, rotation).T.float()
         weight, scale = to_int8(weight, compensation)
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
@@ -115,8 +142,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """`[rows, in]` to `[rows, out]`, float32."""
-        if self.turn is not None:
-            rows = turned(rows, self.turn)
+        if self.rotation is not None:
+            rows = rotated(rows, self.rotation)
         product: Tensor = int8_product(rows, self.weight, self.scale)
         return product if self.bias is None else product + self.bias
 
@@ -124,8 +151,10 @@ class Int8Linear(nn.Module):
 class Int8Branch(Int8Linear):
     """A `Branch` with an int8 product."""
 
-    def __init__(self, branch: Branch, compensation: Compensation | None = None, turn: Tensor | None = None) -> None:
-        super().__init__(branch, compensation, turn)
+    def __init__(
+        self, branch: Branch, compensation: Compensation | None = None, rotation: Tensor | None = None
+    ) -> None:
+        super().__init__(branch, compensation, rotation)
         self.residual_scale = branch.scale
 
     def forward(self, rows: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
@@ -133,29 +162,35 @@ class Int8Branch(Int8Linear):
         return super().forward(rows) + residual * self.residual_scale
 
 
-def rotation(size: int) -> Tensor:
-    """A Hadamard matrix, orthogonal, float64 `[size, size]`; the size is a power of two."""
+def rotation_for(features: int, most: int | None = None) -> Tensor:
+    """A Hadamard matrix, orthogonal, float64, whose size is the largest power of two that divides `features`.
+
+    Args:
+        features: of the rows to be rotated.
+        most: a power of two that the size does not exceed.
+    """
+    divisor = features & -features
+    size = min(divisor, most or divisor)
     matrix = torch.ones(1, 1, dtype=torch.float64)
-    while matrix.shape[0] < size:
+    while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], dim=1), torch.cat([matrix, -matrix], dim=1)])
     return matrix / math.sqrt(size)
 
 
-def turned(rows: Tensor, turn: Tensor) -> Tensor:
-    """Rows `[rows, features]` times an orthogonal matrix, in blocks of its size."""
-    return (rows.reshape(-1, len(turn)) @ turn).reshape(rows.shape)
+def rotated(rows: Tensor, rotation: Tensor) -> Tensor:
+    """Rows `[rows, features]` times an orthogonal matrix, in blocks of its size, which must divide the features."""
+    blocks: Tensor = rows.unflatten(1, (-1, len(rotation))) @ rotation
+    return blocks.flatten(1)
 
 
 def rotate_heads_(graph: GraphEncoder | GraphDecoder) -> None:
     """Rotate every head's output, and undo it in the layer that reads it: the same function; in place."""
     block: GraphBlock
     for block in graph.trunk.blocks:  # type: ignore[assignment]
-        # The largest power of two that divides a head.
-        size = block.head_width & -block.head_width
-        turn = rotation(size)
+        rotation = rotation_for(block.head_width)
         v, out = block.v.weight.double(), block.out.weight.double()
-        block.v.weight.copy_(turned(v, turn))
-        block.out.weight.copy_(turned(out.T, turn).T)
+        block.v.weight.copy_(rotated(v, rotation))
+        block.out.weight.copy_(rotated(out.T, rotation).T)
 
 
 def moments_of(graph: GraphEncoder | GraphDecoder, inputs: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -164,34 +199,40 @@ def moments_of(graph: GraphEncoder | GraphDecoder, inputs: Iterable[Tensor]) -> 
     Every input counts alike, however quiet it is.
     """
     moments: dict[str, Tensor] = {}
-    hooks = []
 
-    def listen(key: str, copies: int) -> Callable[..., None]:
+    def listen(key: str, stride: int | None) -> Callable[..., None]:
         def hook(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
             rows = given[0]
+            if stride is not None:
+                # One learned row stands for those of all patches.
+                rows = torch.cat([rows[:-1], rows[-1:] * math.sqrt(stride * (len(rows) - 1))])
+            # A power of two, so that squares of large values stay in float32 and all others the same.
+            rows = torch.ldexp(rows, -torch.frexp(rows.abs().max()).exponent)
             moment = rows.T @ rows
-            if copies:
-                moment += copies * (len(rows) - 1) * rows[-1:].T @ rows[-1:]
-            moments[key] = moments.get(key, 0.0) + moment / moment.trace().clamp(min=torch.finfo(torch.float32).tiny)
+            moment /= moment.trace().clamp(min=torch.finfo(torch.float32).tiny)
+            moments[key] = moment + moments[key] if key in moments else moment
 
         return hook
 
-    for i, block in enumerate(graph.trunk.blocks):
-        for place, readers in READERS.items():
-            # The decoder's first block is given its learned row once, in place of a copy for each patch.
-            once = isinstance(graph, GraphDecoder) and (i, place) == (0, "norm")
-            copies = graph.config.decoder.stride if once else 0
-            reader = block.get_submodule(readers[0])
-            hooks.append(reader.register_forward_pre_hook(listen(f"{i}.{place}", copies)))
-    for x in inputs:
-        graph(x)
-    for hook in hooks:
-        hook.remove()
+    with ExitStack() as hooks:
+        for i, block in enumerate(graph.trunk.blocks):
+            for place, readers in READERS.items():
+                once = isinstance(graph, GraphDecoder) and (i, place) == (0, "norm")
+                hook = listen(f"{i}.{place}", graph.config.decoder.stride if once else None)
+                hooks.callback(block.get_submodule(readers[0]).register_forward_pre_hook(hook).remove)
+        for x in inputs:
+            graph(x)
+    _check_finite(moments.values())
     return moments
 
 
-def migrate_(graph: GraphEncoder | GraphDecoder, moments: dict[str, Tensor]) -> None:
-    """Scale features by the root of their size at each of `READERS`, and weights the other way; in place.
+def _check_finite(tensors: Iterable[Tensor]) -> None:
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise CheckpointError("the model makes NaN or infinity of ordinary audio; download the checkpoint again")
+
+
+def scale_features_(graph: GraphEncoder | GraphDecoder, moments: dict[str, Tensor]) -> None:
+    """Divide features by the root of their size at each of `READERS`, and multiply weights by it; in place.
 
     The factors are powers of two, so that float32 products stay the same to the bit.
 
@@ -204,15 +245,19 @@ def migrate_(graph: GraphEncoder | GraphDecoder, moments: dict[str, Tensor]) -> 
         for place, readers in READERS.items():
             moment = moments[f"{i}.{place}"]
             size = moment.diagonal().sqrt()
-            factor = torch.exp2((size / size.mean()).clamp(min=FAINTEST).log2().mul(-0.5).round())
+            # All sizes are zero where a block adds nothing.
+            relative = size / size.mean().clamp(min=torch.finfo(torch.float32).tiny)
+            factor = torch.exp2(relative.clamp(min=FAINTEST).log2().mul(-0.5).round())
+            if (factor == 1).all():
+                continue
             moments[f"{i}.{place}"] = moment * factor * factor[:, None]
             for reader in readers:
                 weight: Tensor = block.get_submodule(reader).weight  # type: ignore[assignment]
                 weight /= factor[:, None]
-            if (factor == 1).all():
-                continue
             if place in ("norm", "ff_norm"):
-                block.get_submodule(place).scale = nn.Parameter(factor[None], requires_grad=False)
+                norm: Norm = block.get_submodule(place)  # type: ignore[assignment]
+                scale = factor[None] if norm.scale is None else norm.scale * factor
+                norm.scale = nn.Parameter(scale, requires_grad=False)
             else:
                 before = block.v if place == "heads" else block.value
                 before.weight.mul_(factor)
@@ -224,8 +269,10 @@ def migrate_(graph: GraphEncoder | GraphDecoder, moments: dict[str, Tensor]) -> 
 class Product:
     """One product of a graph, and both of its forms."""
 
-    name: str
-    """Of the module in the graph."""
+    block: int
+    """Its block's number."""
+    role: str
+    """Its name in the block, such as `ff`."""
     parent: nn.Module
     """The module that holds it."""
     float32: Linear
@@ -235,45 +282,57 @@ class Product:
 
     def use(self, form: nn.Module) -> None:
         """Put one of the forms into the graph."""
-        setattr(self.parent, self.name.rpartition(".")[2], form)
+        setattr(self.parent, self.role.rpartition(".")[2], form)
 
 
 def products(
-    graph: GraphEncoder | GraphDecoder, moments: dict[str, Tensor] | None = None, *, turn_inner: bool = True
+    graph: GraphEncoder | GraphDecoder, moments: dict[str, Tensor] | None = None, *, rotate_inner: bool = True
 ) -> Iterator[Product]:
-    """The products of the blocks; the ends are a hundredth of the work and stay float32.
+    """Make both forms of the products of the blocks; the ends are a hundredth of the work and stay float32.
 
     Args:
         graph: float32.
-        moments: of `moments_of`, to round weights for such rows; without, each to the nearest step.
-        turn_inner: rotate the inner activations where they become int8.
+        moments: of `moments_of`, to round weights for such rows, each freed after its use; without, weights are
+            rounded to the nearest step.
+        rotate_inner: rotate the inner activations where they become int8.
     """
     for i, block in enumerate(graph.trunk.blocks):
         for place, readers in READERS.items():
-            turn = rotation(TURNED) if turn_inner and place == "inner" else None
-            moment = moments[f"{i}.{place}"] if moments else None
-            if moment is not None and turn is not None:
-                moment = turned(turned(moment, turn.float()).T, turn.float())
+            linears: list[Linear] = [block.get_submodule(reader) for reader in readers]  # type: ignore[misc]
+            moment = moments.pop(f"{i}.{place}") if moments else None
+            rotation = None
+            if rotate_inner and place == "inner":
+                rotation = rotation_for(len(linears[0].weight), INNER_ROTATION)
+                if moment is not None:
+                    moment = rotated(rotated(moment, rotation.float()).T, rotation.float())
             compensation = None if moment is None else Compensation(moment)
-            for reader in readers:
-                linear: Linear = block.get_submodule(reader)  # type: ignore[assignment]
+            for reader, linear in zip(readers, linears, strict=True):
                 form = Int8Branch if isinstance(linear, Branch) else Int8Linear
                 parent = block.get_submodule(reader.rpartition(".")[0])
-                yield Product(f"{i}.{reader}", parent, linear, form(linear, compensation, turn))  # type: ignore[arg-type]
+                yield Product(i, reader, parent, linear, form(linear, compensation, rotation))  # type: ignore[arg-type]
 
 
-def examples(graph: GraphEncoder | GraphDecoder, model: Same, latents: int) -> Iterator[Tensor]:
-    """Inputs of several kinds and levels, seeded: the first is noise of a usual level, those that take a model last."""
-    noise = np.random.default_rng(0)
+def examples(graph: GraphEncoder | GraphDecoder, model: Same, latents: int, seed: int) -> Iterator[Tensor]:
+    """Inputs of several kinds and levels: the first is noise of a usual level, those that take a model last.
+
+    Args:
+        graph: the half they are for.
+        model: what it was made of, for examples of latents.
+        latents: of each.
+        seed: of the noise and the pitches of the chord.
+    """
+    generator = np.random.default_rng(seed)
     config = graph.config
-    hiss = noise.standard_normal((1, config.channels, latents * config.hop), np.float32)
+    hiss = generator.standard_normal((1, config.channels, latents * config.hop), np.float32)
     seconds = np.arange(hiss.shape[-1]) / config.sample_rate
-    chord = sum(np.sin(2 * np.pi * pitch * seconds) for pitch in (110, 277.2, 659.3, 2637))
+    # In hertz, spread over the keys of a piano.
+    pitches = 27.5 * 2 ** generator.uniform((0, 2, 4, 6), (2, 4, 6, 7))
+    chord = sum(np.sin(2 * np.pi * pitch * seconds) for pitch in pitches)
     audio = [_tensor(array) for array in (0.2 * hiss, 0.01 * hiss, 0.3 * hiss, 0.2 * chord + 0.002 * hiss)]
     if isinstance(graph, GraphEncoder):
         yield from audio
         return
-    z = noise.standard_normal((1, config.latent_width, latents), np.float32)
+    z = generator.standard_normal((1, config.latent_width, latents), np.float32)
     # Latents of real audio move slowly.
     slow = np.cumsum(z, axis=2) / np.sqrt(np.arange(1, latents + 1))
     yield from map(_tensor, (z, 0.5 * z, slow))
@@ -287,13 +346,37 @@ def _tensor(array: Any) -> Tensor:
     return torch.from_numpy(np.asarray(array, np.float32))
 
 
-def prepare_(graph: GraphEncoder | GraphDecoder, model: Same) -> list[Product]:
+def prepare_(graph: GraphEncoder | GraphDecoder, model: Same, measures: Measures = MEASURES) -> list[Product]:
     """Make a graph bear int8 products, with the same function still, and give both forms of each; in place."""
     with torch.no_grad():
-        rotate_heads_(graph)
-        moments = moments_of(graph, examples(graph, model, SEEN))
-        migrate_(graph, moments)
-        return list(products(graph, moments))
+        if measures.rotate_heads:
+            rotate_heads_(graph)
+        moments = moments_of(graph, examples(graph, model, FITTED_LATENTS, FITTED))
+        if measures.scale_features:
+            scale_features_(graph, moments)
+        return list(products(graph, moments if measures.compensate else None, rotate_inner=measures.rotate_inner))
+
+
+def use_(
+    graph: GraphEncoder | GraphDecoder,
+    found: Iterable[Product],
+    int8: Collection[Product],
+    measures: Measures = MEASURES,
+) -> None:
+    """Put the int8 form of some products into a graph, and float32 of the others; in place.
+
+    Args:
+        graph: what `prepare_` was given.
+        found: what it returned.
+        int8: those of them that are to be int8.
+        measures: as for `prepare_`.
+    """
+    for product in found:
+        product.use(product.int8 if product in int8 else product.float32)
+    if isinstance(graph, GraphDecoder):
+        block: GraphBlock
+        for block in graph.trunk.blocks:  # type: ignore[assignment]
+            block.apart = measures.feed_apart and isinstance(block.ff, Int8Linear)
 
 
 def quantize_(
@@ -301,7 +384,8 @@ def quantize_(
 ) -> list[str]:
     """Turn the products of the blocks into int8, but for those that keep the graph from `target_db`; in place.
 
-    Where not all can be int8, each is tried alone, and those that add most noise for their size stay float32.
+    Where not all can be int8, each is tried alone, and those that add most noise for their size stay float32: how many
+    is found by halving, so that one more in int8 misses the target.
 
     Args:
         graph: as it was made, float32.
@@ -311,46 +395,38 @@ def quantize_(
 
     Returns:
         Names of the products that stay float32, such as `11.ff`.
+
+    Raises:
+        CheckpointError: the model makes NaN or infinity of the examples.
     """
-    given = list(examples(graph, model, latents))
+    given = list(examples(graph, model, latents, TRIED))
     # Each product alone is tried on a little only: there are dozens of them, of ten megabytes each.
-    little = [next(examples(graph, model, max(1, latents // 4)))]
+    little = next(examples(graph, model, max(1, latents // 4), TRIED))
     with torch.no_grad():
-        wanted, wanted_of_little = ([graph(x).numpy() for x in inputs] for inputs in (given, little))
+        outputs = [graph(x) for x in given]
+        _check_finite(outputs)
+        wanted = [y.numpy() for y in outputs]
+        wanted_of_little = graph(little).numpy()
         found = prepare_(graph, model)
 
-        def use(int8: Sequence[Product]) -> None:
-            for product in found:
-                product.use(product.int8 if product in int8 else product.float32)
-            feed_apart(graph)
-
-        def suffices(int8: Sequence[Product]) -> bool:
-            use(int8)
+        def suffices(int8: Collection[Product]) -> bool:
+            use_(graph, found, int8)
             return all(snr_db(y, graph(x).numpy()) >= target_db for x, y in zip(given, wanted, strict=True))
 
         def harm(product: Product) -> float:
             """Noise for each weight that becomes int8."""
-            use([product])
-            return 10 ** (-snr_db(wanted_of_little[0], graph(little[0]).numpy()) / 10) / product.int8.weight.numel()
+            use_(graph, found, [product])
+            return 10 ** (-snr_db(wanted_of_little, graph(little).numpy()) / 10) / product.int8.weight.numel()
 
         if suffices(found):
             return []
-        harmless = sorted(found, key=harm)
-        # The most that reach the target, by halving.
-        enough, too_many = 0, len(harmless)
+        by_harm = sorted(found, key=harm)
+        enough, too_many = 0, len(by_harm)
         while too_many - enough > 1:
             middle = (enough + too_many) // 2
-            if suffices(harmless[:middle]):
+            if suffices(by_harm[:middle]):
                 enough = middle
             else:
                 too_many = middle
-        use(harmless[:enough])
-    return [product.name for product in found if product in harmless[enough:]]
-
-
-def feed_apart(graph: GraphEncoder | GraphDecoder) -> None:
-    """Let the rows of the decoder's latents feed forward apart where the inner activations are int8."""
-    if isinstance(graph, GraphDecoder):
-        block: GraphBlock
-        for block in graph.trunk.blocks:  # type: ignore[assignment]
-            block.apart = isinstance(block.ff, Int8Linear)
+        use_(graph, found, by_harm[:enough])
+    return [f"{product.block}.{product.role}" for product in found if product in by_harm[enough:]]

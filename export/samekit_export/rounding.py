@@ -22,21 +22,27 @@ STEPS = 127
 
 
 class Compensation:
-    """What an error in the weight of one feature is passed on with to the others; serves every product of the rows.
+    """How an error in the weights of one feature is made up for by those of the features not yet rounded.
+
+    GPTQ's step 3: the upper Cholesky factor of the inverse second moments, features of large moments first. Serves
+    every product of the rows.
 
     Args:
         moment: second moments of the rows, `[in, in]`.
     """
 
     def __init__(self, moment: Tensor) -> None:
-        damped = moment.double() + DAMPING * moment.diagonal().mean() * torch.eye(len(moment), dtype=torch.float64)
         # Features that matter most are rounded first, when all others can still make up for them.
-        self._order = damped.diagonal().argsort(descending=True)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped[self._order][:, self._order]))
+        self._order = moment.diagonal().argsort(descending=True, stable=True)
+        damped = moment[self._order[:, None], self._order].double()
+        # Rows of zeros are met by weights that are rounded to the nearest step.
+        mean = damped.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+        damped.diagonal().add_(DAMPING * mean)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
         self._factor = torch.linalg.cholesky(inverse, upper=True).float()
 
     def rounded(self, weight: Tensor, scale: Tensor) -> Tensor:
-        """Weights `[in, out]` in whole steps of `scale` `[out]`, int8."""
+        """Weights `[in, out]` in whole steps of `scale` `[out]`: int8 `[in, out]`, -127 to 127."""
         left = (weight / scale)[self._order]
         steps = torch.empty_like(left)
         for start in range(0, len(left), BLOCK):

@@ -111,5 +111,5 @@ def _judge(row: dict[str, Any], precision: str) -> None:
     if not row["snr_db"] >= floor:
         raise VerificationError(
             f"the {precision} {row['half']} is {row['snr_db']} dB from eager PyTorch at {row['batch']} x "
-            f"{row['latents']} latents, {floor} dB is the least; nothing was written, please report this"
+            f"{row['latents']} latents, {floor} dB is the least; do not use this graph, and please report this"
         )
