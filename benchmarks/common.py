@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import onnxruntime
 
-from samekit.backends.ort import CPU_PROVIDER
+from samekit.backends.ort import CPU_PROVIDER, session_options
 from samekit.spec import ENCODER
 from samekit_export.measure import interleaved, machine, summary
 
@@ -22,11 +22,11 @@ __all__ = ["counts", "finish", "half_of", "interleaved", "machine", "open_sessio
 
 
 def counts(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:  # noqa: ARG001 click's shape
-    """Whole numbers, separated by commas."""
-    try:
-        return [int(part) for part in value.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is no list of numbers") from None
+    """Whole numbers from 1, separated by commas."""
+    parts = value.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise click.BadParameter(f"{value!r} is no list of whole numbers from 1")
+    return [int(part) for part in parts]
 
 
 def half_of(codec: Autoencoder, half: str) -> Callable[[Any], Any]:
@@ -34,11 +34,11 @@ def half_of(codec: Autoencoder, half: str) -> Callable[[Any], Any]:
     return codec.encode_audio if half == ENCODER else codec.decode_audio
 
 
-def open_session(graph: bytes | Path, threads: int, profile: Path | None = None) -> onnxruntime.InferenceSession:
+def open_session(
+    graph: bytes | Path, threads: int, precision: str, profile: Path | None = None
+) -> onnxruntime.InferenceSession:
     """A session as the runtime opens it, with a profiler if it has a place to write to."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    options = session_options(onnxruntime, threads, precision)
     if profile:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)

@@ -74,7 +74,7 @@ def measured_limit(precision: str, threads: int) -> float:
     """The most operations a second of the large products."""
     speeds = []
     for rows, inner, columns in LARGE:
-        engine = open_session(product_graph(inner, columns, precision), threads)
+        engine = open_session(product_graph(inner, columns, precision), threads, precision)
         given = np.random.default_rng(1).standard_normal((rows, inner), np.float32)
         speeds.append(2 * rows * inner * columns / fastest(engine, given))
     return max(speeds)
@@ -96,10 +96,10 @@ def operations(event: dict[str, Any]) -> int:
     return 2 * inner * math.prod(outputs)
 
 
-def profile(path: Path, given: Array, threads: int) -> list[dict[str, Any]]:
+def profile(path: Path, given: Array, threads: int, precision: str) -> list[dict[str, Any]]:
     """Events of the nodes of one warm run."""
     with tempfile.TemporaryDirectory() as folder:
-        engine = open_session(path, threads, Path(folder) / "profile")
+        engine = open_session(path, threads, precision, Path(folder) / "profile")
         feeds = {engine.get_inputs()[0].name: given}
         for _ in range(RUNS):
             engine.run(None, feeds)
@@ -131,12 +131,12 @@ def main(folder: Path, latents: int, precision: str, threads: int | None) -> Non
     results: dict[str, Any] = {"limit_gops": limit / 1e9, "latents": latents, "precision": precision}
     for half in (ENCODER, DECODER):
         path, given = engine.graph(half, precision), example_input(engine.spec, half, 1, latents, seed=0)
-        opened = open_session(path, threads)
+        opened = open_session(path, threads, precision)
         if [node.name for node in opened.get_inputs()] != [INPUT_NAMES[half]]:
             raise click.ClickException(f"{path}: not the graph of an {half}")
         seconds = fastest(opened, given)
         del opened
-        events = profile(path, given, threads)
+        events = profile(path, given, threads, precision)
         work = sum(map(operations, events))
         shares = breakdown(events)
         results[half] = {

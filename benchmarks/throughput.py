@@ -1,6 +1,9 @@
-"""How much audio a second, by window and batch? What is fastest is the default, see `autoencoder.default_window`.
+"""How much audio a second, by window, batch and length? The fastest window is `autoencoder.default_window`.
 
-python benchmarks/throughput.py engines/same-s --windows 32,64,128,256 --batches 1,2,4
+Windows and lengths are measured in turn, so that a processor that changes its speed favours none of them.
+
+    python benchmarks/throughput.py engines/same-s --windows 32,64,128,256 --batches 1,2,4
+    python benchmarks/throughput.py engines/same-s --windows 128 --batches 1 --latents 64,512,4096
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import click
 from common import counts, finish, half_of, interleaved, machine, plot_lines, summary
 
 from samekit import AutoencoderModel
+from samekit._options import MOST_THREADS
 from samekit.spec import DECODER, ENCODER
 from samekit_export.verify import example_input
 
@@ -21,48 +25,55 @@ from samekit_export.verify import example_input
 @click.argument("engine", type=click.Path(path_type=Path, exists=True))
 @click.option("--windows", default="32,64,128,256", show_default=True, callback=counts, help="In latents.")
 @click.option("--batches", default="1,2,4", show_default=True, callback=counts, help="Sequences encoded at once.")
-@click.option("--latents", default=1024, show_default=True, type=click.IntRange(1), help="Of each batch, in all.")
+@click.option("--latents", default="1024", show_default=True, callback=counts, help="Of each batch, in all.")
 @click.option("--precision", default="fp32", show_default=True)
 @click.option("--runs", default=3, show_default=True, type=click.IntRange(1))
-@click.option("--threads", type=click.IntRange(1), help="[default: all cores]")
+@click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="[default: all cores]")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Write a picture; needs matplotlib.")
 def main(
     engine: Path,
     windows: list[int],
     batches: list[int],
-    latents: int,
+    latents: list[int],
     precision: str,
     runs: int,
     threads: int | None,
     plot_path: Path | None,
 ) -> None:
     """Print seconds of audio a second for one ENGINE folder; the last line is JSON."""
+    if min(latents) < max(batches):
+        raise click.UsageError("fewer latents than sequences in a batch")
     # One backend for all, so that the weights are held once.
     model = AutoencoderModel.from_pretrained(
         engine, "cpu", backend="onnxruntime", precision=precision, threads=threads or machine()["cores"]
     )
     default = model.autoencoder
-    codecs = {str(window): type(default)(default.backend, window) for window in windows}
+    codecs = {window: type(default)(default.backend, window) for window in windows}
     rows: list[dict[str, Any]] = []
     for half in (ENCODER, DECODER):
         default.backend.expect_many_calls(half)
         print(f"{half}: the default window is {default.windows(half).size} latents")
         for batch in batches:
-            given = example_input(model.spec, half, batch, latents // batch, seed=batch)
-            seconds = batch * (latents // batch) * model.spec.hop / model.spec.sample_rate
-            for window, times in interleaved(
-                {w: partial(half_of(c, half), given) for w, c in codecs.items()}, runs
-            ).items():
+            inputs = {count: example_input(model.spec, half, batch, count // batch, seed=batch) for count in latents}
+            calls = {(w, n): partial(half_of(codecs[w], half), inputs[n]) for w in windows for n in latents}
+            for (window, count), times in interleaved(calls, runs).items():
+                seconds = batch * (count // batch) * model.spec.hop / model.spec.sample_rate
                 speed = {name: seconds / time for name, time in summary(times).items()}
-                rows.append({"half": half, "batch": batch, "window": int(window), "audio_seconds_per_second": speed})
+                shape = {"half": half, "batch": batch, "window": window, "latents": count}
+                rows.append({**shape, "audio_seconds_per_second": speed})
                 print(
-                    f"{half:8} batch {batch:>3}  window {window:>5} {speed['median']:8.2f} s/s "
+                    f"{half:8} batch {batch:>3}  window {window:>5}  latents {count:>5} {speed['median']:8.2f} s/s "
                     f"({speed['max']:.2f} ... {speed['min']:.2f})",
                     flush=True,
                 )
     if plot_path:
         points = [
-            (row["half"], f"batch {row['batch']}", row["window"], row["audio_seconds_per_second"]["median"])
+            (
+                row["half"],
+                f"batch {row['batch']}, {row['latents']} latents",
+                row["window"],
+                row["audio_seconds_per_second"]["median"],
+            )
             for row in rows
         ]
         plot_lines(plot_path, points, x="window in latents", y="seconds of audio a second")

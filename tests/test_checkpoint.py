@@ -222,7 +222,9 @@ def test_configuration_that_is_no_json(folder, content):
 @pytest.mark.parametrize("document", [[], "same", 5, None, {}, {"model": []}, {"model": {"pretransform": 1}}], ids=str)
 def test_configuration_of_something_else(folder, document):
     (folder / CONFIG_FILE).write_text(json.dumps(document), encoding="utf-8")
-    assert "must be an object" in refused(load_folder, folder)
+    message = refused(load_folder, folder)
+    assert message.startswith(f"{folder / CONFIG_FILE}: config")
+    assert "must be an object" in message
 
 
 # --- What is not implemented -------------------------------------------------------------------------------
@@ -286,6 +288,7 @@ def test_value_that_is_not_implemented(path, value):
     edit(document["model"], {path: value})
     message = refused(parse_config, document)
     assert message.startswith(f"{CONFIG_FILE}: ")
+    assert message.endswith("; pass the checkpoint of SAME-S or SAME-L as it was published")
     assert path.rsplit(".", 1)[-1] in message
     assert any(phrase in message for phrase in ("not implemented", "are implemented"))
 
@@ -295,6 +298,8 @@ CONTRADICTIONS = [
     ({"*.config.dim_heads": 24}, "heads of 24"),
     ({"*.config.dim_heads": 33}, "heads of 33"),
     ({"*.config.dim_heads": 96}, "heads of 96"),
+    ({"*.config.channels": 66, "*.config.c_mults": [1], "*.config.dim_heads": 66}, "heads of 66"),
+    ({"*.config.chunk_size": 16 * 10**4}, "chunk_size = 160000 is out of range"),
     ({"*.config.transformer_depths": [3]}, "chunk_midpoint_shift needs an even depth"),
     ({"*.config.transformer_depths": [0]}, "depth 0"),
     ({"*.config.transformer_depths": [10**6]}, "depth 1000000"),
@@ -542,6 +547,7 @@ def test_without_hub_or_cache(name):
     message = refused(load, name)
     assert "cannot be fetched from the hub" in message
     assert "--weights DIR" in message
+    assert "WEIGHTS=DIR" in message
     assert "WEIGHTS=random" in message
 
 

@@ -96,8 +96,12 @@ def test_runs_by_folder(oracle):
     ],
 )
 def test_what_is_not_implemented_is_named(changed, fields, named):
-    with pytest.raises(CheckpointError, match=named):
-        load_folder(changed(**fields))
+    folder = changed(**fields)
+    with pytest.raises(CheckpointError, match=named) as caught:
+        load_folder(folder)
+    message = str(caught.value)
+    assert message.startswith((f"{folder / 'config.json'}", f"{folder / 'diffusion_pytorch_model.safetensors'}"))
+    assert "; " in message
 
 
 def test_missing_field_is_named(changed):

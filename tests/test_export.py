@@ -20,7 +20,7 @@ from samekit.errors import EngineError, InputError, OutputError, VerificationErr
 from samekit.spec import ENCODER
 from samekit.store import Engine, describe_graph
 from samekit_export import export as export_module
-from samekit_export.checkpoint import random_checkpoint
+from samekit_export.checkpoint import load_folder, random_checkpoint
 from samekit_export.export import export, spec_of
 from samekit_export.graph import GraphEncoder
 from samekit_export.model import Same
@@ -220,9 +220,27 @@ def test_stale_folder_is_exported_again(exported, ready_graphs, cause):
 
 
 def test_other_weights_are_exported(exported, ready_graphs):
-    other = random_checkpoint("tiny-s", seed=1)
-    assert export(other, exported).spec.source_sha256 == other.sha256
+    other, lines = random_checkpoint("tiny-s", seed=1), []
+    assert export(other, exported, report=lines.append).spec.source_sha256 == other.sha256
     assert ready_graphs == WRITTEN
+    assert lines[0] == "replaces an export of other weights (kind random, name tiny-s, seed 0)"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_random_weights_replace_others_by_force_only(exported, ready_graphs, checkpoint_of, precision):
+    real = dataclasses.replace(load_folder(checkpoint_of("tiny-s"), "tiny-s"), sha256="real")
+    lines = []
+    export(real, exported, report=lines.append)
+    assert any("replaces an export of other weights (kind random" in line for line in lines)
+    before = contents(exported)
+    ready_graphs.clear()
+    with pytest.raises(OutputError, match=r"holds other weights \(kind folder.*--force, or another --out") as caught:
+        export(seeded("tiny-s"), exported, [precision])
+    assert_one_line(caught.value)
+    assert (contents(exported), ready_graphs) == (before, [])
+    engine = export(seeded("tiny-s"), exported, [precision], force=True, report=lines.append)
+    assert lines[-4].startswith("replaces an export of other weights (kind folder")
+    assert engine.spec.is_random
 
 
 def test_new_version_exports_again(exported, ready_graphs, monkeypatch):
@@ -324,9 +342,10 @@ def test_file_in_the_way(ready_graphs, tmp_path, place):
     assert len(ready_graphs) <= 2
 
 
-def test_folder_of_something_else_is_not_replaced(ready_graphs, tmp_path):
-    """Such as the checkpoint itself, where `--out` is the folder of checkpoints."""
-    weights = tmp_path / "tiny-s" / "model.safetensors"
+@pytest.mark.parametrize("file", ["model.safetensors", "model.onnx", "encoder.fp8.onnx"])
+def test_folder_of_something_else_is_not_replaced(ready_graphs, tmp_path, file):
+    """Such as the checkpoint itself, where `--out` is the folder of checkpoints; or graphs of another program."""
+    weights = tmp_path / "tiny-s" / file
     weights.parent.mkdir()
     weights.write_bytes(b"not to be lost")
     before = contents(tmp_path)
@@ -382,7 +401,7 @@ def test_wrong_graph_is_not_exported(ready_graphs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(export_module, "write_onnx", write_wrong)
     monkeypatch.setattr(export_module, "verify", verify)
-    with pytest.raises(VerificationError, match="nothing was written"):
+    with pytest.raises(VerificationError, match="do not use this graph"):
         export(seeded("tiny-s"), tmp_path / "engines")
     assert ready_graphs == WRITTEN
     assert list((tmp_path / "engines").iterdir()) == []
@@ -394,3 +413,25 @@ def test_verify_reports_every_case(engine_of, eager_of):
     assert len(lines) == len(rows)
     assert all(line.startswith("fp32 ") and line.endswith(" dB") for line in lines)
     assert min(row["snr_db"] for row in rows) >= FLOOR_DB["fp32"] == 90
+
+
+@pytest.mark.parametrize("own", ["encoder.onnx/keep", "tensorrt", "link"])
+def test_what_no_export_writes_is_not_replaced(tmp_path, own):
+    """Names alone do not make an engine folder."""
+    folder = tmp_path / "tiny-s"
+    if own == "link":
+        (tmp_path / "elsewhere").mkdir()
+        folder.symlink_to("elsewhere")
+    else:
+        (folder / own).parent.mkdir(parents=True)
+        (folder / own).write_text("mine")
+    with pytest.raises(OutputError, match="is not replaced; ") as caught:
+        export(seeded("tiny-s"), tmp_path)
+    assert_one_line(caught.value)
+    assert folder.is_symlink() or (folder / own).read_text() == "mine"
+
+
+def test_name_too_long_for_the_disk(tmp_path):
+    with pytest.raises(OutputError, match="File name too long") as caught:
+        export(seeded("tiny-s"), tmp_path / ("z" * 300))
+    assert_one_line(caught.value)

@@ -225,7 +225,6 @@ def dense_attention(attention, x, sees):
         ("tiny-s", 3, lambda i, j: i // 34 == j // 34),
         ("chunks of 4 latents", 2, lambda i, j: i // 68 == j // 68),
     ],
-    ids=str,
 )
 def test_attention(variant_of, name, groups, sees):
     _, model = variant_of(name)

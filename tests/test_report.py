@@ -91,6 +91,14 @@ def test_terminal_and_page_show_the_same(measured, page):
         assert f"not run: {reason}" in table
 
 
+@pytest.mark.parametrize(
+    ("speed", "shown"), [(0.04, "0.0"), (0.94, "0.9"), (9.94, "9.9"), (10.4, "10"), (123.6, "124")]
+)
+def test_slow_speeds_have_a_decimal(measured, speed, shown):
+    row = dataclasses.replace(measured.rows[0], encode_speed=speed, decode_speed=1)
+    assert row.cells()[-2:] == (f"{shown} x real time", "1.0 x real time")
+
+
 def test_page_is_one_file(page):
     text = page.read_text(encoding="utf-8")
     found = Page(text)

@@ -40,9 +40,11 @@ def eager():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(bundled_engine, tmp_path_factory):
     """An engine folder with every precision."""
-    return export(load(NAME), tmp_path_factory.mktemp("engines"), PRECISIONS).folder
+    folder = tmp_path_factory.mktemp("engines")
+    shutil.copytree(bundled_engine.folder, folder / NAME)
+    return export(load(NAME), folder, PRECISIONS).folder
 
 
 def round_trip(model, audio):

@@ -53,10 +53,30 @@ def test_cache_may_lie_under_home(spec_text, monkeypatch):
     assert find_engine("my-model").folder == folder
 
 
-@pytest.mark.parametrize("name", ["nowhere", "no/where", "x" * 5000], ids=["name", "path", "long name"])
+@pytest.mark.parametrize(
+    "name", ["nowhere", "no/where", "x" * 5000, "here"], ids=["name", "path", "long name", "empty"]
+)
 def test_not_found(name):
-    with pytest.raises(EngineNotFoundError, match=f"run: samekit export {name}$") as caught:
+    Path("here").mkdir()
+    cure = "check the path" if name in ("no/where", "here") else f"run: samekit export {name}"
+    with pytest.raises(EngineNotFoundError, match=f"; {cure}$") as caught:
         find_engine(name)
+    assert_one_line(caught.value)
+
+
+def test_checkpoint_is_no_engine(checkpoint_of):
+    folder = checkpoint_of("tiny-s")
+    with pytest.raises(EngineNotFoundError, match=f"; run: samekit export {folder}$"):
+        find_engine(folder)
+
+
+def test_folder_of_engine_folders(spec_text):
+    put(Path("engines", "b"), spec_text)
+    put(Path("engines", "a"), spec_text)
+    with pytest.raises(
+        EngineError, match=r"engines: is no engine .*; pass one of these: engines/a, engines/b$"
+    ) as caught:
+        find_engine("engines")
     assert_one_line(caught.value)
 
 
@@ -181,9 +201,28 @@ def test_graphs(own_engine):
         assert own_engine.graph(half, "fp32") == own_engine.folder / f"{half}.onnx"
     own_engine.check_digests()
     with pytest.raises(
-        BackendUnavailableError, match=r"no int8 graph \(there is: fp32\); export with --precision int8"
+        BackendUnavailableError,
+        match=r"no int8 graph \(there is: fp32\); run: samekit export tiny-s --weights random .* --precision int8$",
     ):
         own_engine.graph(ENCODER, "int8")
+
+
+@pytest.mark.parametrize(
+    ("folder", "source", "arguments"),
+    [
+        ("engines/same-s", {"kind": "random", "name": "same-s", "seed": 0}, "same-s --weights random"),
+        ("engines/same-s", {"kind": "hub", "name": "stabilityai/SAME-S"}, "stabilityai/SAME-S"),
+        ("engines/same-s", {"kind": "hub", "name": "stabilityai/stable-audio-3-small-sfx"}, "same-s"),
+        ("engines/same-s", {"kind": "bundled", "name": "same-s"}, "same-s"),
+        ("engines/same-s", {"kind": "folder", "folder": "/my weights"}, "same-s --weights '/my weights'"),
+        ("demo/same-s", {"kind": "bundled", "name": "same-s"}, "same-s --out demo"),
+        ("demo/renamed", {}, "same-s"),
+    ],
+)
+def test_command_that_exports_again(own_engine, folder, source, arguments):
+    engine = Engine(Path(folder), dataclasses.replace(own_engine.spec, name="same-s", source=source))
+    assert engine.export_command() == f"samekit export {arguments}"
+    assert engine.export_command("--force") == f"samekit export {arguments} --force"
 
 
 @pytest.mark.parametrize("half", HALVES)

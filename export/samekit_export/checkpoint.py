@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import logging
 import math
 import os
 import reprlib
@@ -21,13 +22,16 @@ from typing import TYPE_CHECKING, Any
 
 from samekit._files import named, read_regular
 from samekit._json import check_kinds
-from samekit.errors import CheckpointError
+from samekit.errors import CheckpointError, first_line
+from samekit.spec import RANDOM
 from samekit_export import diffusers_format
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     import torch
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "model_config.json"
 """Name of the published configuration."""
@@ -49,8 +53,6 @@ CONTAINING_REPOSITORIES = {
 BUNDLED_FOLDERS = {"same-tiny": Path(__file__).with_name("same-tiny")}
 """Checkpoints that come with samekit; the folder's README.md is the model card."""
 
-RANDOM = "random"
-"""Seeded random weights."""
 HUB = "hub"
 """Weights from the Hugging Face hub."""
 BUNDLED = "bundled"
@@ -168,48 +170,66 @@ class Checkpoint:
 # ---------------------------------------------------------------------------------------------- configuration
 
 
-_NOT_EXPORTABLE = "this checkpoint cannot be exported"
+_NOT_EXPORTABLE = "pass the checkpoint of SAME-S or SAME-L as it was published"
+_DAMAGED = "download the checkpoint again"
+
+MOST_CHUNK_TOKENS = 4096
+"""Tokens in a chunk, which attention holds the square of; published models have 34."""
 
 
 class _Fields:
-    """A part of the configuration that knows its path and notices every field that nobody asked for."""
+    """A part of the configuration that knows its path and notices every field that nobody asked for.
 
-    def __init__(self, values: Any, path: str) -> None:
+    Args:
+        values: the part.
+        path: its place in the configuration.
+        source: the configuration's file.
+    """
+
+    def __init__(self, values: Any, path: str, source: str) -> None:
+        self._path = path
+        self._source = source
         if not isinstance(values, dict):
-            raise CheckpointError(
-                f"{CONFIG_FILE}: {path} must be an object, it is {reprlib.repr(values)}; is this a SAME checkpoint?"
+            raise self.refusal(
+                f"{path} must be an object, it is {reprlib.repr(values)}; pass the checkpoint of a SAME autoencoder, "
+                "or download it again"
             )
         self._values = dict(values)
-        self._path = path
+
+    def refusal(self, problem: str) -> CheckpointError:
+        """What is wrong with the configuration."""
+        return CheckpointError(f"{self._source}: {problem}")
 
     def error(self, key: str, problem: str) -> CheckpointError:
         """What is wrong with a field."""
-        return CheckpointError(f"{CONFIG_FILE}: {self._path}.{key} {problem}")
+        return self.refusal(f"{self._path}.{key} {problem}")
 
     def take(self, key: str, kind: type, default: Any = None) -> Any:
         """The field's value, checked for its type; without a default it must be there."""
         value = self._values.pop(key, default)
         if value is None:
-            raise self.error(key, "is missing; is the file complete?")
+            raise self.error(key, f"is missing; {_DAMAGED}")
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise self.error(key, f"must be of type {kind.__name__}, it is {reprlib.repr(value)}")
+            raise self.error(key, f"must be of type {kind.__name__}, it is {reprlib.repr(value)}; {_DAMAGED}")
         return value
 
     def take_size(self, key: str, default: int | None = None) -> int:
         """A whole number from 1 to a million, beyond which a file is damaged rather than large."""
         value = int(self.take(key, int, default))
         if not 1 <= value <= 1_000_000:
-            raise self.error(key, f"must lie in 1 ... 1000000, it is {value}")
+            raise self.error(key, f"must lie in 1 ... 1000000, it is {value}; {_DAMAGED}")
         return value
 
     def take_level(self, key: str, kind: type, default: Any = None) -> Any:
         """The only value of a list with one entry a level; more than one level is not implemented."""
         values = self.take(key, list, default)
         if len(values) != 1:
-            raise self.error(key, f"has {len(values)} levels; only autoencoders of one level are implemented")
-        return _Fields({key: values[0]}, self._path).take(key, kind)
+            raise self.error(
+                key, f"has {len(values)} levels, and only autoencoders of one level are implemented; {_NOT_EXPORTABLE}"
+            )
+        return _Fields({key: values[0]}, self._path, self._source).take(key, kind)
 
     def require(self, key: str, implemented: Any, default: Any = None) -> None:
         """Refuse any value but the implemented one; a missing field counts as `default`."""
@@ -226,7 +246,7 @@ class _Fields:
 
     def sub(self, key: str) -> _Fields:
         """A nested object."""
-        return _Fields(self._values.pop(key, None), f"{self._path}.{key}")
+        return _Fields(self._values.pop(key, None), f"{self._path}.{key}", self._source)
 
     def typed(self, key: str, type_name: str) -> _Fields:
         """The fields of a nested `{"type": …, "config": {…}}` of the implemented type."""
@@ -253,13 +273,22 @@ def _parse_span(fields: _Fields, stride: int) -> Span:
         fields.ignore("chunk_size", "chunk_midpoint_shift")
         if len(window) != 2 or window[0] != window[1] or type(window[0]) is not int or not 1 <= window[0] <= 8:
             raise fields.error(
-                "sliding_window", f"= {reprlib.repr(window)} is not implemented; two equal numbers from 1 to 8 are"
+                "sliding_window",
+                f"= {reprlib.repr(window)} is not implemented (two equal numbers from 1 to 8 are); {_NOT_EXPORTABLE}",
             )
         return BandSpan(window[0])
     chunk = fields.take_size("chunk_size")
     latents = chunk // stride
     if chunk % stride or latents % 2:
-        raise fields.error("chunk_size", f"= {chunk} is not implemented; an even multiple of the stride {stride} is")
+        raise fields.error(
+            "chunk_size",
+            f"= {chunk} is not implemented (an even multiple of the stride {stride} is); {_NOT_EXPORTABLE}",
+        )
+    if latents * (stride + 1) > MOST_CHUNK_TOKENS:
+        # Attention holds the square of it.
+        raise fields.error(
+            "chunk_size", f"= {chunk} is out of range, {MOST_CHUNK_TOKENS} tokens are implemented; {_NOT_EXPORTABLE}"
+        )
     return ChunkSpan(latents, fields.take("chunk_midpoint_shift", bool, False))
 
 
@@ -277,14 +306,17 @@ def _parse_trunk(fields: _Fields, patch_width: int, latent_width: int, *, decode
     fields.ignore("checkpointing", "mask_noise", "use_flash", "freeze_backbone")
     stride = fields.take_level("strides", int)
     if not 1 <= stride <= 1024:
-        raise fields.error("strides", f"= [{stride}] is out of range; 1 to 1024 is implemented")
+        raise fields.error("strides", f"= [{stride}] is out of range, 1 to 1024 is implemented; {_NOT_EXPORTABLE}")
     conv_mapping = fields.take("conv_mapping", bool, False)
     if conv_mapping and not decoder:
         raise fields.error("conv_mapping", f"= true is not implemented for encoders; {_NOT_EXPORTABLE}")
     sine = fields._values.pop("sinusoidal_blocks", [0])  # noqa: SLF001
     sine = sine if isinstance(sine, list) else [sine]
     if len(sine) != 1 or not isinstance(sine[0], int):
-        raise fields.error("sinusoidal_blocks", f"= {reprlib.repr(sine)} is not implemented; one whole number is")
+        raise fields.error(
+            "sinusoidal_blocks",
+            f"= {reprlib.repr(sine)} is not implemented (one whole number is); {_NOT_EXPORTABLE}",
+        )
     trunk = TrunkConfig(
         width=fields.take_size("channels") * fields.take_level("c_mults", int),
         depth=fields.take_level("transformer_depths", int),
@@ -297,24 +329,25 @@ def _parse_trunk(fields: _Fields, patch_width: int, latent_width: int, *, decode
     )
     fields.finish()
     if not (trunk.width > 0 and 1 <= trunk.depth <= 1000 and 1 <= stride <= 1024):
-        raise CheckpointError(
-            f"{CONFIG_FILE}: width {trunk.width}, depth {trunk.depth} or stride {stride} is out of range"
-        )
-    if trunk.head_width < 32 or trunk.head_width % 2 or trunk.width % trunk.head_width:
-        raise CheckpointError(
-            f"{CONFIG_FILE}: heads of {trunk.head_width} do not fit a width of {trunk.width}: "
-            "the head width must be even, at least 32, and divide the width"
+        raise fields.refusal(f"width {trunk.width}, depth {trunk.depth} or stride {stride} is out of range; {_DAMAGED}")
+    # Rotary embedding turns pairs in half of a head, and in 32 features at least.
+    pairs_fit = trunk.head_width % (4 if trunk.head_width > 64 else 2) == 0
+    if trunk.head_width < 32 or not pairs_fit or trunk.width % trunk.head_width:
+        raise fields.refusal(
+            f"heads of {trunk.head_width} do not fit a width of {trunk.width} (they must be even, above 64 a multiple "
+            f"of 4, at least 32, and divide it); {_NOT_EXPORTABLE}"
         )
     if isinstance(trunk.span, ChunkSpan) and trunk.span.shifted and trunk.depth % 2:
-        raise CheckpointError(f"{CONFIG_FILE}: chunk_midpoint_shift needs an even depth, it is {trunk.depth}")
+        raise fields.refusal(f"chunk_midpoint_shift needs an even depth, it is {trunk.depth}; {_NOT_EXPORTABLE}")
     return trunk
 
 
-def parse_config(document: Any) -> tuple[SameConfig, bool]:
+def parse_config(document: Any, source: str = CONFIG_FILE) -> tuple[SameConfig, bool]:
     """Read a `model_config.json` of either nesting.
 
     Args:
         document: the parsed JSON.
+        source: the file that it was read from, for messages.
 
     Returns:
         The configuration, and whether it lay inside a full Stable Audio 3 configuration.
@@ -322,7 +355,7 @@ def parse_config(document: Any) -> tuple[SameConfig, bool]:
     Raises:
         CheckpointError: a field is missing, of the wrong type, or asks for what is not implemented.
     """
-    top = _Fields(document, "config")
+    top = _Fields(document, "config", source)
     outer = top.sub("model")
     nested = "pretransform" in outer._values and "encoder" not in outer._values  # noqa: SLF001
     model = outer.sub("pretransform").sub("config") if nested else outer
@@ -352,8 +385,9 @@ def parse_config(document: Any) -> tuple[SameConfig, bool]:
     model.ignore("in_channels", "out_channels")
     model.finish()
     if encoder.stride != decoder.stride:
-        raise CheckpointError(
-            f"{CONFIG_FILE}: strides {encoder.stride} (encoder) and {decoder.stride} (decoder) differ; not implemented"
+        raise top.refusal(
+            f"strides {encoder.stride} (encoder) and {decoder.stride} (decoder) differ, which is not implemented; "
+            f"{_NOT_EXPORTABLE}"
         )
     return config, nested
 
@@ -410,15 +444,17 @@ def _check_shapes(found: Mapping[str, tuple[int, ...]], config: SameConfig, sour
     expected = tensor_shapes(config)
     for key, shape in expected.items():
         if key not in found:
-            raise CheckpointError(f"{source}: tensor {key} {list(shape)} is missing; download the checkpoint again")
+            raise CheckpointError(f"{source}: tensor {key} {list(shape)} is missing; {_DAMAGED}")
         if found[key] != shape:
             raise CheckpointError(
-                f"{source}: tensor {key} has shape {list(found[key])}, the configuration asks for {list(shape)}"
+                f"{source}: tensor {key} has shape {list(found[key])}, the configuration asks for {list(shape)}; "
+                "take both files of one download"
             )
     extra = sorted(found.keys() - expected.keys())
     if extra:
         raise CheckpointError(
-            f"{source}: tensor {extra[0]} is not part of a SAME autoencoder ({len(extra)} such); nothing is ignored"
+            f"{source}: tensor {extra[0]} is not part of a SAME autoencoder ({len(extra)} such), and nothing is "
+            "ignored; pass the autoencoder's own checkpoint"
         )
 
 
@@ -435,7 +471,7 @@ def _read_config(path: Path) -> Any:
     try:
         return json.loads(read_regular(path).decode())
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download the checkpoint again") from None
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); {_DAMAGED}") from None
 
 
 def load(model: str, weights: str = HUB, revision: str | None = None) -> Checkpoint:
@@ -492,8 +528,9 @@ def load_folder(folder: str | Path, name: str | None = None) -> Checkpoint:
     # Not the methods of Path, which raise on names that no file system takes.
     folder = Path(os.path.realpath(named(folder)))
     if os.path.isfile(folder / diffusers_format.WEIGHTS_FILE):  # noqa: PTH113 see above
-        document = diffusers_format.published_config(_read_config(folder / diffusers_format.CONFIG_FILE))
-        config, _ = parse_config(document)
+        path = folder / diffusers_format.CONFIG_FILE
+        document = diffusers_format.published_config(_read_config(path), str(path))
+        config, _ = parse_config(document, f"{path} (fields under their published names)")
         tensors = _read_tensors(folder / diffusers_format.WEIGHTS_FILE, config, diffusers_format.published_key, "")
         tensors = {key: diffusers_format.published_tensor(key, tensor) for key, tensor in tensors.items()}
     else:
@@ -503,7 +540,7 @@ def load_folder(folder: str | Path, name: str | None = None) -> Checkpoint:
                     f"{folder}: no {file} here; pass a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}, "
                     f"or {diffusers_format.CONFIG_FILE} and {diffusers_format.WEIGHTS_FILE}"
                 )
-        config, nested = parse_config(_read_config(folder / CONFIG_FILE))
+        config, nested = parse_config(_read_config(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
         tensors = _read_tensors(folder / WEIGHTS_FILE, config, str, NESTED_PREFIX if nested else "")
     name = name or folder.name
     source = {"kind": "folder", "folder": str(folder), "name": name}
@@ -548,7 +585,9 @@ def _read_tensors(
     for key, tensor in derived.items():
         # Half-precision checkpoints hold them rounded; anything further off is another model.
         if key in tensors and not tensors[key].allclose(tensor, rtol=0.01):
-            raise CheckpointError(f"{path}: tensor {key} is not what its formula gives; this is not implemented")
+            raise CheckpointError(
+                f"{path}: tensor {key} is not what its formula gives, which is not implemented; {_DAMAGED}"
+            )
     return tensors | derived
 
 
@@ -576,7 +615,7 @@ def _is_derived(key: str) -> bool:
 def _check_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
     for key, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{source}: tensor {key} holds NaN or infinity; the checkpoint is damaged")
+            raise CheckpointError(f"{source}: tensor {key} holds NaN or infinity; {_DAMAGED}")
 
 
 # ---------------------------------------------------------------------------------------------- random weights
@@ -716,15 +755,18 @@ def load_hub(name: str, revision: str | None = None) -> Checkpoint:
             f"{name!r} is no published model ({known}), no hub repository owner/name and no folder; pass one of these, "
             "or export it first"
         )
+    short = name.rsplit("/", 1)[-1].lower()
+    # Random weights have the sizes of published models.
+    sized = short if short in HUB_REPOSITORIES else "same-s"
     try:
         found, folder = _fetch(repository, CONTAINING_REPOSITORIES.get(name, ()), revision)
     except Exception as error:  # noqa: BLE001 the hub's client raises errors of several libraries; each becomes one line
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{repository} cannot be fetched from the hub ({reason}); pass a downloaded folder instead: "
-            "WEIGHTS=DIR (--weights DIR), or WEIGHTS=random to try without the published weights"
+            f"{repository} cannot be fetched from the hub ({first_line(error)}); check the network, the name and "
+            f"your login, or export a downloaded folder: samekit export {short} --weights DIR (make export "
+            f"WEIGHTS=DIR), or random weights: samekit export {sized} --weights random (WEIGHTS=random)"
         ) from None
-    loaded = load_folder(folder, name.rsplit("/", 1)[-1].lower())
+    loaded = load_folder(folder, short)
     # A snapshot's folder is named after its commit, which pins what was exported.
     source = {"kind": HUB, "name": found, "revision": folder.name}
     return dataclasses.replace(loaded, source=source)
@@ -741,4 +783,6 @@ def _fetch(repository: str, containing: Iterable[str], revision: str | None) -> 
             folder = Path(snapshot_download(candidate, revision=revision, allow_patterns=files, local_files_only=True))
             if all((folder / file).is_file() for file in files):
                 return candidate, folder
+    # The client may try for half a minute before it says anything.
+    logger.warning("fetching %s from the hub", repository)
     return repository, Path(snapshot_download(repository, revision=revision, allow_patterns=files))

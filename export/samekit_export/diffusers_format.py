@@ -63,23 +63,27 @@ def diffusers_tensor(key: str, tensor: Tensor) -> Tensor:
     return torch.cat([q1, q2, k1, k2, v])
 
 
-def published_config(document: Any) -> dict[str, Any]:
+def published_config(document: Any, source: str = CONFIG_FILE) -> dict[str, Any]:
     """The published `model_config.json` of a `diffusers` configuration.
 
     The class knows the band kind only, so that is what comes out.
+
+    Args:
+        document: the parsed JSON.
+        source: the file that it was read from, for messages.
 
     Raises:
         CheckpointError: the configuration is of another class, or incomplete.
     """
     if not isinstance(document, dict) or document.get("_class_name") != CLASS_NAME:
-        raise CheckpointError(f"{CONFIG_FILE}: not of {CLASS_NAME}; pass the folder of the autoencoder itself (vae)")
+        raise CheckpointError(f"{source}: not of {CLASS_NAME}; pass the folder of the autoencoder itself (vae)")
     try:
-        return _translated(document)
+        return _translated(document, source)
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{CONFIG_FILE}: damaged or incomplete ({error}); download it again") from None
+        raise CheckpointError(f"{source}: damaged or incomplete ({error}); download it again") from None
 
 
-def _translated(its: dict[str, Any]) -> dict[str, Any]:
+def _translated(its: dict[str, Any], source: str) -> dict[str, Any]:
     """The configuration field by field."""
     for name in ("dim_heads", "patch_size", "audio_channels"):
         # Before they are multiplied: text times a number is a longer text.
@@ -88,7 +92,10 @@ def _translated(its: dict[str, Any]) -> dict[str, Any]:
         check_kind("encoder_strides", stride, int)
     if its["dim_heads"] < 64:
         # That class turns half of a small head, the published model 32 features of it.
-        raise CheckpointError(f"{CONFIG_FILE}: dim_heads = {its['dim_heads']} is not implemented here; 64 or more is")
+        raise CheckpointError(
+            f"{source}: dim_heads = {its['dim_heads']} is not implemented here, 64 or more is; pass the checkpoint in "
+            "the published format"
+        )
     features = its["patch_size"] * its["audio_channels"]
     hop = its["patch_size"]
     for stride in its["encoder_strides"]:

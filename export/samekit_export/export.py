@@ -10,7 +10,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from samekit._files import link_or_copy, output_errors, remove_abandoned, replace_folder, temporary_folder
-from samekit.errors import InputError, OutputError, SamekitError
+from samekit.backends import ort
+from samekit.errors import BackendUnavailableError, InputError, OutputError, SamekitError
 from samekit.spec import DECODER, ENCODER, PRECISIONS, SPEC_FILE, EngineSpec, check_file_name
 from samekit.store import Engine, describe_graph
 from samekit.tensorrt_store import BUILDS_FOLDER
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from samekit.spec import GraphFile
     from samekit_export.checkpoint import Checkpoint, TrunkConfig
 
 GRAPHS: dict[str, type[GraphEncoder | GraphDecoder]] = {ENCODER: GraphEncoder, DECODER: GraphDecoder}
@@ -70,6 +72,18 @@ def _tools() -> dict[str, str]:
     return {**{package: version(package) for package in packages}, "opset": str(OPSET)}
 
 
+def check_precisions(precisions: Sequence[str]) -> list[str]:
+    """Precisions to export, each once.
+
+    Raises:
+        InputError: one cannot be exported.
+    """
+    for precision in precisions:
+        if precision not in PRECISIONS:
+            raise InputError(f"cannot export precision {precision!r}; choose of {', '.join(PRECISIONS)}")
+    return list(dict.fromkeys(precisions))
+
+
 def export(
     checkpoint: Checkpoint,
     out: Path,
@@ -86,7 +100,7 @@ def export(
         checkpoint: what to export.
         out: the folder of engine folders.
         precisions: of `samekit.spec.PRECISIONS`.
-        force: export these precisions even if they are current.
+        force: export these precisions even if they are current, and let random weights replace others.
         report: takes a line for each step.
 
     Returns:
@@ -95,12 +109,9 @@ def export(
     Raises:
         InputError: a precision cannot be exported, or no folder can have the model's name.
         VerificationError: a graph does not equal eager PyTorch; nothing was written.
-        OutputError: the folder cannot be written, or something else lies there.
+        OutputError: the folder cannot be written, something else lies there, or random weights would replace others.
     """
-    precisions = list(dict.fromkeys(precisions))
-    for precision in precisions:
-        if precision not in PRECISIONS:
-            raise InputError(f"cannot export precision {precision!r}; choose of {', '.join(PRECISIONS)}")
+    precisions = check_precisions(precisions)
     try:
         check_file_name("name", checkpoint.name)
     except ValueError:
@@ -108,12 +119,19 @@ def export(
     folder = out / checkpoint.name
     spec = spec_of(checkpoint)
     remove_abandoned(out, checkpoint.name)
-    older = _matching(folder, spec)
+    present = _present(folder)
+    older = present if present and _is_of(present, spec) else None
     wanted = [p for p in precisions if force or older is None or not _is_whole(older, p)]
     if not wanted:
         report(f"{folder} is current; --force exports it again")
         return Engine.load(folder)
-    _check_place(folder)
+    with output_errors(folder):
+        _check_place(folder)
+    if "int8" in wanted:
+        _check_processor()
+    if present and present.spec.source_sha256 != spec.source_sha256:
+        _check_replaced(present, spec, force=force)
+        report(f"replaces an export of other weights ({present.spec.origin})")
     model = Same.from_checkpoint(checkpoint)
     with _replaced_folder(folder) as staging:
         if older:
@@ -125,14 +143,30 @@ def export(
     return Engine.load(folder)
 
 
-def _matching(folder: Path, spec: EngineSpec) -> Engine | None:
-    """The engine folder there, if it is of the same checkpoint and made by the same tools."""
+def _present(folder: Path) -> Engine | None:
+    """The engine folder there, if its `spec.json` can be read."""
     try:
-        engine = Engine.load(folder)
+        return Engine.load(folder)
     except SamekitError:
         return None
-    same = engine.spec.source_sha256 == spec.source_sha256 and engine.spec.tools == spec.tools
-    return engine if same else None
+
+
+def _is_of(engine: Engine, spec: EngineSpec) -> bool:
+    """Whether an engine folder is of the same checkpoint and made by the same tools."""
+    return engine.spec.source_sha256 == spec.source_sha256 and engine.spec.tools == spec.tools
+
+
+def _check_replaced(present: Engine, spec: EngineSpec, *, force: bool) -> None:
+    """Refuse to replace an export of other weights by one of random weights, unless that is forced.
+
+    Raises:
+        OutputError: so it would be.
+    """
+    if spec.is_random and not present.spec.is_random and not force:
+        raise OutputError(
+            f"{present.folder}: holds other weights ({present.spec.origin}), and random ones would replace "
+            "them; pass --force, or another --out"
+        )
 
 
 def _is_whole(engine: Engine, precision: str) -> bool:
@@ -163,30 +197,55 @@ def _carry_over(older: Engine, spec: EngineSpec, wanted: Sequence[str], staging:
     )
 
 
+def _graph_name(half: str, precision: str) -> str:
+    """The file of a graph."""
+    return f"{half}.onnx" if precision == "fp32" else f"{half}.{precision}.onnx"
+
+
 def _add_precision(
     staging: Path, spec: EngineSpec, model: Same, precision: str, report: Callable[[str], object]
 ) -> EngineSpec:
     """Write and verify the graphs of one precision; returns the spec that knows them."""
-    graphs = {}
-    for half, graph in GRAPHS.items():
-        file = f"{half}.onnx" if precision == "fp32" else f"{half}.{precision}.onnx"
-        report(f"writing {file}")
-        built = graph(model)
-        if precision == "fp16":
-            built.half_()
-        elif precision == "int8":
-            report("rounding weights to int8")
-            report(_told(quantize_(built, model)))
-        write_onnx(built, staging / file)
-        graphs[half] = describe_graph(staging, file)
+    graphs = {half: _write_graph(staging, model, half, precision, report) for half in GRAPHS}
     spec = dataclasses.replace(spec, graphs={**spec.graphs, precision: graphs})
     cases = verify(Engine(staging, spec), model, precision, report)
     return dataclasses.replace(spec, verification={**spec.verification, precision: cases})
 
 
+def _write_graph(staging: Path, model: Same, half: str, precision: str, report: Callable[[str], object]) -> GraphFile:
+    """Write one graph; returns what the spec tells of it."""
+    file = _graph_name(half, precision)
+    report(f"writing {file}")
+    graph = GRAPHS[half](model)
+    if precision == "fp16":
+        graph.half_()
+    elif precision == "int8":
+        report("rounding weights to int8")
+        report(_told(quantize_(graph, model)))
+    write_onnx(graph, staging / file)
+    return describe_graph(staging, file)
+
+
 def _told(kept: Sequence[str]) -> str:
     """What became int8."""
     return f"float32 for the sake of accuracy: {', '.join(kept)}" if kept else "every product of the blocks is int8"
+
+
+def _check_processor() -> None:
+    """Refuse int8 where it could not be verified in the end.
+
+    Raises:
+        BackendUnavailableError: ONNX Runtime's int8 sums saturate here.
+    """
+    try:
+        import onnxruntime  # noqa: PLC0415
+    except ImportError:
+        # Verification says what is missing.
+        return
+    if ort.int8_saturates(onnxruntime):
+        raise BackendUnavailableError(
+            "int8 is verified on processors with VNNI instructions, and this one has none; export it on another machine"
+        )
 
 
 def _check_place(folder: Path) -> None:
@@ -195,15 +254,20 @@ def _check_place(folder: Path) -> None:
     Raises:
         OutputError: something else lies there.
     """
-    if not folder.exists() and not folder.is_symlink():
+    if folder.is_symlink():
+        raise OutputError(f"{folder}: is a link, and is not replaced; pass the folder that it leads into as --out")
+    if not folder.exists():
         return
     if not folder.is_dir() or not all(_is_engines_own(path) for path in folder.iterdir()):
         raise OutputError(f"{folder}: is no engine folder, and is not replaced; choose another --out")
 
 
 def _is_engines_own(path: Path) -> bool:
-    """Whether an export writes files of such a name."""
-    return path.name in (SPEC_FILE, BUILDS_FOLDER) or path.name.endswith((".onnx", ".onnx.data"))
+    """Whether an export writes a file or folder of this name."""
+    graphs = {_graph_name(half, precision) for half in GRAPHS for precision in PRECISIONS}
+    if path.name == BUILDS_FOLDER:
+        return path.is_dir()
+    return path.is_file() and (path.name == SPEC_FILE or path.name.removesuffix(".data") in graphs)
 
 
 @contextmanager

@@ -8,15 +8,17 @@ import statistics
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from samekit.backends.ort import available_cpus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Hashable, Mapping
 
 PACKAGES = ("samekit", "torch", "onnxruntime", "numpy")
 """Whose versions go with a figure."""
+
+_Name = TypeVar("_Name", bound="Hashable")
 
 
 def machine() -> dict[str, Any]:
@@ -42,13 +44,13 @@ def _version(package: str) -> str:
 
 
 def interleaved(
-    candidates: Mapping[str, Callable[[], object]], runs: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, list[float]]:
+    candidates: Mapping[_Name, Callable[[], object]], runs: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[_Name, list[float]]:
     """Seconds of each run of each candidate, in turn A B C A B C, after one round that warms up and does not count.
 
     A machine whose speed drifts slows all of them alike.
     """
-    times: dict[str, list[float]] = {name: [] for name in candidates}
+    times: dict[_Name, list[float]] = {name: [] for name in candidates}
     for round_number in range(runs + 1):
         for name, run in candidates.items():
             start = clock()

@@ -82,8 +82,7 @@ class Row:
             self.precision,
             f"{self.size / 1e6:.1f} MB" if self.size else "-",
             *("equal" if np.isposinf(value) else f"{value:.1f} dB" for value in decibels),
-            f"{self.encode_speed:.0f} x real time",
-            f"{self.decode_speed:.0f} x real time",
+            *(f"{speed:.{int(speed < 10)}f} x real time" for speed in (self.encode_speed, self.decode_speed)),
         )
 
 
@@ -143,23 +142,28 @@ def measure(
     candidates = [(EAGER, "fp32")] + [(b, p) for p in engine.spec.graphs for b in BACKENDS if b not in (AUTO, EAGER)]
     with ExitStack() as stack:
         models: dict[tuple[str, str], AutoencoderModel] = {}
+        results = {}
         left_out = []
+        ready = clip
         for backend, precision in candidates:
             try:
-                opened = AutoencoderModel.from_pretrained(
-                    engine.folder, backend=backend, precision=precision, threads=threads
+                opened = stack.enter_context(
+                    AutoencoderModel.from_pretrained(
+                        engine.folder, backend=backend, precision=precision, threads=threads
+                    )
                 )
+                report(f"running {backend} {precision}")
+                if backend == EAGER:
+                    ready = opened.autoencoder.preprocess_audio_for_encoder(clip, rate)
+                results[backend, precision] = _round_trip(opened, ready)
             except SamekitError as error:
                 if backend == EAGER:
                     raise
                 left_out.append(f"{backend} {precision}{_built_size(engine, backend, precision)}: {error}")
                 continue
-            models[backend, precision] = stack.enter_context(opened)
-        report(f"running {', '.join(' '.join(candidate) for candidate in models)}")
+            models[backend, precision] = opened
         codec = models[EAGER, "fp32"].autoencoder
-        ready = codec.preprocess_audio_for_encoder(clip, rate)
         samples = resampled_length(clip.shape[-1], rate, codec.sample_rate)
-        results = {name: _round_trip(model, ready) for name, model in models.items()}
         times = interleaved(
             {
                 " ".join((half, *name)): call

@@ -33,6 +33,9 @@ PRECISIONS = ("fp32", "fp16", "int8")
 GPU_PRECISIONS = ("fp32", "fp16")
 """What runs on GPUs: int8 graphs have ranges that are measured in every call, which pays on CPUs only."""
 
+RANDOM = "random"
+"""The kind of source of seeded random weights."""
+
 
 # Beyond these a spec is damaged, and believing it could ask for any amount of memory.
 _LIMITS = {"sample_rate": 768_000, "channels": 64, "hop": 2**20, "latent_width": 2**16, "alignment": 2**16}
@@ -83,6 +86,16 @@ class EngineSpec:
     """precision -> encoder / decoder -> graph."""
     verification: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """precision -> cases measured against eager PyTorch: half, batch, latents, snr_db, max_error."""
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the weights are random: good for tests and speed only."""
+        return self.source.get("kind") == RANDOM
+
+    @property
+    def origin(self) -> str:
+        """`source` for messages."""
+        return ", ".join(f"{key} {value}" for key, value in self.source.items())
 
     def samples(self, latents: int) -> int:
         """Samples that so many latents stand for."""

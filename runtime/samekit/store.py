@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from samekit.errors import BackendUnavailableError, EngineError, EngineNotFoundError
-from samekit.spec import DECODER, ENCODER, SPEC_FILE, EngineSpec, GraphFile
+from samekit.spec import DECODER, ENCODER, RANDOM, SPEC_FILE, EngineSpec, GraphFile
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,6 +46,20 @@ class Engine:
         """
         return cls(folder, EngineSpec.load(folder))
 
+    def export_command(self, *options: str) -> str:
+        """The command that exports the same weights to this folder, with `options`."""
+        source, words = self.spec.source, [self.spec.name]
+        if self.spec.is_random:
+            words += ["--weights", RANDOM]
+        elif "folder" in source:
+            words += ["--weights", str(source["folder"])]
+        elif str(source.get("name")).lower().endswith(f"/{self.spec.name}"):
+            # A repository on the hub, which the name alone may not tell.
+            words = [str(source["name"])]
+        if self.folder.parent != Path(ENGINES_FOLDER) and self.folder.name == self.spec.name:
+            words += ["--out", str(self.folder.parent)]
+        return shlex.join(["samekit", "export", *words, *options])
+
     def graph(self, half: str, precision: str) -> Path:
         """The path of a graph whose files are all there at their full size.
 
@@ -56,7 +71,8 @@ class Engine:
         if halves is None:
             have = ", ".join(self.spec.graphs) or "none"
             raise BackendUnavailableError(
-                f"{self.folder}: no {precision} graph (there is: {have}); export with --precision {precision}"
+                f"{self.folder}: no {precision} graph (there is: {have}); "
+                f"run: {self.export_command('--precision', precision)}"
             )
         graph = halves[half]
         for name, size in graph.sizes.items():
@@ -118,25 +134,31 @@ def find_engine(name: str | os.PathLike[str]) -> Engine:
 
     Raises:
         EngineNotFoundError: there is none.
-        EngineError: there is one, but it is not whole.
+        EngineError: there is one, but it is not whole; or the folder holds engine folders, and is none.
     """
     candidates = [Path(name), *(root / name for root in engine_roots())]
     for folder in candidates:
-        if _holds(folder, SPEC_FILE):
+        if _found(folder, SPEC_FILE):
             return Engine.load(folder)
     for folder in candidates:
-        if _holds(folder, "*.onnx"):
+        if _found(folder, "*.onnx"):
             raise EngineError(
                 f"{folder}: no {SPEC_FILE}, so its export was cut short; run: samekit export {name} --force"
             )
-    raise EngineNotFoundError(
-        f"no engine for {os.fspath(name)!r} in . or {engine_roots()[0]}/; run: samekit export {os.fspath(name)}"
-    )
+    inside = _found(Path(name), f"*/{SPEC_FILE}")
+    if inside:
+        engines = ", ".join(str(path.parent) for path in inside)
+        raise EngineError(f"{name}: is no engine folder, it holds some; pass one of these: {engines}")
+    text = os.fspath(name)
+    # A checkpoint, or a name. Not the methods of Path, which raise on names that no file system takes.
+    exportable = _found(Path(name), "*.safetensors") or (os.path.basename(text) == text and not os.path.isdir(text))  # noqa: PTH112, PTH119
+    cure = f"run: samekit export {text}" if exportable else "check the path"
+    raise EngineNotFoundError(f"no engine for {text!r} in {' or '.join(('.', *map(str, engine_roots())))}; {cure}")
 
 
-def _holds(folder: Path, pattern: str) -> bool:
-    """Whether a folder holds such a file; one that cannot be, its name being too long, holds none."""
+def _found(folder: Path, pattern: str) -> Sequence[Path]:
+    """Such files in a folder; one that cannot be, its name being too long, holds none."""
     try:
-        return any(folder.glob(pattern))
+        return sorted(folder.glob(pattern))
     except OSError:
-        return False
+        return ()

@@ -190,7 +190,7 @@ def choose_build(engine: Engine, precision: str, capability: tuple[int, int], ve
             refusals.append(f"{folder.name}: {reason}")
         else:
             usable.append(build)
-    cure = f"run: samekit export {engine.spec.name} --precision {precision} --tensorrt auto"
+    cure = f"run: {engine.export_command('--precision', precision, '--tensorrt', 'auto')}"
     if not usable and refusals:
         raise StaleEngineError(f"{engine.folder}: no TensorRT engine can be used ({'; '.join(refusals)}); {cure}")
     if not usable:
