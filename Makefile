@@ -25,8 +25,9 @@ setup: $(READY) ## make .venv with everything in it
 
 # torch is named with its version: a plain `torch` can pull gigabytes of CUDA libraries.
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "samekit needs Python >= 3.10; pass PYTHON=..."; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "samekit needs Python >= 3.11; pass PYTHON=..."; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): several GB, some minutes"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,export,report,ray,triton,dev]'
 	@touch $@
 
@@ -36,7 +37,7 @@ $(RTX): $(READY)
 	@touch $@
 
 demo: $(READY) ## export same-tiny, encode and decode music with it, write demo/report.html
-	$(BIN)/python tools/demo.py
+	$(BIN)/python -u tools/demo.py
 
 export: $(READY) ## write an engine folder: MODEL, WEIGHTS, PRECISION, TENSORRT, OUT
 	$(BIN)/samekit export $(MODEL) --weights $(WEIGHTS) --precision $(PRECISION) --tensorrt $(TENSORRT) --out $(OUT)
@@ -49,11 +50,14 @@ bench: $(READY) ## measure against eager PyTorch: MODEL, WEIGHTS, OUT
 # Per cent of the lines of each package that the tests must run; without those that need a GPU, see pyproject.toml.
 COVERED := 90
 
+# Two processes of 2 GB, a file of tests at a time. One that dies ends the run: another would begin with the same test.
+WORKERS := --numprocesses 2 --dist loadfile --max-worker-restart 0
+
 test: $(READY) $(RTX) ## run every test but the slow ones, and say which lines they ran; with ARGS those tests alone
 ifdef ARGS
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 else
-	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=
+	$(BIN)/python -m pytest -m "not slow" $(WORKERS) --cov --cov-report=
 	$(BIN)/coverage report --include 'runtime/*' --fail-under $(COVERED)
 	$(BIN)/coverage report --include 'export/*' --fail-under $(COVERED)
 endif

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import sys
 from collections import Counter
 from importlib.metadata import version
 
@@ -14,7 +15,7 @@ from helpers import EACH_BACKEND, FAULTS, INPUTS, KINDS, SUMMARY, WRONG, seeded
 
 from samekit import AutoencoderModel
 from samekit.store import Engine
-from samekit_export.checkpoint import published_config, save_folder
+from samekit_export.checkpoint import load, published_config, save_folder
 from samekit_export.export import export
 from samekit_export.model import Same
 from samekit_export.to_tensorrt import add_engines
@@ -41,7 +42,8 @@ def pytest_report_header():
 
 
 def pytest_configure(config):
-    config.stash[INPUTS], config.stash[FAULTS], config.stash[WRONG] = Counter(), Counter(), []
+    config.stash[INPUTS], config.stash[FAULTS] = Counter(), Counter()
+    config.stash[WRONG], config.stash[SUMMARY] = [], []
 
 
 @pytest.hookimpl(wrapper=True)
@@ -52,14 +54,35 @@ def pytest_runtest_makereport(item):
     return report
 
 
+def pytest_sessionfinish(session):
+    """A worker of pytest-xdist passes on what it counted."""
+    if hasattr(session.config, "workeroutput"):
+        stash = session.config.stash
+        counts = {"inputs": dict(stash[INPUTS]), "faults": dict(stash[FAULTS])}
+        session.config.workeroutput["counted"] = counts | {"wrong": stash[WRONG], "summary": stash[SUMMARY]}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """The process that reports adds up what its workers counted; one that died counts as a crash."""
+    stash, counted = node.config.stash, getattr(node, "workeroutput", {}).get("counted")
+    if counted is None:
+        stash[WRONG].append(f"worker {node.gateway.id}")
+        return
+    stash[INPUTS].update(counted["inputs"])
+    stash[FAULTS].update(counted["faults"])
+    stash[WRONG].extend(counted["wrong"])
+    stash[SUMMARY].extend(counted["summary"])
+
+
 def pytest_terminal_summary(terminalreporter, config):
-    for line in config.stash.get(SUMMARY, ()):
+    for line in config.stash[SUMMARY]:
         terminalreporter.write_line(line)
     for key, what in ((INPUTS, "inputs tried"), (FAULTS, "faults injected")):
         if counts := config.stash[key]:
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(counts.items()))
             terminalreporter.write_line(f"{counts.total():,} {what}: {kinds}")
-    if config.stash[INPUTS] or config.stash[FAULTS]:
+    if any(config.stash[key] for key in (INPUTS, FAULTS, WRONG)):
         wrong = len(set(config.stash[WRONG]))
         # Each of these tests asserts that nothing crashes, hangs, or is lost or half-written.
         told = f"in {wrong} tests, see above" if wrong else "0"
@@ -95,11 +118,35 @@ def _isolated(monkeypatch, tmp_path_factory):
     monkeypatch.chdir(home)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _exporter_is_not_traced():
+    """Take PyTorch's exporter out of coverage's sight: calls by the million, watched they take two thirds longer."""
+    export_program = torch.onnx.export
+
+    def untraced(*arguments, **options):
+        tracer = sys.gettrace()
+        sys.settrace(None)
+        try:
+            return export_program(*arguments, **options)
+        finally:
+            sys.settrace(tracer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", untraced)
+        yield
+
+
 @pytest.fixture(scope="session")
 def engine_of(tmp_path_factory):
     """Export a seeded model, once a run: name -> Engine. Not to be changed; see `own_engine`."""
     folder = tmp_path_factory.mktemp("engines")
     return functools.cache(lambda name: export(seeded(name), folder))
+
+
+@pytest.fixture(scope="session")
+def bundled_engine(tmp_path_factory):
+    """The model that comes with samekit, exported once a run. Not to be changed."""
+    return export(load("same-tiny"), tmp_path_factory.mktemp("bundled"))
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,7 @@ FAULTS = pytest.StashKey[Counter]()
 # Tests of those that failed.
 WRONG = pytest.StashKey[list[str]]()
 
-REMOVED = object()
+REMOVED = mock.sentinel.REMOVED
 """In place of a field's value: the field is left out."""
 
 

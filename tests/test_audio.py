@@ -475,7 +475,9 @@ def test_options_that_cannot_be_used(tmp_path):
         with pytest.raises(InputError, match=r"use \.wav or \.flac"):
             AudioWriter(tmp_path / name, 44_100, 2)
     for subtype in ("PCM_32", "FLOAT"):
-        with pytest.raises(InputError, match=f"FLAC holds no '{subtype}'; use one of PCM_16, PCM_24"):
+        with pytest.raises(
+            InputError, match=f"FLAC holds no '{subtype}'; use one of PCM_16, PCM_24 \\(--bits 16, 24\\), or"
+        ):
             AudioWriter(tmp_path / "song.flac", 44_100, 2, subtype)
     for channels, rate in ((9, 44_100), (0, 44_100), (2, 0), (2, 800_000)):
         with (

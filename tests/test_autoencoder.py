@@ -24,7 +24,7 @@ from helpers import (
 
 from samekit import AutoencoderModel
 from samekit.audio import read_audio
-from samekit.autoencoder import Autoencoder
+from samekit.autoencoder import Autoencoder, _tell_of_random_weights
 from samekit.errors import AudioFileError, BackendError, EngineNotFoundError, InputError, LatentsFileError, OutputError
 from samekit.spec import ENCODER
 from samekit_export.verify import example_input
@@ -145,6 +145,7 @@ def test_rates_of_numpy(onnx_model, rate):
     assert np.array_equal(onnx_model.encode(CLIP[:2], rate), expected)
     assert np.array_equal(onnx_model.encode([CLIP[:2]], rate), expected)
     assert np.array_equal(onnx_model.encode([CLIP[:2]], np.array([rate])), expected)
+    assert np.array_equal(onnx_model.encode(CLIP[:2], np.array(rate)), expected)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +227,9 @@ def test_tensors_return_to_the_gpu_that_was_chosen(monkeypatch, torch_has_cuda, 
     model.encode(torch.zeros(2, 80), RATE)
     model.decode(torch.zeros(1, 4, 3))
     assert asked == places
+    assert model.device == "cuda:1"
+    backend.device_id = 0
+    assert model.device == "cuda"
 
 
 def test_prepared_audio_is_of_the_same_kind(onnx_model):
@@ -237,14 +241,69 @@ def test_prepared_audio_is_of_the_same_kind(onnx_model):
     assert isinstance(onnx_model.encode([tensor], RATE), torch.Tensor)
 
 
-# What neither encode() nor decode() takes, and the cure that its message names.
+@pytest.mark.parametrize(
+    ("device", "opened"),
+    [
+        (None, (None, 0)),
+        ("cpu", ("cpu", 0)),
+        ("cuda", ("cuda", 0)),
+        ("cuda:1", ("cuda", 1)),
+        (torch.device("cpu"), ("cpu", 0)),
+        (torch.device("cpu:0"), ("cpu", 0)),
+        (torch.device("cuda"), ("cuda", 0)),
+        (torch.device("cuda", 3), ("cuda", 3)),
+    ],
+    ids=str,
+)
+def test_device_as_pytorch_names_it(monkeypatch, device, opened):
+    monkeypatch.setattr(
+        "samekit.autoencoder.open_backend", lambda *arguments: asked.append(arguments[2]) or FakeBackend()
+    )
+    asked = []
+    AutoencoderModel.from_pretrained("same-s", device)
+    AutoencoderModel.from_pretrained("same-s", device, device_id=opened[1])
+    assert [(options.device, options.device_id) for options in asked] == [opened] * 2
+
+
+@pytest.mark.parametrize(
+    "device", ["mps", "cuda:", "cuda:x", "cuda:-1", f"cuda:{10**20}", torch.device("meta"), 0, "tpu:1"], ids=str
+)
+def test_device_that_is_none(device):
+    with pytest.raises(InputError, match="is not supported; choose cpu or cuda") as caught:
+        AutoencoderModel.from_pretrained("same-s", device)
+    assert_one_line(caught.value)
+
+
+@pytest.mark.parametrize("device_id", [2, True, 1.0, np.array([1, 2])], ids=str)
+def test_two_gpus_for_one_model(device_id):
+    with pytest.raises(InputError, match=r"device cuda:1 and device_id .* differ; pass one of them"):
+        AutoencoderModel.from_pretrained("same-s", "cuda:1", device_id=device_id)
+
+
+@pytest.mark.parametrize("layout", ["to_sparse", "to_mkldnn", "conj", "_neg_view", "double"])
+def test_tensors_of_any_layout(onnx_model, layout):
+    z = torch.from_numpy(noise((1, 32, 6), level=1))
+    expected = onnx_model.decode(-z if layout == "_neg_view" else z)
+    assert_close(expected.numpy(), onnx_model.decode(getattr(z, layout)()).numpy(), LEAST_DB)
+
+
+@pytest.mark.parametrize("method", ["encode", "decode"])
+def test_tensors_without_values(onnx_model, method):
+    tensor = torch.zeros(1, 32, 8, device="meta")
+    with pytest.raises(InputError, match=r"cannot be read from this tensor \(.*\); pass a dense one") as caught:
+        onnx_model.decode(tensor) if method == "decode" else onnx_model.encode(tensor[0, :2], RATE)
+    assert_one_line(caught.value)
+
+
+NO_FLOATS = "; pass them as float32"
+# What neither encode() nor decode() takes, and the cure that the message names; two where they differ.
 REFUSED = {
-    "int16": (np.zeros((1, 32, 5), np.int16), "divide by 32768 first"),
-    "int32": (np.zeros((1, 32, 5), np.int32), "divide by 2147483648 first"),
-    "int16 tensor": (torch.zeros((1, 32, 5), dtype=torch.int16), "divide by 32768 first"),
-    "uint8": (np.zeros((1, 32, 5), np.uint8), "convert it first"),
-    "bool": (np.zeros((1, 32, 5), bool), "convert it first"),
-    "complex": (np.zeros((1, 32, 5), np.complex64), "convert it first"),
+    "int16": (np.zeros((1, 32, 5), np.int16), "; divide by 32768 first", NO_FLOATS),
+    "int32": (np.zeros((1, 32, 5), np.int32), "; divide by 2147483648 first", NO_FLOATS),
+    "int16 tensor": (torch.zeros((1, 32, 5), dtype=torch.int16), "; divide by 32768 first", NO_FLOATS),
+    "uint8": (np.zeros((1, 32, 5), np.uint8), "; convert it to float32, subtract 128, then divide by it", NO_FLOATS),
+    "bool": (np.zeros((1, 32, 5), bool), "; convert it first", NO_FLOATS),
+    "complex": (np.zeros((1, 32, 5), np.complex64), "; convert it first", NO_FLOATS),
     "text": ("song.wav", "NumPy array or a PyTorch tensor"),
     "None": (None, "NumPy array or a PyTorch tensor"),
     "NaN": (np.full((1, 32, 5), np.nan, np.float32), "holds NaN"),
@@ -259,12 +318,13 @@ REFUSED = {
 
 @pytest.mark.parametrize("cause", REFUSED)
 def test_arrays_that_cannot_be_used(cause):
-    value, match = REFUSED[cause]
+    value, *matches = REFUSED[cause]
     model = AutoencoderModel(FakeBackend())
-    for call in (lambda: model.encode(value, RATE), lambda: model.decode(value)):
+    calls = (lambda: model.encode(value, RATE), lambda: model.decode(value))
+    for call, match in zip(calls, (matches[0], matches[-1]), strict=True):
         with pytest.raises(InputError, match=match) as caught:
             call()
-        assert "\n" not in str(caught.value)
+        assert_one_line(caught.value)
     assert model.autoencoder.backend.calls == []
 
 
@@ -276,6 +336,11 @@ def test_shapes_that_do_not_fit_the_model():
     for shape in ((1, 3, 8), (2, 8), (8,)):
         with pytest.raises(InputError, match=r"audio must be \[batch, 2, length\]"):
             model.autoencoder.encode_audio(np.zeros(shape, np.float32))
+    for transposed in (np.zeros((1025, 2), np.float32), [torch.zeros((264_600, 2))]):
+        with pytest.raises(
+            InputError, match=r"audio has \d+ channels; pass \[channels, samples\], such as waveform\.T"
+        ):
+            model.encode(transposed, RATE)
     with pytest.raises(InputError, match="0 clips"):
         model.encode([], RATE)
     with pytest.raises(InputError, match="pass 0 <= overlap < chunk_size"):
@@ -307,10 +372,26 @@ def test_from_pretrained(engine_of, checkpoint_of, monkeypatch):
 
 
 def test_from_pretrained_with_options_that_are_none(engine_of):
-    with pytest.raises(InputError, match="colour"):
+    with pytest.raises(InputError, match=r"unknown option 'colour'; choose of precision, device, .*threads"):
         AutoencoderModel.from_pretrained(engine_of("tiny-s").folder, colour="red")
     with pytest.raises(EngineNotFoundError, match="samekit export"):
         AutoencoderModel.from_pretrained("nowhere", backend="onnxruntime")
+
+
+def test_random_weights_are_told_of_once(own_engine, caplog):
+    path = own_engine.folder / "spec.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    # Other tests have opened it in this process.
+    _tell_of_random_weights.cache_clear()
+    for _ in range(2):
+        AutoencoderModel.from_pretrained(own_engine.folder, "cpu", backend="onnxruntime")
+    assert caplog.messages == ["tiny-s has random weights: good for tests and speed only"]
+    caplog.clear()
+    moved = own_engine.folder.rename(own_engine.folder.with_name("published"))
+    source = {"kind": "hub", "name": "stabilityai/SAME-S"}
+    (moved / "spec.json").write_text(json.dumps(document | {"source": source}), encoding="utf-8")
+    AutoencoderModel.from_pretrained(moved, "cpu", backend="onnxruntime")
+    assert caplog.messages == []
 
 
 def test_closing_closes_the_backend(monkeypatch):

@@ -306,6 +306,18 @@ def test_bad_engine(own_engine, folder, using, command, cause):
     assert list(folder.iterdir()) == []
 
 
+def test_process_says_that_it_fetches(song, folder):
+    encoded = command_line("encode", song, folder / "a.npy", "--model", "same-s")
+    exported = command_line("export", "same-s", "--out", folder)
+    fetching = "samekit: fetching stabilityai/SAME-S from the hub"
+    why, *lines = encoded.stderr.splitlines()
+    assert why.startswith("samekit: no engine for same-s: opening it in PyTorch")
+    for done, shown in ((encoded, lines), (exported, exported.stderr.splitlines())):
+        told, error = shown
+        assert (done.returncode, told) == (2, fetching)
+        assert "check the network" in error
+
+
 @pytest.mark.parametrize("command", USES)
 @pytest.mark.parametrize("name", ["nowhere", "engines/nowhere", "x" * 5000, ""], ids=["name", "path", "long", "empty"])
 def test_no_engine(folder, using, command, name):
@@ -317,7 +329,7 @@ def test_graph_of_the_right_size_and_wrong_contents(own_engine, latents, folder)
     graph = own_engine.folder / "decoder.onnx"
     graph.write_bytes(bytes(graph.stat().st_size))
     line = refused("decode", latents, folder / "a.wav", "--model", own_engine.folder)
-    assert "ONNX Runtime cannot open it" in line
+    assert "cannot open it" in line
     assert list(folder.iterdir()) == []
     assert "contents have changed" in refused("verify", own_engine.folder)
 
@@ -373,12 +385,12 @@ def test_bad_checkpoint(checkpoint_of, tmp_path, song, folder, cause):
 def test_export_of_nothing(ready_graphs, folder, tmp_path):
     offline = refused("export", "same-l", "--out", folder)
     assert "stabilityai/SAME-L cannot be fetched from the hub" in offline
-    assert "--weights DIR" in offline
+    assert "samekit export same-l --weights DIR" in offline
+    assert "samekit export same-l --weights random" in offline
     assert "no model_config.json" in refused("export", tmp_path, "--out", folder)
     assert "no random weights for 'same-m'" in refused("export", "same-m", "--weights", "random", "--out", folder)
-    assert "cannot export precision" in refused(
-        "export", "tiny-s", "--weights", "random", "--out", folder, "--precision", "fp32,fp8"
-    )
+    # Before anything is loaded: there is no such model.
+    assert "cannot export precision" in refused("export", "same-m", "--out", folder, "--precision", "fp32,fp8")
     assert "is no published model" in refused("export", "same-m", "--out", folder)
     assert ready_graphs == []
     assert list(folder.iterdir()) == []
@@ -432,17 +444,19 @@ def test_process_prints_one_line(song, own_engine, folder):
     graph.write_bytes(bytes(graph.stat().st_size))
     result = command_line("encode", song, folder / "a.npy", "--model", own_engine.folder)
     assert (result.returncode, result.stdout) == (2, "")
-    (line,) = result.stderr.splitlines()
+    told, line = result.stderr.splitlines()
+    assert "has random weights" in told
     assert line.startswith("Error: ")
-    assert "ONNX Runtime cannot open it" in line
+    assert "cannot open it" in line
     assert list(folder.iterdir()) == []
 
 
 def test_process_says_what_it_chose(song, latents, folder, engine, checkpoint_of):
+    told = "samekit: tiny-s has random weights: good for tests and speed only"
     quiet = command_line("encode", song, folder / "a.npy", "--model", engine)
-    assert (quiet.returncode, quiet.stderr) == (0, "")
+    assert (quiet.returncode, quiet.stderr.splitlines()) == (0, [told])
     verbose = command_line("-v", "encode", song, folder / "a.npy", "--model", engine)
-    assert verbose.stderr.splitlines()[-1] == "samekit: backend onnxruntime on cpu, fp32"
+    assert verbose.stderr.splitlines()[-2:] == ["samekit: backend onnxruntime on cpu, fp32", told]
     fallback = command_line("decode", latents, folder / "a.wav", "--model", checkpoint_of("tiny-s"))
     (line,) = fallback.stderr.splitlines()
     assert fallback.returncode == 0

@@ -336,7 +336,7 @@ def test_bad_clips_become_rows_and_the_others_are_encoded(data, out):
         assert "\n" not in row["reason"]
     assert json.loads((out / ".samekit" / "report.json").read_text())["bad"] == report.bad
     assert verify(out) == []
-    with pytest.raises(InputError, match="9 of 12 clips are bad") as error:
+    with pytest.raises(InputError, match=r"9 of 12 clips are bad .*; .*report\.json lists them$") as error:
         run(data, out, strict=True)
     assert_one_line(error.value)
 
@@ -389,6 +389,8 @@ def test_hidden_files_links_and_pipes(data, out):
 def test_dataset_without_audio_is_refused(data, out):
     with pytest.raises(InputError, match="cannot be listed"):
         run(data, out)
+    with pytest.raises(InputError, match=r"s3://bucket/clips: cannot be listed .*takes folders only, mount it"):
+        run("s3://bucket/clips", out)
     data.mkdir()
     with pytest.raises(InputError, match="no audio") as error:
         run(data, out)
@@ -562,13 +564,23 @@ def test_other_model_is_refused_and_another_name_is_not(data, out):
         run(data, out, other)
 
 
-def test_latents_of_unknown_origin_are_refused(data, out):
+@pytest.mark.parametrize("name", ["latents.npy", "000000000000.json"])
+def test_files_of_unknown_origin_are_refused(data, out, name):
     write_clips(data, 1)
     out.mkdir()
-    np.save(out / "0000000000.npy", np.zeros(3))
-    with pytest.raises(InputError, match="no manifest lists") as error:
+    (out / name).write_text("mine")
+    with pytest.raises(InputError, match=f"holds {name}, which no manifest lists") as error:
         run(data, out)
     assert_one_line(error.value)
+    assert (out / name).read_text() == "mine"
+
+
+def test_other_files_are_left_alone(data, out):
+    write_clips(data, 1)
+    out.mkdir()
+    (out / "licence.json").write_text("mine")
+    assert run(data, out).encoded == 1
+    assert (out / "licence.json").read_text() == "mine"
 
 
 def test_second_process_is_told_and_stops(data, out):
@@ -630,8 +642,26 @@ def test_shards_make_up_the_whole(data, out):
     run(data, alone, shard=Shard(3, 3))
     assert contents(alone).items() <= contents(out).items()
     for other in ("1/1", "1/2"):
-        with pytest.raises(InputError, match="same number of shards"):
+        with pytest.raises(InputError, match=r"was begun with --shard I/3; go on like that"):
             run(data, out, shard=Shard.parse(other))
+    whole = out.with_name("whole")
+    run(data, whole)
+    with pytest.raises(InputError, match="was begun without --shard; go on like that") as error:
+        run(data, whole, shard=Shard(1, 2))
+    assert_one_line(error.value)
+
+
+def test_output_that_is_a_data_folder_is_refused(data, tmp_path):
+    write_clips(data, 2)
+    write_clip(tmp_path / "more" / "other.wav", 100)
+    (tmp_path / "link").symlink_to(data)
+    before = sorted(tmp_path.rglob("*"))
+    for same in (data, tmp_path / "link", tmp_path / "more" / ".." / data.name, f"file://{data}"):
+        with pytest.raises(InputError, match="is a --data_dir too") as error:
+            run([tmp_path / "more", data], same)
+        assert_one_line(error.value)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert run(data, data / "latents").encoded == 2
 
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0", "-1/4", ""])
@@ -811,9 +841,85 @@ def test_verify_finds_every_damage(data, out):
     problems = verify(out)
     parts = [f"{name(n)}." for n in (20, 8, 0, 1, 2, 3, 4, 5, 6, 7)] + ["silence"]
     assert len(problems) == len(parts)
+    assert all("; " in problem for problem in problems)
     for part in parts:
         assert any(part in problem for problem in problems), part
     run(data, out, sample_size=800)
+
+
+def damage_with_nan(path):
+    np.save(path, np.full_like(np.load(path), np.nan))
+
+
+def damage_width(path):
+    np.save(path, np.zeros((5, 13), np.float32))
+
+
+def damage_length(path):
+    np.save(path, np.zeros((4, 14), np.float32))
+
+
+def damage_fields(path):
+    path.write_text("{}")
+
+
+DAMAGES = {
+    "npy": (
+        damage_with_nan,
+        damage_width,
+        damage_length,
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.unlink(),
+    ),
+    "json": (
+        damage_fields,
+        lambda path: path.write_text("[]"),
+        lambda path: path.write_bytes(path.read_bytes()[:-9]),
+        lambda path: path.write_text(path.read_text().replace("clip0", "clip9")),
+        lambda path: path.unlink(),
+    ),
+}
+
+
+@pytest.mark.parametrize("clips", ["still there", "gone"])
+def test_what_verify_says_is_a_cure(data, out, clips):
+    """Do literally what the messages say, and nothing else."""
+    damages = [(suffix, damage) for suffix, kinds in DAMAGES.items() for damage in kinds]
+    write_clips(data, len(damages) + 1)
+    run(data, out, sample_size=800)
+    whole = contents(out)
+    for number, (suffix, damage) in enumerate(damages):
+        damage(out / f"{number:012d}.{suffix}")
+        if clips == "gone":
+            (data / f"clip{number:05d}.wav").unlink()
+    damage_with_nan(out / "silence.npy")
+    problems = verify(out)
+    assert len(problems) == len(damages) + 1
+    for problem in problems:
+        assert problem.endswith(("; remove it and run pre-encode again", " is missing; run pre-encode again")), problem
+        if "remove it" in problem:
+            (out / problem.split(": ")[0].rsplit("/")[-1]).unlink()
+    report = run(data, out, sample_size=800)
+    assert verify(out) == []
+    if clips == "gone":
+        assert (report.encoded, report.gone) == (0, 0)
+        assert {path.stem for path in out.glob("0*")} == {f"{len(damages):012d}"}
+    else:
+        assert report.encoded == len(damages)
+        assert contents(out) == whole
+
+
+def test_verify_counts_what_is_not_encoded_yet(data, out):
+    write_clips(data, 25)
+    with pytest.raises(BackendError):
+        run(data, out, fake_model(raising(BackendError("out of memory; try again"))))
+    problems = [problem for problem in verify(out) if "not encoded yet" in problem]
+    assert len(problems) == 11
+    assert "'clip00009.wav'" in problems[9]
+    assert "and 15 more" in problems[10]
+    run(data, out)
+    assert verify(out) == []
 
 
 def test_verify_without_a_manifest(tmp_path):
@@ -848,6 +954,33 @@ def test_command(engine_of, data, out):
     (out / "000000000000.json").unlink()
     result = command("--verify", out)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "1 problem; see above" in result.stderr
+
+
+def test_ctrl_c_ends_with_one_line_and_can_be_resumed(engine_of, data, tmp_path):
+    write_clips(data, 60, samples=RATE)
+    # A shell's background processes ignore Ctrl-C, and so would this one.
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    program += "from samekit.cli import main; main()"
+    arguments = [sys.executable, "-c", program, "pre-encode", "--threads", "1", "--backend", "onnxruntime"]
+    arguments += ["--model", engine_of(KINDS[0]).folder, "--data_dir", data, "--output_path"]
+    manifest = tmp_path / "out" / ".samekit" / "manifest.jsonl"
+    process = subprocess.Popen(
+        [*arguments, tmp_path / "out"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not (manifest.exists() and b'"encoded"' in manifest.read_bytes()):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate()
+    assert process.returncode == 130
+    assert stdout == ""
+    assert stderr.splitlines()[-1] == "stopped; run the same command again to go on"
+    assert "Traceback" not in stderr
+    assert "Aborted" not in stderr
+    result = command(*arguments[4:], tmp_path / "out")
+    assert 0 < json.loads(result.stdout.splitlines()[-1])["unchanged"] < 60
+    command(*arguments[4:], tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_command_has_the_flags_and_defaults_of_the_reference():

@@ -39,6 +39,13 @@ def test_versions_and_providers(home):
     assert f"  none in {home / 'cache'}" in shown
 
 
+@pytest.mark.parametrize("saturates", [False, True])
+@pytest.mark.usefixtures("home")
+def test_what_int8_can_do_here(monkeypatch, saturates):
+    monkeypatch.setattr("samekit.doctor.int8_saturates", lambda _: saturates)
+    assert any("int8 encodes only, without VNNI" in line for line in lines()) == saturates
+
+
 @pytest.mark.usefixtures("home")
 def test_missing_parts_say_what_they_would_enable(monkeypatch):
     real = importlib.import_module
@@ -54,9 +61,31 @@ def test_missing_parts_say_what_they_would_enable(monkeypatch):
 
     monkeypatch.setattr(importlib, "import_module", without)
     shown = "\n".join(lines())
+    assert "no the " not in shown
     assert "onnx is not installed: no exporting; run: pip install 'samekit[export]'" in shown
     assert "onnxscript cannot be imported (No module named 'onnx_ir')" in shown
     assert "tensorrt cannot be imported (libnvinfer.so.11" in shown
+    assert "; reinstall it: pip install 'samekit[gpu]'" in shown
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize(
+    ("driver", "cure"), [(False, "it needs an NVIDIA GPU"), (True, "run: pip install 'samekit[gpu]'")]
+)
+def test_tensorrt_is_proposed_where_there_is_a_gpu(monkeypatch, driver, cure):
+    real = importlib.import_module
+
+    def without(name, *arguments):
+        if name in ("tensorrt", "matplotlib"):
+            raise ModuleNotFoundError(name, name=name)
+        return real(name, *arguments)
+
+    monkeypatch.setattr(importlib, "import_module", without)
+    monkeypatch.setattr(doctor, "has_driver", lambda: driver)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    shown = lines()
+    assert f"  tensorrt is not installed: no engines compiled for the GPU at hand; {cure}" in shown
+    assert "  matplotlib is not installed: no pictures in reports; run: pip install 'samekit[report]'" in shown
 
 
 def test_engines_whole_and_damaged(home, engine_of):

@@ -154,7 +154,7 @@ def _summary(request):
     if TOLD:
         files, accepted, named, wrong = (sum(column) for column in list(zip(*TOLD, strict=True))[1:])
         line = f"{files} damaged files: {accepted} accepted, {named} named errors, {wrong} anything else"
-        request.config.stash.setdefault(SUMMARY, []).append(line)
+        request.config.stash[SUMMARY].append(line)
 
 
 def attack(child, valid, folder, name, count):

@@ -158,13 +158,14 @@ def test_streams_without_input(one_model):
     ids=["rank", "int16", "NaN", "list"],
 )
 def test_blocks_that_cannot_be_encoded(one_model, block, match):
-    with pytest.raises(InputError, match=match):
+    with pytest.raises(InputError, match=match) as caught:
         one_model.stream_encoder(RATE).push(block)
+    assert_one_line(caught.value)
 
 
 @pytest.mark.parametrize("shape", [(33, 2), (32,), (1, 32, 2)])
 def test_blocks_that_cannot_be_decoded(one_model, shape):
-    with pytest.raises(InputError, match=r"latents must be \[32, length\]"):
+    with pytest.raises(InputError, match=r"latents must be \[32, length\], got .*; pass one clip"):
         one_model.stream_decoder().push(np.zeros(shape, np.float32))
 
 

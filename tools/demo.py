@@ -1,4 +1,4 @@
-"""The whole way in a minute: export `same-tiny`, send a piece of music through it, show the result.
+"""The whole way: export `same-tiny`, send a piece of music through it, show the result.
 
 Writes `demo/piece.flac`, `demo/engines/same-tiny` and `demo/report.html`.
 """

@@ -7,12 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from samekit.errors import InputError
+from samekit.errors import InputError, first_line
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     Array = npt.NDArray[np.float32]
+
+
+AUDIO = "audio"
+"""What messages call samples."""
+LATENTS = "latents"
+"""What messages call latents."""
 
 
 def is_tensor(value: Any) -> bool:
@@ -26,28 +32,56 @@ def as_float32(value: Any, name: str, *, empty: bool = False) -> Array:
 
     Args:
         value: a NumPy array or PyTorch tensor of float16, bfloat16, float32 or float64, on any device, of any layout.
-        name: what to call it in a message.
+        name: `AUDIO` or `LATENTS`, for messages.
         empty: whether it may hold no values.
 
     Raises:
         InputError: another type or dtype, an empty array, NaN or infinity.
     """
     if is_tensor(value):
-        value = value.detach().cpu()
-        value = (value.float() if value.is_floating_point() else value).numpy()
+        value = _from_tensor(value, name)
     if not isinstance(value, np.ndarray):
-        raise InputError(f"{name} must be a NumPy array or a PyTorch tensor, it is {type(value).__name__}")
+        raise InputError(
+            f"{name} must be a NumPy array or a PyTorch tensor, it is {type(value).__name__}; "
+            "convert it with numpy.asarray"
+        )
     if value.dtype.kind != "f":
-        scale = f"divide by {np.iinfo(value.dtype).max + 1} first" if value.dtype.kind == "i" else "convert it first"
-        raise InputError(f"{name} must be floating point in -1 ... 1, it is {value.dtype}; {scale}")
+        if name != AUDIO:
+            raise InputError(f"{name} must be floating point, it is {value.dtype}; pass them as float32")
+        raise InputError(f"audio must be floating point in -1 ... 1, it is {value.dtype}; {_scaling(value.dtype)}")
     if value.size == 0 and not empty:
-        raise InputError(f"{name} is empty: its shape is {list(value.shape)}")
+        raise InputError(f"{name} is empty: its shape is {list(value.shape)}; pass at least one value")
     with np.errstate(over="ignore"):
         # Not `ascontiguousarray`, which makes a clip of one sample out of a single number.
         array = np.asarray(value, dtype=np.float32, order="C")
     if not np.isfinite(array).all():
         raise InputError(f"{name} holds NaN, infinity or values beyond float32; repair the input")
     return array
+
+
+def _from_tensor(value: Any, name: str) -> Any:
+    """The values of a tensor in a NumPy array, those of bfloat16 as float32.
+
+    Raises:
+        InputError: it has no values, or is of a kind that NumPy cannot hold.
+    """
+    try:
+        dense = value.detach().cpu().to_dense().resolve_conj().resolve_neg()
+        return (dense.float() if dense.is_floating_point() else dense).numpy()
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        raise InputError(
+            f"{name} cannot be read from this tensor ({first_line(error)}); pass a dense one with values"
+        ) from None
+
+
+def _scaling(dtype: np.dtype[Any]) -> str:
+    """How audio of another dtype becomes floating point in -1 ... 1."""
+    if dtype.kind not in "iu":
+        return "convert it first"
+    full_scale = 1 << (8 * dtype.itemsize - 1)
+    if dtype.kind == "i":
+        return f"divide by {full_scale} first"
+    return f"convert it to float32, subtract {full_scale}, then divide by it"
 
 
 def as_one_batch(pieces: list[Any]) -> Any:

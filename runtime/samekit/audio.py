@@ -25,8 +25,7 @@ from samekit.errors import AudioFileError, InputError, OutputError
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
-
-    from typing_extensions import Self
+    from typing import Self
 
 Audio = npt.NDArray[np.float32]
 
@@ -334,7 +333,11 @@ class AudioWriter:
             raise InputError(f"{path}: {self.path.suffix!r} is no output format; use .wav or .flac")
         if subtype not in _SUBTYPES[self._format]:
             choices = ", ".join(_SUBTYPES[self._format])
-            raise InputError(f"{path}: {self._format} holds no {subtype!r}; use one of {choices}")
+            bits = choices.replace("PCM_", "").lower()
+            other = "" if self._format == "WAV" else ", or .wav"
+            raise InputError(
+                f"{path}: {self._format} holds no {subtype!r}; use one of {choices} (--bits {bits}){other}"
+            )
         self._bits = _SUBTYPES[self._format][subtype]
         self._frame_bytes = channels * (self._bits or 32) // 8
         if self._format == "WAV" and (frames or 0) * self._frame_bytes > _WAV_BYTES:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import logging
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from samekit.arrays import as_float32, is_tensor, like
+from samekit.arrays import AUDIO, LATENTS, as_float32, is_tensor, like
 from samekit.audio import AudioReader, AudioWriter, pad_to, prepare
 from samekit.backends import AUTO, open_backend
 from samekit.backends.base import BackendOptions
@@ -21,12 +25,13 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
     from types import TracebackType
-
-    from typing_extensions import Self
+    from typing import Self
 
     from samekit.arrays import Array
     from samekit.backends.base import Backend
     from samekit.spec import EngineSpec
+
+logger = logging.getLogger(__name__)
 
 # The reference's defaults for chunked processing, in latents.
 CHUNK_SIZE, OVERLAP = 128, 32
@@ -123,7 +128,7 @@ class Autoencoder:
                 NaN, infinity, no samples, or a rate out of range.
         """
         clips = list(audio_list)
-        several = isinstance(in_sr_list, (list, tuple, np.ndarray))
+        several = isinstance(in_sr_list, (list, tuple)) or (isinstance(in_sr_list, np.ndarray) and in_sr_list.ndim > 0)
         rates: list[Any] = list(in_sr_list) if several else [in_sr_list] * len(clips)  # type: ignore[arg-type]
         if not clips or len(rates) != len(clips):
             raise InputError(f"{len(clips)} clips and {len(rates)} sample rates; pass one rate for all or one each")
@@ -157,8 +162,8 @@ class Autoencoder:
             return self._run(
                 ENCODER, self._ready_on_device(audio, self.spec.hop), (chunk_size, overlap) if chunked else None
             )
-        array = as_float32(audio, "audio")
-        self._check_batch(array, self.io_channels, "audio")
+        array = as_float32(audio, AUDIO)
+        self._check_batch(array, self.io_channels, AUDIO)
         out = self._run(ENCODER, pad_to(array, self.spec.hop), (chunk_size, overlap) if chunked else None)
         return like(out, audio, self.backend.place)
 
@@ -178,14 +183,16 @@ class Autoencoder:
         """
         if self.on_device(latents):
             return self._run(DECODER, self._ready_on_device(latents, 1), (chunk_size, overlap) if chunked else None)
-        array = as_float32(latents, "latents")
-        self._check_batch(array, self.latent_dim, "latents")
+        array = as_float32(latents, LATENTS)
+        self._check_batch(array, self.latent_dim, LATENTS)
         out = self._run(DECODER, array, (chunk_size, overlap) if chunked else None)
         return like(out, latents, self.backend.place)
 
     def _check_batch(self, array: Array, features: int, name: str) -> None:
         if array.ndim != 3 or array.shape[1] != features:
-            raise InputError(f"{name} must be [batch, {features}, length], got {list(array.shape)}")
+            raise InputError(
+                f"{name} must be [batch, {features}, length], got {list(array.shape)}; pass one clip as array[None]"
+            )
 
     def _run(self, half: str, batch: Any, chunks: tuple[int, int] | None) -> Any:
         """One half over a whole batch in memory, an array or `on_device`: exact windows, or the reference's chunks."""
@@ -228,6 +235,29 @@ class Autoencoder:
         return StreamDecoder(self.backend, self._plans[DECODER])
 
 
+def _placed(device: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Options with a device, which may number the GPU as PyTorch does.
+
+    Raises:
+        InputError: `device_id` says another number.
+    """
+    if device is None:
+        return options
+    kind, _, number = str(device).partition(":")
+    if kind not in ("cpu", "cuda") or not re.fullmatch(r"\d{1,9}", number, re.ASCII):
+        return options | {"device": str(device)}
+    given = options.get("device_id", int(number))
+    if kind == "cuda" and (type(given) is not int or given != int(number)):
+        raise InputError(f"device {device} and device_id {options['device_id']} differ; pass one of them")
+    return options | {"device": kind} | ({"device_id": int(number)} if kind == "cuda" else {})
+
+
+@functools.cache
+def _tell_of_random_weights(name: str) -> None:
+    """Warn of a model, once a process."""
+    logger.warning("%s has random weights: good for tests and speed only", name)
+
+
 class AutoencoderModel:
     """A SAME autoencoder; takes the place of `stable_audio_3.AutoencoderModel`.
 
@@ -242,7 +272,7 @@ class AutoencoderModel:
     def from_pretrained(
         cls,
         model_name: str | os.PathLike[str],
-        device: str | None = None,
+        device: Any = None,
         *,
         backend: str = AUTO,
         precision: str = "fp32",
@@ -254,7 +284,7 @@ class AutoencoderModel:
         Args:
             model_name: a name (`same-s`, `same-l`, `same-tiny`), looked up in `./engines` and in the user's cache; an
                 engine folder; or a checkpoint folder, which runs in PyTorch.
-            device: `cpu` or `cuda`; the best there is unless given.
+            device: `cpu`, `cuda` or `cuda:N`, or a `torch.device` of these; the best there is unless given.
             backend: `auto`, `tensorrt`, `onnxruntime` or `torch`.
             precision: `fp32`, `fp16` (the reference's `.half()`) or `int8`.
             window: latents that are computed at once; bounds the memory, does not change the numbers, but for those of
@@ -268,11 +298,14 @@ class AutoencoderModel:
             BackendUnavailableError: the backend cannot be used here.
             CheckpointError: the checkpoint cannot be loaded.
         """
-        try:
-            settings = BackendOptions(precision=precision, device=device, **options)
-        except TypeError as error:
-            raise InputError(f"{error}; see samekit.backends.base.BackendOptions") from None
-        return cls(open_backend(model_name, backend, settings), window)
+        known = [field.name for field in dataclasses.fields(BackendOptions)]
+        for option in options:
+            if option not in known:
+                raise InputError(f"unknown option {option!r}; choose of {', '.join(known)}")
+        model = cls(open_backend(model_name, backend, BackendOptions(precision, **_placed(device, options))), window)
+        if model.spec.is_random:
+            _tell_of_random_weights(model.spec.name)
+        return model
 
     @property
     def spec(self) -> EngineSpec:
@@ -296,8 +329,8 @@ class AutoencoderModel:
 
     @property
     def device(self) -> str:
-        """Where the model computes, and where returned tensors lie (on GPU `device_id`): `cpu` or `cuda`."""
-        return self.autoencoder.backend.device
+        """Where the model computes, and where returned tensors lie: `cpu`, `cuda` (the first GPU) or `cuda:N`."""
+        return self.autoencoder.backend.place.removesuffix(":0")
 
     def encode(
         self,

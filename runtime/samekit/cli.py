@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,20 @@ class _Group(click.Group):
 
 class _Failure(click.ClickException):
     exit_code = 2
+
+
+# As shells say it of a program that Ctrl-C ended.
+_INTERRUPTED = 130
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Turn Ctrl-C into one line and its exit code, in work that goes on where it was stopped."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say("stopped; run the same command again to go on", err=True)
+        sys.exit(_INTERRUPTED)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -165,7 +180,7 @@ def decode(latents: Path, audio: Path, bits: str, clip: bool, **options: Any) ->
 )
 @click.option("--actors", type=click.IntRange(min=1), help="Encoders on the cluster. [default: as many as fit]")
 @click.option("--cpus-per-actor", type=click.IntRange(min=1), help="Cores, and threads, of each. [default: 1]")
-@click.option("--gpus-per-actor", type=click.FloatRange(min=0), help="GPUs of each, or a share. [default: 0]")
+@click.option("--gpus-per-actor", type=click.FloatRange(min=0), help="GPUs of each, or a share. [default: the CPU]")
 @click.option("--verify", "verified", help="Check a folder of latents instead.")
 @_backend_options
 def pre_encode(
@@ -196,7 +211,7 @@ def pre_encode(
         backend["precision"] = "fp16"
     asked = {name: options.pop(name) for name in ("actors", "cpus_per_actor", "gpus_per_actor")}
     settings = PreEncodeOptions(shard=Shard.parse(options.pop("shard")), **options)
-    with _encoder(model, backend, settings, address, asked) as encoder, Display() as display:
+    with _resumable(), _encoder(model, backend, settings, address, asked) as encoder, Display() as display:
         report = pre_encode(encoder, data_dir, output_path, settings, display)
     for row in report.bad[:10]:
         _say(f"{row['status']}: {row['reason'] or row['relpath']}", err=True)
@@ -229,7 +244,7 @@ def _verify_dataset(folder: str) -> None:
     for problem in problems:
         _say(problem)
     if problems:
-        raise InputError(f"{folder}: {len(problems)} problems; see above")
+        raise InputError(f"{folder}: {len(problems)} problem{'s' * (len(problems) > 1)}; see above")
     _say(f"{folder}: sound")
 
 
@@ -244,7 +259,7 @@ def _verify_dataset(folder: str) -> None:
     help="fp32, fp16 or int8; several separated by commas.",
 )
 @click.option("--out", default="engines", show_default=True, type=click.Path(path_type=Path))
-@click.option("--force", is_flag=True, help="Export even if the engine folder is current.")
+@click.option("--force", is_flag=True, help="Export even if it is current, and let random weights replace others.")
 @click.option(
     "--tensorrt",
     default="off",
@@ -258,11 +273,13 @@ def export(
     """Export MODEL (same-s, same-l, same-tiny, a checkpoint folder, or owner/name on the hub) to an engine folder."""
     _need_export()
     from samekit_export.checkpoint import load  # noqa: PLC0415
+    from samekit_export.export import check_precisions  # noqa: PLC0415
     from samekit_export.export import export as run  # noqa: PLC0415
 
+    # Before gigabytes are downloaded.
+    precisions = check_precisions(precision.split(","))
     _say(f"loading {model}")
     checkpoint = load(model, weights, revision)
-    precisions = precision.split(",")
     engine = run(checkpoint, out, precisions, force=force, report=_say)
     if tensorrt != "off":
         from samekit_export.to_tensorrt import add_engines  # noqa: PLC0415
@@ -317,7 +334,7 @@ def info(engine: Path) -> None:
         f"  windows    start at multiples of {spec.alignment}; "
         + ", ".join(f"{half} context {context}" for half, context in spec.contexts.items())
     )
-    _say(f"  source     {', '.join(f'{k} {v}' for k, v in spec.source.items())}")
+    _say(f"  source     {spec.origin}")
     _say(f"  tools      {', '.join(f'{k} {v}' for k, v in spec.tools.items())}")
     for precision, halves in spec.graphs.items():
         size = sum(sum(graph.sizes.values()) for graph in halves.values())

@@ -90,7 +90,10 @@ def _walk(folder: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterat
         status = Path(folder).stat()
         entries = {entry.name: entry for entry in os.scandir(folder)}
     except OSError as error:
-        raise InputError(f"{folder}: cannot be listed ({error.strerror}); check its name and permissions") from None
+        cure = "check its name and permissions"
+        if "://" in folder:
+            cure = "--data_dir takes folders only, mount it"
+        raise InputError(f"{folder}: cannot be listed ({error.strerror}); {cure}") from None
     identity = (status.st_dev, status.st_ino)
     if identity in above:
         return

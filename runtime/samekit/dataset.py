@@ -84,7 +84,7 @@ class PreEncodeOptions:
     def __post_init__(self) -> None:
         check_whole("batch_size", self.batch_size, least=1)
         check_whole("sample_size", self.sample_size, least=1, most=_MOST_SAMPLES)
-        check_whole("readers", self.readers, least=0, most=MOST_THREADS)
+        check_whole("readers (--workers)", self.readers, least=0, most=MOST_THREADS)
         if self.crop not in ("start", "random"):
             raise InputError(f"crop {self.crop!r} is not known; pass start or random")
         if self.full and self.crop == "random":
@@ -180,8 +180,8 @@ def pre_encode(
         What was done; also in `.samekit/report.json`, as far as it describes the folder.
 
     Raises:
-        InputError: there is no audio, the folder holds latents of other settings, or a clip is bad and
-            `options.strict` is set.
+        InputError: there is no audio, the output is a data folder or holds latents of other settings, or a clip is
+            bad and `options.strict` is set.
         OutputError: the folder cannot be written or is full, or another process is writing into it.
         BackendError: the backend failed.
     """
@@ -190,6 +190,7 @@ def pre_encode(
     sources = {s.relpath: s for s in find_sources(folders) if options.shard.holds(s.relpath)}
     encoder = model if isinstance(model, Encoder) else LocalEncoder(model.autoencoder)
     settings, shard, output = _settings(encoder, options), options.shard, find_output(output_path)
+    output.require_apart(folders)
     with (
         output.opened(shard) as folder,
         Manifest.open(folder, shard, settings, reencode=options.reencode) as manifest,
@@ -206,7 +207,10 @@ def pre_encode(
     if options.strict and report.bad:
         first = report.bad[0]["reason"]
         kinds = ", ".join(f"{n} {status}" for status, n in sorted(report.statuses.items()) if status != "encoded")
-        raise InputError(f"{len(report.bad)} of {len(sources)} clips are bad ({kinds}), first: {first}")
+        raise InputError(
+            f"{len(report.bad)} of {len(sources)} clips are bad ({kinds}), first: {first}; "
+            f"{output}/{STATE_FOLDER}/{shard.report} lists them"
+        )
     return report
 
 
@@ -299,13 +303,16 @@ class _Run:
         return self._digests[path]
 
     def retire(self, sources: dict[str, Source]) -> None:
-        """Give up the clips that were never tried under these settings and never will be: they are not there.
+        """Give up the clips that have no sound pair of files and will get none: they are not there.
 
-        Files under their numbers are of other settings.
+        Where they were never tried under these settings, files under their numbers are of other settings.
         """
         for row in list(self._manifest.rows.values()):
-            if row.status is None and row.relpath not in sources:
-                if {f"{row.name}.npy", f"{row.name}.json"} & self._files:
+            if row.relpath in sources:
+                continue
+            pair = {f"{row.name}.npy", f"{row.name}.json"}
+            if row.status is None or (row.status == "encoded" and not pair <= self._files):
+                if pair & self._files:
                     self._remove_pair(row)
                 self._manifest.record(dataclasses.replace(row, status="gone"))
 

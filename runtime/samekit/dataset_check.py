@@ -31,6 +31,8 @@ _FIELDS: Final[dict[str, type | tuple[type, ...]]] = {
     "sample_rate": int,
     "prompt": str,
 }
+_ENCODE_AGAIN = "remove it and run pre-encode again"
+_LISTED: Final = 10
 
 
 def verify(folder: str | os.PathLike[str]) -> list[str]:
@@ -42,7 +44,8 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
         folder: the `output_path` of `pre_encode`, with all of its shards.
 
     Returns:
-        A line for each problem; none if the folder is sound and complete.
+        A line for each problem, which names a cure; none if the folder is sound and complete. Of clips that are not
+        encoded yet the first ten have lines, the others share one.
 
     Raises:
         InputError: the folder has no manifest, or a damaged one.
@@ -78,13 +81,19 @@ def _check_shards(folder: Path, shards: list[Shard]) -> Iterator[str]:
 def _check_manifests(folder: Path, manifests: list[tuple[Settings, list[Row]]]) -> Iterator[str]:
     """Every clip that is said to be encoded, every one that is not even tried, and the silence."""
     first, _ = manifests[0]
+    waiting = [row for _, rows in manifests for row in rows if row.status is None]
+    for row in waiting[:_LISTED]:
+        yield f"{folder}: {row.relpath!r} is not encoded yet; run pre-encode again"
+    if more := len(waiting[_LISTED:]):
+        yield f"{folder}: and {more} more clips are not encoded yet; run pre-encode again"
     for settings, rows in manifests:
         if differences := settings.differences(first):
-            yield f"{folder}: its shards have other settings ({', '.join(differences)})"
+            yield (
+                f"{folder}: its shards have other settings ({', '.join(differences)}); run pre-encode for every shard "
+                "with the same options and --reencode"
+            )
         for row in rows:
-            if row.status is None:
-                yield f"{folder}: {row.relpath!r} is not encoded yet; run pre-encode again"
-            elif row.status == "encoded":
+            if row.status == "encoded":
                 yield from _check_pair(folder / f"{row.name}.npy", row, settings)
     yield from _check_silence(folder / SILENCE_FILE, first)
 
@@ -101,16 +110,17 @@ def _check_files(folder: Path, rows: dict[str, Row]) -> Iterator[str]:
 
 def _check_pair(path: Path, row: Row, settings: Settings) -> Iterator[str]:
     """The latents and the metadata of one clip."""
+    missing = [file for file in (path, path.with_suffix(".json")) if not os.path.lexists(file)]
+    if missing:
+        yield from map(_missing, missing)
+        return
     try:
         latents, metadata = read_latents(path, settings.width)
     except LatentsFileError as error:
-        yield str(error)
+        yield _unreadable(error)
         return
     if latents.dtype != settings.dtype:
-        yield f"{path}: holds {latents.dtype} instead of {settings.dtype}"
-    if not metadata:
-        yield f"{path.with_suffix('.json')}: is missing; run pre-encode again"
-        return
+        yield f"{path}: holds {latents.dtype} instead of {settings.dtype}; {_ENCODE_AGAIN}"
     yield from _check_metadata(path.with_suffix(".json"), metadata, row, latents.shape[-1])
 
 
@@ -118,23 +128,37 @@ def _check_metadata(path: Path, metadata: dict[str, Any], row: Row, latents: int
     """The fields that the training code reads."""
     wrong = [name for name, kind in _FIELDS.items() if not isinstance(metadata.get(name), kind)]
     if wrong:
-        yield f"{path}: has no usable {', '.join(wrong)}; remove it and run pre-encode again"
+        yield f"{path}: has no usable {', '.join(wrong)}; {_ENCODE_AGAIN}"
         return
     if metadata["relpath"] != row.relpath:
-        yield f"{path}: is of {metadata['relpath']!r}, the manifest says {row.relpath!r}"
+        yield f"{path}: is of {metadata['relpath']!r}, the manifest says {row.relpath!r}; {_ENCODE_AGAIN}"
     # Compared with nothing longer than the array: the manifest may say any number.
     kept = min(max(row.latents, 0), latents)
     if row.latents != kept or metadata["padding_mask"] != [1] * kept + [0] * (latents - kept):
-        yield f"{path}: its padding_mask does not fit {row.latents} of {latents} latents"
+        yield f"{path}: its padding_mask does not fit {row.latents} of {latents} latents; {_ENCODE_AGAIN}"
 
 
 def _check_silence(path: Path, settings: Settings) -> Iterator[str]:
     """The silence latents."""
+    if not os.path.lexists(path):
+        yield _missing(path)
+        return
     try:
         silence = map_array(path)
     except LatentsFileError as error:
-        yield str(error)
+        yield _unreadable(error)
         return
     right = silence.ndim == 3 and silence.shape[:2] == (1, settings.width) and silence.dtype == settings.dtype
     if not right or not np.isfinite(silence).all():
-        yield f"{path}: holds no silence latents of this model; remove it and run pre-encode again"
+        yield f"{path}: holds no silence latents of this model; {_ENCODE_AGAIN}"
+
+
+def _missing(path: Path) -> str:
+    """The next run writes what is not there."""
+    return f"{path}: is missing; run pre-encode again"
+
+
+def _unreadable(error: LatentsFileError) -> str:
+    """The cause that was found, with the cure for a file of a dataset in place of that for any other."""
+    cause, _, _ = str(error).rpartition("; ")
+    return f"{cause}; {_ENCODE_AGAIN}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from samekit import __version__
 from samekit.backends.base import has_driver
-from samekit.backends.ort import available_cpus
+from samekit.backends.ort import available_cpus, int8_saturates
 from samekit.errors import SamekitError
 from samekit.spec import SPEC_FILE
 from samekit.store import Engine, engine_roots
@@ -34,11 +34,13 @@ class Part:
     """What it is for."""
     install: str
     """How to get it."""
+    needs_gpu: bool = False
+    """Whether it is of use on a machine with an NVIDIA GPU only."""
 
 
 PARTS = (
     Part("onnxruntime", "engines on any CPU, and on NVIDIA GPUs with onnxruntime-gpu", "pip install 'samekit[cpu]'"),
-    Part("tensorrt", "engines compiled for the GPU at hand", INSTALL["tensorrt"]),
+    Part("tensorrt", "engines compiled for the GPU at hand", INSTALL["tensorrt"], needs_gpu=True),
     Part("tensorrt_rtx", "engines compiled without a GPU, for many", INSTALL["tensorrt_rtx"]),
     Part(
         "torch",
@@ -49,11 +51,11 @@ PARTS = (
     Part("onnxscript", "exporting", "pip install 'samekit[export]'"),
     Part("safetensors", "reading checkpoints", "pip install 'samekit[export]'"),
     Part("huggingface_hub", "published weights by name", "pip install 'samekit[export]'"),
-    Part("matplotlib", "the pictures of a report", "pip install 'samekit[report]'"),
-    Part("jinja2", "the page of a report", "pip install 'samekit[report]'"),
+    Part("matplotlib", "pictures in reports", "pip install 'samekit[report]'"),
+    Part("jinja2", "reports", "pip install 'samekit[report]'"),
     Part("ray", "datasets on a cluster", "pip install 'samekit[ray]'"),
     Part("fsspec", "datasets written to s3://, gs:// and the like", "pip install 'samekit[ray]'"),
-    Part("tritonclient", "the example client of a Triton server", "pip install 'samekit[triton]'"),
+    Part("tritonclient", "example client of a Triton server", "pip install 'samekit[triton]'"),
 )
 """In the order in which they matter to most people."""
 
@@ -90,12 +92,14 @@ def _describe(part: Part) -> str:
     except ModuleNotFoundError as error:
         if error.name != part.module:
             return f"{part.module} cannot be imported ({error}): no {part.enables}; run: {part.install}"
-        return f"{part.module} is not installed: no {part.enables}; run: {part.install}"
+        cure = "it needs an NVIDIA GPU" if part.needs_gpu and not has_driver() else f"run: {part.install}"
+        return f"{part.module} is not installed: no {part.enables}; {cure}"
     # A package whose libraries are missing raises whatever its loader raises.
     except Exception as error:  # noqa: BLE001
-        return f"{part.module} cannot be imported ({error}): no {part.enables}"
+        return f"{part.module} cannot be imported ({error}): no {part.enables}; reinstall it: {part.install}"
     if part.module == "onnxruntime":
-        return f"onnxruntime {module.__version__}: {', '.join(module.get_available_providers())}"
+        shown = f"onnxruntime {module.__version__}: {', '.join(module.get_available_providers())}"
+        return f"{shown}; int8 encodes only, without VNNI instructions" if int8_saturates(module) else shown
     if part.module == "torch":
         return f"torch {module.__version__}: {'CUDA' if module.cuda.is_available() else 'no CUDA device'}"
     return f"{part.module} {_version(part.module, module)}"

@@ -21,6 +21,11 @@ The command line prints the message of a SamekitError on one line and exits with
 from __future__ import annotations
 
 
+def first_line(error: Exception) -> str:
+    """The first line of another library's message, or the error's name, to be quoted in a message of one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class SamekitError(Exception):
     """Base of every error raised on purpose."""
 

@@ -26,8 +26,7 @@ from samekit.errors import InputError, LatentsFileError
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
-
-    from typing_extensions import Self
+    from typing import Self
 
 _DTYPES: Final[dict[str, np.dtype[np.floating[Any]]]] = {
     "float32": np.dtype("<f4"),
@@ -285,7 +284,7 @@ def _read_layout(path: Path) -> _Layout:
         offset = file.tell()
         data_bytes = file.seek(0, os.SEEK_END) - offset
     if dtype.kind != "f" or dtype.itemsize > 8:
-        raise LatentsFileError(f"{path}: holds {dtype.name} values; latents are float16, float32 or float64")
+        raise LatentsFileError(f"{path}: holds {dtype.name} values; convert them to float32, or encode again")
     if len(shape) > 3:
         raise LatentsFileError(f"{path}: has shape {reprlib.repr(shape)}; give one clip, [width, latents]")
     # In a header, true may stand for one.

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 from samekit._files import atomic_path, output_errors, read_regular, remove_abandoned
 from samekit._json import check_kinds
 from samekit.errors import InputError, OutputError
-from samekit.output import SILENCE_FILE, STATE_FOLDER
+from samekit.output import SILENCE_FILE, STATE_FOLDER, is_clips
 
 if sys.platform == "win32":
     import msvcrt
@@ -35,15 +35,13 @@ else:
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
-    from typing import BinaryIO
-
-    from typing_extensions import Self
+    from typing import BinaryIO, Self
 
 # Raised when an older samekit could misread the files.
 _FORMAT: Final = 1
 
 Status = Literal["encoded", "unreadable", "empty", "silent", "no_caption", "failed", "gone"]
-"""`gone` is a clip that left the dataset before it was tried; one that was encoded before stays `encoded`."""
+"""`gone` is a clip that left the dataset and has no latents; one that has some stays `encoded`."""
 Stamp = tuple[int, int]
 """Size in bytes and time of modification in ns: what changes when a file does."""
 
@@ -274,11 +272,15 @@ class Manifest:
         """The manifest on disk, or a new one, once it is sure that it fits these settings."""
         manifests = {path.name: read_manifest(path) for path in sorted((folder / STATE_FOLDER).glob("manifest*.jsonl"))}
         found = manifests.pop(shard.manifest, None)
-        if not manifests and found is None and any(folder.glob("*.npy")):
-            raise InputError(f"{folder}: holds .npy files that no manifest lists; pass another --output_path")
+        if not manifests and found is None:
+            foreign = next((path.name for path in folder.iterdir() if is_clips(path.name)), None)
+            if foreign:
+                raise InputError(f"{folder}: holds {foreign}, which no manifest lists; pass another --output_path")
         for name, (other, _) in manifests.items():
-            if Shard.of_manifest(name).count != shard.count:
-                raise InputError(f"{folder}: was begun as {name}; go on with the same number of shards")
+            count = Shard.of_manifest(name).count
+            if count != shard.count:
+                how = f"with --shard I/{count}" if count > 1 else "without --shard"
+                raise InputError(f"{folder}: was begun {how}; go on like that, or pass another --output_path")
             if not reencode:
                 _check_same(folder, settings, other)
         if found is None:

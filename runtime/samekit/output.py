@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 import time
 from contextlib import contextmanager, suppress
@@ -25,7 +26,7 @@ from samekit._files import named, output_errors
 from samekit.errors import InputError, OutputError, SamekitError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from contextlib import AbstractContextManager
 
     from samekit.manifest import Shard
@@ -70,6 +71,18 @@ class Output:
         if not (self._folder / STATE_FOLDER).is_dir():
             raise InputError(f"{self._folder.absolute()}: is not there; share it under the same path with every node")
 
+    def require_apart(self, folders: Iterable[str | os.PathLike[str]]) -> None:
+        """Raise if the output is one of these folders, whose files would be among its own.
+
+        Raises:
+            InputError: it is.
+        """
+        for folder in folders:
+            # What is not there yet is none of them.
+            with suppress(OSError):
+                if self._folder.samefile(folder):
+                    raise InputError(f"{self}: is a --data_dir too; pass another --output_path")
+
     @contextmanager
     def opened(self, shard: Shard) -> Iterator[Path]:  # noqa: ARG002 there its manifest lies
         """Yield the folder with the manifest of a shard, and with the silence latents, for the whole run."""
@@ -110,14 +123,16 @@ class RemoteOutput(Output):
     def __init__(self, url: str) -> None:
         super().__init__(Path())
         self._url = url.rstrip("/")
-        try:
-            from fsspec.core import url_to_fs  # noqa: PLC0415
+        # Some clients connect at once.
+        with self._read_errors():
+            try:
+                from fsspec.core import url_to_fs  # noqa: PLC0415
 
-            self._fs, self._root = url_to_fs(self._url)
-        except (ImportError, ValueError) as error:
-            raise InputError(
-                f"{url}: cannot be used ({error}); install fsspec and the package of this scheme, or pass a folder"
-            ) from None
+                self._fs, self._root = url_to_fs(self._url)
+            except (ImportError, ValueError) as error:
+                raise InputError(
+                    f"{url}: cannot be used ({error}); install fsspec and the package of this scheme, or pass a folder"
+                ) from None
         self._manifest = Path()
         self._report = Path()
         self._local = Path()
@@ -131,6 +146,9 @@ class RemoteOutput(Output):
 
     def require_reachable(self) -> None:
         """Nothing: the first upload will tell."""
+
+    def require_apart(self, folders: Iterable[str | os.PathLike[str]]) -> None:
+        """Nothing: data folders have no URL."""
 
     @contextmanager
     def opened(self, shard: Shard) -> Iterator[Path]:
@@ -230,9 +248,9 @@ class RemoteOutput(Output):
                 (self._local / STATE_FOLDER / name).write_bytes(data)
         if SILENCE_FILE in names:
             (self._local / SILENCE_FILE).write_bytes(self._get(SILENCE_FILE))
-        elif any(name.endswith(".npy") for name in names):
+        elif foreign := next(filter(is_clips, sorted(names)), None):
             # Shows whoever opens the manifest that there are latents.
-            (self._local / "some.npy").touch()
+            (self._local / foreign).touch()
 
     def _follow(self, manifest: bytes) -> None:
         """Let the next parts be those of this manifest."""
@@ -261,6 +279,11 @@ class RemoteOutput(Output):
 
     def _read_errors(self) -> AbstractContextManager[None]:
         return output_errors(self._url, Exception, "cannot be read", "check URL, network and permissions")
+
+
+def is_clips(name: str) -> bool:
+    """Whether a file's name is one that a run may give: any `.npy`, and `.json` after a clip's number."""
+    return name.endswith(".npy") or re.fullmatch(r"\d{12}\.json", name) is not None
 
 
 def _digest(manifest: bytes) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from samekit.arrays import as_float32, as_one_batch, is_tensor
+from samekit.arrays import AUDIO, LATENTS, as_float32, as_one_batch, is_tensor
 from samekit.audio import StreamResampler, pad_to, to_channels
 from samekit.errors import BackendError, InputError
 from samekit.spec import DECODER, ENCODER
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from samekit.arrays import Array
     from samekit.backends.base import Backend
     from samekit.chunking import ExactWindows, Window
+
+# libsndfile's limit, so no file has more.
+_MOST_CHANNELS = 1024
 
 
 class HalfRunner:
@@ -209,7 +212,7 @@ class StreamEncoder:
             if not self._finished and self.samples + rest.shape[-1] > 0:
                 self._finished = True
                 return self._advance(rest, final=True)
-        raise InputError("no samples were received; there is nothing to encode")
+        raise InputError("no samples were received; push some before finish")
 
     def _advance(self, audio: Array, *, final: bool) -> Array:
         self.samples += audio.shape[-1]
@@ -245,9 +248,12 @@ class StreamDecoder:
             NonFiniteError: the model overflowed, which ends the stream.
             BackendError: the backend failed, which ends the stream, or it had ended so.
         """
-        array = as_float32(latents, "latents", empty=True)
+        array = as_float32(latents, LATENTS, empty=True)
         if array.ndim != 2 or array.shape[0] != self._width:
-            raise InputError(f"latents must be [{self._width}, length], got {list(array.shape)}")
+            raise InputError(
+                f"latents must be [{self._width}, length], got {list(array.shape)}; "
+                "pass one clip without its batch: latents[0]"
+            )
         with self._steps.step():
             self._received += array.shape[-1]
             return _joined(self._run.push(array[None]), self._channels)
@@ -264,22 +270,27 @@ class StreamDecoder:
                 self._received = 0
                 nothing = np.zeros((1, self._width, 0), np.float32)
                 return _joined(self._run.push(nothing, final=True), self._channels)
-        raise InputError("no latents were received; there is nothing to decode")
+        raise InputError("no latents were received; push some before finish")
 
 
 def as_clip(audio: Any, *, empty: bool = False) -> Array:
     """One clip as float32 `[channels, n]`, from that, `[n]` or `[1, channels, n]`; `empty` allows n = 0.
 
     Raises:
-        InputError: another rank, wrong dtype, no samples, NaN or infinity.
+        InputError: another rank, wrong dtype, no samples, NaN or infinity, or samples in the place of channels.
     """
-    array = as_float32(audio, "audio", empty=empty)
+    array = as_float32(audio, AUDIO, empty=empty)
     if array.ndim == 3 and array.shape[0] == 1:
         array = array[0]
     if array.ndim == 1:
         array = array[None]
     if array.ndim != 2:
-        raise InputError(f"a clip must be [channels, samples] or [samples], got {list(array.shape)}")
+        raise InputError(
+            f"a clip must be [channels, samples] or [samples], got {list(array.shape)}; "
+            "pass several as a list or [batch, channels, samples]"
+        )
+    if array.shape[0] > _MOST_CHANNELS:
+        raise InputError(f"audio has {array.shape[0]} channels; pass [channels, samples], such as waveform.T")
     return array
 
 

@@ -74,7 +74,9 @@ class TritonOptions:
             )
         if self.backend == "tensorrt":
             if self.max_batch > NARROW.batch[2]:
-                raise InputError(f"max_batch is {self.max_batch}; the engines take at most {NARROW.batch[2]}")
+                raise InputError(
+                    f"max_batch is {self.max_batch}; pass 1 to {NARROW.batch[2]}, which is what the engines take"
+                )
             if self.kind == "cpu":
                 raise InputError("TensorRT needs a GPU; pass kind gpu, or backend onnxruntime")
 
@@ -218,7 +220,9 @@ def facts_of(config: Any) -> dict[str, Any]:
         _check_fields(FACTS, facts, _FACTS)
         _check_fields("contexts", facts["contexts"], dict.fromkeys((ENCODER, DECODER), int))
     except (KeyError, TypeError, ValueError, RecursionError):
-        raise InputError(f"model {config.name!r} was not written by samekit triton; serve that") from None
+        raise InputError(
+            f"model {config.name!r} was not written by samekit triton; serve a repository that it wrote"
+        ) from None
     return facts
 
 

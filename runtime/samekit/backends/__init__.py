@@ -108,13 +108,13 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
 
 def _open_without_engine(model: str, backend: str, options: BackendOptions, error: EngineNotFoundError) -> Backend:
     """PyTorch on the checkpoint, where the backend asked for allows it."""
-    if backend not in (AUTO, "torch"):
+    # A folder mistyped beside others is no repository on the hub, which would be asked for half a minute.
+    mistyped = os.path.isdir(os.path.dirname(model)) and not os.path.exists(model)  # noqa: PTH110, PTH112, PTH120
+    if backend not in (AUTO, "torch") or mistyped:
         raise error
     from samekit.backends.eager import load_checkpoint, open_eager  # noqa: PLC0415
 
     try:
-        opened = open_eager(load_checkpoint(model, None), options)
+        return open_eager(load_checkpoint(model, None), options)
     except BackendUnavailableError as unavailable:
         raise EngineNotFoundError(f"{error} (PyTorch cannot take its place: {unavailable})") from None
-    logger.warning("no engine for %s: running in PyTorch, slower; for an engine run: samekit export %s", model, model)
-    return opened

@@ -22,8 +22,7 @@ from samekit.spec import DECODER, ENCODER, PRECISIONS, EngineSpec
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
-
-    from typing_extensions import Self
+    from typing import Self
 
     from samekit.arrays import Array
 
@@ -56,7 +55,7 @@ class BackendOptions:
         if self.precision not in PRECISIONS:
             raise InputError(f"unknown precision {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
         if self.device not in (None, "cpu", "cuda"):
-            raise InputError(f"unknown device {self.device!r}; choose cpu or cuda, and which GPU by device_id")
+            raise InputError(f"device {self.device!r} is not supported; choose cpu or cuda, and which GPU by device_id")
         check_whole("device_id", self.device_id, least=0)
         if self.threads is not None:
             check_whole("threads", self.threads, least=1, most=MOST_THREADS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,6 +14,8 @@ from samekit.spec import ENCODER
 if TYPE_CHECKING:
     from samekit.arrays import Array
     from samekit.spec import EngineSpec
+
+logger = logging.getLogger(__name__)
 
 
 class EagerBackend(Backend):
@@ -66,14 +69,17 @@ def load_checkpoint(name: str, source: dict[str, Any] | None) -> Any:
         is_here = os.path.isdir(name) or name in BUNDLED_FOLDERS  # noqa: PTH112 see checkpoint.load
         on_hub = source.get("kind") == "hub" if source else not is_here
         # The export package imports these where it needs them, too late to say what is missing.
-        for package in ("torch", "safetensors", *(("huggingface_hub",) if on_hub else ())):
+        for package in ("torch", "safetensors", "onnx", "onnxscript", *(("huggingface_hub",) if on_hub else ())):
             import_module(package)
     except ImportError as error:
         raise BackendUnavailableError(
-            f"the torch backend needs PyTorch, safetensors and huggingface_hub ({error}); "
-            "run: pip install 'samekit[export]'"
+            f"the torch backend needs PyTorch and what exports need ({error}); run: pip install 'samekit[export]'"
         ) from None
-    return load_source(source) if source else load(name)
+    if source:
+        return load_source(source)
+    # First, as the hub may let one wait.
+    logger.warning("no engine for %s: opening it in PyTorch, slower; for an engine run: samekit export %s", name, name)
+    return load(name)
 
 
 def open_eager(checkpoint: Any, options: BackendOptions) -> EagerBackend:

@@ -381,7 +381,7 @@ def open_tensorrt(engine: Engine, options: BackendOptions) -> TensorRTBackend:
     # First of all, as importing PyTorch takes seconds that "auto" should not spend in vain.
     if not build_folders(engine):
         raise BackendUnavailableError(
-            f"{engine.folder}: no TensorRT engine; run: samekit export {engine.spec.name} --tensorrt auto"
+            f"{engine.folder}: no TensorRT engine; run: {engine.export_command('--tensorrt', 'auto')}"
         )
     gpu = Gpu(options.device_id)
     modules = installed_flavours()
