@@ -31,7 +31,6 @@ from test_triton import stand_in
 from samekit.cli import main
 from samekit.spec import EngineSpec
 from samekit_export import checkpoint
-from samekit_export.export import export
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
@@ -123,20 +122,14 @@ def test_nothing_is_missed():
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """The engine folder of the model that comes with samekit, exported once."""
-    return export(checkpoint.load("same-tiny"), tmp_path_factory.mktemp("bundled")).folder
-
-
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory, engine_of, tiny):
+def folder_of(tmp_path_factory, engine_of, bundled_engine):
     """A folder for each document, with the files that the documents speak of."""
     folders = {}
 
     def folder(document):
         if document not in folders:
             folders[document] = tmp_path_factory.mktemp("user")
-            prepare(folders[document], engine_of, tiny, exports=document == "docs/export.md")
+            prepare(folders[document], engine_of, bundled_engine.folder, exports=document == "docs/export.md")
         return folders[document]
 
     return folder
@@ -145,7 +138,8 @@ def folder_of(tmp_path_factory, engine_of, tiny):
 def prepare(folder, engine_of, tiny, *, exports):
     for name, small in STAND_INS.items():
         engine = shutil.copytree(engine_of(small).folder, folder / "engines" / name)
-        spec = dataclasses.replace(EngineSpec.load(engine), name=name)
+        source = {"kind": "hub", "name": checkpoint.HUB_REPOSITORIES[name]}
+        spec = dataclasses.replace(EngineSpec.load(engine), name=name, source=source)
         (engine / "spec.json").write_text(spec.to_json(), encoding="utf-8")
     shutil.copytree(tiny, folder / "demo" / "engines" / "same-tiny")
     # The guide to exports makes it.
@@ -394,8 +388,13 @@ def messages_in_the_code():
     found = set()
     for path in (each for folder in ("runtime", "export") for each in (ROOT / folder).rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
+        constants = {
+            node.targets[0].id: texts_of(node.value, {})
+            for node in tree.body
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+        }
         for scope in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
-            known = {}
+            known = {name: list(texts) for name, texts in constants.items()}
             for node in ast.walk(scope):
                 if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                     known.setdefault(node.targets[0].id, []).extend(texts_of(node.value, {}))
