@@ -10,7 +10,7 @@ import sys
 import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -33,6 +33,8 @@ def in_a_fork(work):
         process = os.fork()
     if process == 0:
         code = 1
+        # Coverage would be slow and in vain: what it counts here is lost.
+        sys.settrace(None)
         # It never hangs: a lock that another thread held at the fork stays held.
         signal.alarm(300)
         try:
@@ -117,10 +119,12 @@ def remount(folder, options):
 
 
 def fill(folder, room=0):
-    """Let a file take the room of a disk, but for so many bytes."""
+    """Let a file take the room of a disk, but for so many bytes; others may be writing there, and be first."""
     filler = folder / "filler"
     filler.unlink(missing_ok=True)
-    filler.write_bytes(bytes(max(0, shutil.disk_usage(folder).free - room)))
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while (left := shutil.disk_usage(folder).free - room) > 0:
+            file.write(bytes(left))
 
 
 def contents(folder):

@@ -16,6 +16,7 @@ from pathlib import Path
 import fsspec
 import psutil
 import pytest
+import torch
 from faults import KILLED, contents, dying_at, fill, kill_this_process, mounted, remount
 from helpers import assert_one_line
 from test_dataset import command, run, write_clip, write_clips
@@ -354,6 +355,28 @@ def test_disk_that_becomes_full(encoder, model, data, tmp_path, scheme, faults):
         assert found == (contents if not scheme else without_locks)(alone)
 
 
+def test_nobody_writes_after_an_error(cluster, engine, data, out, monkeypatch):
+    """Neither into the output of the next run, nor onto a disk that is then taken away."""
+    del cluster
+    write_clips(data, 40)
+
+    class Slow(_Worker):
+        def encode(self, facts, job, tasks):
+            time.sleep(0.5)
+            return super().encode(facts, job, tasks)
+
+    def stop(_progress):
+        raise KeyError
+
+    monkeypatch.setattr("samekit.distributed._Worker", Slow)
+    with RayEncoder(engine, device="cpu", backend="onnxruntime") as encoder:
+        with pytest.raises(KeyError):
+            pre_encode(encoder, data, out, progress=stop)
+        found = contents(out)
+        time.sleep(2)
+        assert contents(out) == found
+
+
 def test_disk_that_is_read_only(encoder, data, tmp_path, faults):
     write_clips(data, 1)
     with mounted(tmp_path / "disk") as disk:
@@ -523,6 +546,21 @@ def test_actors_that_fit(options, resources, actors):
     assert RayOptions(**options).fitting(resources) == actors
 
 
+def test_actors_without_a_gpu_run_on_the_cpu():
+    """Ray hides no GPU from them, so all would open on the first."""
+
+    def device(options, **backend):
+        return RayEncoder("same-s", options, **backend)._backend["device"]
+
+    assert device(None) == device(RayOptions(), device=None) == "cpu"
+    assert device(RayOptions(gpus_per_actor=1)) is device(RayOptions(gpus_per_actor=0.25), device=None) is None
+    assert device(RayOptions(gpus_per_actor=1), device="cuda") == "cuda"
+    for asked in ({"device": "cuda"}, {"device": torch.device("cuda:1")}, {"backend": "tensorrt"}):
+        with pytest.raises(InputError, match="actors get no GPU; pass --gpus-per-actor 1") as caught:
+            device(RayOptions(), **asked)
+        assert_one_line(caught.value)
+
+
 def test_batches_are_cut_by_number_and_by_size():
     sizes = [100] * 9 + [2**26, 100, 2**24, 2**24, 100]
     tasks = [Task(Source("x", "x", (size, 0), None), f"{index}.npy") for index, size in enumerate(sizes)]
@@ -602,7 +640,7 @@ def test_url_keeps_the_rules_of_a_folder(model, data, bucket):
     for name in before:
         if name.startswith(".samekit/"):
             fsspec.filesystem("memory").rm_file(f"/bucket/out/{name}")
-    with pytest.raises(InputError, match=f"{URL}: holds .npy files that no manifest lists"):
+    with pytest.raises(InputError, match=rf"{URL}: holds \S+, which no manifest lists"):
         run(data, URL, model)
 
 
@@ -615,7 +653,7 @@ def test_shards_share_a_url(model, data, bucket):
     assert sum(report.unchanged for report in reports) == 0
     assert len([name for name in bucket() if name.startswith("0")]) == 20
     assert {f".samekit/report-{index}-of-2.json" for index in (1, 2)} <= bucket().keys()
-    with pytest.raises(InputError, match="same number of shards"):
+    with pytest.raises(InputError, match="was begun with --shard I/2"):
         run(data, URL, model)
 
 

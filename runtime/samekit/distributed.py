@@ -28,8 +28,7 @@ from samekit.errors import BackendError, InputError, SamekitError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import TracebackType
-
-    from typing_extensions import Self
+    from typing import Self
 
     from samekit.arrays import Array
     from samekit.chunking import ExactWindows
@@ -180,13 +179,23 @@ class RayEncoder(Encoder):
     Args:
         model: a name, an engine folder or a checkpoint folder, as every node finds it.
         ray: where, and how many.
-        backend: arguments of `AutoencoderModel.from_pretrained`; `threads` are those of each actor.
+        backend: arguments of `AutoencoderModel.from_pretrained`; `threads` are those of each actor. Actors that get no
+            GPU run on the CPU.
+
+    Raises:
+        InputError: actors get no GPU, and `backend` asks for one.
     """
 
     def __init__(self, model: str | os.PathLike[str], ray: RayOptions | None = None, **backend: Any) -> None:
         self._model = os.fspath(model)
         self._options = ray or RayOptions()
-        self._backend = backend | {"threads": backend.get("threads") or self._options.cpus_per_actor}
+        device = backend.get("device")
+        if not self._options.gpus_per_actor:
+            # Ray hides no GPU from actors that ask for none: all of them would open on the first.
+            if str(device).startswith("cuda") or backend.get("backend") == "tensorrt":
+                raise InputError("actors get no GPU; pass --gpus-per-actor 1, or a share of one")
+            device = "cpu"
+        self._backend = backend | {"device": device, "threads": backend.get("threads") or self._options.cpus_per_actor}
         self._ray: Any = None
         self._actors: list[Any] = []
         self._connected = False
@@ -230,8 +239,12 @@ class RayEncoder(Encoder):
     def encode(self, job: Job, tasks: Sequence[Task], finished: Callable[[Outcome], None]) -> None:
         """Encode every clip."""
         calls = _Calls(self._ray, self._actors, self._facts, job, _batches(tasks, job.batch_size))
-        for outcome in calls.outcomes():
-            finished(outcome)
+        try:
+            for outcome in calls.outcomes():
+                finished(outcome)
+        except Exception:
+            calls.await_batches()
+            raise
 
     def _connect(self) -> None:
         """Join a cluster, or start one."""
@@ -252,7 +265,7 @@ class RayEncoder(Encoder):
             if address:
                 raise InputError(
                     f"{address}: no Ray cluster answers ({' '.join(str(error).split())}); check HOST:PORT, or leave "
-                    "it out to start one here"
+                    "it out and unset RAY_ADDRESS to start one here"
                 ) from None
         cores = available_cpus()
         try:
@@ -353,6 +366,12 @@ class _Calls:
                     logger.info("an actor encodes on %s", result.place)
             self._deal()
             yield from outcomes
+
+    def await_batches(self) -> None:
+        """Wait until no actor writes any more, whatever comes of it."""
+        calls = [call for call, (_, batch) in self._calls.items() if batch]
+        if calls:
+            self._ray.wait(calls, num_returns=len(calls))
 
     def _join(self, actor: _Actor) -> None:
         """Have an actor answer as soon as it runs."""
