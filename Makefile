@@ -26,7 +26,7 @@ setup: $(READY) ## make .venv with everything in it
 # torch is named with its version: a plain `torch` can pull gigabytes of CUDA libraries.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "samekit needs Python >= 3.11; pass PYTHON=..."; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { echo "cannot make $(VENV); on Debian and Ubuntu: apt install python3-venv"; exit 2; }
 	@echo "installing into $(VENV): several GB, some minutes"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,export,report,ray,triton,dev]'
 	@touch $@
@@ -42,7 +42,7 @@ demo: $(READY) ## export same-tiny, encode and decode music with it, write demo/
 export: $(READY) ## write an engine folder: MODEL, WEIGHTS, PRECISION, TENSORRT, OUT
 	$(BIN)/samekit export $(MODEL) --weights $(WEIGHTS) --precision $(PRECISION) --tensorrt $(TENSORRT) --out $(OUT)
 
-bench: $(READY) ## measure against eager PyTorch: MODEL, WEIGHTS, OUT
+bench: $(READY) ## measure against eager PyTorch: MODEL, WEIGHTS, PRECISION, OUT; ARGS for benchmarks/latency.py
 	$(BIN)/samekit export $(MODEL) --weights $(WEIGHTS) --precision $(PRECISION) --out $(OUT)
 	$(BIN)/python benchmarks/latency.py $(OUT)/$(MODEL) --precision $(PRECISION) --plot $(OUT)/$(MODEL)-latency.png $(ARGS)
 	$(BIN)/python benchmarks/opening.py $(OUT)/$(MODEL) --precision $(firstword $(subst $(COMMA), ,$(PRECISION)))

@@ -9,6 +9,7 @@ import click
 import onnxruntime
 
 from samekit.backends.ort import CPU_PROVIDER, session_options
+from samekit.cli import Command
 from samekit.spec import ENCODER
 from samekit_export.measure import interleaved, machine, summary
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
     from samekit.autoencoder import Autoencoder
 
-__all__ = ["counts", "finish", "half_of", "interleaved", "machine", "open_session", "plot_lines", "summary"]
+__all__ = ["counts", "finish", "half_of", "interleaved", "machine", "open_session", "plot_lines", "question", "summary"]
+
+question = click.command(cls=Command)
+"""Makes a benchmark of a function; its errors are one line each."""
 
 
 def counts(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:  # noqa: ARG001 click's shape

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 import torch
-from common import finish, interleaved, machine, open_session, summary
+from common import finish, interleaved, machine, open_session, question, summary
 
 from samekit._options import MOST_THREADS
 from samekit.audio import read_audio, to_channels
@@ -88,7 +88,7 @@ def from_file(path: Path, model: Same, half: str, latents: int) -> np.ndarray[An
         return model.encode(torch.from_numpy(clip)).numpy()
 
 
-@click.command()
+@question
 @click.argument("name", type=click.Choice(["tiny-s", "tiny-l", "same-s", "same-l", "same-tiny"]))
 @click.option("--half", default=ENCODER, show_default=True, type=click.Choice([ENCODER, DECODER]))
 @click.option("--variants", callback=listed, help="Separated by commas. [default: all]")

@@ -10,13 +10,12 @@ graphs in float32 and so flatters. The yardstick is eager PyTorch in float32. We
 from __future__ import annotations
 
 import dataclasses
-import json
-import platform
 from typing import TYPE_CHECKING
 
 import click
 import numpy as np
 import torch
+from common import finish, question
 
 from samekit_export.checkpoint import random_checkpoint
 from samekit_export.graph import ISLANDS, GraphDecoder, GraphEncoder, Islands
@@ -77,21 +76,23 @@ def measure(model: Same, islands: Islands, cases: dict[str, tuple[Tensor, Tensor
     """Encoder and decoder of one variant on several pairs of inputs."""
     rows: dict[str, list[str]] = {case: [] for case in cases}
     # One half at a time: at full size each takes gigabytes.
-    encoder = GraphEncoder(model, islands).half_()
+    encoder = GraphEncoder(model, islands).to_float16_()
     for case, (audio, _) in cases.items():
         rows[case].append(accuracy(encoder, model.encode(audio), audio))
     del encoder
-    decoder = GraphDecoder(model, islands).half_()
+    decoder = GraphDecoder(model, islands).to_float16_()
     for case, (_, z) in cases.items():
         rows[case].append(accuracy(decoder, model.decode(z), z))
     return rows
 
 
-@click.command()
+@question
 @click.argument("name", type=click.Choice(["tiny-s", "tiny-l", "same-s", "same-l"]))
 @click.option("--latents", default=6, show_default=True, type=click.IntRange(1))
 @click.option("--seed", default=0, show_default=True)
-@click.option("--only", multiple=True, help="These variants; several.")
+@click.option(
+    "--only", multiple=True, type=click.Choice([name for name, _ in variants()]), help="These variants; several."
+)
 @click.option("--worst-cases", is_flag=True, help="The exported graphs on extreme inputs instead of the islands.")
 def main(name: str, latents: int, seed: int, only: tuple[str, ...], worst_cases: bool) -> None:
     """Print the table for one model; the last line is JSON."""
@@ -109,9 +110,7 @@ def main(name: str, latents: int, seed: int, only: tuple[str, ...], worst_cases:
     print(f"\n| {name}, {latents} latents | encode dB | decode dB |\n|---|---|---|")
     for row, (encode, decode) in rows.items():
         print(f"| {row} | {encode} | {decode} |")
-    print(
-        json.dumps({"model": name, "latents": latents, "seed": seed, "machine": platform.processor(), "snr_db": rows})
-    )
+    finish("islands", {"model": name, "latents": latents, "seed": seed, "snr_db": rows})
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import torch
-from common import counts, finish, half_of, interleaved, machine, plot_lines, summary
+from common import counts, finish, half_of, interleaved, machine, plot_lines, question, summary
 
 from samekit import AutoencoderModel
 from samekit.spec import DECODER, ENCODER
@@ -158,7 +158,7 @@ def show(row: dict[str, Any]) -> str:
     )
 
 
-@click.command()
+@question
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.option("--latents", default="128", show_default=True, callback=counts, help="Lengths, by commas.")
 @click.option("--precision", default="fp32", show_default=True, help="Of ONNX Runtime, separated by commas.")

@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 import onnx
-from common import finish, interleaved, machine, open_session, summary
+from common import finish, interleaved, machine, open_session, question, summary
 from onnx import TensorProto, helper, numpy_helper
 
-from samekit.backends.ort import INPUT_NAMES
-from samekit.spec import DECODER, ENCODER
+from samekit.spec import DECODER, ENCODER, INPUT_NAMES
 from samekit.store import Engine
 from samekit_export.verify import example_input
 
@@ -117,8 +116,8 @@ def breakdown(events: Iterable[dict[str, Any]]) -> dict[str, float]:
     return {name: time / total for name, time in sorted(times.items(), key=lambda item: -item[1])}
 
 
-@click.command()
-@click.argument("folder", type=click.Path(path_type=Path, exists=True))
+@question
+@click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--latents", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--precision", default="fp32", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="[default: all cores]")
@@ -126,6 +125,7 @@ def main(folder: Path, latents: int, precision: str, threads: int | None) -> Non
     """Print the fraction and the breakdown for both halves of one engine FOLDER; the last line is JSON."""
     threads = threads or machine()["cores"]
     engine = Engine.load(folder)
+    engine.check(precision)
     limit = measured_limit(precision, threads)
     print(f"large {precision} products: {limit / 1e9:.0f} GOP/s with {threads} threads")
     results: dict[str, Any] = {"limit_gops": limit / 1e9, "latents": latents, "precision": precision}

@@ -9,14 +9,18 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
 import soundfile as sf
-from common import counts, finish, plot_lines
+from common import counts, finish, plot_lines, question
 
-from samekit.spec import DECODER, ENCODER, EngineSpec
+from samekit.spec import DECODER, ENCODER
+from samekit.store import Engine
+
+if TYPE_CHECKING:
+    from samekit.spec import EngineSpec
 
 MIB = 2**20
 
@@ -43,14 +47,16 @@ def write_noise(path: Path, spec: EngineSpec, latents: int) -> None:
             file.write(0.1 * noise.standard_normal((spec.hop, spec.channels)))
 
 
-@click.command()
-@click.argument("engine", type=click.Path(path_type=Path, exists=True))
+@question
+@click.argument("engine", type=click.Path(path_type=Path))
 @click.option("--latents", default="64,256,1024,4096", show_default=True, callback=counts)
 @click.option("--precision", default="fp32", show_default=True)
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Write a picture; needs matplotlib.")
 def main(engine: Path, latents: list[int], precision: str, plot_path: Path | None) -> None:
     """Print the table for one ENGINE folder; the last line is JSON."""
-    spec = EngineSpec.load(engine)
+    found = Engine.load(engine)
+    found.check(precision)
+    spec = found.spec
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         audio, encoded, decoded = (Path(name) / file for file in ("in.wav", "in.npy", "out.wav"))

@@ -14,7 +14,9 @@ from pathlib import Path
 import click
 import numpy as np
 import soundfile as sf
-from common import finish, summary
+from common import finish, question, summary
+
+from samekit.store import Engine
 
 # Runs in a process of its own, as opening warms up what the next opening finds.
 OPEN = """
@@ -38,12 +40,13 @@ def one_second(folder: Path) -> Path:
     return path
 
 
-@click.command()
-@click.argument("engine", type=click.Path(path_type=Path, exists=True))
+@question
+@click.argument("engine", type=click.Path(path_type=Path))
 @click.option("--precision", default="fp32", show_default=True)
 @click.option("--runs", default=5, show_default=True, type=click.IntRange(1))
 def main(engine: Path, precision: str, runs: int) -> None:
     """Print the table for one ENGINE folder; the last line is JSON."""
+    Engine.load(engine).check(precision)
     for file in engine.glob("*.onnx*"):
         file.read_bytes()
     opening, first, command = [], [], []

@@ -3,37 +3,26 @@
 The reference pads every clip to 12,582,912 samples (3,072 latents) and encodes it in one pass in eager PyTorch. That
 takes minutes a clip on a CPU, so a few clips are measured and the rest is scaled; the table says so.
 
-    python benchmarks/pre_encode.py --model engines/same-s --clips 100 --seconds 10
+    python benchmarks/pre_encode.py engines/same-s --clips 100 --seconds 10
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import tempfile
 import time
 from pathlib import Path
 
+import click
 import numpy as np
 import soundfile as sf
+from common import finish, question
 
 from samekit import AutoencoderModel
 from samekit.dataset import SAMPLE_SIZE, PreEncodeOptions, pre_encode
 
 RATE = 44_100
-
-
-def arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="same-s", help="engine folder or name; its checkpoint must be loadable")
-    parser.add_argument("--clips", type=int, default=100)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each clip")
-    parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--reference_clips", type=int, default=1, help="measured the reference's way; 0 leaves it out")
-    return parser.parse_args()
+OURS, BARE, REFERENCE = "samekit pre-encode", "bare encoder", "reference's way"
 
 
 def write_dataset(folder: Path, clips: int, seconds: float) -> list[np.ndarray]:
@@ -62,9 +51,9 @@ def whole_pipeline(model: AutoencoderModel, data: Path, out: Path, batch_size: i
     return pre_encode(model, data, out, PreEncodeOptions(batch_size=batch_size)).elapsed
 
 
-def reference_way(model_name: str, audio: list[np.ndarray]) -> float:
+def reference_way(engine: Path, audio: list[np.ndarray], threads: int | None) -> float:
     """Seconds for clips padded to the reference's length, encoded in one pass of eager PyTorch."""
-    with AutoencoderModel.from_pretrained(model_name, "cpu", backend="torch") as eager:
+    with AutoencoderModel.from_pretrained(engine, "cpu", backend="torch", threads=threads) as eager:
         eager.autoencoder.backend.encode(np.zeros((1, 2, 2 * eager.downsampling_ratio), np.float32))
         start = time.perf_counter()
         for clip in audio:
@@ -74,47 +63,57 @@ def reference_way(model_name: str, audio: list[np.ndarray]) -> float:
         return time.perf_counter() - start
 
 
-def main() -> None:
-    """Measure, print a table and one line of JSON."""
-    options = arguments()
+@question
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--clips", default=100, show_default=True, type=click.IntRange(1))
+@click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(0.001), help="Of each clip.")
+@click.option("--batch_size", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--threads", type=click.IntRange(1), help="[default: all cores]")
+@click.option(
+    "--reference_clips",
+    default=1,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Measured the reference's way; 0 leaves it out.",
+)
+def main(engine: Path, clips: int, seconds: float, batch_size: int, threads: int | None, reference_clips: int) -> None:
+    """Print the table for one ENGINE folder, whose checkpoint must be loadable; the last line is JSON."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        audio = write_dataset(folder / "data", options.clips, options.seconds)
-        with AutoencoderModel.from_pretrained(options.model, "cpu", threads=options.threads) as model:
+        audio = write_dataset(folder / "data", clips, seconds)
+        with AutoencoderModel.from_pretrained(engine, "cpu", threads=threads) as model:
             model.autoencoder.backend.expect_many_calls("encoder")
             bare_encoder(model, audio[:2])
             # The bare encoder before and after, so that other work on the machine falls on both.
-            half = math.ceil(options.clips / 2)
+            half = math.ceil(clips / 2)
             bare = bare_encoder(model, audio[:half])
-            ours = whole_pipeline(model, folder / "data", folder / "out", options.batch_size)
+            ours = whole_pipeline(model, folder / "data", folder / "out", batch_size)
             bare += bare_encoder(model, audio[half:])
             name = model.spec.name
-    seconds = {"samekit pre-encode": ours, "bare encoder": bare}
-    measured = dict.fromkeys(seconds, options.clips)
-    if options.reference_clips:
-        way = "reference's way"
-        measured[way] = options.reference_clips
-        taken = reference_way(options.model, audio[: options.reference_clips])
-        seconds[way] = taken / options.reference_clips * options.clips
+    times, measured = {OURS: ours, BARE: bare}, {OURS: clips, BARE: clips}
+    if reference_clips:
+        measured[REFERENCE] = min(reference_clips, clips)
+        taken = reference_way(engine, audio[:reference_clips], threads)
+        times[REFERENCE] = taken / measured[REFERENCE] * clips
 
-    total = options.clips * options.seconds
-    print(f"{name}, {options.clips} clips of {options.seconds:g} s")
+    total = clips * seconds
+    print(f"{name}, {clips} clips of {seconds:g} s")
     print(f"{'':20}{'seconds':>10}{'audio s/s':>12}{'measured':>10}")
-    for way, taken in seconds.items():
-        scaled = "" if measured[way] == options.clips else f", scaled to {options.clips}"
+    for way, taken in times.items():
+        scaled = "" if measured[way] == clips else f", scaled to {clips}"
         print(f"{way:20}{taken:>10.1f}{total / taken:>12.2f}{measured[way]:>10}{scaled}")
     result = {
         "model": name,
-        "clips": options.clips,
-        "seconds_each": options.seconds,
-        "batch_size": options.batch_size,
-        "seconds": {way: round(taken, 2) for way, taken in seconds.items()},
+        "clips": clips,
+        "seconds_each": seconds,
+        "batch_size": batch_size,
+        "seconds": {way: round(taken, 2) for way, taken in times.items()},
         "clips_measured": measured,
         "of_bare_encoder": round(bare / ours, 3),
     }
-    if options.reference_clips:
-        result["times_reference"] = round(seconds["reference's way"] / ours, 1)
-    print(json.dumps(result))
+    if reference_clips:
+        result["times_reference"] = round(times[REFERENCE] / ours, 1)
+    finish("pre_encode", result)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import psutil
-from common import finish
+from common import finish, question
 from pre_encode import write_dataset
 
 from samekit import AutoencoderModel
@@ -74,7 +74,7 @@ def copies(folder: Path, clips: int) -> None:
         path.with_suffix(".txt").write_text(f"caption {index}", encoding="utf-8")
 
 
-@click.command()
+@question
 @click.argument("engine")
 @click.option("--clips", default=500, show_default=True, type=click.IntRange(1))
 @click.option("--seconds", default=10.0, show_default=True, help="Of each clip.")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from common import counts, finish, half_of, interleaved, machine, plot_lines, summary
+from common import counts, finish, half_of, interleaved, machine, plot_lines, question, summary
 
 from samekit import AutoencoderModel
 from samekit._options import MOST_THREADS
@@ -21,8 +21,8 @@ from samekit.spec import DECODER, ENCODER
 from samekit_export.verify import example_input
 
 
-@click.command()
-@click.argument("engine", type=click.Path(path_type=Path, exists=True))
+@question
+@click.argument("engine", type=click.Path(path_type=Path))
 @click.option("--windows", default="32,64,128,256", show_default=True, callback=counts, help="In latents.")
 @click.option("--batches", default="1,2,4", show_default=True, callback=counts, help="Sequences encoded at once.")
 @click.option("--latents", default="1024", show_default=True, callback=counts, help="Of each batch, in all.")

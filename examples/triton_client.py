@@ -17,9 +17,8 @@ import tritonclient.grpc as triton
 
 from samekit import AutoencoderModel
 from samekit.backends.base import Backend
-from samekit.backends.ort import INPUT_NAMES
 from samekit.errors import BackendError, SamekitError
-from samekit.spec import DECODER, ENCODER, EngineSpec
+from samekit.spec import ENCODER, INPUT_NAMES, EngineSpec, other
 from samekit.triton import facts_of, model_name
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ class TritonBackend(Backend):
         values = triton.InferInput(INPUT_NAMES[half], list(array.shape), "FP32")
         values.set_data_from_numpy(np.ascontiguousarray(array))
         answer = self._called(self._client.infer, model_name(self.spec.name, half), [values])
-        result: Array = answer.as_numpy(INPUT_NAMES[DECODER if half == ENCODER else ENCODER])
+        result: Array = answer.as_numpy(INPUT_NAMES[other(half)])
         return result
 
     def _called(self, call: Callable[..., Any], *arguments: Any) -> Any:

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from samekit.fingerprint import PROFILES, TENSORRT, output_shape
-from samekit.spec import ENCODER
+from samekit.fingerprint import PROFILES, TENSORRT
+from samekit.spec import INPUT_NAMES, other
 
 # A stream is a number; TensorRT would synchronise the device on the default one, 0.
 STREAM = 7
@@ -29,9 +29,9 @@ def floats_at(address, shape):
 
 def computed(spec, half, array):
     """What the fake computes: a latent's output is the sum of its input, plus the number of the feature."""
-    latents = array.shape[2] // (spec.hop if half == ENCODER else 1)
+    latents = array.shape[2] // spec.layout(half)[1]
     sums = array.reshape(array.shape[0], array.shape[1], latents, -1).sum(axis=(1, 3), dtype=np.float64)
-    shape = output_shape(spec, half, array.shape[0], latents)
+    shape = spec.input_shape(other(half), array.shape[0], latents)
     spread = np.repeat(sums[:, None], shape[2] // latents, axis=2)
     return (spread + np.arange(shape[1])[:, None]).astype(np.float32)
 
@@ -72,7 +72,7 @@ class FakeEngine:
     def __init__(self, module, half):
         self.module = module
         self.half = half
-        self.names = ("audio", "latents") if half == ENCODER else ("latents", "audio")
+        self.names = (INPUT_NAMES[half], INPUT_NAMES[other(half)])
 
     def get_tensor_name(self, index):
         return self.names[index]
@@ -123,7 +123,7 @@ class FakeContext:
         return self.module.works("profile")
 
     def _latents(self, shape):
-        return shape[2] // (self.module.spec.hop if self.engine.half == ENCODER else 1)
+        return shape[2] // self.module.spec.layout(self.engine.half)[1]
 
     def set_input_shape(self, name, shape):
         assert name == self.engine.names[0]
@@ -139,7 +139,7 @@ class FakeContext:
         assert name == self.engine.names[1]
         if not self.module.works("output shape"):
             return (1, 2, 3)
-        return output_shape(self.module.spec, self.engine.half, self.shape[0], self._latents(self.shape))
+        return self.module.spec.input_shape(other(self.engine.half), self.shape[0], self._latents(self.shape))
 
     def update_device_memory_size_for_shapes(self):
         return 10 * self.shape[0] * self._latents(self.shape) if self.module.works("memory") else 0

@@ -65,7 +65,7 @@ def assert_close(reference, output, least_db):
 def run_half(codec, half, array):
     """One half of whatever encodes and decodes arrays: a backend, or what stands behind an AutoencoderModel."""
     if isinstance(codec, Backend):
-        return codec.encode(array) if half == ENCODER else codec.decode(array)
+        return codec.run(half, array)
     return codec.encode_audio(array) if half == ENCODER else codec.decode_audio(array)
 
 

@@ -82,7 +82,7 @@ def test_window_without_room(backend):
     assert_one_line(caught.value)
 
 
-@pytest.mark.parametrize("window", [0, -64, 64.0, "64"], ids=repr)
+@pytest.mark.parametrize("window", [0, -64, 64.0, "64", True], ids=repr)
 def test_windows_that_are_no_size(window):
     with pytest.raises(InputError, match="window"):
         AutoencoderModel(FakeBackend(), window=window)
@@ -309,6 +309,7 @@ REFUSED = {
     "NaN": (np.full((1, 32, 5), np.nan, np.float32), "holds NaN"),
     "infinity": (np.full((1, 32, 5), np.inf, np.float32), "infinity"),
     "beyond float32": (np.full((1, 32, 5), 1e39), "beyond float32"),
+    "masked": (np.ma.masked_equal(np.arange(160, dtype=np.float32).reshape(1, 32, 5), 7), "pass array.filled"),
     "empty": (np.zeros((1, 32, 0), np.float32), "is empty"),
     "rank 0": (np.array(0.5), "must be .*, got"),
     "rank 0 tensor": (torch.tensor(0.5), "must be .*, got"),
@@ -372,7 +373,7 @@ def test_from_pretrained(engine_of, checkpoint_of, monkeypatch):
 
 
 def test_from_pretrained_with_options_that_are_none(engine_of):
-    with pytest.raises(InputError, match=r"unknown option 'colour'; choose of precision, device, .*threads"):
+    with pytest.raises(InputError, match=r"unknown option 'colour'; choose of backend, window, .*device, .*threads"):
         AutoencoderModel.from_pretrained(engine_of("tiny-s").folder, colour="red")
     with pytest.raises(EngineNotFoundError, match="samekit export"):
         AutoencoderModel.from_pretrained("nowhere", backend="onnxruntime")
@@ -437,6 +438,20 @@ def test_encode_file(model, tmp_path, folder):
     }
     assert sum(seen) == FILE_SAMPLES
     assert sorted(path.name for path in folder.iterdir()) == ["song.json", "song.npy"]
+
+
+@pytest.mark.parametrize("text", ['{"title": "mine"}', "[1]", "no JSON"])
+def test_metadata_of_something_else_are_not_replaced(onnx_model, tmp_path, folder, text):
+    song = write_wav(tmp_path / "song.wav", 100)
+    (folder / "song.json").write_text(text)
+    with pytest.raises(OutputError, match=r"song.json: is of something else, and is not replaced; ") as caught:
+        onnx_model.encode_file(song, folder / "song.npy")
+    assert_one_line(caught.value)
+    assert [path.name for path in folder.iterdir()] == ["song.json"]
+    assert (folder / "song.json").read_text() == text
+    (folder / "song.json").unlink()
+    onnx_model.encode_file(song, folder / "song.npy")
+    onnx_model.encode_file(song, folder / "song.npy")
 
 
 def test_encode_file_at_another_rate(onnx_model, tmp_path, folder):

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import THREADS
 from helpers import (
     BACKEND_NAMES,
+    HOP,
     FakeBackend,
     assert_close,
     assert_one_line,
     each_half,
     in_one_pass,
+    noise,
     run_half,
 )
 
@@ -423,3 +427,65 @@ def test_failure_while_running(engine_of, monkeypatch):
     with pytest.raises(BackendError, match=r"out of memory\); try a smaller window") as caught:
         backend.decode(np.zeros((1, 32, 1), np.float32))
     assert_one_line(caught.value)
+
+
+# --- ONNX Runtime: a folder that changes while it is open -------------------------------------------------------
+
+
+def three_calls(backend, between):
+    """The outputs of one input, with something done before the third call, which packs the weights."""
+    audio = noise((1, 2, 3 * HOP))
+    outputs = [backend.encode(audio), backend.encode(audio)]
+    between()
+    return [*outputs, backend.encode(audio)]
+
+
+def exported_again(engine):
+    """Another graph of the same size in its place, as another export would leave it."""
+    path = engine.graph(ENCODER, "fp32")
+    data = bytearray(path.read_bytes())
+    document = json.loads((engine.folder / "spec.json").read_text())
+    document["graphs"]["fp32"][ENCODER]["sha256"] = "0" * 64
+    (engine.folder / "spec.json").write_text(json.dumps(document))
+    new = path.with_suffix(".new")
+    new.write_bytes(bytes(len(data)))
+    new.replace(path)
+
+
+@pytest.mark.parametrize("change", ["exported again", "gone"])
+def test_what_was_opened_is_what_runs(own_engine, caplog, change):
+    def between():
+        exported_again(own_engine) if change == "exported again" else shutil.rmtree(own_engine.folder)
+
+    options = BackendOptions(device="cpu", threads=THREADS)
+    with open_backend(own_engine.folder, "onnxruntime", options) as backend:
+        first, second, third = three_calls(backend, between)
+        assert np.array_equal(first, second)
+        assert np.array_equal(first, third)
+        assert "weights of the encoder are not packed" in caplog.text
+        with pytest.raises(EngineError) as caught:
+            backend.decode(np.zeros((1, 32, 2), np.float32))
+        assert_one_line(caught.value)
+
+
+def test_another_precision_beside_it_is_no_change(own_engine, caplog):
+    document = json.loads((own_engine.folder / "spec.json").read_text())
+    document["graphs"]["fp16"] = document["graphs"]["fp32"]
+
+    def between():
+        (own_engine.folder / "spec.json").write_text(json.dumps(document))
+
+    with open_backend(own_engine.folder, "onnxruntime", BackendOptions(device="cpu", threads=THREADS)) as backend:
+        three_calls(backend, between)
+    assert "not packed" not in caplog.text
+
+
+def test_pytorch_without_memory(engine_of, monkeypatch):
+    def fail(_audio):
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes.\nmore")
+
+    with open_backend(engine_of("tiny-s").folder, "torch", BackendOptions(device="cpu")) as backend:
+        monkeypatch.setattr(backend._model, "encode", fail)
+        with pytest.raises(BackendError, match=r"PyTorch failed on \[1, 2, 4096\] .*; try a smaller window") as caught:
+            backend.encode(np.zeros((1, 2, HOP), np.float32))
+        assert_one_line(caught.value)

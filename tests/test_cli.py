@@ -156,7 +156,8 @@ def test_info(engine):
 
 
 def test_verify(engine):
-    lines = succeeded("verify", engine).splitlines()
+    *lines, verdict = succeeded("verify", engine).splitlines()
+    assert verdict.endswith("every graph computes what eager PyTorch does, within its precision's bounds")
     assert len(lines) >= 10
     assert all(line.startswith("fp32 ") and line.endswith(" dB") for line in lines)
 
@@ -337,7 +338,10 @@ def test_graph_of_the_right_size_and_wrong_contents(own_engine, latents, folder)
 def test_verify_without_the_checkpoint(own_engine, checkpoint_of, tmp_path):
     moved = tmp_path / "checkpoint"
     spec_with(source={"kind": "folder", "folder": str(moved), "name": "tiny-s"})(own_engine.folder)
+    assert "there is no such folder" in refused("verify", own_engine.folder)
+    moved.mkdir()
     assert "model_config.json" in refused("verify", own_engine.folder)
+    moved.rmdir()
     shutil.copytree(checkpoint_of("tiny-l"), moved)
     assert "its checkpoint has changed" in refused("verify", own_engine.folder)
 

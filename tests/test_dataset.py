@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import click
@@ -254,7 +256,7 @@ def test_reader_of_the_format_alone_loads_every_pair(model_of, data, out):
 
 def test_half_files_are_float16(data, out):
     write_clips(data, 2)
-    run(data, out, half=True, sample_size=800)
+    run(data, out, float16=True, sample_size=800)
     assert pair(out, 1)[0].dtype == np.float16
     assert np.load(out / "silence.npy").dtype == np.float16
     assert verify(out) == []
@@ -416,11 +418,11 @@ def test_clip_that_overflows_the_model_fails_alone(data, out):
 
 def test_latents_too_large_for_float16_fail(data, out):
     write_clips(data, 2)
-    report = run(data, out, fake_model(lambda half, array: first_samples(half, array) * 1e6 + 1e6), half=False)
+    report = run(data, out, fake_model(lambda half, array: first_samples(half, array) * 1e6 + 1e6), float16=False)
     assert report.encoded == 2
     half = out.with_name("half")
     with pytest.warns(RuntimeWarning):
-        report = run(data, half, fake_model(lambda half, array: first_samples(half, array) * 1e6 + 1e6), half=True)
+        report = run(data, half, fake_model(lambda half, array: first_samples(half, array) * 1e6 + 1e6), float16=True)
     assert report.statuses == {"failed": 2}
 
 
@@ -510,13 +512,13 @@ def test_reencoding_removes_the_latents_of_clips_that_are_gone(data, out):
         (data / f"clip00001.{suffix}").rename(out.with_name(f"away.{suffix}"))
     assert run(data, out).gone == 1
     assert pair(out, 1)[1]["prompt"] == "caption 1"
-    report = run(data, out, half=True, reencode=True)
+    report = run(data, out, float16=True, reencode=True)
     assert (report.encoded, report.gone) == (2, 0)
     assert not list(out.glob("000000000001.*"))
     assert verify(out) == []
     for suffix in ("wav", "txt"):
         out.with_name(f"away.{suffix}").rename(data / f"clip00001.{suffix}")
-    assert run(data, out, half=True).encoded == 1
+    assert run(data, out, float16=True).encoded == 1
     assert pair(out, 1)[1]["prompt"] == "caption 1"
     assert verify(out) == []
 
@@ -536,7 +538,7 @@ def test_clip_that_was_never_tried_and_is_gone_is_no_problem(data, out):
 
 
 @pytest.mark.parametrize(
-    "change", [{"half": True}, {"sample_size": 500}, {"pad": True}, {"full": True}, {"crop": "random"}]
+    "change", [{"float16": True}, {"sample_size": 500}, {"pad": True}, {"full": True}, {"crop": "random"}]
 )
 def test_other_settings_are_refused(data, out, change):
     write_clips(data, 2)
@@ -671,7 +673,7 @@ def test_shards_that_do_not_exist(text):
     assert_one_line(error.value)
 
 
-@pytest.mark.parametrize(("index", "count"), [(0, 4), (5, 4), (-1, 4), (1, 0)])
+@pytest.mark.parametrize(("index", "count"), [(0, 4), (5, 4), (-1, 4), (1, 0), (1.0, 2), (True, 2), (1, 10**6)])
 def test_shards_that_cannot_be_made(index, count):
     with pytest.raises(InputError, match="does not exist") as error:
         Shard(index, count)
@@ -703,6 +705,12 @@ def test_verify_misses_the_shards_that_did_not_run(data, out):
         {"readers": 10**5},
         {"crop": "end"},
         {"full": True, "crop": "random"},
+        {"pad": 1},
+        {"float16": "yes"},
+        {"seed": 1.5},
+        {"seed": -1},
+        {"shard": None},
+        {"shard": "1/2"},
     ],
 )
 def test_options_that_do_not_work(options):
@@ -957,7 +965,8 @@ def test_command(engine_of, data, out):
     assert "1 problem; see above" in result.stderr
 
 
-def test_ctrl_c_ends_with_one_line_and_can_be_resumed(engine_of, data, tmp_path):
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+def test_stop_ends_with_one_line_and_can_be_resumed(engine_of, data, tmp_path, stop, code):
     write_clips(data, 60, samples=RATE)
     # A shell's background processes ignore Ctrl-C, and so would this one.
     program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
@@ -970,9 +979,9 @@ def test_ctrl_c_ends_with_one_line_and_can_be_resumed(engine_of, data, tmp_path)
     )
     while process.poll() is None and not (manifest.exists() and b'"encoded"' in manifest.read_bytes()):
         time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(stop)
     stdout, stderr = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == code
     assert stdout == ""
     assert stderr.splitlines()[-1] == "stopped; run the same command again to go on"
     assert "Traceback" not in stderr
@@ -1022,7 +1031,11 @@ def test_progress_tells_speed_time_left_and_failures(data, out):
     assert seen[-1].bad == 1
     line = describe(seen[-1])
     assert "3 of 3 clips" in line
-    assert "0:00:00 left, 1 bad" in line
+    assert line.endswith(" s/s, 1 bad")
+    half_way = dataclasses.replace(seen[-1], done=2, elapsed=4.0, audio_seconds=8.0)
+    assert describe(half_way) == "2 of 3 clips, 8 s of audio at 2.0 s/s, 0:00:02 left, 1 bad"
+    # Nobody knows yet.
+    assert "left" not in describe(dataclasses.replace(half_way, audio_seconds=0.0))
 
 
 def test_torch_is_not_imported(engine_of, data, out):
@@ -1034,6 +1047,24 @@ def test_torch_is_not_imported(engine_of, data, out):
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, engine_of(KINDS[0]).folder, data, out], check=True)
+
+
+def test_system_without_threads(data, out, monkeypatch):
+    write_clips(data, 1)
+    starts, start = [], threading.Thread.start
+
+    def refuse(thread):
+        starts.append(thread)
+        if len(starts) == 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(BackendError, match=r"no more threads can be started here .*; pass fewer --workers") as error:
+        run(data, out, readers=3)
+    assert_one_line(error.value)
+    monkeypatch.undo()
+    assert run(data, out).encoded == 1
 
 
 def test_readers_are_no_more_than_the_cores_of_this_process(data, out, monkeypatch):

@@ -99,7 +99,9 @@ def mixed_clips(folder):
 # --- On a cluster -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"pad": True, "sample_size": 30 * 4096, "half": True}], ids=["plain", "pad"])
+@pytest.mark.parametrize(
+    "options", [{}, {"pad": True, "sample_size": 30 * 4096, "float16": True}], ids=["plain", "pad"]
+)
 def test_folder_is_that_of_one_process(encoder, model, data, out, options):
     mixed_clips(data)
     seen = []
@@ -355,7 +357,8 @@ def test_disk_that_becomes_full(encoder, model, data, tmp_path, scheme, faults):
         assert found == (contents if not scheme else without_locks)(alone)
 
 
-def test_nobody_writes_after_an_error(cluster, engine, data, out, monkeypatch):
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+def test_nobody_writes_after_an_error(cluster, engine, data, out, monkeypatch, error):
     """Neither into the output of the next run, nor onto a disk that is then taken away."""
     del cluster
     write_clips(data, 40)
@@ -366,15 +369,17 @@ def test_nobody_writes_after_an_error(cluster, engine, data, out, monkeypatch):
             return super().encode(facts, job, tasks)
 
     def stop(_progress):
-        raise KeyError
+        raise error
 
     monkeypatch.setattr("samekit.distributed._Worker", Slow)
     with RayEncoder(engine, device="cpu", backend="onnxruntime") as encoder:
-        with pytest.raises(KeyError):
+        with pytest.raises(error):
             pre_encode(encoder, data, out, progress=stop)
         found = contents(out)
         time.sleep(2)
         assert contents(out) == found
+        # The encoder can be used again.
+        assert pre_encode(encoder, data, out).statuses == {"encoded": 40}
 
 
 def test_disk_that_is_read_only(encoder, data, tmp_path, faults):
@@ -484,6 +489,7 @@ def test_port_of_another_service_that_speaks_grpc(data, out, monkeypatch):
 
 
 def test_without_ray_the_command_says_what_to_install(data, out, monkeypatch):
+    write_clips(data, 1)
     monkeypatch.setitem(sys.modules, "ray", None)
     assert "samekit[ray]" in refused("--model", "x", "--data_dir", data, "--output_path", out, "--ray", "local")
 
@@ -525,7 +531,9 @@ def test_cluster_without_room_is_not_waited_for_for_ever(cluster, engine, monkey
     assert_one_line(error.value)
 
 
-@pytest.mark.parametrize("options", [{"actors": 0}, {"cpus_per_actor": 0}, {"gpus_per_actor": -1}])
+@pytest.mark.parametrize(
+    "options", [{"actors": 0}, {"cpus_per_actor": 0}, {"gpus_per_actor": -1}, {"gpus_per_actor": "1"}]
+)
 def test_options_are_checked(options):
     with pytest.raises(InputError, match="pass a ") as error:
         RayOptions(**options)
@@ -632,10 +640,10 @@ def test_url_keeps_the_rules_of_a_folder(model, data, bucket):
     run(data, URL, model)
     before = bucket()
     with pytest.raises(InputError, match=f"{URL}: holds latents of other settings") as error:
-        run(data, URL, model, half=True)
+        run(data, URL, model, float16=True)
     assert_one_line(error.value)
     assert bucket() == before
-    report = run(data, URL, model, half=True, reencode=True)
+    report = run(data, URL, model, float16=True, reencode=True)
     assert (report.encoded, report.unchanged) == (3, 0)
     for name in before:
         if name.startswith(".samekit/"):
@@ -766,6 +774,20 @@ def test_url_of_an_unknown_kind_is_refused(engine, data, url, monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     write_clips(data, 1)
     assert "install fsspec" in refused("--model", engine, "--data_dir", data, "--output_path", url)
+
+
+def test_url_whose_client_connects_at_once(engine, data):
+    """And cannot."""
+
+    class Connecting(fsspec.AbstractFileSystem):
+        def __init__(self, **_options):
+            raise ConnectionRefusedError(111, "Connection refused")
+
+    fsspec.register_implementation("connecting", Connecting, clobber=True)
+    write_clips(data, 1)
+    url = "connecting://bucket/out"
+    line = refused("--model", engine, "--data_dir", data, "--output_path", url)
+    assert f"{url}: cannot be read (Connection refused); check URL, network and permissions" in line
 
 
 def test_verify_wants_a_folder():

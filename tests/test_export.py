@@ -255,6 +255,7 @@ def test_another_precision_joins_what_is_there(exported, ready_graphs, precision
     build = folder / "tensorrt" / "some-build" / "encoder.engine"
     build.parent.mkdir(parents=True)
     build.write_bytes(b"hours of work")
+    build.with_name("fingerprint.json").touch()
     before, verified = contents(folder), Engine.load(folder).spec.verification
     engine = export(seeded("tiny-s"), exported, [precision])
     assert ready_graphs == [f"GraphEncoder encoder.{precision}.onnx", f"GraphDecoder decoder.{precision}.onnx"]
@@ -384,7 +385,9 @@ def test_wrong_graph_is_found_out(own_engine, eager_of, half, cause):
     change, match = SPOILED[cause]
     spoil(own_engine.folder / f"{half}.onnx", change)
     graphs = {"fp32": {name: describe_graph(own_engine.folder, f"{name}.onnx") for name in HALVES}}
-    spoiled = Engine(own_engine.folder, dataclasses.replace(own_engine.spec, graphs=graphs))
+    spec = dataclasses.replace(own_engine.spec, graphs=graphs)
+    (own_engine.folder / "spec.json").write_text(spec.to_json())
+    spoiled = Engine(own_engine.folder, spec)
     spoiled.check_digests()
     with pytest.raises(VerificationError, match=match) as caught:
         verify(spoiled, eager_of("tiny-s"), "fp32")
@@ -415,7 +418,7 @@ def test_verify_reports_every_case(engine_of, eager_of):
     assert min(row["snr_db"] for row in rows) >= FLOOR_DB["fp32"] == 90
 
 
-@pytest.mark.parametrize("own", ["encoder.onnx/keep", "tensorrt", "link"])
+@pytest.mark.parametrize("own", ["encoder.onnx/keep", "tensorrt", "tensorrt/notes", "tensorrt/models/keep", "link"])
 def test_what_no_export_writes_is_not_replaced(tmp_path, own):
     """Names alone do not make an engine folder."""
     folder = tmp_path / "tiny-s"

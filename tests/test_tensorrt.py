@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -43,7 +43,6 @@ from samekit import AutoencoderModel
 from samekit.autoencoder import Autoencoder
 from samekit.backends import open_backend
 from samekit.backends.base import BackendOptions
-from samekit.backends.ort import INPUT_NAMES
 from samekit.backends.tensorrt import Gpu, TensorRTBackend, split
 from samekit.cli import main
 from samekit.errors import BackendError, BackendUnavailableError, BuildError, InputError, OutputError, StaleEngineError
@@ -55,7 +54,6 @@ from samekit.fingerprint import (
     TENSORRT_RTX,
     WIDE,
     fingerprint_of,
-    input_shape,
     runs_on,
 )
 from samekit.spec import DECODER, ENCODER, GPU_PRECISIONS
@@ -74,7 +72,7 @@ from samekit.tensorrt_store import (
     write_document,
 )
 from samekit_export import to_tensorrt
-from samekit_export.export import GRAPHS, export
+from samekit_export.export import export
 from samekit_export.to_tensorrt import add_engines
 from samekit_export.verify import example_input
 
@@ -461,7 +459,7 @@ def test_which_gpus_a_target_covers(target, capability, runs):
 @each_half
 def test_shapes(spec, half):
     shapes = {ENCODER: (2, 2, 3 * 4096), DECODER: (2, spec.latent_width, 3)}
-    assert input_shape(spec, half, 2, 3) == shapes[half]
+    assert spec.input_shape(half, 2, 3) == shapes[half]
 
 
 # --- The engine store -----------------------------------------------------------------------------------------
@@ -680,7 +678,7 @@ def test_pieces_of_a_batch():
 @each_half
 @pytest.mark.parametrize(("batch", "latents"), [(1, 1), (3, 5), (8, 256), (9, 2), (1, 257), (2, 300)])
 def test_every_shape_comes_out_right(opened, half, batch, latents):
-    array = noise(input_shape(opened.spec, half, batch, latents))
+    array = noise(opened.spec.input_shape(half, batch, latents))
     np.testing.assert_allclose(run_half(opened, half, array), computed(opened.spec, half, array), rtol=1e-5, atol=1e-4)
 
 
@@ -954,6 +952,16 @@ def test_streams_wait_for_each_other(monkeypatch):
     monkeypatch.setattr("torch.cuda.Stream", lambda _: FakeStream(events, "engine"))
     monkeypatch.setattr("torch.cuda.current_stream", lambda: callers)
     monkeypatch.setattr("torch.cuda.device", lambda _: nullcontext())
+
+    @contextmanager
+    def current(stream):
+        events.append(f"PyTorch goes on with {stream.name}")
+        try:
+            yield
+        finally:
+            events.append("PyTorch goes back")
+
+    monkeypatch.setattr("torch.cuda.stream", current)
     with pytest.raises(BackendUnavailableError, match="there is no GPU 1, only 1; choose"):
         Gpu(1)
     gpu = Gpu(0)
@@ -965,7 +973,8 @@ def test_streams_wait_for_each_other(monkeypatch):
 
     with pytest.raises(KeyError):
         fail()
-    assert events == ["engine waits for caller", "work on 7", "caller waits for engine"]
+    steps = ["engine waits for caller", "PyTorch goes on with engine", "work on 7"]
+    assert events == [*steps, "PyTorch goes back", "caller waits for engine"]
     assert not gpu.holds(torch.zeros(1))
     assert not gpu.holds(np.zeros(1))
 
@@ -1021,10 +1030,6 @@ def test_engine_cache_that_cannot_be_kept(own_engine, asked_of_onnxruntime, capl
     open_backend(own_engine.folder, "onnxruntime", options).decode(np.zeros((1, 32, 1), np.float32))
     assert "trt_engine_cache_path" not in asked_of_onnxruntime[0]["TensorrtExecutionProvider"]
     assert "are not kept" in caplog.text
-
-
-def test_input_names_are_those_of_the_graphs():
-    assert {half: graph.input_name for half, graph in GRAPHS.items()} == INPUT_NAMES
 
 
 # --- On a GPU -------------------------------------------------------------------------------------------------

@@ -182,6 +182,26 @@ def test_engines_of_tensorrt_that_cannot_be_served(own_engine, out):
     assert not out.exists()
 
 
+def test_damaged_engine_of_tensorrt_is_in_nobodys_way(own_engine, out):
+    damaged = add_build(own_engine, version="10.13.0")
+    (damaged / "encoder.engine").unlink()
+    with pytest.raises(StaleEngineError, match=r"is damaged .*run: samekit export tiny-s --weights random") as error:
+        write_repository(own_engine, out, TritonOptions(backend="tensorrt"))
+    assert_one_line(error.value)
+    add_build(own_engine)
+    assert write_repository(own_engine, out, TritonOptions(backend="tensorrt"))
+
+
+def test_engine_file_that_leads_out_of_its_build(own_engine, out, tmp_path):
+    folder = add_build(own_engine)
+    (tmp_path / "encoder.engine").write_bytes((folder / "encoder.engine").read_bytes())
+    path = folder / "fingerprint.json"
+    path.write_text(path.read_text().replace('"encoder.engine"', '"../../../../encoder.engine"'))
+    with pytest.raises(StaleEngineError, match="is damaged"):
+        write_repository(own_engine, out, TritonOptions(backend="tensorrt"))
+    assert not out.exists()
+
+
 def test_repository_appears_whole_or_not_at_all(engine_of, out, monkeypatch):
     written = []
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from samekit._files import named, read_regular
+from samekit._files import named, read_regular, utf8_path
 from samekit._json import check_kinds
 from samekit.errors import CheckpointError, first_line
 from samekit.spec import RANDOM
@@ -486,14 +486,17 @@ def load(model: str, weights: str = HUB, revision: str | None = None) -> Checkpo
     Raises:
         CheckpointError: it is not there, damaged, or not exactly what we implement.
     """
+    # Not Path.is_dir, which raises on names that no file system takes.
+    is_folder = os.path.isdir(model)  # noqa: PTH112
+    if weights == HUB and not is_folder and model not in BUNDLED_FOLDERS:
+        return load_hub(model, revision)
+    if revision is not None:
+        raise CheckpointError("a revision is of a repository on the hub, and these weights are not; leave it out")
     if weights == RANDOM:
         return random_checkpoint(model)
     if weights != HUB:
         return load_folder(Path(weights), model)
-    # Not Path.is_dir, which raises on names that no file system takes.
-    if os.path.isdir(model):  # noqa: PTH112
-        return load_folder(model)
-    return load_bundled(model) if model in BUNDLED_FOLDERS else load_hub(model, revision)
+    return load_folder(model) if is_folder else load_bundled(model)
 
 
 def load_source(source: Mapping[str, Any]) -> Checkpoint:
@@ -534,6 +537,8 @@ def load_folder(folder: str | Path, name: str | None = None) -> Checkpoint:
         tensors = _read_tensors(folder / diffusers_format.WEIGHTS_FILE, config, diffusers_format.published_key, "")
         tensors = {key: diffusers_format.published_tensor(key, tensor) for key, tensor in tensors.items()}
     else:
+        if not os.path.isdir(folder):  # noqa: PTH112 see above
+            raise CheckpointError(f"{folder}: there is no such folder; check the path")
         for file in (CONFIG_FILE, WEIGHTS_FILE):
             if not os.path.isfile(folder / file):  # noqa: PTH113 see above
                 raise CheckpointError(
@@ -564,8 +569,9 @@ def _read_tensors(
     """Every tensor of the autoencoder from a safetensors file, shapes checked before anything is read."""
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415
 
+    name = utf8_path(path)
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(name, framework="pt") as file:
             keys = {
                 published_key(key.removeprefix(prefix)): key
                 for key in file.keys()  # noqa: SIM118 the file is no mapping
@@ -752,8 +758,7 @@ def load_hub(name: str, revision: str | None = None) -> Checkpoint:
     if repository.count("/") != 1:
         known = ", ".join([*HUB_REPOSITORIES, *BUNDLED_FOLDERS])
         raise CheckpointError(
-            f"{name!r} is no published model ({known}), no hub repository owner/name and no folder; pass one of these, "
-            "or export it first"
+            f"{name!r} is no published model ({known}), no hub repository owner/name and no folder; pass one of these"
         )
     short = name.rsplit("/", 1)[-1].lower()
     # Random weights have the sizes of published models.
@@ -763,8 +768,9 @@ def load_hub(name: str, revision: str | None = None) -> Checkpoint:
     except Exception as error:  # noqa: BLE001 the hub's client raises errors of several libraries; each becomes one line
         raise CheckpointError(
             f"{repository} cannot be fetched from the hub ({first_line(error)}); check the network, the name and "
-            f"your login, or export a downloaded folder: samekit export {short} --weights DIR (make export "
-            f"WEIGHTS=DIR), or random weights: samekit export {sized} --weights random (WEIGHTS=random)"
+            f"your login, or export a folder with its {CONFIG_FILE} and {WEIGHTS_FILE}: samekit export {short} "
+            f"--weights DIR (make export MODEL={short} WEIGHTS=DIR), or random weights: samekit export {sized} "
+            f"--weights random (make export MODEL={sized} WEIGHTS=random)"
         ) from None
     loaded = load_folder(folder, short)
     # A snapshot's folder is named after its commit, which pins what was exported.

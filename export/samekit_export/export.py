@@ -14,7 +14,7 @@ from samekit.backends import ort
 from samekit.errors import BackendUnavailableError, InputError, OutputError, SamekitError
 from samekit.spec import DECODER, ENCODER, PRECISIONS, SPEC_FILE, EngineSpec, check_file_name
 from samekit.store import Engine, describe_graph
-from samekit.tensorrt_store import BUILDS_FOLDER
+from samekit.tensorrt_store import BUILDS_FOLDER, is_builds_own
 from samekit_export.checkpoint import ChunkSpan
 from samekit_export.graph import GraphDecoder, GraphEncoder
 from samekit_export.int8 import quantize_
@@ -218,7 +218,7 @@ def _write_graph(staging: Path, model: Same, half: str, precision: str, report: 
     report(f"writing {file}")
     graph = GRAPHS[half](model)
     if precision == "fp16":
-        graph.half_()
+        graph.to_float16_()
     elif precision == "int8":
         report("rounding weights to int8")
         report(_told(quantize_(graph, model)))
@@ -266,7 +266,7 @@ def _is_engines_own(path: Path) -> bool:
     """Whether an export writes a file or folder of this name."""
     graphs = {_graph_name(half, precision) for half in GRAPHS for precision in PRECISIONS}
     if path.name == BUILDS_FOLDER:
-        return path.is_dir()
+        return path.is_dir() and all(map(is_builds_own, path.iterdir()))
     return path.is_file() and (path.name == SPEC_FILE or path.name.removesuffix(".data") in graphs)
 
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from samekit.errors import CheckpointError
+from samekit.spec import DECODER, ENCODER
 from samekit_export.checkpoint import BandSpan, rotary_frequencies
 
 if TYPE_CHECKING:
@@ -440,8 +441,8 @@ class GraphTrunk(nn.Module):
 class Graph(nn.Module):
     """One half of a model, ready for export; float32 in and out."""
 
-    input_name: str
-    output_name: str
+    half_name: ClassVar[str]
+    """`spec.ENCODER` or `spec.DECODER`."""
 
     def __init__(self, config: SameConfig, trunk: Trunk, islands: Islands, first_read: int) -> None:
         super().__init__()
@@ -455,7 +456,7 @@ class Graph(nn.Module):
                 module.one_step = False
         return self
 
-    def half_(self) -> Self:
+    def to_float16_(self) -> Self:
         """Turn every product into float16, except on the islands; in place."""
         self.separate_()
         self.trunk.product_dtype = torch.float16
@@ -469,7 +470,7 @@ class Graph(nn.Module):
 class GraphEncoder(Graph):
     """Audio `[batch, channels, latents * hop]` to latents `[batch, latent_width, latents]`."""
 
-    input_name, output_name = "audio", "latents"
+    half_name = ENCODER
 
     def __init__(self, model: Same, islands: Islands = ISLANDS) -> None:
         trunk, to_latent = model.encoder_parts
@@ -507,7 +508,7 @@ class GraphEncoder(Graph):
 class GraphDecoder(Graph):
     """Latents `[batch, latent_width, latents]` to audio `[batch, channels, latents * hop]`."""
 
-    input_name, output_name = "latents", "audio"
+    half_name = DECODER
 
     def __init__(self, model: Same, islands: Islands = ISLANDS) -> None:
         from_latent, trunk = model.decoder_parts

@@ -25,6 +25,7 @@ from samekit.audio import AudioReader, AudioWriter, resampled_length
 from samekit.backends import AUTO, BACKENDS
 from samekit.errors import InputError, SamekitError, StaleEngineError
 from samekit.tensorrt_store import Build, build_folders
+from samekit_export.checkpoint import BUNDLED
 from samekit_export.measure import interleaved, machine
 from samekit_export.verify import snr_db
 
@@ -300,6 +301,7 @@ def page_of(report: Report) -> str:
     return environment.get_template("report.html.j2").render(
         report=report,
         spec=spec,
+        is_bundled=spec.source.get("kind") == BUNDLED,
         columns=COLUMNS,
         players=[
             ("Original", _player(report.original, spec.sample_rate)),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from samekit._files import atomic_path, output_errors, remove_abandoned, utf8_path
 from samekit.errors import BackendUnavailableError, BuildError, InputError
-from samekit.fingerprint import PORTABLE, PROFILES, TENSORRT, TENSORRT_RTX, capability_name, fingerprint_of, input_shape
+from samekit.fingerprint import PORTABLE, PROFILES, TENSORRT, TENSORRT_RTX, capability_name, fingerprint_of
 from samekit.spec import DECODER, ENCODER, GPU_PRECISIONS
 from samekit.store import engine_roots
 from samekit.tensorrt_api import import_flavour, make_logger
@@ -247,7 +247,7 @@ class _HalfBuilder:
         for profile in PROFILES:
             shapes = zip(profile.batch, profile.latents, strict=True)
             optimisation = builder.create_optimization_profile()
-            optimisation.set_shape(name, *(input_shape(spec, self._half, *shape) for shape in shapes))
+            optimisation.set_shape(name, *(spec.input_shape(self._half, *shape) for shape in shapes))
             if config.add_optimization_profile(optimisation) < 0:
                 raise self._failure([f"profile {profile} refused"])
         self._attach_timing_cache(config)

@@ -12,6 +12,16 @@ MOST_INT32: Final = 2**31 - 1
 """What other programs count in 32 bits."""
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Check a choice of two.
+
+    Raises:
+        InputError: it is something else than true or false.
+    """
+    if not isinstance(value, bool):
+        raise InputError(f"{name} is {value!r}; pass True or False")
+
+
 def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
     """Check a whole number within bounds; true and false are none.
 

@@ -36,7 +36,7 @@ def as_float32(value: Any, name: str, *, empty: bool = False) -> Array:
         empty: whether it may hold no values.
 
     Raises:
-        InputError: another type or dtype, an empty array, NaN or infinity.
+        InputError: another type or dtype, an empty array, masked values, NaN or infinity.
     """
     if is_tensor(value):
         value = _from_tensor(value, name)
@@ -45,6 +45,8 @@ def as_float32(value: Any, name: str, *, empty: bool = False) -> Array:
             f"{name} must be a NumPy array or a PyTorch tensor, it is {type(value).__name__}; "
             "convert it with numpy.asarray"
         )
+    if np.ma.is_masked(value):
+        raise InputError(f"{name} has masked values, which stand for nothing; pass array.filled(0)")
     if value.dtype.kind != "f":
         if name != AUDIO:
             raise InputError(f"{name} must be floating point, it is {value.dtype}; pass them as float32")

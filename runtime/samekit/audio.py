@@ -293,6 +293,23 @@ _SUBTYPES: Final = {
 _WAV_BYTES: Final = 2**32 - 2**12
 
 
+def format_of(path: Path, subtype: str) -> str:
+    """The format of an output file, by its suffix: WAV or FLAC.
+
+    Raises:
+        InputError: another suffix, or the format does not hold the subtype.
+    """
+    name = path.suffix[1:].upper()
+    if name not in _SUBTYPES:
+        raise InputError(f"{path}: {path.suffix!r} is no output format; use .wav or .flac")
+    if subtype not in _SUBTYPES[name]:
+        choices = ", ".join(_SUBTYPES[name])
+        bits = choices.replace("PCM_", "").lower()
+        other = "" if name == "WAV" else ", or .wav"
+        raise InputError(f"{path}: {name} holds no {subtype!r}; use one of {choices} (--bits {bits}){other}")
+    return name
+
+
 class AudioWriter:
     """Write a .wav or .flac file block by block; it appears when the `with` block ends well, or not at all.
 
@@ -328,16 +345,7 @@ class AudioWriter:
         """Samples a channel that were written so far."""
         self._channels = channels
         self._clip = clip
-        self._format = self.path.suffix[1:].upper()
-        if self._format not in _SUBTYPES:
-            raise InputError(f"{path}: {self.path.suffix!r} is no output format; use .wav or .flac")
-        if subtype not in _SUBTYPES[self._format]:
-            choices = ", ".join(_SUBTYPES[self._format])
-            bits = choices.replace("PCM_", "").lower()
-            other = "" if self._format == "WAV" else ", or .wav"
-            raise InputError(
-                f"{path}: {self._format} holds no {subtype!r}; use one of {choices} (--bits {bits}){other}"
-            )
+        self._format = format_of(self.path, subtype)
         self._bits = _SUBTYPES[self._format][subtype]
         self._frame_bytes = channels * (self._bits or 32) // 8
         if self._format == "WAV" and (frames or 0) * self._frame_bytes > _WAV_BYTES:

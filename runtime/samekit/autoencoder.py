@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from samekit._options import check_whole
 from samekit.arrays import AUDIO, LATENTS, as_float32, is_tensor, like
 from samekit.audio import AudioReader, AudioWriter, pad_to, prepare
 from samekit.backends import AUTO, open_backend
 from samekit.backends.base import BackendOptions
 from samekit.chunking import ExactWindows, reference_chunks
 from samekit.errors import InputError, LatentsFileError
-from samekit.latents import LatentsReader, LatentsWriter
+from samekit.latents import MODEL_DIGEST, LatentsReader, LatentsWriter, require_replaceable
 from samekit.spec import DECODER, ENCODER
 from samekit.streaming import HalfRunner, StreamDecoder, StreamEncoder, as_clip
 
@@ -53,8 +54,8 @@ class Autoencoder:
     """The model behind `AutoencoderModel.autoencoder`: whole batches of prepared audio, and the preparation."""
 
     def __init__(self, backend: Backend, window: int | None = None) -> None:
-        if window is not None and (not isinstance(window, int) or window < 1):
-            raise InputError(f"window is {window!r}; pass a whole number of latents from 1")
+        if window is not None:
+            check_whole("window", window, least=1)
         self.backend = backend
         """What computes; closing it closes the model."""
         self.spec: EngineSpec = backend.spec
@@ -252,6 +253,10 @@ def _placed(device: Any, options: dict[str, Any]) -> dict[str, Any]:
     return options | {"device": kind} | ({"device_id": int(number)} if kind == "cuda" else {})
 
 
+# What `from_pretrained` takes besides fields of BackendOptions.
+_OPENING = ("backend", "window")
+
+
 @functools.cache
 def _tell_of_random_weights(name: str) -> None:
     """Warn of a model, once a process."""
@@ -301,7 +306,7 @@ class AutoencoderModel:
         known = [field.name for field in dataclasses.fields(BackendOptions)]
         for option in options:
             if option not in known:
-                raise InputError(f"unknown option {option!r}; choose of {', '.join(known)}")
+                raise InputError(f"unknown option {option!r}; choose of {', '.join((*_OPENING, *known))}")
         model = cls(open_backend(model_name, backend, BackendOptions(precision, **_placed(device, options))), window)
         if model.spec.is_random:
             _tell_of_random_weights(model.spec.name)
@@ -361,7 +366,8 @@ class AutoencoderModel:
             BackendError: the backend failed.
         """
         inner = self.autoencoder
-        if inner.on_device(audio) and sr == self.sample_rate and audio.shape[1] == self.spec.channels:
+        as_it_is = np.ndim(sr) == 0 and sr == self.sample_rate
+        if as_it_is and inner.on_device(audio) and audio.shape[1] == self.spec.channels:
             return inner.encode_audio(audio, chunked, chunk_size, overlap)
         if isinstance(audio, (list, tuple)) or getattr(audio, "ndim", 0) == 3:
             ready = inner.preprocess_audio_list_for_encoder(list(audio), sr)
@@ -421,12 +427,13 @@ class AutoencoderModel:
         Raises:
             AudioFileError: the file is no readable audio.
             InputError: its rate or channels cannot be converted, or `latents_path` has another suffix.
-            OutputError: the latents cannot be written.
+            OutputError: the latents cannot be written, or the `.json` of something else would be replaced.
             NonFiniteError: the model overflowed.
             BackendError: the backend failed.
         """
         with AudioReader(audio_path) as reader:
             encoder = self.stream_encoder(reader.info.sample_rate)
+            require_replaceable(latents_path)
             with LatentsWriter(latents_path, self.latent_dim) as writer:
                 for block in reader:
                     writer.write(encoder.push(block))
@@ -435,7 +442,7 @@ class AutoencoderModel:
                 writer.write(encoder.finish())
                 writer.metadata = {
                     "model": self.spec.name,
-                    "model_sha256": self.spec.source_sha256,
+                    MODEL_DIGEST: self.spec.source_sha256,
                     "precision": self.autoencoder.backend.precision,
                     "source": str(audio_path),
                     "sample_rate": self.sample_rate,
@@ -475,7 +482,7 @@ class AutoencoderModel:
         """
         reader = LatentsReader(latents_path, self.latent_dim)
         metadata = reader.metadata
-        made_by = metadata.get("model_sha256", self.spec.source_sha256)
+        made_by = metadata.get(MODEL_DIGEST, self.spec.source_sha256)
         if made_by != self.spec.source_sha256:
             raise LatentsFileError(
                 f"{latents_path}: latents of another model ({metadata.get('model')}), not of this {self.spec.name}; "

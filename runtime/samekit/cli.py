@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ import click
 
 from samekit import __version__
 from samekit._files import remove_abandoned
-from samekit.errors import InputError, SamekitError
+from samekit.errors import BackendUnavailableError, InputError, SamekitError
 from samekit.spec import PRECISIONS
 
 if TYPE_CHECKING:
@@ -46,32 +48,57 @@ class _PrintableFormatter(logging.Formatter):
         return _printable(super().format(record))
 
 
-class _Group(click.Group):
-    """Turns every error that samekit raises on purpose into one line and exit code 2."""
+class Command(click.Command):
+    """Turns every error that samekit raises on purpose into one line and exit code 2, and what stops it into one too.
+
+    Ctrl-C gives exit code 130, SIGTERM 143, as shells say it of programs that these end. Files that were being written
+    are cleared away first.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run it."""
         try:
-            return super().invoke(ctx)
+            with _sigterm_raises():
+                return super().invoke(ctx)
         except SamekitError as error:
             raise _Failure(_printable(str(error))) from None
+        except KeyboardInterrupt as stop:
+            _say(ctx.meta.get(_STOPPED, "stopped; run the same command again"), err=True)
+            sys.exit(128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT))
+
+
+class _Group(Command, click.Group):
+    """Does so for all of its commands."""
 
 
 class _Failure(click.ClickException):
     exit_code = 2
 
 
-# As shells say it of a program that Ctrl-C ended.
-_INTERRUPTED = 130
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, with which batch systems and containers stop a process."""
+
+
+# Key of what a context has to say when its command is stopped.
+_STOPPED = "samekit.stopped"
 
 
 @contextmanager
-def _resumable() -> Iterator[None]:
-    """Turn Ctrl-C into one line and its exit code, in work that goes on where it was stopped."""
+def _sigterm_raises() -> Iterator[None]:
+    """Let SIGTERM raise `_Terminated` where it would end the process at once; no other thread can ask for that."""
+
+    def stop(*_: object) -> None:
+        raise _Terminated
+
+    ends_the_process = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if not ends_the_process or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except KeyboardInterrupt:
-        _say("stopped; run the same command again to go on", err=True)
-        sys.exit(_INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -120,9 +147,12 @@ def encode(audio: Path, latents: Path, **options: Any) -> None:
     from tqdm import tqdm  # noqa: PLC0415
 
     from samekit.audio import AudioReader  # noqa: PLC0415
+    from samekit.latents import require_replaceable  # noqa: PLC0415
 
+    # Before a model is opened, which may be downloaded.
     with AudioReader(audio) as reader:
         frames = reader.info.frames
+    require_replaceable(latents)
     for name in (latents.name, f"{latents.stem}.json"):
         remove_abandoned(latents.parent, name)
     with _open(**options) as model, tqdm(total=frames, unit="frame", unit_scale=True, disable=None) as bar:
@@ -142,11 +172,14 @@ def decode(latents: Path, audio: Path, bits: str, clip: bool, **options: Any) ->
     """Decode a LATENTS.npy file to an AUDIO file, .wav or .flac."""
     from tqdm import tqdm  # noqa: PLC0415
 
+    from samekit.audio import format_of  # noqa: PLC0415
     from samekit.latents import LatentsReader  # noqa: PLC0415
 
+    # Before a model is opened, which may be downloaded.
     total = LatentsReader(latents).latents
-    remove_abandoned(audio.parent, audio.name)
     subtype = "FLOAT" if bits == "float" else f"PCM_{bits}"
+    format_of(audio, subtype)
+    remove_abandoned(audio.parent, audio.name)
     with _open(**options) as model, tqdm(total=total, unit="latent", disable=None) as bar:
         samples = model.decode_file(latents, audio, subtype, clip, bar.update)
     _say(f"{audio}: {samples / model.sample_rate:.2f} s at {model.sample_rate} Hz")
@@ -160,11 +193,11 @@ def decode(latents: Path, audio: Path, bits: str, clip: bool, **options: Any) ->
     "--batch_size", "--batch-size", default=1, show_default=True, help="Windows encoded at once; none is padded."
 )
 @click.option("--sample_size", "--sample-size", default=12582912, show_default=True, help="Samples a clip is cut to.")
-@click.option("--model_half", "--model-half", "half", is_flag=True, help="Encode in fp16 and write float16.")
+@click.option("--model_half", "--model-half", "float16", is_flag=True, help="Encode in fp16 and write float16.")
 @click.option("--pad", is_flag=True, help="Pad every clip to --sample_size.")
 @click.option("--full", is_flag=True, help="Keep clips longer than --sample_size whole.")
 @click.option("--crop", default="start", show_default=True, type=click.Choice(["start", "random"]))
-@click.option("--seed", default=0, show_default=True, help="Of --crop random.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of --crop random.")
 @click.option("--shard", metavar="I/N", default="1/1", show_default=True, help="Encode one of N parts, I from 1.")
 @click.option("--checksum", is_flag=True, help="Judge by contents whether a file has changed, not by size and time.")
 @click.option("--strict", is_flag=True, help="Exit with code 2 if a clip is bad, once the others are encoded.")
@@ -200,18 +233,22 @@ def pre_encode(
         return
     if not data_dir or output_path is None:
         raise InputError("pre-encode needs a dataset and a folder; pass --data_dir and --output_path")
+    from samekit.clips import require_folders  # noqa: PLC0415
     from samekit.dataset import PreEncodeOptions, pre_encode  # noqa: PLC0415
     from samekit.manifest import Shard  # noqa: PLC0415
     from samekit.progress import Display  # noqa: PLC0415
 
     backend = {name: options.pop(name) for name in ("backend", "precision", "device", "threads", "window")}
-    if options["half"]:
+    if options["float16"]:
         if backend["precision"] == "int8":
             raise InputError("--model_half means --precision fp16, not int8; pass one of them")
         backend["precision"] = "fp16"
     asked = {name: options.pop(name) for name in ("actors", "cpus_per_actor", "gpus_per_actor")}
     settings = PreEncodeOptions(shard=Shard.parse(options.pop("shard")), **options)
-    with _resumable(), _encoder(model, backend, settings, address, asked) as encoder, Display() as display:
+    # Before a model is opened, which may be downloaded.
+    require_folders(data_dir)
+    click.get_current_context().meta[_STOPPED] = "stopped; run the same command again to go on"
+    with _encoder(model, backend, settings, address, asked) as encoder, Display() as display:
         report = pre_encode(encoder, data_dir, output_path, settings, display)
     for row in report.bad[:10]:
         _say(f"{row['status']}: {row['reason'] or row['relpath']}", err=True)
@@ -416,5 +453,14 @@ def verify(engine: Path) -> None:
     checkpoint = load_source(found.spec.source)
     if checkpoint.sha256 != found.spec.source_sha256:
         raise InputError(f"{engine}: its checkpoint has changed since the export; export again")
+    model, unavailable = Same.from_checkpoint(checkpoint), None
     for precision in found.spec.graphs:
-        measure(found, Same.from_checkpoint(checkpoint), precision, _say)
+        try:
+            measure(found, model, precision, _say)
+        except BackendUnavailableError as error:
+            # The others can be measured all the same.
+            unavailable = error
+            _say(f"{precision}: not measured, {error}", err=True)
+    if unavailable:
+        raise InputError(f"{engine}: not every graph can be measured on this machine; verify it on another one")
+    _say(f"{found.folder}: every graph computes what eager PyTorch does, within its precision's bounds")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import random
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -81,19 +81,38 @@ def find_sources(folders: Sequence[str | os.PathLike[str]]) -> list[Source]:
     return sorted(sources.values(), key=lambda source: os.fsencode(source.relpath))
 
 
-def _walk(folder: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterator[Source]:
-    """The audio files in a folder, which lies at `below` in its data folder, and in those within.
+def require_folders(folders: Sequence[str | os.PathLike[str]]) -> None:
+    """Refuse folders that cannot be listed.
 
-    `above` identifies the folders that lead there, so that links cannot loop.
+    Raises:
+        InputError: one cannot.
     """
+    for folder in folders:
+        named(folder)
+        with _listing_errors(os.fspath(folder)), os.scandir(folder):
+            pass
+
+
+@contextmanager
+def _listing_errors(folder: str) -> Iterator[None]:
+    """Raise what the system says of a data folder as an error about it."""
     try:
-        status = Path(folder).stat()
-        entries = {entry.name: entry for entry in os.scandir(folder)}
+        yield
     except OSError as error:
         cure = "check its name and permissions"
         if "://" in folder:
             cure = "--data_dir takes folders only, mount it"
         raise InputError(f"{folder}: cannot be listed ({error.strerror}); {cure}") from None
+
+
+def _walk(folder: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterator[Source]:
+    """The audio files in a folder, which lies at `below` in its data folder, and in those within.
+
+    `above` identifies the folders that lead there, so that links cannot loop.
+    """
+    with _listing_errors(folder):
+        status = Path(folder).stat()
+        entries = {entry.name: entry for entry in os.scandir(folder)}
     identity = (status.st_dev, status.st_ino)
     if identity in above:
         return

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import numpy as np
 
 from samekit._files import atomic_path, output_errors
-from samekit._options import MOST_THREADS, check_whole
+from samekit._options import MOST_THREADS, check_flag, check_whole
 from samekit.backends.ort import available_cpus
 from samekit.clips import CuttingRules, Source, expected_latents, find_sources
 from samekit.encoder import Encoder, LocalEncoder, default_readers
@@ -59,7 +59,7 @@ class PreEncodeOptions:
     """Windows of clips that are encoded at once; no clip is padded for it."""
     sample_size: int = SAMPLE_SIZE
     """Samples, at the model's rate, to which clips are cut, and those of the silence latents."""
-    half: bool = False
+    float16: bool = False
     """Write float16; the model's own precision is chosen when it is opened."""
     pad: bool = False
     """Keep the latents of the zeros up to `sample_size`, so that all files are of one length."""
@@ -85,6 +85,11 @@ class PreEncodeOptions:
         check_whole("batch_size", self.batch_size, least=1)
         check_whole("sample_size", self.sample_size, least=1, most=_MOST_SAMPLES)
         check_whole("readers (--workers)", self.readers, least=0, most=MOST_THREADS)
+        check_whole("seed", self.seed, least=0)
+        for name in ("float16", "pad", "full", "checksum", "strict", "reencode"):
+            check_flag(name, getattr(self, name))
+        if not isinstance(self.shard, Shard):
+            raise InputError(f"shard is {self.shard!r}; pass a samekit.manifest.Shard, such as Shard(1, 4)")
         if self.crop not in ("start", "random"):
             raise InputError(f"crop {self.crop!r} is not known; pass start or random")
         if self.full and self.crop == "random":
@@ -220,7 +225,7 @@ def _settings(encoder: Encoder, options: PreEncodeOptions) -> Settings:
         model=encoder.spec.name,
         model_sha256=encoder.spec.source_sha256,
         precision=encoder.precision,
-        dtype="float16" if options.half else "float32",
+        dtype="float16" if options.float16 else "float32",
         width=encoder.spec.latent_width,
         sample_size=options.sample_size,
         pad=options.pad,
@@ -265,7 +270,7 @@ class _Run:
         row = self._manifest.rows[source.relpath]
         if row.status is None or row.status in _PASSING:
             return True
-        if row.status == "encoded" and not {f"{row.name}.npy", f"{row.name}.json"} <= self._files:
+        if row.status == "encoded" and not self._files.issuperset(row.files):
             return True
         if not self._options.checksum:
             return (row.audio, row.caption) != (source.audio, source.caption)
@@ -310,9 +315,8 @@ class _Run:
         for row in list(self._manifest.rows.values()):
             if row.relpath in sources:
                 continue
-            pair = {f"{row.name}.npy", f"{row.name}.json"}
-            if row.status is None or (row.status == "encoded" and not pair <= self._files):
-                if pair & self._files:
+            if row.status is None or (row.status == "encoded" and not self._files.issuperset(row.files)):
+                if not self._files.isdisjoint(row.files):
                     self._remove_pair(row)
                 self._manifest.record(dataclasses.replace(row, status="gone"))
 
@@ -393,9 +397,9 @@ class _Run:
             self._progress(self._state)
 
     def _remove_pair(self, row: Row) -> None:
-        """Remove the latents of a clip that no longer can or will be encoded; the `.json` first."""
-        for suffix in (".json", ".npy"):
-            self._output.remove(f"{row.name}{suffix}")
+        """Remove the latents of a clip that no longer can or will be encoded."""
+        for file in row.files:
+            self._output.remove(file)
 
     def report(self, sources: dict[str, Source]) -> PreEncodeReport:
         """What was done; the run is over."""

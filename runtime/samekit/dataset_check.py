@@ -160,5 +160,4 @@ def _missing(path: Path) -> str:
 
 def _unreadable(error: LatentsFileError) -> str:
     """The cause that was found, with the cure for a file of a dataset in place of that for any other."""
-    cause, _, _ = str(error).rpartition("; ")
-    return f"{cause}; {_ENCODE_AGAIN}"
+    return f"{error.cause}; {_ENCODE_AGAIN}"

@@ -50,6 +50,9 @@ _MOST_ACTORS: Final = 40_000
 # Seconds that an address has to answer, and a cluster to place the first actor: it may have to start a machine for it.
 _CONNECT_PATIENCE: Final = 10
 _ACTOR_PATIENCE: Final = 600
+_ALL_LOST: Final = "every actor is lost, see Ray's log; run the same command again to go on"
+# Seconds that killed actors have to be gone.
+_END_PATIENCE: Final = 10
 # Ray speaks gRPC: a server of HTTP/2 answers this beginning of a client with a frame of settings (RFC 9113, 3.4).
 _HELLO: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 _FRAME_HEADER: Final = 9
@@ -77,8 +80,9 @@ class RayOptions:
         if self.actors is not None:
             check_whole("actors", self.actors, least=1, most=_MOST_ACTORS)
         check_whole("cpus_per_actor", self.cpus_per_actor, least=1, most=MOST_THREADS)
-        if not 0 <= self.gpus_per_actor < math.inf or (self.gpus_per_actor > 1 and self.gpus_per_actor % 1):
-            raise InputError(f"gpus_per_actor is {self.gpus_per_actor}; pass a share of one GPU, or a whole number")
+        known = isinstance(self.gpus_per_actor, (int, float)) and 0 <= self.gpus_per_actor < math.inf
+        if not known or (self.gpus_per_actor > 1 and self.gpus_per_actor % 1):
+            raise InputError(f"gpus_per_actor is {self.gpus_per_actor!r}; pass a share of one GPU, or a whole number")
 
     def fitting(self, resources: dict[str, float]) -> int:
         """Actors for which a machine has room."""
@@ -230,11 +234,20 @@ class RayEncoder(Encoder):
             self._connected = False
 
     def silence(self, latents: int) -> Array:
-        """The latents of silence, `[latent_width, latents]`, from the first actor that has time."""
-        calls = [_patiently(actor.silence).remote(latents) for actor in self._actors]
-        (done, *_), _ = self._ray.wait(calls, num_returns=1)
-        array: Array = _result(self._ray, done)
-        return array
+        """The latents of silence, `[latent_width, latents]`, from the first actor that works."""
+        # The first that answers has time; where an actor is lost, the others are asked.
+        waiting = {_patiently(actor.facts).remote(): actor for actor in self._actors}
+        lost: Exception | None = None
+        while waiting:
+            (ready, *_), _ = self._ray.wait(list(waiting), num_returns=1)
+            actor = waiting.pop(ready)
+            try:
+                array: Array = _result(self._ray, _patiently(actor.silence).remote(latents))
+            except self._ray.exceptions.RayActorError as error:
+                lost = error
+            else:
+                return array
+        raise BackendError(_ALL_LOST) from lost
 
     def encode(self, job: Job, tasks: Sequence[Task], finished: Callable[[Outcome], None]) -> None:
         """Encode every clip."""
@@ -242,8 +255,9 @@ class RayEncoder(Encoder):
         try:
             for outcome in calls.outcomes():
                 finished(outcome)
-        except Exception:
-            calls.await_batches()
+        except BaseException as error:
+            # Somebody who presses Ctrl-C is not made to wait.
+            calls.end(at_once=not isinstance(error, Exception))
             raise
 
     def _connect(self) -> None:
@@ -346,7 +360,7 @@ class _Calls:
             self._join(actor)
         while self._left:
             if not self._calls:
-                raise BackendError("every actor is lost, see Ray's log; run the same command again to go on")
+                raise BackendError(_ALL_LOST)
             (done,), _ = self._ray.wait(list(self._calls), num_returns=1)
             actor, batch = self._calls.pop(done)
             actor.in_hand -= batch is not None
@@ -367,11 +381,14 @@ class _Calls:
             self._deal()
             yield from outcomes
 
-    def await_batches(self) -> None:
-        """Wait until no actor writes any more, whatever comes of it."""
+    def end(self, *, at_once: bool) -> None:
+        """Wait until no actor writes any more, whatever comes of it; at once by killing them, and Ray starts others."""
         calls = [call for call, (_, batch) in self._calls.items() if batch]
+        if at_once:
+            for actor in self._actors:
+                self._ray.kill(actor.handle, no_restart=False)
         if calls:
-            self._ray.wait(calls, num_returns=len(calls))
+            self._ray.wait(calls, num_returns=len(calls), timeout=_END_PATIENCE if at_once else None)
 
     def _join(self, actor: _Actor) -> None:
         """Have an actor answer as soon as it runs."""

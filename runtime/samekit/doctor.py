@@ -99,7 +99,8 @@ def _describe(part: Part) -> str:
         return f"{part.module} cannot be imported ({error}): no {part.enables}; reinstall it: {part.install}"
     if part.module == "onnxruntime":
         shown = f"onnxruntime {module.__version__}: {', '.join(module.get_available_providers())}"
-        return f"{shown}; int8 encodes only, without VNNI instructions" if int8_saturates(module) else shown
+        kind = "encodes only, this processor having no VNNI instructions" if int8_saturates(module) else "runs"
+        return f"{shown}; int8 {kind}"
     if part.module == "torch":
         return f"torch {module.__version__}: {'CUDA' if module.cuda.is_available() else 'no CUDA device'}"
     return f"{part.module} {_version(part.module, module)}"
@@ -146,6 +147,6 @@ def _engines(root: Path, versions: Mapping[str, str]) -> Iterator[str]:
         except SamekitError as error:
             yield f"DAMAGED: {error}"
             continue
-        yield f"{folder}: {', '.join(engine.spec.graphs)}"
+        yield f"{folder}: {', '.join(engine.spec.graphs)}{', random weights' * engine.spec.is_random}"
         for line in describe_builds(engine, versions):
             yield f"  tensorrt {line}"

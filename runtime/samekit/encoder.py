@@ -40,7 +40,7 @@ class Encoder(ABC):
     def encode(self, job: Job, tasks: Sequence[Task], finished: Callable[[Outcome], None]) -> None:
         """Encode every clip.
 
-        When this raises an error, each clip is in the output as a whole or not at all, and nobody writes there any more.
+        When this raises an error, each clip is in the output as a whole or not at all, and nobody writes any more.
 
         Args:
             job: what is done to every clip.

@@ -27,7 +27,13 @@ def first_line(error: Exception) -> str:
 
 
 class SamekitError(Exception):
-    """Base of every error raised on purpose."""
+    """Base of every error raised on purpose; its message is `CAUSE; CURE`."""
+
+    @property
+    def cause(self) -> str:
+        """The message without its cure, for whoever knows a better one."""
+        cause, separator, cure = str(self).rpartition("; ")
+        return cause if separator else cure
 
 
 class InputError(SamekitError, ValueError):

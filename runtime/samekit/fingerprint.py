@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from samekit import __version__
-from samekit.spec import DECODER, ENCODER
 
 if TYPE_CHECKING:
     from samekit.spec import EngineSpec
@@ -119,18 +118,6 @@ def fingerprint_of(spec: EngineSpec, precision: str, flavour: str, version: str,
         profiles=[{"batch": list(profile.batch), "latents": list(profile.latents)} for profile in PROFILES],
         samekit=__version__,
     )
-
-
-def input_shape(spec: EngineSpec, half: str, batch: int, latents: int) -> tuple[int, int, int]:
-    """The shape of a half's input, `[batch, features, length]`."""
-    if half == ENCODER:
-        return (batch, spec.channels, spec.samples(latents))
-    return (batch, spec.latent_width, latents)
-
-
-def output_shape(spec: EngineSpec, half: str, batch: int, latents: int) -> tuple[int, int, int]:
-    """The shape of a half's output, which is the other half's input."""
-    return input_shape(spec, DECODER if half == ENCODER else ENCODER, batch, latents)
 
 
 def runs_on(target: str, capability: tuple[int, int]) -> bool:

@@ -21,12 +21,15 @@ import numpy as np
 import numpy.typing as npt
 
 from samekit._files import atomic_path, named, output_errors, read_regular, regular_file
-from samekit.errors import InputError, LatentsFileError
+from samekit.errors import InputError, LatentsFileError, OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
     from typing import Self
+
+MODEL_DIGEST: Final = "model_sha256"
+"""Field of the `.json` of an encoded file that names the weights, by their digest."""
 
 _DTYPES: Final[dict[str, np.dtype[np.floating[Any]]]] = {
     "float32": np.dtype("<f4"),
@@ -70,8 +73,7 @@ class LatentsWriter:
         self.latents = 0
         """How many were written so far."""
         self._width = width
-        if self.path.suffix != ".npy":
-            raise InputError(f"{path}: {self.path.suffix!r} is no format for latents; use .npy")
+        _require_npy(self.path)
         if dtype not in _DTYPES:
             raise InputError(f"latents are not stored as {dtype!r}; use one of {', '.join(_DTYPES)}")
         self._dtype = _DTYPES[dtype]
@@ -307,6 +309,29 @@ def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     raise ValueError(version)
 
 
+def _require_npy(path: Path) -> None:
+    if path.suffix != ".npy":
+        raise InputError(f"{path}: {path.suffix!r} is no format for latents; use .npy")
+
+
+def require_replaceable(path: str | os.PathLike[str]) -> None:
+    """Refuse latents beside a `.json` that did not come with latents: writing would replace it.
+
+    Raises:
+        InputError: the suffix is not `.npy`.
+        OutputError: there is such a `.json`, or one that cannot be read.
+    """
+    path = named(path)
+    _require_npy(path)
+    metadata = _json_path(path)
+    try:
+        ours = not os.path.lexists(metadata) or MODEL_DIGEST in _read_metadata(metadata)
+    except LatentsFileError:
+        ours = False
+    if not ours:
+        raise OutputError(f"{metadata}: is of something else, and is not replaced; move it, or choose another name")
+
+
 def _json_path(path: Path) -> Path:
     """Return where the metadata of a `.npy` file are."""
     return path.with_suffix(".json")
@@ -322,7 +347,7 @@ def _read_metadata(path: Path) -> dict[str, Any]:
         reason = error.strerror or error
         raise LatentsFileError(f"{path}: cannot be opened ({reason}); check its permissions") from error
     except (ValueError, RecursionError) as error:
-        raise LatentsFileError(f"{path}: is damaged; remove it or encode the audio again") from error
+        raise LatentsFileError(f"{path}: is damaged; remove it") from error
     if not isinstance(metadata, dict):
-        raise LatentsFileError(f"{path}: holds no JSON object; remove it or encode the audio again")
+        raise LatentsFileError(f"{path}: holds no JSON object; remove it")
     return metadata

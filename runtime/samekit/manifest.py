@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 from samekit._files import atomic_path, output_errors, read_regular, remove_abandoned
 from samekit._json import check_kinds
 from samekit.errors import InputError, OutputError
-from samekit.output import SILENCE_FILE, STATE_FOLDER, is_clips
+from samekit.output import SILENCE_FILE, STATE_FOLDER, clip_name, is_clips
 
 if sys.platform == "win32":
     import msvcrt
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import BinaryIO, Self
 
+# Six digits, in names of files.
+_MOST_SHARDS: Final = 999_999
 # Raised when an older samekit could misread the files.
 _FORMAT: Final = 1
 
@@ -56,7 +58,7 @@ class Shard:
     """How many parts there are."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.index <= self.count:
+        if not (type(self.index) is type(self.count) is int and 1 <= self.index <= self.count <= _MOST_SHARDS):
             raise InputError(f"shard {self} does not exist; pass I/N with I from 1 to N, such as 1/4")
 
     @classmethod
@@ -192,7 +194,12 @@ class Row:
     @property
     def name(self) -> str:
         """Name of its files, without the suffix."""
-        return f"{self.number:012d}"
+        return clip_name(self.number)
+
+    @property
+    def files(self) -> tuple[str, str]:
+        """Names of both; a clip is encoded where both are there, and the `.json` goes first where they are removed."""
+        return f"{self.name}.json", f"{self.name}.npy"
 
     def to_line(self) -> str:
         """One line of JSON; it holds no line break whatever the file's name is."""

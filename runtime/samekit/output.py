@@ -38,6 +38,8 @@ SILENCE_FILE: Final = "silence.npy"
 # What a driver that is killed forgets, at most; the clips of that time are encoded again.
 _SECONDS_BETWEEN_PARTS: Final = 10.0
 _WHOLE: Final = ".whole-"
+# Of a clip's number in the names of its files.
+_DIGITS: Final = 12
 
 
 def find_output(path: str | os.PathLike[str]) -> Output:
@@ -281,9 +283,14 @@ class RemoteOutput(Output):
         return output_errors(self._url, Exception, "cannot be read", "check URL, network and permissions")
 
 
+def clip_name(number: int) -> str:
+    """Name of a clip's files, without the suffix."""
+    return f"{number:0{_DIGITS}d}"
+
+
 def is_clips(name: str) -> bool:
     """Whether a file's name is one that a run may give: any `.npy`, and `.json` after a clip's number."""
-    return name.endswith(".npy") or re.fullmatch(r"\d{12}\.json", name) is not None
+    return name.endswith(".npy") or re.fullmatch(rf"\d{{{_DIGITS}}}\.json", name) is not None
 
 
 def _digest(manifest: bytes) -> str:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final, Generic, TypeVar
 import numpy as np
 
 from samekit.clips import BadClipError, ClipReader
-from samekit.errors import InputError, NonFiniteError, OutputError
+from samekit.errors import BackendError, InputError, NonFiniteError, OutputError
 from samekit.latents import LatentsWriter
 
 if TYPE_CHECKING:
@@ -192,16 +192,22 @@ class Pipeline:
             threading.Thread(target=self._guarded, args=(self._read_clips, supply)) for _ in range(self._readers)
         ]
         threads.append(threading.Thread(target=self._guarded, args=(self._write,)))
+        started = []
         try:
             for thread in threads:
                 thread.start()
+                started.append(thread)
             with suppress(_StoppedError):
                 with self._turn:
                     self._encode()
                 threads[-1].join()
+        except RuntimeError as error:
+            if len(started) == len(threads):
+                raise
+            raise BackendError(f"no more threads can be started here ({error}); pass fewer --workers") from None
         finally:
             self._stopped.set()
-            for thread in threads:
+            for thread in started:
                 thread.join()
         if self._error is not None:
             raise self._error

@@ -53,7 +53,10 @@ def describe(progress: Progress) -> str:
     """One line that says everything."""
     minutes, seconds = divmod(round(progress.remaining), 60)
     hours, minutes = divmod(minutes, 60)
+    # Before the first clip is encoded, nobody knows; and at the end there is nothing left.
+    known = progress.audio_seconds > 0 and progress.done < progress.total
+    left = f"{hours}:{minutes:02d}:{seconds:02d} left, " if known else ""
     return (
         f"{progress.done} of {progress.total} clips, {progress.audio_seconds:.0f} s of audio at "
-        f"{progress.speed:.1f} s/s, {hours}:{minutes:02d}:{seconds:02d} left, {progress.bad} bad"
+        f"{progress.speed:.1f} s/s, {left}{progress.bad} bad"
     )

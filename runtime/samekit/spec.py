@@ -27,6 +27,9 @@ FORMAT = 1
 ENCODER, DECODER = "encoder", "decoder"
 """The two halves of an autoencoder; an engine folder holds a graph of each."""
 
+INPUT_NAMES = {ENCODER: "audio", DECODER: "latents"}
+"""Of the graphs; each half's output is named as the other half's input."""
+
 PRECISIONS = ("fp32", "fp16", "int8")
 """Every precision of the format, most accurate first."""
 
@@ -41,6 +44,11 @@ RANDOM = "random"
 _LIMITS = {"sample_rate": 768_000, "channels": 64, "hop": 2**20, "latent_width": 2**16, "alignment": 2**16}
 # Samples of all channels that a latent stands for.
 _LATENT_VALUES = 2**21
+
+
+def other(half: str) -> str:
+    """The half that goes the other way: its input is what this one's output is."""
+    return DECODER if half == ENCODER else ENCODER
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ class EngineSpec:
     graphs: dict[str, dict[str, GraphFile]] = field(default_factory=dict)
     """precision -> encoder / decoder -> graph."""
     verification: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """precision -> cases measured against eager PyTorch: half, batch, latents, snr_db, max_error."""
+    """precision -> cases measured against eager PyTorch: half, batch, latents, window, snr_db, max_error."""
 
     @property
     def is_random(self) -> bool:
@@ -104,6 +112,15 @@ class EngineSpec:
     def latents(self, samples: int) -> int:
         """Latents that so many samples take: the last one may be partly padding, hence the ceiling."""
         return -(-samples // self.hop)
+
+    def layout(self, half: str) -> tuple[int, int]:
+        """Features of a half's input, and values of each that a latent stands for."""
+        return (self.channels, self.hop) if half == ENCODER else (self.latent_width, 1)
+
+    def input_shape(self, half: str, batch: int, latents: int) -> tuple[int, int, int]:
+        """The shape of a half's input, `[batch, features, length]`; of its output with the `other` half."""
+        features, unit = self.layout(half)
+        return (batch, features, latents * unit)
 
     def to_json(self) -> str:
         """The text of `spec.json`."""

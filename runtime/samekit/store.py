@@ -46,6 +46,13 @@ class Engine:
         """
         return cls(folder, EngineSpec.load(folder))
 
+    def is_replaced(self, precision: str) -> bool:
+        """Whether another export of a precision is there since it was loaded; without a `spec.json` none is."""
+        try:
+            return EngineSpec.load(self.folder).graphs.get(precision) != self.spec.graphs.get(precision)
+        except EngineError:
+            return False
+
     def export_command(self, *options: str) -> str:
         """The command that exports the same weights to this folder, with `options`."""
         source, words = self.spec.source, [self.spec.name]

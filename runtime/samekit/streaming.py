@@ -13,7 +13,7 @@ import numpy as np
 from samekit.arrays import AUDIO, LATENTS, as_float32, as_one_batch, is_tensor
 from samekit.audio import StreamResampler, pad_to, to_channels
 from samekit.errors import BackendError, InputError
-from samekit.spec import DECODER, ENCODER
+from samekit.spec import DECODER, ENCODER, other
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -38,8 +38,8 @@ class HalfRunner:
         self._backend = backend
         self._half = half
         self._most = backend.window_batch
-        self.unit_in, self.unit_out = (spec.hop, 1) if half == ENCODER else (1, spec.hop)
-        self.features_out = spec.latent_width if half == ENCODER else spec.channels
+        _, self.unit_in = spec.layout(half)
+        self.features_out, self.unit_out = spec.layout(other(half))
         """Features of an output: the latents' width, or audio channels."""
 
     def cores(self, pieces: Iterable[tuple[Window, Array]]) -> Iterator[Array]:
@@ -71,7 +71,7 @@ class HalfRunner:
     def _run(self, batch: Any) -> Any:
         if is_tensor(batch):
             return self._backend.run_tensor(self._half, batch)
-        return self._backend.encode(batch) if self._half == ENCODER else self._backend.decode(batch)
+        return self._backend.run(self._half, batch)
 
     def cut(self, array: Array, windows: Iterable[Window]) -> Iterator[tuple[Window, Array]]:
         """Windows with their inputs, from a whole array `[batch, features, length]`."""
@@ -220,7 +220,8 @@ class StreamEncoder:
         if final:
             audio = pad_to(audio, self._hop)
         whole = audio.shape[-1] - audio.shape[-1] % self._hop
-        self._rest = audio[:, whole:]
+        # A copy, as above.
+        self._rest = audio[:, whole:].copy()
         return _joined(self._run.push(audio[None, :, :whole], final=final), self._width)
 
 

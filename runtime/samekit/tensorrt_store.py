@@ -17,17 +17,25 @@ import hashlib
 import json
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from samekit._files import output_errors, read_regular, remove, remove_abandoned, replace_folder, temporary_folder
+from samekit._files import (
+    output_errors,
+    read_regular,
+    remove,
+    remove_abandoned,
+    replace_folder,
+    temporary_folder,
+    temporary_target,
+)
 from samekit._json import check_kinds
 from samekit.errors import BackendUnavailableError, StaleEngineError
 from samekit.fingerprint import Fingerprint, capability_name, fingerprint_of, runs_on
-from samekit.spec import DECODER, ENCODER
+from samekit.spec import DECODER, ENCODER, check_file_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
     from samekit.spec import EngineSpec
     from samekit.store import Engine
@@ -66,6 +74,7 @@ class BuiltEngine:
     def parse(cls, fields: dict[str, Any]) -> BuiltEngine:
         """An engine from `dataclasses.asdict` of one; raises TypeError where fields are missing, unknown or wrong."""
         engine = cls(**fields)
+        check_file_name("file", engine.file)
         counts, texts = dict.fromkeys(("size", "layers"), int), dict.fromkeys(("file", "sha256"), str)
         check_kinds(fields, {**counts, **texts, "seconds": (int, float), "peak_memory": (int, type(None))})
         return engine
@@ -106,7 +115,7 @@ class Build:
         return build
 
     def _check_size(self, engine: BuiltEngine) -> None:
-        path = self.folder / Path(engine.file).name
+        path = self.folder / engine.file
         found = path.stat().st_size if path.is_file() else None
         if found != engine.size:
             raise _damaged(path, "is missing" if found is None else f"has {found} bytes instead of {engine.size}")
@@ -118,7 +127,7 @@ class Build:
             StaleEngineError: its contents are not those that were built.
         """
         engine = self.engines[half]
-        path = self.folder / Path(engine.file).name
+        path = self.folder / engine.file
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -147,6 +156,12 @@ def build_folders(engine: Engine) -> list[Path]:
     return sorted(path.parent for path in (engine.folder / BUILDS_FOLDER).glob(f"[!.]*/{FINGERPRINT_FILE}"))
 
 
+def is_builds_own(path: Path) -> bool:
+    """Whether it is a build, or what a build left that failed or was killed."""
+    left = temporary_target(path.name) or path.name.endswith(FAILED_LOG_SUFFIX)
+    return bool(left) or (path / FINGERPRINT_FILE).is_file()
+
+
 def why_stale(fingerprint: Fingerprint, spec: EngineSpec, versions: Mapping[str, str]) -> str | None:
     """Why nothing here will ever run a build, or None if it is current.
 
@@ -160,6 +175,25 @@ def why_stale(fingerprint: Fingerprint, spec: EngineSpec, versions: Mapping[str,
     version = versions.get(fingerprint.flavour, fingerprint.version)
     today = fingerprint_of(spec, fingerprint.precision, fingerprint.flavour, version, fingerprint.target)
     return ", ".join(fingerprint.differences(today)) or None
+
+
+def builds_of(engine: Engine, precision: str) -> tuple[list[Build], list[str]]:
+    """The builds of one precision, and what is wrong with those that are damaged, of whatever precision they are."""
+    builds, damaged = [], []
+    for folder in build_folders(engine):
+        try:
+            build = Build.load(folder)
+        except StaleEngineError as error:
+            damaged.append(str(error))
+            continue
+        if build.fingerprint.precision == precision and build.engines:
+            builds.append(build)
+    return builds, damaged
+
+
+def build_command(engine: Engine, precision: str) -> str:
+    """The command that builds TensorRT engines of a precision."""
+    return engine.export_command("--precision", precision, "--tensorrt", "auto")
 
 
 def choose_build(engine: Engine, precision: str, capability: tuple[int, int], versions: Mapping[str, str]) -> Build:
@@ -176,21 +210,15 @@ def choose_build(engine: Engine, precision: str, capability: tuple[int, int], ve
         StaleEngineError: there are, but none that can run here.
     """
     engine.graph(ENCODER, precision)
-    usable, refusals = [], []
-    for folder in build_folders(engine):
-        try:
-            build = Build.load(folder)
-        except StaleEngineError as error:
-            refusals.append(str(error))
-            continue
-        if build.fingerprint.precision != precision or not build.engines:
-            continue
+    builds, refusals = builds_of(engine, precision)
+    usable = []
+    for build in builds:
         reason = _why_not_here(build.fingerprint, engine.spec, capability, versions)
         if reason:
-            refusals.append(f"{folder.name}: {reason}")
+            refusals.append(f"{build.folder.name}: {reason}")
         else:
             usable.append(build)
-    cure = f"run: {engine.export_command('--precision', precision, '--tensorrt', 'auto')}"
+    cure = f"run: {build_command(engine, precision)}"
     if not usable and refusals:
         raise StaleEngineError(f"{engine.folder}: no TensorRT engine can be used ({'; '.join(refusals)}); {cure}")
     if not usable:

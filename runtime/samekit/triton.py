@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any, Final
 from samekit._files import link_or_copy, named, output_errors, place_folder, remove_abandoned, temporary_folder
 from samekit._json import check_kind, check_kinds
 from samekit._options import MOST_INT32, check_whole
-from samekit.backends.ort import INPUT_NAMES
 from samekit.errors import BackendUnavailableError, InputError, StaleEngineError
 from samekit.fingerprint import NARROW, PROFILES, TENSORRT
-from samekit.spec import DECODER, ENCODER, GPU_PRECISIONS, PRECISIONS
-from samekit.tensorrt_store import Build, build_folders, why_stale
+from samekit.spec import DECODER, ENCODER, GPU_PRECISIONS, INPUT_NAMES, PRECISIONS, other
+from samekit.tensorrt_store import Build, build_command, builds_of, why_stale
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -133,10 +132,7 @@ def model_name(name: str, half: str) -> str:
 
 def config_text(spec: EngineSpec, half: str, options: TritonOptions) -> str:
     """The `config.pbtxt` of one half; the batch is no dimension of its own there."""
-    audio, latents = [spec.channels, -1], [spec.latent_width, -1]
-    before, after = (audio, latents) if half == ENCODER else (latents, audio)
-    input_name = INPUT_NAMES[half]
-    output_name = INPUT_NAMES[DECODER if half == ENCODER else ENCODER]
+    before, after = ([spec.layout(side)[0], -1] for side in (half, other(half)))
     kind = "gpu" if options.backend == "tensorrt" else options.kind
     # The profile for windows in batches; the other one takes no batches.
     profile = f' profile: [ "{PROFILES.index(NARROW)}" ]' if options.backend == "tensorrt" else ""
@@ -151,8 +147,8 @@ def config_text(spec: EngineSpec, half: str, options: TritonOptions) -> str:
     return f"""name: {_quoted(model_name(spec.name, half))}
 backend: "{options.backend}"
 max_batch_size: {batch}
-input [ {{ name: "{input_name}" data_type: TYPE_FP32 dims: {before} }} ]
-output [ {{ name: "{output_name}" data_type: TYPE_FP32 dims: {after} }} ]
+input [ {{ name: "{INPUT_NAMES[half]}" data_type: TYPE_FP32 dims: {before} }} ]
+output [ {{ name: "{INPUT_NAMES[other(half)]}" data_type: TYPE_FP32 dims: {after} }} ]
 {batching}instance_group [ {{ kind: KIND_{kind.upper()} count: {options.instances}{profile} }} ]
 parameters {{ key: "{FACTS}" value {{ string_value: {_quoted(json.dumps(facts))} }} }}
 """
@@ -187,10 +183,12 @@ def _files(engine: Engine, half: str, options: TritonOptions) -> dict[str, Path]
 
 def _build(engine: Engine, precision: str) -> Build:
     """The one build for the server's TensorRT; those of TensorRT-RTX it cannot run."""
-    builds = [Build.load(folder) for folder in build_folders(engine)]
-    ours = [b for b in builds if (b.fingerprint.flavour, b.fingerprint.precision) == (TENSORRT, precision)]
+    builds, damaged = builds_of(engine, precision)
+    ours = [build for build in builds if build.fingerprint.flavour == TENSORRT]
     reasons = [reason for build in ours if (reason := why_stale(build.fingerprint, engine.spec, {}))]
-    cure = f"run samekit export {engine.spec.name} --precision {precision} --tensorrt auto beside such a GPU"
+    cure = f"beside such a GPU run: {build_command(engine, precision)}"
+    if not ours and damaged:
+        raise StaleEngineError(f"{engine.folder}: a TensorRT engine is damaged ({damaged[0]}); {cure}")
     if not ours:
         raise BackendUnavailableError(
             f"{engine.folder}: no {precision} engine of TensorRT (RTX ones do not do); {cure}"

@@ -103,6 +103,8 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
             reasons = "; ".join(refusals)
             logger.warning("running in PyTorch, slower than the engine %s, for: %s", engine.folder, reasons)
         return opened
+    # What needs a GPU comes last: it is not what most people miss.
+    refusals.sort(key=lambda refusal: refusal.startswith(_GPU_ONLY))
     raise BackendUnavailableError(f"no backend can open {engine.folder}; " + "; ".join(refusals))
 
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from samekit._options import MOST_THREADS, check_whole
+from samekit._options import MOST_THREADS, check_flag, check_whole
 from samekit.errors import BackendError, InputError, NonFiniteError
-from samekit.spec import DECODER, ENCODER, PRECISIONS, EngineSpec
+from samekit.spec import DECODER, ENCODER, PRECISIONS, EngineSpec, other
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,7 +42,7 @@ class BackendOptions:
     device_id: int = 0
     """Which GPU."""
     threads: int | None = None
-    """CPU threads; None takes every core that this process may use."""
+    """CPU threads; None takes every core that this process may use. PyTorch has one number for the whole process."""
     providers: tuple[str, ...] | None = None
     """ONNX Runtime's execution providers, most wanted first; None chooses by `device`."""
     window_batch: int | None = None
@@ -63,8 +63,7 @@ class BackendOptions:
             check_whole("window_batch", self.window_batch, least=1)
         if self.providers is not None and not _are_names(self.providers):
             raise InputError(f"providers is {self.providers!r}; pass a tuple of names, or None to choose by device")
-        if not isinstance(self.cuda_graph, bool):
-            raise InputError(f"cuda_graph is {self.cuda_graph!r}; pass True or False")
+        check_flag("cuda_graph", self.cuda_graph)
 
 
 def _are_names(value: Any) -> bool:
@@ -119,7 +118,7 @@ class Backend(ABC):
             NonFiniteError: the model produced NaN or infinity.
             BackendError: the backend failed, or is closed.
         """
-        return self._checked(ENCODER, audio)
+        return self.run(ENCODER, audio)
 
     def decode(self, latents: Array) -> Array:
         """Latents `[batch, latent_width, latents]` to audio `[batch, channels, latents * hop]`.
@@ -129,10 +128,10 @@ class Backend(ABC):
             NonFiniteError: the model produced NaN or infinity.
             BackendError: the backend failed, or is closed.
         """
-        return self._checked(DECODER, latents)
+        return self.run(DECODER, latents)
 
-    def _checked(self, half: str, array: Array) -> Array:
-        """Run one half between checks."""
+    def run(self, half: str, array: Array) -> Array:
+        """`encode` (`spec.ENCODER`) or `decode` (`spec.DECODER`)."""
         self._check_open()
         self._check_input(half, str(array.dtype), array.shape)
         result = self._run(half, np.ascontiguousarray(array))
@@ -174,7 +173,7 @@ class Backend(ABC):
             raise BackendError(f"this {self.name} backend is closed; open the model again")
 
     def _check_input(self, half: str, dtype: str, shape: Sequence[int]) -> None:
-        features, unit = self._layout(half)
+        features, unit = self.spec.layout(half)
         if dtype != "float32" or len(shape) != 3 or shape[1] != features:
             raise InputError(f"the {half} takes float32 [batch, {features}, length], got {dtype} {list(shape)}")
         if shape[0] == 0 or shape[2] == 0 or shape[2] % unit:
@@ -183,8 +182,7 @@ class Backend(ABC):
             )
 
     def _check_output(self, half: str, before: Sequence[int], after: Sequence[int], *, finite: bool) -> None:
-        features, unit = self._layout(DECODER if half == ENCODER else ENCODER)
-        expected = (before[0], features, before[2] // self._layout(half)[1] * unit)
+        expected = self.spec.input_shape(other(half), before[0], before[2] // self.spec.layout(half)[1])
         if tuple(after) != expected:
             raise BackendError(f"the {half} returned {list(after)} instead of {list(expected)}; export the model again")
         if not finite:
@@ -192,11 +190,6 @@ class Backend(ABC):
             if self.precision != "fp32":
                 cure = 'use precision "fp32", which cannot overflow here'
             raise NonFiniteError(f"the {self.precision} {half} ({self.name}) produced NaN or infinity; {cure}")
-
-    def _layout(self, half: str) -> tuple[int, int]:
-        """Features, and values a latent, of a half's input; its output is the other half's input."""
-        spec = self.spec
-        return (spec.channels, spec.hop) if half == ENCODER else (spec.latent_width, 1)
 
     def expect_many_calls(self, half: str) -> None:  # noqa: B027 most backends run every call alike
         """Be told that a half is going to run often: from now on equal inputs give equal outputs, bit for bit."""

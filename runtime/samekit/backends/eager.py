@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from samekit.backends.base import Backend, BackendOptions
-from samekit.errors import BackendUnavailableError
+from samekit.errors import BackendError, BackendUnavailableError, first_line
 from samekit.spec import ENCODER
 
 if TYPE_CHECKING:
@@ -46,8 +46,13 @@ class EagerBackend(Backend):
         # TF32 has 10 bits of mantissa, and convolutions would use it unasked.
         with self._torch.inference_mode(), self._torch.backends.cudnn.flags(allow_tf32=False):
             # A copy: PyTorch warns of sharing memory that is read-only.
-            tensor = self._torch.tensor(array, dtype=self._dtype, device=self._where)
-            result: Array = run(tensor).float().cpu().numpy()
+            try:
+                tensor = self._torch.tensor(array, dtype=self._dtype, device=self._where)
+                result: Array = run(tensor).float().cpu().numpy()
+            except RuntimeError as error:
+                raise BackendError(
+                    f"PyTorch failed on {list(array.shape)} ({first_line(error)}); try a smaller window"
+                ) from error
         return result
 
     def close(self) -> None:

@@ -12,13 +12,14 @@ import numpy as np
 
 from samekit._files import utf8_path
 from samekit.backends.base import Backend, BackendOptions, has_driver
-from samekit.errors import BackendError, BackendUnavailableError, OutputError, first_line
-from samekit.fingerprint import NARROW, input_shape
-from samekit.spec import DECODER, ENCODER, GPU_PRECISIONS
+from samekit.errors import BackendError, BackendUnavailableError, EngineError, OutputError, first_line
+from samekit.fingerprint import NARROW
+from samekit.spec import DECODER, GPU_PRECISIONS, INPUT_NAMES
 from samekit.tensorrt_store import open_cache
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from samekit.arrays import Array
     from samekit.store import Engine
@@ -46,9 +47,6 @@ _PROBE = (
     b'\x08\x08:\\\n\x18\n\x01x\n\x01w\x12\x01y"\rMatMulInteger\x12\x05probe*\x0f\x08\x04\x08\x01\x10\x03B\x01wJ\x04\x7f\x7f\x7f\x7f'
     b"Z\x13\n\x01x\x12\x0e\n\x0c\x08\x02\x12\x08\n\x02\x08\x01\n\x02\x08\x04b\x13\n\x01y\x12\x0e\n\x0c\x08\x06\x12\x08\n\x02\x08\x01\n\x02\x08\x01B\x04\n\x00\x10\n"
 )
-
-INPUT_NAMES = {ENCODER: "audio", DECODER: "latents"}
-"""Of the graphs, as they are written; each half's output is named as the other half's input."""
 
 
 class OnnxRuntimeBackend(Backend):
@@ -139,7 +137,7 @@ class OnnxRuntimeBackend(Backend):
         limits = dict(zip(("min", "opt", "max"), zip(NARROW.batch, NARROW.latents, strict=True), strict=True))
         shapes = {}
         for name, (batch, latents) in limits.items():
-            shape = "x".join(map(str, input_shape(self.spec, half, batch, latents)))
+            shape = "x".join(map(str, self.spec.input_shape(half, batch, latents)))
             shapes[f"trt_profile_{name}_shapes"] = f"{INPUT_NAMES[half]}:{shape}"
         return [
             (provider, settings | shapes if provider == TENSORRT_PROVIDER else settings)
@@ -157,14 +155,36 @@ class OnnxRuntimeBackend(Backend):
             # Once more, so that no session outlives a `close` in another thread.
             self._check_open()
             calls = self._calls[half] = self._calls.get(half, 0) + 1
-            packed = calls > MAPPED_CALLS or self.device != "cpu"
-            if half not in self._sessions or calls == MAPPED_CALLS + 1:
-                # Freed first: both at once would hold the weights twice.
-                self._sessions.pop(half, None)
-                self._sessions[half] = self._open(half, packed=packed)
+            opened = self._sessions.get(half)
+            if opened is None:
+                packed = calls > MAPPED_CALLS or self.device != "cpu"
+                self._sessions[half] = self._open(self._graph(half), half, packed=packed)
+            elif calls == MAPPED_CALLS + 1 and self.device == "cpu":
+                self._pack(half)
             return self._sessions[half]
 
-    def _open(self, half: str, *, packed: bool) -> Any:
+    def _graph(self, half: str) -> Path:
+        """The graph of a half, if it is still that of the engine which was opened.
+
+        Raises:
+            EngineError: it is damaged, or another export has taken its place.
+        """
+        if self._engine.is_replaced(self.precision):
+            raise EngineError(f"{self._engine.folder}: was exported again since it was opened; open the model again")
+        return self._engine.graph(half, self.precision)
+
+    def _pack(self, half: str) -> None:
+        """Open a half again with packed weights, or go on with the mapped ones where its file is no longer there."""
+        try:
+            path = self._graph(half)
+        except EngineError as error:
+            logger.warning("weights of the %s are not packed, which costs a tenth of the speed: %s", half, error)
+            return
+        # Freed first: both at once would hold the weights twice.
+        del self._sessions[half]
+        self._sessions[half] = self._open(path, half, packed=True)
+
+    def _open(self, graph: Path, half: str, *, packed: bool) -> Any:
         if (half, self.precision) == (DECODER, "int8") and int8_saturates(self._runtime):
             # The exact products are not to be had where two steps share a weight, as in a decoder.
             raise BackendUnavailableError(
@@ -176,7 +196,7 @@ class OnnxRuntimeBackend(Backend):
             options.log_severity_level = _FATAL
         if not packed:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        path = utf8_path(self._engine.graph(half, self.precision))
+        path = utf8_path(graph)
         try:
             session = self._runtime.InferenceSession(path, options, providers=self._providers_of(half))
         except Exception as error:  # noqa: BLE001 the runtime's exceptions share no base class

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from samekit.backends.base import Backend, BackendOptions, has_driver
 from samekit.errors import BackendError, BackendUnavailableError, InputError, StaleEngineError
-from samekit.fingerprint import NARROW, PROFILES, output_shape
-from samekit.spec import GPU_PRECISIONS
+from samekit.fingerprint import NARROW, PROFILES
+from samekit.spec import GPU_PRECISIONS, other
 from samekit.tensorrt_api import INSTALL, installed_flavours, make_logger
 from samekit.tensorrt_store import build_folders, choose_build
 
@@ -132,20 +132,22 @@ class Gpu:
     def ordered(self) -> Iterator[int]:
         """The handle of a stream whose work follows all of the caller's so far and precedes all that comes after.
 
-        So memory that the caller's stream wrote may be read, and memory that is freed afterwards is not handed out
-        again too early: PyTorch reuses it on the caller's stream only.
+        It is one stream for all callers, and PyTorch's current one inside the block. So memory that the caller's stream
+        wrote may be read, callers with streams of their own do not meet, and memory that is freed is not handed out
+        again too early: PyTorch reuses it on the stream on which it was made.
         """
         torch = self._torch
         with torch.cuda.device(self._device):
             callers = torch.cuda.current_stream()
             self._stream.wait_stream(callers)
             try:
-                yield self._stream.cuda_stream
+                with torch.cuda.stream(self._stream):
+                    yield self._stream.cuda_stream
             finally:
                 callers.wait_stream(self._stream)
 
     def capture(self, launch: Callable[[int], None]) -> Callable[[], None]:
-        """Record what `launch(stream)` enqueues as a CUDA graph; the result enqueues it on the caller's stream."""
+        """Record what `launch(stream)` enqueues as a CUDA graph; the result enqueues it on the current stream."""
         torch = self._torch
         with torch.cuda.device(self._device):
             graph = torch.cuda.CUDAGraph()
@@ -261,16 +263,19 @@ class EngineRunner:
         if self._recording is None or self._recording.shape != tuple(tensor.shape):
             self._recording = None
             self._recording = self._record(profile, tensor, shape)
-        self._recording.input.copy_(tensor)
-        self._recording.replay()
-        return self._recording.output.clone()
+        output = self._gpu.empty(shape)
+        with self._gpu.ordered():
+            self._recording.input.copy_(tensor)
+            self._recording.replay()
+            output.copy_(self._recording.output)
+        return output
 
     def _record(self, profile: int, tensor: Any, shape: tuple[int, ...]) -> _Recording:
         """Record a shape, in a context that will not be given another."""
         by_itself = hasattr(self._module, "CudaGraphStrategy")
         context, config = self._new_context(profile, records=by_itself)
-        source, output = tensor.clone(), self._gpu.empty(shape)
         with self._gpu.ordered() as stream:
+            source, output = tensor.clone(), self._gpu.empty(shape)
             scratch = self._bind(context, profile, source, output)
             # The first launch after a change of shape does more than a graph may hold.
             self._launch(context, stream)
@@ -346,13 +351,13 @@ class TensorRTBackend(Backend):
             outputs = []
             for piece in pieces:
                 rows = tensor[piece.rows]
-                shape = output_shape(self.spec, half, rows.shape[0], latents)
+                shape = self.spec.input_shape(other(half), rows.shape[0], latents)
                 outputs.append(runner.run(piece.profile, rows, shape))
             return self._gpu.join(outputs)
 
     def _latents(self, half: str, shape: Any) -> int:
         """Length of an input in latents."""
-        return int(shape[-1]) // self._layout(half)[1]
+        return int(shape[-1]) // self.spec.layout(half)[1]
 
     def _pieces(self, half: str, shape: Any) -> list[Piece]:
         return split(int(shape[0]), self._latents(half, shape))
@@ -381,7 +386,8 @@ def open_tensorrt(engine: Engine, options: BackendOptions) -> TensorRTBackend:
     # First of all, as importing PyTorch takes seconds that "auto" should not spend in vain.
     if not build_folders(engine):
         raise BackendUnavailableError(
-            f"{engine.folder}: no TensorRT engine; run: {engine.export_command('--tensorrt', 'auto')}"
+            f"{engine.folder}: no TensorRT engine, which needs an NVIDIA GPU to run; where there is one, and TensorRT, "
+            f"run: {engine.export_command('--tensorrt', 'auto')}"
         )
     gpu = Gpu(options.device_id)
     modules = installed_flavours()
