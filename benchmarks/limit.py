@@ -23,6 +23,7 @@ import onnx
 from common import finish, interleaved, machine, open_session, question, summary
 from onnx import TensorProto, helper, numpy_helper
 
+from samekit._options import MOST_THREADS
 from samekit.spec import DECODER, ENCODER, INPUT_NAMES
 from samekit.store import Engine
 from samekit_export.verify import example_input
@@ -120,7 +121,7 @@ def breakdown(events: Iterable[dict[str, Any]]) -> dict[str, float]:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--latents", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--precision", default="fp32", show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="[default: all cores]")
+@click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="[default: all cores]")
 def main(folder: Path, latents: int, precision: str, threads: int | None) -> None:
     """Print the fraction and the breakdown for both halves of one engine FOLDER; the last line is JSON."""
     threads = threads or machine()["cores"]

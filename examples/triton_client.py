@@ -17,7 +17,8 @@ import tritonclient.grpc as triton
 
 from samekit import AutoencoderModel
 from samekit.backends.base import Backend
-from samekit.errors import BackendError, SamekitError
+from samekit.cli import Command
+from samekit.errors import BackendError
 from samekit.spec import ENCODER, INPUT_NAMES, EngineSpec, other
 from samekit.triton import facts_of, model_name
 
@@ -75,7 +76,7 @@ class TritonBackend(Backend):
         self._client.close()
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("task", type=click.Choice(["encode", "decode"]))
 @click.argument("source", type=click.Path())
 @click.argument("target", type=click.Path())
@@ -83,11 +84,8 @@ class TritonBackend(Backend):
 @click.option("--url", default="localhost:8001", show_default=True, help="HOST:PORT of the server's gRPC service.")
 def main(task: str, source: str, target: str, model: str, url: str) -> None:
     """Encode audio SOURCE to latents TARGET, or decode them."""
-    try:
-        with AutoencoderModel(TritonBackend(url, model)) as opened:
-            (opened.encode_file if task == "encode" else opened.decode_file)(source, target)
-    except SamekitError as error:
-        raise click.ClickException(str(error)) from None
+    with AutoencoderModel(TritonBackend(url, model)) as opened:
+        (opened.encode_file if task == "encode" else opened.decode_file)(source, target)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +156,49 @@ def test_info(engine):
     (graphs,) = [line for line in text.splitlines() if line.lstrip().startswith("fp32")]
     worst = float(graphs.split("at least ")[1].split(" dB")[0])
     assert worst >= 100
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("state", ["full", "closed"])
+def test_streams_that_take_nothing(engine, song, tmp_path, stream, state):
+    """The work is done all the same."""
+    number = 1 if stream == "stdout" else 2
+    redirection = f"{number}>/dev/full" if state == "full" else f"{number}>&-"
+    program = Path(sys.executable).with_name("samekit")
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.copyfile(song, data / "song.wav")
+    (data / "song.txt").write_text("caption")
+    options = f"--model {engine} --backend onnxruntime --threads 1"
+    commands = (
+        f"encode {song} {tmp_path}/a.npy {options}",
+        f"pre-encode {options} --data_dir {data} --output_path {tmp_path}/out",
+        f"info {engine}",
+    )
+    for command in commands:
+        line = f"{program} {command} {redirection}"
+        done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
+    assert (tmp_path / "a.json").exists()
+    assert (tmp_path / "out" / "000000000000.json").exists()
+
+
+def test_stop_that_a_library_swallows(monkeypatch):
+    """And turns into an error of its own, as PyTorch's exporter does."""
+
+    def export(*_arguments, **_options):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            raise RuntimeError("export failed") from None
+
+    monkeypatch.setattr("samekit_export.export.export", export)
+    result = run("export", "tiny-s", "--weights", "random")
+    assert result.exit_code == 143
+    assert result.stderr.splitlines()[-1] == "stopped; run the same command again"
+    assert "Traceback" not in result.stderr
 
 
 def test_verify(engine):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -23,7 +24,7 @@ from click.testing import CliRunner
 from faults import KILLED, contents
 from helpers import HOP, KINDS, RATE, FakeBackend, assert_close, assert_one_line, noise
 
-from samekit import AutoencoderModel
+from samekit import AutoencoderModel, clips
 from samekit.audio import PreparedReader
 from samekit.cli import main
 from samekit.dataset import PreEncodeOptions, pre_encode
@@ -575,6 +576,64 @@ def test_files_of_unknown_origin_are_refused(data, out, name):
         run(data, out)
     assert_one_line(error.value)
     assert (out / name).read_text() == "mine"
+
+
+def test_data_that_is_away_for_a_while_costs_no_latents(data, out):
+    write_clips(data, 3)
+    run(data, out)
+    before = {name: value for name, value in contents(out).items() if name[0].isdigit()}
+    model, away = fake_model(), data.with_name("away")
+
+    def leave(half, array):
+        if data.exists():
+            data.rename(away)
+        return first_samples(half, array)
+
+    for path in data.glob("*.txt"):
+        os.utime(path, (1, 1))
+    model.autoencoder.backend.answer = leave
+    report = run(data, out, model, readers=1)
+    assert {row["status"] for row in report.bad} == {"unreadable"}
+    assert len(report.bad) >= 1
+    assert {name: value for name, value in contents(out).items() if name in before} == before
+    away.rename(data)
+    model.autoencoder.backend.answer = first_samples
+    report = run(data, out, model)
+    assert (report.statuses, report.bad) == ({"encoded": 3}, [])
+    assert report.encoded >= 1
+    assert verify(out) == []
+
+
+def test_caption_that_cannot_be_read_now_is_tried_again(data, out):
+    write_clips(data, 1)
+    caption = data / "clip00000.txt"
+    model = fake_model()
+    text = caption.read_bytes()
+    caption.unlink()
+    caption.write_bytes(b"a" * (2**20 + 1))
+    report = run(data, out, model)
+    assert report.statuses == {"unreadable": 1}
+    assert "more than 1048576 bytes" in report.bad[0]["reason"]
+    caption.write_bytes(text)
+    assert run(data, out, model).statuses == {"encoded": 1}
+
+
+def test_deep_folders_and_links_in_circles(data, out):
+    write_clips(data / "a", 1)
+    with contextlib.chdir(data):
+        for _ in range(1100):
+            os.mkdir("d")  # noqa: PTH102 as short as the next
+            os.chdir("d")
+    for index in range(10):
+        folder = data / f"l{index}"
+        folder.mkdir()
+        for other in range(10):
+            (folder / f"to{other}").symlink_to(data / f"l{other}")
+    (data / "0 to a").symlink_to(data / "a")
+    assert [source.relpath for source in clips.find_sources([data])] == ["a/clip00000.wav"]
+    assert run(data, out).encoded == 1
+    # Python's own way of removing them is too deep.
+    subprocess.run(["rm", "-r", data / "d"], check=True)
 
 
 def test_other_files_are_left_alone(data, out):

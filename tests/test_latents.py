@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import tracemalloc
 from contextlib import contextmanager
@@ -306,3 +307,14 @@ def test_damaged_json(tmp_path, content):
     write(path, latents_of(3))
     path.with_suffix(".json").write_bytes(content)
     assert_refused(path, r"song\.json: ")
+
+
+def test_header_that_claims_gigabytes(tmp_path):
+    path = tmp_path / "a.npy"
+    path.write_bytes(np.lib.format.magic(2, 0) + (3 * 10**9).to_bytes(4, "little") + b"{")
+    os.truncate(path, 4 * 10**9)
+    tracemalloc.start()
+    assert_refused(path, "is no .npy file, or a damaged one")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20

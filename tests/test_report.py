@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import soundfile as sf
 from click.testing import CliRunner
-from helpers import HOP, RATE, noise
+from helpers import HOP, RATE, assert_one_line, noise
 
 from samekit.backends import BACKENDS
 from samekit.cli import main
-from samekit.errors import OutputError
+from samekit.errors import InputError, OutputError
 from samekit_export.report import COLUMNS, measure, page_of, write_report
 
 FILE_NAME = 'a "song" <b> & more.wav'
@@ -97,6 +97,15 @@ def test_terminal_and_page_show_the_same(measured, page):
 def test_slow_speeds_have_a_decimal(measured, speed, shown):
     row = dataclasses.replace(measured.rows[0], encode_speed=speed, decode_speed=1)
     assert row.cells()[-2:] == (f"{shown} x real time", "1.0 x real time")
+
+
+@pytest.mark.parametrize("name", ["song.wav", "page"])
+def test_no_audio_is_overwritten_by_a_page(bundled_engine, tmp_path, name):
+    (tmp_path / name).write_bytes(b"mine")
+    with pytest.raises(InputError, match=r"choose a name that ends in \.html") as caught:
+        write_report(tmp_path / name, bundled_engine, tmp_path / name)
+    assert_one_line(caught.value)
+    assert (tmp_path / name).read_bytes() == b"mine"
 
 
 def test_page_is_one_file(page):

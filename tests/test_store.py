@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from helpers import HALVES, REMOVED, assert_one_line, edit
 
-from samekit.errors import BackendUnavailableError, EngineError, EngineNotFoundError
+from samekit.errors import BackendUnavailableError, EngineError, EngineNotFoundError, InputError
 from samekit.spec import DECODER, ENCODER, EngineSpec
 from samekit.store import Engine, describe_graph, find_engine
 
@@ -61,6 +63,33 @@ def test_not_found(name):
     cure = "check the path" if name in ("no/where", "here") else f"run: samekit export {name}"
     with pytest.raises(EngineNotFoundError, match=f"; {cure}$") as caught:
         find_engine(name)
+    assert_one_line(caught.value)
+
+
+@pytest.mark.parametrize("cache", [None, "~nobody-of-this-name/x"])
+def test_user_without_a_home(spec_text, monkeypatch, cache):
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", mock.Mock(side_effect=KeyError))
+    if cache:
+        monkeypatch.setenv("SAMEKIT_CACHE", cache)
+    folder = put(Path("engines", "my-model"), spec_text)
+    assert find_engine("my-model").folder == folder
+    with pytest.raises(EngineNotFoundError):
+        find_engine("other")
+
+
+@pytest.mark.parametrize("name", [None, 7, b"same-s", ["same-s"]], ids=repr)
+def test_what_is_no_path(name):
+    with pytest.raises(InputError, match=r"pass a str or a pathlib\.Path") as caught:
+        find_engine(name)
+    assert_one_line(caught.value)
+
+
+def test_document_that_claims_gigabytes(spec_text):
+    folder = put(Path("engines", "large"), spec_text)
+    os.truncate(folder / "spec.json", 2**33)
+    with pytest.raises(EngineError, match="has more than 67108864 bytes") as caught:
+        find_engine("large")
     assert_one_line(caught.value)
 
 

@@ -271,7 +271,7 @@ def write_report(
     """Measure and write the page to `path`; the other arguments are those of `measure`.
 
     Raises:
-        InputError: the packages for it are missing.
+        InputError: the packages for it are missing, or `path` has another suffix than a page.
         OutputError: it cannot be written.
     """
     try:
@@ -281,6 +281,8 @@ def write_report(
         raise InputError(
             f"a report needs packages that are missing ({error}); run: pip install 'samekit[cpu,export,report]'"
         ) from None
+    if Path(path).suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"{path}: a page is HTML; choose a name that ends in .html")
     # Opened first: who cannot write need not measure.
     with atomic_path(path) as temporary:
         measured = measure(audio, engine, seconds=seconds, threads=threads, report=report)

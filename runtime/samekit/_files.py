@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 # File names end at 255 bytes on common file systems; the process id and the rest take fewer than 55.
 _NAME_BYTES: Final = 200
+# More than any document that is read at once has: configurations, facts, metadata.
+_DOCUMENT_BYTES: Final = 2**26
 # Of Linux's renameat2: paths are taken as they are, and both names are swapped.
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
@@ -207,14 +209,21 @@ def regular_file(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def read_regular(path: Path) -> bytes:
+def read_regular(path: Path, most: int = _DOCUMENT_BYTES) -> bytes:
     """What a regular file holds.
 
+    Args:
+        path: the file.
+        most: bytes that it may have; a file may claim any size and hold nothing.
+
     Raises:
-        OSError: it cannot be opened, or is none.
+        OSError: it cannot be opened, is none, or is larger.
     """
     with regular_file(path) as file:
-        return file.read()
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise OSError(errno.EFBIG, f"it has more than {most} bytes")
+        return file.read(size)
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
@@ -235,6 +244,8 @@ def named(path: str | os.PathLike[str]) -> Path:
     Raises:
         InputError: it holds a zero byte, or a character that is none.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"{path!r} is no path; pass a str or a pathlib.Path")
     try:
         possible = b"\0" not in os.fsencode(path)
     except UnicodeEncodeError:

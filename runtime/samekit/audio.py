@@ -617,7 +617,9 @@ class _PolyphaseFilter:
         blocks, taps, size = self.weights.shape
         channels, periods = span.shape[0], self.starts.shape[1]
         windows = sliding_window_view(span, taps, axis=1).swapaxes(0, 1)[self.starts]
-        products = windows.reshape(blocks, periods * channels, taps) @ self.weights
+        # Samples beyond float32 become infinite, which is told further on.
+        with np.errstate(over="ignore", invalid="ignore"):
+            products = windows.reshape(blocks, periods * channels, taps) @ self.weights
         ordered = products.reshape(blocks, periods, channels, size).transpose(2, 1, 0, 3)
         kept = ordered.reshape(channels, periods, blocks * size)[:, :, : self.outputs]
         return kept.reshape(channels, periods * self.outputs)

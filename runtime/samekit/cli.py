@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -37,8 +38,13 @@ def _printable(text: str) -> str:
 
 
 def _say(text: str, *, err: bool = False) -> None:
-    """Print one line."""
-    click.echo(_printable(text), err=err)
+    """Print one line, if there is somebody to read it; work goes on where there is nobody or no room."""
+    try:
+        click.echo(_printable(text), err=err)
+    except OSError:
+        stream = sys.stderr if err else sys.stdout
+        # What waits in its buffer would be tried again when the program ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _PrintableFormatter(logging.Formatter):
@@ -57,14 +63,22 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run it."""
-        try:
-            with _sigterm_raises():
+        with _stops() as came:
+            try:
                 return super().invoke(ctx)
-        except SamekitError as error:
-            raise _Failure(_printable(str(error))) from None
-        except KeyboardInterrupt as stop:
-            _say(ctx.meta.get(_STOPPED, "stopped; run the same command again"), err=True)
-            sys.exit(128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT))
+            except SamekitError as error:
+                if not came:
+                    raise _Failure(_printable(str(error))) from None
+            except KeyboardInterrupt:
+                # From a library, or a thread that could not ask for signals.
+                if not came:
+                    came.append(signal.SIGINT)
+            # Some libraries turn a stop into errors of their own.
+            except Exception:
+                if not came:
+                    raise
+        _say(ctx.meta.get(_STOPPED, "stopped; run the same command again"), err=True)
+        sys.exit(128 + came[0])
 
 
 class _Group(Command, click.Group):
@@ -75,30 +89,31 @@ class _Failure(click.ClickException):
     exit_code = 2
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, with which batch systems and containers stop a process."""
-
-
 # Key of what a context has to say when its command is stopped.
 _STOPPED = "samekit.stopped"
 
 
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Let SIGTERM raise `_Terminated` where it would end the process at once; no other thread can ask for that."""
+def _stops() -> Iterator[list[signal.Signals]]:
+    """Yield the signals that came to stop the program; each raises KeyboardInterrupt, where it would end it at once."""
+    came: list[signal.Signals] = []
 
-    def stop(*_: object) -> None:
-        raise _Terminated
+    def stop(number: int, _frame: object) -> None:
+        came.append(signal.Signals(number))
+        raise KeyboardInterrupt
 
-    ends_the_process = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if not ends_the_process or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ours = [number for number, handler in before.items() if handler in (signal.SIG_DFL, signal.default_int_handler)]
+    # No other thread can ask for that.
+    if threading.current_thread() is not threading.main_thread():
+        ours = []
+    for number in ours:
+        signal.signal(number, stop)
     try:
-        yield
+        yield came
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in ours:
+            signal.signal(number, before[number])
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -144,10 +159,9 @@ def _open(model: str, **options: Any) -> AutoencoderModel:
 @_model_options
 def encode(audio: Path, latents: Path, **options: Any) -> None:
     """Encode an AUDIO file to a LATENTS.npy file and a .json beside it."""
-    from tqdm import tqdm  # noqa: PLC0415
-
     from samekit.audio import AudioReader  # noqa: PLC0415
     from samekit.latents import require_replaceable  # noqa: PLC0415
+    from samekit.progress import bar  # noqa: PLC0415
 
     # Before a model is opened, which may be downloaded.
     with AudioReader(audio) as reader:
@@ -155,8 +169,8 @@ def encode(audio: Path, latents: Path, **options: Any) -> None:
     require_replaceable(latents)
     for name in (latents.name, f"{latents.stem}.json"):
         remove_abandoned(latents.parent, name)
-    with _open(**options) as model, tqdm(total=frames, unit="frame", unit_scale=True, disable=None) as bar:
-        done = model.encode_file(audio, latents, bar.update)
+    with _open(**options) as model, bar(total=frames, unit="frame", unit_scale=True) as shown:
+        done = model.encode_file(audio, latents, shown.update)
     _say(
         f"{latents}: {done['latents']} latents of {model.latent_dim} from {done['samples'] / done['sample_rate']:.2f} s"
     )
@@ -170,18 +184,17 @@ def encode(audio: Path, latents: Path, **options: Any) -> None:
 @_model_options
 def decode(latents: Path, audio: Path, bits: str, clip: bool, **options: Any) -> None:
     """Decode a LATENTS.npy file to an AUDIO file, .wav or .flac."""
-    from tqdm import tqdm  # noqa: PLC0415
-
     from samekit.audio import format_of  # noqa: PLC0415
     from samekit.latents import LatentsReader  # noqa: PLC0415
+    from samekit.progress import bar  # noqa: PLC0415
 
     # Before a model is opened, which may be downloaded.
     total = LatentsReader(latents).latents
     subtype = "FLOAT" if bits == "float" else f"PCM_{bits}"
     format_of(audio, subtype)
     remove_abandoned(audio.parent, audio.name)
-    with _open(**options) as model, tqdm(total=total, unit="latent", disable=None) as bar:
-        samples = model.decode_file(latents, audio, subtype, clip, bar.update)
+    with _open(**options) as model, bar(total=total, unit="latent") as shown:
+        samples = model.decode_file(latents, audio, subtype, clip, shown.update)
     _say(f"{audio}: {samples / model.sample_rate:.2f} s at {model.sample_rate} Hz")
 
 

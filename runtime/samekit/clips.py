@@ -8,15 +8,17 @@ from __future__ import annotations
 import math
 import os
 import random
+from collections import deque
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import soundfile as sf
 
-from samekit._files import named, stamp
+from samekit._files import named, read_regular, regular_file, stamp
 from samekit.audio import AudioReader, PreparedReader, resampled_length
 from samekit.errors import AudioFileError, InputError, SamekitError
 from samekit.spec import ENCODER
@@ -34,6 +36,8 @@ SUFFIXES: Final = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff")
 """Files that are taken for audio."""
 SILENCE_DB: Final = -60
 """A clip whose loudest sample lies below this, relative to full scale, is silent."""
+# Far more than a model reads; a larger file is something else.
+_MOST_CAPTION_BYTES: Final = 2**20
 _SILENCE_PEAK: Final = 10 ** (SILENCE_DB / 20)
 
 
@@ -62,7 +66,7 @@ class Source:
 def find_sources(folders: Sequence[str | os.PathLike[str]]) -> list[Source]:
     """Every audio file below some folders, sorted by relpath.
 
-    Hidden files and folders are passed over, links to folders are followed.
+    Hidden files and folders are passed over. Links to folders are followed, but no folder is entered twice.
 
     Raises:
         InputError: a folder cannot be listed, two files have the same relpath, or there is no audio.
@@ -70,7 +74,7 @@ def find_sources(folders: Sequence[str | os.PathLike[str]]) -> list[Source]:
     sources: dict[str, Source] = {}
     for folder in folders:
         named(folder)
-        for source in _walk(os.fspath(folder), "", ()):
+        for source in _walk(os.fspath(folder)):
             if source.relpath in sources:
                 twice = f"{sources[source.relpath].path} and {source.path}"
                 raise InputError(f"{twice} have one name below their folders; rename one, or encode them apart")
@@ -105,25 +109,26 @@ def _listing_errors(folder: str) -> Iterator[None]:
         raise InputError(f"{folder}: cannot be listed ({error.strerror}); {cure}") from None
 
 
-def _walk(folder: str, below: str, above: tuple[tuple[int, int], ...]) -> Iterator[Source]:
-    """The audio files in a folder, which lies at `below` in its data folder, and in those within.
-
-    `above` identifies the folders that lead there, so that links cannot loop.
-    """
-    with _listing_errors(folder):
-        status = Path(folder).stat()
-        entries = {entry.name: entry for entry in os.scandir(folder)}
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:
-        return
-    for name, entry in entries.items():
-        if name.startswith("."):
+def _walk(top: str) -> Iterator[Source]:
+    """The audio files below a folder; those in folders that links lead to as well come where they lie themselves."""
+    folders, links, seen = [(top, "")], deque[tuple[str, str]](), set()
+    while folders or links:
+        folder, below = folders.pop() if folders else links.popleft()
+        with _listing_errors(folder):
+            status = Path(folder).stat()
+            entries = {entry.name: entry for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)}
+        identity = (status.st_dev, status.st_ino)
+        if identity in seen:
             continue
-        if _is_folder(entry):
-            yield from _walk(entry.path, str(Path(below, name)), (*above, identity))
-        elif Path(name).suffix.lower() in SUFFIXES:
-            caption = entries.get(str(Path(name).with_suffix(".txt")))
-            yield Source(entry.path, str(Path(below, name)), stamp(entry), stamp(caption) if caption else None)
+        seen.add(identity)
+        for name, entry in entries.items():
+            if name.startswith("."):
+                continue
+            if _is_folder(entry):
+                (links if entry.is_symlink() else folders).append((entry.path, str(Path(below, name))))
+            elif Path(name).suffix.lower() in SUFFIXES:
+                caption = entries.get(str(Path(name).with_suffix(".txt")))
+                yield Source(entry.path, str(Path(below, name)), stamp(entry), stamp(caption) if caption else None)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -139,15 +144,17 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 class BadClipError(Exception):
     """A clip that is not encoded; becomes a row with a status and a reason."""
 
-    def __init__(self, status: Status, reason: str) -> None:
+    def __init__(self, status: Status, reason: str, *, passing: bool = False) -> None:
         super().__init__(reason)
         self.status: Status = status
         """Which kind of bad, see `manifest.Status`."""
         self.reason = " ".join(reason.split())
         """Cause and cure, in one line."""
+        self.passing = passing
+        """Whether its files cannot even be opened now, which says nothing of what is in them."""
 
-    def __reduce__(self) -> tuple[type[BadClipError], tuple[Status, str]]:
-        return type(self), (self.status, self.reason)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), passing=self.passing), (self.status, self.reason)
 
 
 @dataclass(frozen=True)
@@ -271,8 +278,9 @@ class ClipReader:
         try:
             yield from self._windows(prompt)
         except (SamekitError, OSError) as error:
+            reason = str(error) if self._source.path in str(error) else f"{self._source.path}: {error}"
             status: Status = "empty" if self._is_empty() else "unreadable"
-            raise BadClipError(status, str(error)) from error
+            raise BadClipError(status, reason, passing=not _opens(Path(self._source.path))) from error
 
     def _caption(self) -> str:
         """The text beside the audio."""
@@ -280,8 +288,11 @@ class ClipReader:
         if self._source.caption is None:
             raise BadClipError("no_caption", f"{path}: does not exist; write the caption there")
         try:
-            prompt = path.read_text(encoding="utf-8-sig").strip()
-        except (OSError, UnicodeDecodeError) as error:
+            prompt = read_regular(path, _MOST_CAPTION_BYTES).decode("utf-8-sig").strip()
+        except OSError as error:
+            reason = f"{path}: cannot be read ({error.strerror}); check its permissions and size"
+            raise BadClipError("unreadable", reason, passing=not _opens(path)) from error
+        except UnicodeDecodeError as error:
             raise BadClipError("no_caption", f"{path}: cannot be read as UTF-8 ({error}); write it again") from error
         if not prompt:
             raise BadClipError("no_caption", f"{path}: is empty; write the caption there")
@@ -357,6 +368,13 @@ class ClipReader:
             size, _ = self._source.audio
             return size == 0 or sf.info(os.fsencode(self._source.path)).frames == 0
         return False
+
+
+def _opens(path: Path) -> bool:
+    """Whether a file is there and can be opened."""
+    with suppress(OSError), regular_file(path):
+        return True
+    return False
 
 
 def _is_silent(block: Array) -> bool:

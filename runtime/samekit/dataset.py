@@ -137,7 +137,7 @@ class PreEncodeReport:
     statuses: dict[str, int]
     """How many clips have which status, whichever run found that."""
     bad: list[dict[str, Any]]
-    """number, relpath, status and reason of each clip that has no latents."""
+    """number, relpath, status and reason of each clip that has no latents, or none of how its files are now."""
     gone: int
     """Clips that were encoded once and are no longer in the dataset; their latents stay."""
     audio_seconds: float
@@ -261,6 +261,8 @@ class _Run:
             seed=options.seed,
         )
         self._files = output.names()
+        # Clips whose earlier latents stay, as they would be recorded.
+        self._kept: list[Row] = []
         self._digests: dict[str, str] = {}
         self._start = time.perf_counter()
         self._state = Progress(0, 0, 0, 0.0, 0.0)
@@ -367,7 +369,8 @@ class _Run:
         """Record an outcome."""
         source, clip, bad = outcome.task.source, outcome.clip, outcome.bad
         old = self._manifest.rows[source.relpath]
-        if bad:
+        kept = bad is not None and bad.passing and old.status == "encoded" and self._files.issuperset(old.files)
+        if bad and not kept:
             self._remove_pair(old)
         seconds = clip.kept / self._rules.spec.sample_rate if clip else 0.0
         sha256, caption_sha256 = self._digests_of(source) if self._options.checksum else (None, None)
@@ -383,7 +386,11 @@ class _Run:
             latents=clip.extent.latents if clip else 0,
             seconds=seconds,
         )
-        self._manifest.record(row)
+        if kept:
+            # A disk that is away for a while costs no latents; the next run tries again.
+            self._kept.append(row)
+        else:
+            self._manifest.record(row)
         self._output.remember()
         state = self._state
         self._state = dataclasses.replace(
@@ -404,7 +411,7 @@ class _Run:
     def report(self, sources: dict[str, Source]) -> PreEncodeReport:
         """What was done; the run is over."""
         rows = [self._manifest.rows[relpath] for relpath in sources]
-        bad = sorted((row for row in rows if row.status != "encoded"), key=lambda row: row.number)
+        bad = sorted([*(row for row in rows if row.status != "encoded"), *self._kept], key=lambda row: row.number)
         state = self._state
         return PreEncodeReport(
             folder=str(self._output),

@@ -37,6 +37,8 @@ _DTYPES: Final[dict[str, np.dtype[np.floating[Any]]]] = {
 }
 # Size of every header written here: it holds any shape, and is a multiple of 64 as the format asks.
 _HEADER_BYTES: Final = 128
+# NumPy's own limit.
+_MOST_HEADER_BYTES: Final = 10_000
 # Values that are checked at a time, to keep memory flat.
 _CHECKED_VALUES: Final = 2**20
 # What NumPy raises for damaged headers, found by damaging many.
@@ -304,6 +306,11 @@ def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(file)
     if version == (2, 0):
+        # NumPy reads all that the header claims to be, and judges it then.
+        claimed = int.from_bytes(file.read(4), "little")
+        if claimed > _MOST_HEADER_BYTES:
+            raise ValueError(claimed)
+        file.seek(-4, os.SEEK_CUR)
         return np.lib.format.read_array_header_2_0(file)
     # Version 3.0 names the fields of structured arrays.
     raise ValueError(version)

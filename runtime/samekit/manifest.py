@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import BinaryIO, Self
 
+# Of a manifest: ten million clips.
+_MOST_BYTES: Final = 2**32
 # Six digits, in names of files.
 _MOST_SHARDS: Final = 999_999
 # Raised when an older samekit could misread the files.
@@ -375,7 +377,7 @@ def read_manifest(path: Path) -> tuple[Settings, list[Row]]:
     """
     cure = "restore it from a copy, or encode into another folder"
     try:
-        header, *lines = read_regular(path).split(b"\n")[:-1]
+        header, *lines = read_regular(path, _MOST_BYTES).split(b"\n")[:-1]
         fields = json.loads(header)
         if fields.pop("format") != _FORMAT:
             raise InputError(f"{path}: was written by another samekit; use that one, or encode into another folder")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -33,20 +34,32 @@ class Display:
 
     def __call__(self, progress: Progress) -> None:
         """Show how far it is."""
-        if sys.stderr.isatty():
-            self._advance_bar(progress)
-        elif time.monotonic() >= self._next_line or progress.done == progress.total:
-            self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
-            print(describe(progress), file=sys.stderr, flush=True)  # noqa: T201 this is its purpose
+        # Nobody may be there to see it, and a log may be full: that stops no work.
+        with suppress(OSError):
+            if _on_terminal():
+                self._advance_bar(progress)
+            elif time.monotonic() >= self._next_line or progress.done == progress.total:
+                self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+                print(describe(progress), file=sys.stderr, flush=True)  # noqa: T201 this is its purpose
 
     def _advance_bar(self, progress: Progress) -> None:
         """Draw the bar; it counts clips, and tells the rest behind them."""
         if self._bar is None:
-            from tqdm import tqdm  # noqa: PLC0415
-
-            self._bar = tqdm(total=progress.total, unit="clip", dynamic_ncols=True)
+            self._bar = bar(total=progress.total, unit="clip", dynamic_ncols=True)
         self._bar.set_postfix_str(f"{progress.speed:.1f} s of audio/s, {progress.bad} bad", refresh=False)
         self._bar.update(progress.done - self._bar.n)
+
+
+def bar(**options: Any) -> Any:
+    """A bar of tqdm, on terminals only."""
+    from tqdm import tqdm  # noqa: PLC0415
+
+    return tqdm(disable=not _on_terminal(), **options)
+
+
+def _on_terminal() -> bool:
+    """Whether there is a standard error, and it is a terminal."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def describe(progress: Progress) -> str:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from samekit._files import named
 from samekit.errors import BackendUnavailableError, EngineError, EngineNotFoundError
 from samekit.spec import DECODER, ENCODER, RANDOM, SPEC_FILE, EngineSpec, GraphFile
 
@@ -125,11 +126,9 @@ def describe_graph(folder: Path, file: str) -> GraphFile:
 
 def engine_roots() -> Sequence[Path]:
     """Folders in which a model's name is looked up, in order."""
-    cache = os.environ.get("SAMEKIT_CACHE")
-    return (
-        Path(ENGINES_FOLDER),
-        Path(cache).expanduser() if cache else Path.home() / ".cache" / "samekit" / ENGINES_FOLDER,
-    )
+    cache = os.environ.get("SAMEKIT_CACHE") or os.path.join("~", ".cache", "samekit", ENGINES_FOLDER)  # noqa: PTH118
+    # Not Path.expanduser, which raises for users without a home.
+    return Path(ENGINES_FOLDER), Path(os.path.expanduser(cache))  # noqa: PTH111
 
 
 def find_engine(name: str | os.PathLike[str]) -> Engine:
@@ -143,7 +142,7 @@ def find_engine(name: str | os.PathLike[str]) -> Engine:
         EngineNotFoundError: there is none.
         EngineError: there is one, but it is not whole; or the folder holds engine folders, and is none.
     """
-    candidates = [Path(name), *(root / name for root in engine_roots())]
+    candidates = [named(name), *(root / name for root in engine_roots())]
     for folder in candidates:
         if _found(folder, SPEC_FILE):
             return Engine.load(folder)
