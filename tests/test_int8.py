@@ -496,7 +496,10 @@ def test_probe_of_the_processor():
 @pytest.mark.parametrize(("total", "saturates"), [(4 * 255 * 127, False), (2 * 32_767, True)])
 def test_saturation_is_seen(total, saturates):
     session = mock.Mock(**{"run.return_value": [np.array([[total]], np.int32)]})
-    assert ort.int8_saturates(mock.Mock(**{"InferenceSession.return_value": session})) == saturates
+    runtime = mock.Mock(**{"InferenceSession.return_value": session})
+    assert ort.int8_saturates(runtime) == saturates
+    # The first session of a process decides for its threads.
+    runtime.SessionOptions().add_session_config_entry.assert_called_once_with("session.set_denormal_as_zero", "1")
 
 
 def test_command_line(int8_of, tmp_path):

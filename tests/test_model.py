@@ -15,6 +15,7 @@ from helpers import (
     assert_close,
     each_half,
     in_one_pass,
+    noise,
     run_half,
     seeded,
     smallest_window,
@@ -28,7 +29,7 @@ from samekit.errors import CheckpointError
 from samekit.spec import DECODER, ENCODER
 from samekit.streaming import HalfRunner, WindowedRun
 from samekit_export.export import spec_of
-from samekit_export.graph import GraphDecoder, GraphEncoder
+from samekit_export.graph import GraphDecoder, GraphEncoder, out_of_sight
 from samekit_export.model import Same, band_mask
 from samekit_export.verify import example_input, snr_db
 
@@ -290,6 +291,22 @@ def test_alpha_of_zero_cannot_be_folded(norm, half):
     )
     with pytest.raises(CheckpointError, match=r"alpha is \(nearly\) zero"):
         graph_half(Same.from_checkpoint(checkpoint), half)
+
+
+def test_hidden_keys_weigh_nothing_and_are_not_subnormal():
+    """Also where every key in sight has the least score that there is, and the hidden one the largest."""
+    model = Same.from_checkpoint(seeded("tiny-l"))
+    for trunk in (model.encoder_parts[0], model.decoder_parts[1]):
+        hides = np.float32(out_of_sight(trunk))
+        features = noise((2, 10_000, trunk.config.width), level=5)
+        for block in trunk.blocks:
+            q, k = (
+                in_one_pass(norm, rows.reshape(10_000, -1, trunk.config.head_width))
+                for norm, rows in zip((block.self_attn.q_norm, block.self_attn.k_norm), features, strict=True)
+            )
+            scores = (q * k).sum(axis=-1) * trunk.config.head_width**-0.5
+            assert np.exp(scores.max() + hides) < np.exp(scores.min()) * np.finfo(np.float32).eps / 34
+            assert np.exp(scores.min() + hides - scores.max()) > np.finfo(np.float32).tiny
 
 
 @pytest.mark.parametrize("name", KINDS)

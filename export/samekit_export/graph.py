@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from samekit_export.checkpoint import SameConfig, TrunkConfig
     from samekit_export.model import Block, DynamicTanh, Same, Trunk
 
-OUT_OF_SIGHT = -1e4
-"""Added to the score of a key out of sight: its exponential is zero in float32 and float16, and it fits both."""
+INVISIBLE = 25.0
+"""A key whose score lies this far below every one in sight has a weight of e^-25: nothing in float32."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class Grid:
         self.key_groups = (beside.clamp(0, self.groups - 1) + first).reshape(-1)
         key_group = group[:, None] + layout.key_offsets
         inside = (key_group >= 0) & (key_group < self.groups)
-        self.mask = torch.where(inside, 0.0, OUT_OF_SIGHT)[:, None, None] + layout.band
+        self.mask = torch.minimum(torch.where(inside, 0.0, layout.out_of_sight)[:, None, None], layout.band)
 
     def keys(self, rows: Tensor) -> Tensor:
         """The rows that each group's queries meet: `[keys * groups, width]`."""
@@ -211,6 +211,7 @@ class Layout(nn.Module):
     Args:
         config: of the trunk.
         first_read: which of a latent's tokens is the first that is read after the last block; all that follow are.
+        out_of_sight: added to the score of a key that is not to be seen.
     """
 
     key_positions: Tensor
@@ -223,9 +224,10 @@ class Layout(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: TrunkConfig, first_read: int) -> None:
+    def __init__(self, config: TrunkConfig, first_read: int, out_of_sight: float) -> None:
         super().__init__()
         span = config.span
+        self.out_of_sight = out_of_sight
         self.neighbours = span.latents if isinstance(span, BandSpan) else 0
         self.latents = 1 if isinstance(span, BandSpan) else span.latents
         self.tokens = self.latents * config.latent_tokens
@@ -250,9 +252,24 @@ class Layout(nn.Module):
             "key_offsets": key_offsets,
         }.items():
             self.register_buffer(name, torch.as_tensor(value))
-        self.register_buffer("band", torch.as_tensor(np.where(distance <= reach, 0, OUT_OF_SIGHT)).float())
+        self.register_buffer("band", torch.as_tensor(np.where(distance <= reach, 0, out_of_sight)).float())
         self.register_buffer("cos", torch.as_tensor(np.cos(angles)).float())
         self.register_buffer("sin", torch.as_tensor(np.sin(angles)).float())
+
+
+def out_of_sight(trunk: Trunk) -> float:
+    """What hides a key, added to its score: no more than it takes, as its exponential should not be subnormal.
+
+    Processors take a hundred cycles for a subnormal number. A score is at most the product of the lengths of query and
+    key, and a feature of either, a tanh with gamma and beta, is at most the sum of both; rotation keeps lengths.
+    """
+
+    def length(norm: DynamicTanh) -> float:
+        return float((norm.gamma.double().abs() + norm.beta.double().abs()).norm())
+
+    attentions = [block.self_attn for block in trunk.blocks]
+    largest = max(length(a.q_norm) * length(a.k_norm) for a in attentions) * trunk.config.head_width**-0.5
+    return -(2 * largest + INVISIBLE)
 
 
 class GraphBlock(nn.Module):
@@ -390,7 +407,7 @@ class GraphTrunk(nn.Module):
         super().__init__()
         config = trunk.config
         self.islands = islands
-        self.layout = Layout(config, first_read)
+        self.layout = Layout(config, first_read, out_of_sight(trunk))
         self.shift_at = config.depth // 2 if getattr(config.span, "shifted", False) else None
         alphas = [float(block.pre_norm.alpha) for block in trunk.blocks] + [1.0]
         for i, block in enumerate(trunk.blocks):

@@ -240,7 +240,8 @@ def session_options(runtime: Any, threads: int, precision: str) -> Any:
     """What every session is opened with, `runtime` being ONNX Runtime."""
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Subnormal products cost hundreds of cycles each and nothing that fp32 can show.
+    # Subnormal products cost hundreds of cycles each and nothing that fp32 can show. The first session of a process
+    # decides for the thread that opens it and those that this one starts, so every session asks for it.
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     if precision == "int8" and int8_saturates(runtime):
         # Exact products of unsigned weights, at half the speed.
@@ -251,7 +252,8 @@ def session_options(runtime: Any, threads: int, precision: str) -> Any:
 @functools.cache
 def int8_saturates(runtime: Any) -> bool:
     """Whether ONNX Runtime adds pairs of int8 products in 16 bits, which do not hold them: on x86 without VNNI."""
-    session = runtime.InferenceSession(_PROBE, providers=[CPU_PROVIDER])
+    options = session_options(runtime, 1, "fp32")
+    session = runtime.InferenceSession(_PROBE, options, providers=[CPU_PROVIDER])
     (total,) = session.run(None, {"x": np.full((1, 4), 255, np.uint8)})
     return int(total.item()) != 4 * 255 * 127
 
