@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -478,6 +479,28 @@ def test_another_precision_beside_it_is_no_change(own_engine, caplog):
     with open_backend(own_engine.folder, "onnxruntime", BackendOptions(device="cpu", threads=THREADS)) as backend:
         three_calls(backend, between)
     assert "not packed" not in caplog.text
+
+
+def test_weights_are_not_held_twice_while_they_are_packed(engine_of, monkeypatch):
+    """The mapped session is gone before the packed one opens."""
+    still_there = []
+    options = BackendOptions(device="cpu", threads=THREADS)
+    with open_backend(engine_of("tiny-s").folder, "onnxruntime", options) as backend:
+        open_session = backend._open
+
+        def opened(graph, half, *, packed):
+            if packed:
+                still_there.append(mapped() is not None)
+            return open_session(graph, half, packed=packed)
+
+        def between():
+            nonlocal mapped
+            mapped = weakref.ref(backend._sessions[ENCODER])
+            monkeypatch.setattr(backend, "_open", opened)
+
+        mapped = None
+        three_calls(backend, between)
+    assert still_there == [False]
 
 
 def test_pytorch_without_memory(engine_of, monkeypatch):

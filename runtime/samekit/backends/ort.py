@@ -155,8 +155,8 @@ class OnnxRuntimeBackend(Backend):
             # Once more, so that no session outlives a `close` in another thread.
             self._check_open()
             calls = self._calls[half] = self._calls.get(half, 0) + 1
-            opened = self._sessions.get(half)
-            if opened is None:
+            # No name may hold a session here: `_pack` frees the old one before it opens the new one.
+            if half not in self._sessions:
                 packed = calls > MAPPED_CALLS or self.device != "cpu"
                 self._sessions[half] = self._open(self._graph(half), half, packed=packed)
             elif calls == MAPPED_CALLS + 1 and self.device == "cpu":
