@@ -13,17 +13,22 @@ PRECISION ?= fp32
 TENSORRT ?= auto
 OUT ?= engines
 COMMA := ,
+# Lengths that `make bench` measures, by commas.
+LATENTS ?= 32,128
+# Where an export of MODEL lies: folders keep their name, repositories of the hub are written small.
+NAME = $(notdir $(patsubst %/,%,$(MODEL)))
+ENGINE = $(OUT)/$(if $(wildcard $(MODEL)),$(NAME),$(shell echo '$(NAME)' | tr A-Z a-z))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo export bench test test-slow lint format docs wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
-	@echo "  variables: MODEL=same-s|same-l|same-tiny|DIR  WEIGHTS=hub|random|DIR  PRECISION=fp32,...  TENSORRT=auto|rtx|off  OUT=engines  PYTHON=python3"
+	@echo "  variables: MODEL=same-s|same-l|same-tiny|DIR  WEIGHTS=hub|random|DIR  PRECISION=fp32,...  TENSORRT=auto|rtx|off  OUT=engines  LATENTS=32,128  PYTHON=python3"
 
 setup: $(READY) ## make .venv with everything in it
 
-# torch is named with its version: a plain `torch` can pull gigabytes of CUDA libraries.
+# PyPI's torch brings gigabytes of CUDA libraries on Linux; PIP_EXTRA_INDEX_URL can point at a CPU build instead.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "samekit needs Python >= 3.11; pass PYTHON=..."; exit 2; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { echo "cannot make $(VENV); on Debian and Ubuntu: apt install python3-venv"; exit 2; }
@@ -42,10 +47,13 @@ demo: $(READY) ## export same-tiny, encode and decode music with it, write demo/
 export: $(READY) ## write an engine folder: MODEL, WEIGHTS, PRECISION, TENSORRT, OUT
 	$(BIN)/samekit export $(MODEL) --weights $(WEIGHTS) --precision $(PRECISION) --tensorrt $(TENSORRT) --out $(OUT)
 
-bench: $(READY) ## measure against eager PyTorch: MODEL, WEIGHTS, PRECISION, OUT; ARGS for benchmarks/latency.py
+YARDSTICKS := --yardstick 'compiled fp32' --yardstick 'torch bf16'
+
+bench: $(READY) ## measure against eager PyTorch: MODEL, WEIGHTS, PRECISION, OUT, LATENTS; ARGS for benchmarks/latency.py
 	$(BIN)/samekit export $(MODEL) --weights $(WEIGHTS) --precision $(PRECISION) --out $(OUT)
-	$(BIN)/python benchmarks/latency.py $(OUT)/$(MODEL) --precision $(PRECISION) --plot $(OUT)/$(MODEL)-latency.png $(ARGS)
-	$(BIN)/python benchmarks/opening.py $(OUT)/$(MODEL) --precision $(firstword $(subst $(COMMA), ,$(PRECISION)))
+	$(BIN)/python benchmarks/latency.py $(ENGINE) --precision $(PRECISION) --latents $(LATENTS) $(YARDSTICKS) \
+		--plot $(ENGINE)-latency.png $(ARGS)
+	$(BIN)/python benchmarks/opening.py $(ENGINE) --precision $(firstword $(subst $(COMMA), ,$(PRECISION)))
 
 # Per cent of the lines of each package that the tests must run; without those that need a GPU, see pyproject.toml.
 COVERED := 90

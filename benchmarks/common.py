@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,15 +14,31 @@ import onnxruntime
 from samekit.backends.ort import CPU_PROVIDER, session_options
 from samekit.cli import Command
 from samekit.spec import ENCODER
+from samekit.store import Engine
 from samekit_export.measure import interleaved, machine, summary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Mapping
 
     from samekit.autoencoder import Autoencoder
 
-__all__ = ["counts", "finish", "half_of", "interleaved", "machine", "open_session", "plot_lines", "question", "summary"]
+__all__ = [
+    "child",
+    "counts",
+    "finish",
+    "half_of",
+    "interleaved",
+    "machine",
+    "open_session",
+    "plot_bars",
+    "plot_lines",
+    "plot_option",
+    "question",
+    "summary",
+]
+
+STARTED = machine()
+"""The machine before anything was measured: its load is that of others."""
 
 question = click.command(cls=Command)
 """Makes a benchmark of a function; its errors are one line each."""
@@ -31,6 +50,28 @@ def counts(context: click.Context, parameter: click.Parameter, value: str) -> li
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise click.BadParameter(f"{value!r} is no list of whole numbers from 1")
     return [int(part) for part in parts]
+
+
+def _plottable(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:  # noqa: ARG001
+    """Refused before anything is measured."""
+    if value is not None:
+        try:
+            import matplotlib as mpl  # noqa: F401
+        except ImportError:
+            raise click.UsageError("--plot needs matplotlib; run: pip install matplotlib") from None
+        if not os.access(value.parent, os.W_OK):
+            raise click.BadParameter(f"{value.parent} is no folder that can be written to")
+    return value
+
+
+plot_option = click.option(
+    "--plot",
+    "plot_path",
+    type=click.Path(path_type=Path, dir_okay=False, writable=True),
+    callback=_plottable,
+    help="Write a picture; needs matplotlib.",
+)
+"""Where a benchmark writes its picture."""
 
 
 def half_of(codec: Autoencoder, half: str) -> Callable[[Any], Any]:
@@ -49,28 +90,74 @@ def open_session(
     return onnxruntime.InferenceSession(graph, options, providers=[CPU_PROVIDER])
 
 
-def plot_lines(path: Path, points: Iterable[tuple[str, str, float, float]], x: str, y: str) -> None:
-    """Write a picture of points (panel, line, abscissa, ordinate); needs matplotlib."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise click.UsageError("--plot needs matplotlib; run: pip install matplotlib") from None
+def child(*command: str | Path) -> str:
+    """What a command prints.
 
+    Raises:
+        click.ClickException: it failed; says what it said last.
+    """
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise click.ClickException(said[-1])
+    return done.stdout
+
+
+def plot_lines(path: Path, points: Iterable[tuple[str, str, float, float]], x: str, y: str) -> None:
+    """Write a picture of points (panel, line, abscissa, ordinate)."""
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for panel, line, abscissa, ordinate in points:
         panels.setdefault(panel, {}).setdefault(line, []).append((abscissa, ordinate))
-    figure, row = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), sharey=True, squeeze=False)
-    for axes, (title, lines) in zip(row[0], panels.items(), strict=True):
-        for name, line_points in lines.items():
+
+    def draw(axes: Any, title: str) -> None:
+        for name, line_points in panels[title].items():
             axes.plot(*zip(*line_points, strict=True), marker="o", label=name)
-        axes.set(title=title, xlabel=x, xscale="log")
+        axes.set(xlabel=x, xscale="log", ylabel=y)
+        axes.set_ylim(bottom=0)
         axes.legend()
-    row[0][0].set_ylabel(y)
-    row[0][0].set_ylim(bottom=0)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+    _plot(path, panels, draw)
+
+
+def plot_bars(path: Path, panels: Mapping[str, Mapping[str, float]], x: str) -> None:
+    """Write a picture of panels, each with a bar for every name."""
+
+    def draw(axes: Any, title: str) -> None:
+        bars = axes.barh(list(panels[title]), list(panels[title].values()))
+        axes.bar_label(bars, fmt="%.3g")
+        axes.invert_yaxis()
+        axes.set(xlabel=x)
+
+    _plot(path, panels, draw)
+
+
+def _plot(path: Path, titles: Iterable[str], draw: Callable[[Any, str], None]) -> None:
+    import matplotlib.pyplot as plt
+
+    names = list(titles)
+    figure, row = plt.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False, layout="constrained")
+    for axes, title in zip(row[0], names, strict=True):
+        axes.set_title(title)
+        draw(axes, title)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def finish(question: str, results: object) -> None:
-    """The last line: everything, for machines."""
-    print(json.dumps({"benchmark": question, "machine": machine(), "results": results}))
+def finish(question: str, results: object, engine: Path | None = None) -> None:
+    """The last line: everything, for machines.
+
+    Args:
+        question: the benchmark's name.
+        results: what it measured.
+        engine: the folder that it measured, if any.
+    """
+    document: dict[str, Any] = {
+        "benchmark": question,
+        "machine": STARTED,
+        "options": click.get_current_context().params,
+    }
+    if engine is not None:
+        spec = Engine.load(engine).spec
+        facts = {"name": spec.name, "source": spec.source, "source_sha256": spec.source_sha256, "tools": spec.tools}
+        document["engine"] = facts
+    print(json.dumps(document | {"results": results}, default=str))

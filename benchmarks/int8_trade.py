@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 import torch
-from common import finish, interleaved, machine, open_session, question, summary
+from common import finish, interleaved, machine, open_session, plot_bars, plot_option, question, summary
 
 from samekit._options import MOST_THREADS
 from samekit.audio import read_audio, to_channels
@@ -97,6 +97,7 @@ def from_file(path: Path, model: Same, half: str, latents: int) -> np.ndarray[An
 @click.option("--seed", default=0, show_default=True, help="Of the weights.")
 @click.option("--runs", default=5, show_default=True, type=click.IntRange(1))
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="[default: all cores]")
+@plot_option
 def main(
     name: str,
     half: str,
@@ -106,6 +107,7 @@ def main(
     seed: int,
     runs: int,
     threads: int | None,
+    plot_path: Path | None,
 ) -> None:
     """Print the table for one half of one model; the last line is JSON."""
     threads = threads or machine()["cores"]
@@ -144,6 +146,12 @@ def main(
     print(f"\n| {name}, {half}, {latents} latents | int8 products | SNR | fastest run |\n|---|---|---|---|")
     for variant, row in rows.items():
         print(f"| {variant} | {row['int8_products']} | {row['snr_db']} dB | {row['seconds']['min']:.3f} s |")
+    if plot_path:
+        panels = {
+            "SNR in dB": {variant: row["snr_db"] for variant, row in rows.items()},
+            "seconds": {variant: row["seconds"]["min"] for variant, row in rows.items()},
+        }
+        plot_bars(plot_path, panels, x=f"{name}, {half}")
     settings = {"model": name, "half": half, "latents": latents, "seed": seed, "threads": threads}
     finish("int8_trade", {**settings, "variants": rows})
 

@@ -10,12 +10,13 @@ graphs in float32 and so flatters. The yardstick is eager PyTorch in float32. We
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 import numpy as np
 import torch
-from common import finish, question
+from common import finish, plot_bars, plot_option, question
 
 from samekit_export.checkpoint import random_checkpoint
 from samekit_export.graph import ISLANDS, GraphDecoder, GraphEncoder, Islands
@@ -24,6 +25,7 @@ from samekit_export.verify import snr_db
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -94,7 +96,8 @@ def measure(model: Same, islands: Islands, cases: dict[str, tuple[Tensor, Tensor
     "--only", multiple=True, type=click.Choice([name for name, _ in variants()]), help="These variants; several."
 )
 @click.option("--worst-cases", is_flag=True, help="The exported graphs on extreme inputs instead of the islands.")
-def main(name: str, latents: int, seed: int, only: tuple[str, ...], worst_cases: bool) -> None:
+@plot_option
+def main(name: str, latents: int, seed: int, only: tuple[str, ...], worst_cases: bool, plot_path: Path | None) -> None:
     """Print the table for one model; the last line is JSON."""
     model = Same.from_checkpoint(random_checkpoint(name, seed))
     rows = {}
@@ -110,6 +113,12 @@ def main(name: str, latents: int, seed: int, only: tuple[str, ...], worst_cases:
     print(f"\n| {name}, {latents} latents | encode dB | decode dB |\n|---|---|---|")
     for row, (encode, decode) in rows.items():
         print(f"| {row} | {encode} | {decode} |")
+    if plot_path:
+        panels = {
+            half: {row: float(cells[i]) for row, cells in rows.items() if cells[i] != "refused"}
+            for i, half in enumerate(("encode", "decode"))
+        }
+        plot_bars(plot_path, panels, x="SNR in dB")
     finish("islands", {"model": name, "latents": latents, "seed": seed, "snr_db": rows})
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import torch
-from common import counts, finish, half_of, interleaved, machine, plot_lines, question, summary
+from common import counts, finish, half_of, interleaved, machine, plot_lines, plot_option, question, summary
 
 from samekit import AutoencoderModel
 from samekit.spec import DECODER, ENCODER
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from samekit_export.model import Same
 
 EAGER = "torch fp32"
+
+FLOORS = FLOOR_DB | {"bf16": 30.0}
+"""Least SNR in dB with which a candidate of a precision is one at all."""
 
 
 def open_all(engine: Path, precisions: list[str], threads: int, yardsticks: list[str]) -> dict[str, Autoencoder]:
@@ -49,10 +52,12 @@ def open_all(engine: Path, precisions: list[str], threads: int, yardsticks: list
 
 
 def compile_(backend: Any) -> None:
-    """`torch.compile` for each length, which the warming up does not count."""
+    """`torch.compile` for each length, with packed weights; the warming up does not count."""
+    # More shapes than this would run uncompiled under its name.
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # noqa: SLF001 there is no other way
     model = backend._model  # noqa: SLF001 a yardstick, not a backend that we offer
-    model.encode = torch.compile(model.encode, dynamic=False)
-    model.decode = torch.compile(model.decode, dynamic=False)
+    compiled = partial(torch.compile, dynamic=False, options={"freezing": True})
+    model.encode, model.decode = compiled(model.encode), compiled(model.decode)
 
 
 def bfloat16_(backend: Any) -> None:
@@ -118,7 +123,8 @@ YARDSTICKS: dict[str, Callable[[Any], None]] = {
 
 def measure(codecs: dict[str, Autoencoder], half: str, latents: int, runs: int) -> list[dict[str, Any]]:
     """A row for each candidate on one length."""
-    given = example_input(codecs[EAGER].spec, half, 1, latents, seed=latents)
+    spec = codecs[EAGER].spec
+    given = example_input(spec, half, 1, latents, seed=latents)
     for codec in codecs.values():
         # What a service sees: the engine would otherwise pack its weights in one of the counted runs.
         codec.backend.expect_many_calls(half)
@@ -130,7 +136,7 @@ def measure(codecs: dict[str, Autoencoder], half: str, latents: int, runs: int) 
     rows = []
     for name, measured in times.items():
         figures = summary(measured)
-        floor = FLOOR_DB.get(name.split()[1], 0.0)
+        floor = FLOORS[name.split()[1]]
         agrees = name == EAGER or accuracy[name] >= floor
         rows.append(
             {
@@ -139,7 +145,7 @@ def measure(codecs: dict[str, Autoencoder], half: str, latents: int, runs: int) 
                 "candidate": name,
                 "seconds": figures,
                 "per_latent_ms": 1e3 * figures["median"] / latents,
-                "audio_seconds_per_second": latents * codecs[EAGER].spec.hop / 44100 / figures["median"],
+                "audio_seconds_per_second": latents * spec.hop / spec.sample_rate / figures["median"],
                 "snr_db": None if name == EAGER else accuracy[name],
                 "times_eager": eager / figures["median"] if agrees else None,
             }
@@ -167,7 +173,7 @@ def show(row: dict[str, Any]) -> str:
 @click.option(
     "--yardstick", "yardsticks", multiple=True, type=click.Choice(list(YARDSTICKS)), help="Measured as well; several."
 )
-@click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Write a picture; needs matplotlib.")
+@plot_option
 def main(
     engine: Path,
     latents: list[int],
@@ -188,7 +194,7 @@ def main(
     if plot_path:
         points = [(row["half"], row["candidate"], row["latents"], row["per_latent_ms"]) for row in rows]
         plot_lines(plot_path, points, x="latents", y="ms per latent")
-    finish("latency", rows)
+    finish("latency", rows, engine)
 
 
 if __name__ == "__main__":

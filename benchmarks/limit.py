@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 import onnx
-from common import finish, interleaved, machine, open_session, question, summary
+from common import finish, interleaved, machine, open_session, plot_bars, plot_option, question, summary
 from onnx import TensorProto, helper, numpy_helper
 
 from samekit._options import MOST_THREADS
@@ -118,7 +118,7 @@ def breakdown(events: Iterable[dict[str, Any]]) -> dict[str, float]:
 
 
 @question
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("engine", type=click.Path(path_type=Path))
 @click.option("--latents", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--precision", default="fp32", show_default=True)
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="[default: all cores]")
@@ -130,14 +130,22 @@ def breakdown(events: Iterable[dict[str, Any]]) -> dict[str, float]:
     type=click.Choice((ENCODER, DECODER)),
     help="Alone, in memory that nothing else has used. [default: both]",
 )
-def main(folder: Path, latents: int, precision: str, threads: int | None, halves: tuple[str, ...]) -> None:
-    """Print the fraction and the breakdown for the halves of one engine FOLDER; the last line is JSON."""
+@plot_option
+def main(
+    engine: Path,
+    latents: int,
+    precision: str,
+    threads: int | None,
+    halves: tuple[str, ...],
+    plot_path: Path | None,
+) -> None:
+    """Print the fraction and the breakdown for the halves of one ENGINE folder; the last line is JSON."""
     threads = threads or machine()["cores"]
-    engine = Engine.load(folder)
-    engine.check(precision)
+    found = Engine.load(engine)
+    found.check(precision)
     rows: dict[str, dict[str, Any]] = {}
     for half in halves:
-        path, given = engine.graph(half, precision), example_input(engine.spec, half, 1, latents, seed=0)
+        path, given = found.graph(half, precision), example_input(found.spec, half, 1, latents, seed=0)
         opened = open_session(path, threads, precision)
         if [node.name for node in opened.get_inputs()] != [INPUT_NAMES[half]]:
             raise click.ClickException(f"{path}: not the graph of an {half}")
@@ -157,8 +165,14 @@ def main(folder: Path, latents: int, precision: str, threads: int | None, halves
         )
         for name, share in list(row["shares"].items())[:12]:
             print(f"    {share:6.1%}  {name}")
+    if plot_path:
+        plot_bars(
+            plot_path,
+            {f"{half}, {row['of_limit']:.0%} of the limit": row["shares"] for half, row in rows.items()},
+            x="share of the time",
+        )
     results = {"limit_gops": limit / 1e9, "latents": latents, "precision": precision, **rows}
-    finish("limit", results)
+    finish("limit", results, engine)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ python benchmarks/memory.py engines/same-s --latents 64,1024,4096
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 import soundfile as sf
-from common import counts, finish, plot_lines, question
+from common import child, counts, finish, plot_lines, plot_option, question
 
 from samekit.spec import DECODER, ENCODER
 from samekit.store import Engine
@@ -22,21 +21,18 @@ from samekit.store import Engine
 if TYPE_CHECKING:
     from samekit.spec import EngineSpec
 
-MIB = 2**20
-
-# Reports the process's own peak: a parent sees only the largest of all its children's.
+# Reports the peak of its own memory in KiB, from Linux: what `getrusage` gives begins with the parent's peak.
 PEAK = """
-import resource, sys
+import sys
 from samekit.cli import main
 main(sys.argv[1:], standalone_mode=False)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(*(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
 
 def peak(*arguments: str | Path) -> float:
     """MiB that a command of samekit held at most."""
-    done = subprocess.run([sys.executable, "-c", PEAK, *arguments], check=True, capture_output=True, text=True)
-    return int(done.stdout.split()[-1]) / MIB
+    return int(child(sys.executable, "-c", PEAK, *arguments).split()[-1]) / 1024
 
 
 def write_noise(path: Path, spec: EngineSpec, latents: int) -> None:
@@ -51,7 +47,7 @@ def write_noise(path: Path, spec: EngineSpec, latents: int) -> None:
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.option("--latents", default="64,256,1024,4096", show_default=True, callback=counts)
 @click.option("--precision", default="fp32", show_default=True)
-@click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Write a picture; needs matplotlib.")
+@plot_option
 def main(engine: Path, latents: list[int], precision: str, plot_path: Path | None) -> None:
     """Print the table for one ENGINE folder; the last line is JSON."""
     found = Engine.load(engine)
@@ -74,7 +70,7 @@ def main(engine: Path, latents: list[int], precision: str, plot_path: Path | Non
     if plot_path:
         points = [(spec.name, half, row["latents"], peak) for row in rows for half, peak in row["peak_mib"].items()]
         plot_lines(plot_path, points, x="latents", y="MiB at the peak")
-    finish("memory", rows)
+    finish("memory", rows, engine)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ python benchmarks/opening.py engines/same-s
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tempfile
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 import click
 import numpy as np
 import soundfile as sf
-from common import finish, question, summary
+from common import child, finish, plot_bars, plot_option, question, summary
 
 from samekit.store import Engine
 
@@ -44,7 +43,8 @@ def one_second(folder: Path) -> Path:
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.option("--precision", default="fp32", show_default=True)
 @click.option("--runs", default=5, show_default=True, type=click.IntRange(1))
-def main(engine: Path, precision: str, runs: int) -> None:
+@plot_option
+def main(engine: Path, precision: str, runs: int, plot_path: Path | None) -> None:
     """Print the table for one ENGINE folder; the last line is JSON."""
     Engine.load(engine).check(precision)
     for file in engine.glob("*.onnx*"):
@@ -52,18 +52,14 @@ def main(engine: Path, precision: str, runs: int) -> None:
     opening, first, command = [], [], []
     with tempfile.TemporaryDirectory() as name:
         clip = one_second(Path(name))
-        samekit = [str(Path(sys.executable).with_name("samekit")), "encode", str(clip), str(clip.with_suffix(".npy"))]
+        samekit = (Path(sys.executable).with_name("samekit"), "encode", clip, clip.with_suffix(".npy"))
+        options = ("--model", engine, "--precision", precision, "--backend", "onnxruntime", "--device", "cpu")
         for _ in range(runs):
-            done = subprocess.run(
-                [sys.executable, "-c", OPEN, str(engine), precision], check=True, capture_output=True, text=True
-            )
-            seconds = [float(part) for part in done.stdout.split()]
+            seconds = [float(part) for part in child(sys.executable, "-c", OPEN, engine, precision).split()]
             opening.append(seconds[0])
             first.append(seconds[1])
             start = time.perf_counter()
-            subprocess.run(
-                [*samekit, "--model", str(engine), "--precision", precision], check=True, capture_output=True
-            )
+            child(*samekit, *options)
             command.append(time.perf_counter() - start)
     results = {
         "open the encoder": summary(opening),
@@ -72,7 +68,10 @@ def main(engine: Path, precision: str, runs: int) -> None:
     }
     for what, figures in results.items():
         print(f"{what:48}{figures['median']:.2f} s ({figures['min']:.2f} ... {figures['max']:.2f})")
-    finish("opening", results)
+    if plot_path:
+        medians = {what: figures["median"] for what, figures in results.items()}
+        plot_bars(plot_path, {engine.name: medians}, x="seconds")
+    finish("opening", results, engine)
 
 
 if __name__ == "__main__":

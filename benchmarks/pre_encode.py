@@ -1,7 +1,8 @@
 """How fast a dataset is encoded: `samekit pre-encode`, the bare encoder, and the reference's way, on the same clips.
 
 The reference pads every clip to 12,582,912 samples (3,072 latents) and encodes it in one pass in eager PyTorch. That
-takes minutes a clip on a CPU, so a few clips are measured and the rest is scaled; the table says so.
+takes minutes a clip on a CPU, so a few clips are measured and the rest is scaled; the table says so. A ratio is
+reported only where its latents are those that `samekit pre-encode` wrote.
 
     python benchmarks/pre_encode.py engines/same-s --clips 100 --seconds 10
 """
@@ -16,10 +17,11 @@ from pathlib import Path
 import click
 import numpy as np
 import soundfile as sf
-from common import finish, question
+from common import finish, plot_bars, plot_option, question
 
 from samekit import AutoencoderModel
 from samekit.dataset import SAMPLE_SIZE, PreEncodeOptions, pre_encode
+from samekit_export.verify import FLOOR_DB, snr_db
 
 RATE = 44_100
 OURS, BARE, REFERENCE = "samekit pre-encode", "bare encoder", "reference's way"
@@ -51,16 +53,23 @@ def whole_pipeline(model: AutoencoderModel, data: Path, out: Path, batch_size: i
     return pre_encode(model, data, out, PreEncodeOptions(batch_size=batch_size)).elapsed
 
 
-def reference_way(engine: Path, audio: list[np.ndarray], threads: int | None) -> float:
-    """Seconds for clips padded to the reference's length, encoded in one pass of eager PyTorch."""
+def reference_way(engine: Path, audio: list[np.ndarray], threads: int | None) -> tuple[float, list[np.ndarray]]:
+    """Seconds for clips padded to the reference's length, encoded in one pass of eager PyTorch, and their latents."""
+    latents = []
     with AutoencoderModel.from_pretrained(engine, "cpu", backend="torch", threads=threads) as eager:
         eager.autoencoder.backend.encode(np.zeros((1, 2, 2 * eager.downsampling_ratio), np.float32))
         start = time.perf_counter()
         for clip in audio:
             padded = np.zeros((1, 2, SAMPLE_SIZE), np.float32)
             padded[0, :, : clip.shape[1]] = clip
-            eager.autoencoder.backend.encode(padded)
-        return time.perf_counter() - start
+            latents.append(eager.autoencoder.backend.encode(padded)[0])
+        return time.perf_counter() - start, latents
+
+
+def least_snr_db(latents: list[np.ndarray], out: Path) -> float:
+    """How near the files of a run are to the latents of its first clips."""
+    written = [np.load(out / f"{index:012d}.npy") for index in range(len(latents))]
+    return min(snr_db(clip[:, : ours.shape[1]], ours) for clip, ours in zip(latents, written, strict=True))
 
 
 @question
@@ -76,7 +85,16 @@ def reference_way(engine: Path, audio: list[np.ndarray], threads: int | None) ->
     type=click.IntRange(0),
     help="Measured the reference's way; 0 leaves it out.",
 )
-def main(engine: Path, clips: int, seconds: float, batch_size: int, threads: int | None, reference_clips: int) -> None:
+@plot_option
+def main(
+    engine: Path,
+    clips: int,
+    seconds: float,
+    batch_size: int,
+    threads: int | None,
+    reference_clips: int,
+    plot_path: Path | None,
+) -> None:
     """Print the table for one ENGINE folder, whose checkpoint must be loadable; the last line is JSON."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -90,11 +108,13 @@ def main(engine: Path, clips: int, seconds: float, batch_size: int, threads: int
             ours = whole_pipeline(model, folder / "data", folder / "out", batch_size)
             bare += bare_encoder(model, audio[half:])
             name = model.spec.name
-    times, measured = {OURS: ours, BARE: bare}, {OURS: clips, BARE: clips}
-    if reference_clips:
-        measured[REFERENCE] = min(reference_clips, clips)
-        taken = reference_way(engine, audio[:reference_clips], threads)
-        times[REFERENCE] = taken / measured[REFERENCE] * clips
+        times, measured = {OURS: ours, BARE: bare}, {OURS: clips, BARE: clips}
+        snr = None
+        if reference_clips:
+            measured[REFERENCE] = min(reference_clips, clips)
+            taken, latents = reference_way(engine, audio[:reference_clips], threads)
+            times[REFERENCE] = taken / measured[REFERENCE] * clips
+            snr = least_snr_db(latents, folder / "out")
 
     total = clips * seconds
     print(f"{name}, {clips} clips of {seconds:g} s")
@@ -111,9 +131,15 @@ def main(engine: Path, clips: int, seconds: float, batch_size: int, threads: int
         "clips_measured": measured,
         "of_bare_encoder": round(bare / ours, 3),
     }
-    if reference_clips:
-        result["times_reference"] = round(times[REFERENCE] / ours, 1)
-    finish("pre_encode", result)
+    if snr is not None:
+        agrees = snr >= FLOOR_DB["fp32"]
+        result |= {"snr_db": round(snr, 1), "times_reference": round(times[REFERENCE] / ours, 1) if agrees else None}
+        print(f"against the reference's way: {snr:.1f} dB, {result['times_reference'] or 'refused'} times as fast")
+    if plot_path:
+        plot_bars(
+            plot_path, {name: {way: total / taken for way, taken in times.items()}}, x="seconds of audio a second"
+        )
+    finish("pre_encode", result, engine)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import psutil
-from common import finish, question
+from common import finish, plot_bars, plot_option, question
 from pre_encode import write_dataset
 
 from samekit import AutoencoderModel
@@ -79,12 +79,14 @@ def copies(folder: Path, clips: int) -> None:
 @click.option("--clips", default=500, show_default=True, type=click.IntRange(1))
 @click.option("--seconds", default=10.0, show_default=True, help="Of each clip.")
 @click.option("--runs", default=3, show_default=True, type=click.IntRange(1))
-def main(engine: str, clips: int, seconds: float, runs: int) -> None:
+@plot_option
+def main(engine: str, clips: int, seconds: float, runs: int, plot_path: Path | None) -> None:
     """Print the table for one ENGINE folder; the last line is JSON."""
     cores = available_cpus()
     engine = str(Path(engine).absolute())
     times: dict[str, list[tuple[float, float]]] = {"one process": [], "Ray, one actor": [], "Ray, an actor a core": []}
     starts: dict[str, Any] = {}
+    same = True
     # Ray's workers give way to all other work on a machine (nice 15); here both must compete alike.
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     with tempfile.TemporaryDirectory() as scratch:
@@ -102,8 +104,8 @@ def main(engine: str, clips: int, seconds: float, runs: int) -> None:
                     encoder, start = started(stack, engine, options)
                     starts.setdefault(way, []).append(start)
                     times[way].append(one_run(encoder, data, outs[way]))
-        folders = [contents(out) for out in outs.values()]
-        same = all(folder == folders[0] for folder in folders)
+            folders = [contents(out) for out in outs.values()]
+            same = same and all(folder == folders[0] for folder in folders)
     # Seconds and seconds of the cores each have a minimum of their own.
     best = {way: tuple(map(min, zip(*taken, strict=True))) for way, taken in times.items()}
     plain = best["one process"]
@@ -111,7 +113,7 @@ def main(engine: str, clips: int, seconds: float, runs: int) -> None:
     print(f"{'':22}{'start':>8}{'seconds':>10}{'audio s/s':>12}{'overhead':>10}{'cpu':>8}{'overhead':>10}")
     for way, (wall, cpu) in best.items():
         begin = f"{min(starts[way]):.1f}" if way in starts else ""
-        more = [f"{value / of - 1:.1%}" for value, of in zip(best[way], plain, strict=True)]
+        more = [f"{value / of - 1:.1%}" if same else "refused" for value, of in zip(best[way], plain, strict=True)]
         speed = clips * seconds / wall
         print(f"{way:22}{begin:>8}{wall:>10.1f}{speed:>12.1f}{more[0]:>10}{cpu:>8.1f}{more[1]:>10}")
     print(f"the folders are {'equal, byte for byte' if same else 'DIFFERENT'}")
@@ -123,10 +125,14 @@ def main(engine: str, clips: int, seconds: float, runs: int) -> None:
         "starts": {way: [round(value, 2) for value in taken] for way, taken in starts.items()},
         "overhead": {
             way: [round(value / of - 1, 3) for value, of in zip(pair, plain, strict=True)] for way, pair in best.items()
-        },
+        }
+        if same
+        else None,
         "equal": same,
     }
-    finish("ray_overhead", results)
+    if plot_path:
+        plot_bars(plot_path, {"wall": {way: wall for way, (wall, _) in best.items()}}, x="seconds")
+    finish("ray_overhead", results, Path(engine))
 
 
 if __name__ == "__main__":

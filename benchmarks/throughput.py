@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from common import counts, finish, half_of, interleaved, machine, plot_lines, question, summary
+from common import counts, finish, half_of, interleaved, machine, plot_lines, plot_option, question, summary
 
 from samekit import AutoencoderModel
 from samekit._options import MOST_THREADS
@@ -29,7 +29,7 @@ from samekit_export.verify import example_input
 @click.option("--precision", default="fp32", show_default=True)
 @click.option("--runs", default=3, show_default=True, type=click.IntRange(1))
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="[default: all cores]")
-@click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Write a picture; needs matplotlib.")
+@plot_option
 def main(
     engine: Path,
     windows: list[int],
@@ -58,12 +58,12 @@ def main(
             calls = {(w, n): partial(half_of(codecs[w], half), inputs[n]) for w in windows for n in latents}
             for (window, count), times in interleaved(calls, runs).items():
                 seconds = batch * (count // batch) * model.spec.hop / model.spec.sample_rate
-                speed = {name: seconds / time for name, time in summary(times).items()}
+                speed = summary([seconds / time for time in times])
                 shape = {"half": half, "batch": batch, "window": window, "latents": count}
                 rows.append({**shape, "audio_seconds_per_second": speed})
                 print(
                     f"{half:8} batch {batch:>3}  window {window:>5}  latents {count:>5} {speed['median']:8.2f} s/s "
-                    f"({speed['max']:.2f} ... {speed['min']:.2f})",
+                    f"({speed['min']:.2f} ... {speed['max']:.2f})",
                     flush=True,
                 )
     if plot_path:
@@ -77,7 +77,7 @@ def main(
             for row in rows
         ]
         plot_lines(plot_path, points, x="window in latents", y="seconds of audio a second")
-    finish("throughput", rows)
+    finish("throughput", rows, engine)
 
 
 if __name__ == "__main__":

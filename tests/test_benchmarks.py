@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
+import sys
 from pathlib import Path
 
+import click
+import common
 import latency
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from samekit.spec import ENCODER
+from samekit.spec import ENCODER, PRECISIONS
 
 # Those that take an engine folder, with arguments for a short run.
 OF_ENGINES = {
+    "accuracy": ["--latents", "1,3", "--seeds", 1, "--plot", "accuracy.png"],
     "latency": ["--latents", 2, "--runs", 1, "--yardstick", "torch bf16", "--plot", "latency.png"],
-    "limit": ["--latents", 2],
+    "limit": ["--latents", 2, "--plot", "limit.png"],
     "memory": ["--latents", "1,3", "--plot", "memory.png"],
-    "opening": ["--runs", 1],
-    "pre_encode": ["--clips", 2, "--seconds", 0.2],
+    "opening": ["--runs", 1, "--plot", "opening.png"],
+    "pre_encode": ["--clips", 2, "--seconds", 0.2, "--plot", "pre_encode.png"],
     "throughput": ["--windows", 12, "--latents", 24, "--runs", 1, "--plot", "throughput.png"],
 }
 OF_MODELS = {
-    "int8_trade": ["same-tiny", "--latents", 2, "--runs", 1, "--variants", "every product int8"],
-    "islands": ["tiny-s", "--latents", 2, "--only", "exported", "--only", "none"],
+    "int8_trade": [
+        "same-tiny",
+        "--latents",
+        2,
+        "--runs",
+        1,
+        "--variants",
+        "every product int8",
+        "--plot",
+        "int8_trade.png",
+    ],
+    "islands": ["tiny-s", "--latents", 2, "--only", "exported", "--only", "none", "--plot", "islands.png"],
 }
 
 
@@ -41,7 +56,17 @@ def results_of(done, name):
     document = json.loads(last)
     assert document["benchmark"] == name
     assert document["machine"]["cores"] >= 1
+    assert document["options"]
+    if name in OF_ENGINES:
+        assert document["engine"]["name"] == "tiny-s"
     return document["results"]
+
+
+def assert_plots(arguments):
+    """Every picture that was asked for is one."""
+    for option, plot in itertools.pairwise(arguments):
+        if option == "--plot":
+            assert Path(plot).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
 @pytest.fixture
@@ -59,14 +84,13 @@ def quick(monkeypatch):
 def test_table_and_json(engine_of, name):
     results = results_of(run(name, engine_of("tiny-s").folder, *OF_ENGINES[name]), name)
     assert results
-    for option, plot in zip(OF_ENGINES[name], OF_ENGINES[name][1:], strict=False):
-        if option == "--plot":
-            assert Path(plot).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert_plots(OF_ENGINES[name])
 
 
 @pytest.mark.parametrize("name", OF_MODELS)
 def test_table_and_json_of_a_model(name):
     assert results_of(run(name, *OF_MODELS[name]), name)
+    assert_plots(OF_MODELS[name])
 
 
 @pytest.mark.parametrize("name", [*OF_ENGINES, "ray_overhead"])
@@ -103,3 +127,45 @@ def test_lists_of_numbers(engine_of):
     done = run("latency", engine_of("tiny-s").folder, "--latents", "2,x")
     assert done.exit_code == 2
     assert "'2,x' is no list of whole numbers from 1" in done.stderr
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("factor", "refused"), [(1, False), (1.01, True)])
+def test_no_ratio_to_the_reference_where_latents_differ(engine_of, monkeypatch, factor, refused):
+    pre_encode = importlib.import_module("pre_encode")
+    measured = pre_encode.reference_way
+
+    def changed(*arguments):
+        seconds, latents = measured(*arguments)
+        return seconds, [np.float32(factor) * clip for clip in latents]
+
+    monkeypatch.setattr(pre_encode, "reference_way", changed)
+    results = results_of(
+        run("pre_encode", engine_of("tiny-s").folder, "--clips", 1, "--seconds", 0.2, "--threads", 1), "pre_encode"
+    )
+    assert (results["times_reference"] is None) == refused
+
+
+def test_speeds_are_the_least_median_and_most(engine_of):
+    arguments = ["--windows", 12, "--latents", 24, "--batches", 1, "--runs", 3]
+    for row in results_of(run("throughput", engine_of("tiny-s").folder, *arguments), "throughput"):
+        speed = row["audio_seconds_per_second"]
+        assert speed["min"] <= speed["median"] <= speed["max"]
+
+
+def test_every_candidate_has_a_floor():
+    candidates = [latency.EAGER, *latency.YARDSTICKS, *(f"onnxruntime {of}" for of in PRECISIONS)]
+    assert {name.split()[1] for name in candidates} <= set(latency.FLOORS)
+
+
+def test_plots_are_refused_before_anything_is_measured(engine_of):
+    done = run("latency", engine_of("tiny-s").folder, "--plot", "not there/latency.png")
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert "no folder that can be written to" in done.stderr
+
+
+def test_a_child_that_fails_ends_in_its_last_line():
+    with pytest.raises(click.ClickException) as caught:
+        common.child(sys.executable, "-c", "raise SystemExit('cause; cure')")
+    assert str(caught.value) == "cause; cure"
