@@ -93,6 +93,7 @@ def variant(name, changes):
     """The seeded checkpoint of `name` with fields of its configuration changed; paths count from `model`."""
     document = published_config(name)
     edit(document["model"], changes)
+    document["audio_channels"] = document["model"]["io_channels"]
     with mock.patch.object(checkpoint, "published_config", return_value=document):
         return random_checkpoint(name)
 

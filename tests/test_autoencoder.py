@@ -82,6 +82,14 @@ def test_window_without_room(backend):
     assert_one_line(caught.value)
 
 
+def test_window_that_is_named_does_for_both_halves(backend):
+    least = max(smallest_window(backend.spec, half) for half in backend.spec.contexts)
+    for window in range(1, least):
+        with pytest.raises(InputError, match=f"pass a multiple of {backend.spec.alignment} from {least}$"):
+            AutoencoderModel(backend, window=window)
+    AutoencoderModel(backend, window=least)
+
+
 @pytest.mark.parametrize("window", [0, -64, 64.0, "64", True], ids=repr)
 def test_windows_that_are_no_size(window):
     with pytest.raises(InputError, match="window"):

@@ -118,6 +118,27 @@ def test_inside_a_full_checkpoint_nothing_of_the_autoencoder_is_ignored(tmp_path
     assert "tensor encoder.gizmo is not part" in refused(load_folder, tmp_path)
 
 
+@pytest.mark.parametrize("scale", [0.5, 2, "1", None])
+def test_inside_a_full_checkpoint_latents_are_not_scaled(tmp_path, scale):
+    config, tensors = nested("tiny-s")
+    config["model"]["pretransform"]["scale"] = 1.0
+    save_folder(config, tensors, tmp_path)
+    assert_same(load_folder(tmp_path), seeded("tiny-s"))
+    config["model"]["pretransform"]["scale"] = scale
+    save_folder(config, tensors, tmp_path)
+    message = refused(load_folder, tmp_path)
+    assert f"config.model.pretransform.scale = {scale!r} is not implemented (only 1 is); pass the" in message
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "inside a full checkpoint"])
+def test_channels_that_contradict_each_other(inside):
+    document = nested("tiny-s")[0] if inside else published_config("tiny-s")
+    config, _ = parse_config(document | {"audio_channels": 2, "sample_size": 10**6, "training": {"gizmo": 1}})
+    assert config == seeded("tiny-s").config
+    message = refused(parse_config, document | {"audio_channels": 7})
+    assert "config.audio_channels = 7 is not implemented (only 2 is); pass the" in message
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_load(folder, dtype):
     original = seeded("tiny-s").tensors

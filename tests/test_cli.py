@@ -365,6 +365,14 @@ def test_process_says_that_it_fetches(song, folder):
         assert "check the network" in error
 
 
+def test_process_does_not_advise_to_export_what_there_is_not(latents, folder):
+    decoded = command_line("decode", latents, folder / "a.wav", "--model", "same-x")
+    (line,) = decoded.stderr.splitlines()
+    assert decoded.returncode == 2
+    assert line.startswith("Error: no engine for 'same-x' in . or engines or ")
+    assert line.endswith("no folder; pass one of these")
+
+
 @pytest.mark.parametrize("command", USES)
 @pytest.mark.parametrize("name", ["nowhere", "engines/nowhere", "x" * 5000, ""], ids=["name", "path", "long", "empty"])
 def test_no_engine(folder, using, command, name):

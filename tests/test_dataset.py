@@ -595,6 +595,7 @@ def test_data_that_is_away_for_a_while_costs_no_latents(data, out):
     report = run(data, out, model, readers=1)
     assert {row["status"] for row in report.bad} == {"unreadable"}
     assert len(report.bad) >= 1
+    assert report.statuses == {"encoded": 3}
     assert {name: value for name, value in contents(out).items() if name in before} == before
     away.rename(data)
     model.autoencoder.backend.answer = first_samples
@@ -602,6 +603,19 @@ def test_data_that_is_away_for_a_while_costs_no_latents(data, out):
     assert (report.statuses, report.bad) == ({"encoded": 3}, [])
     assert report.encoded >= 1
     assert verify(out) == []
+
+
+def test_strict_counts_clips_whose_latents_stay(data, out):
+    write_clips(data, 2)
+    run(data, out)
+    path = data / "clip00000.wav"
+    path.unlink()
+    path.symlink_to("away")
+    assert run(data, out).statuses == {"encoded": 2}
+    with pytest.raises(InputError, match=r"1 of 2 clips are bad \(1 unreadable\), first: ") as error:
+        run(data, out, strict=True)
+    assert_one_line(error.value)
+    assert (out / "000000000000.npy").exists()
 
 
 def test_caption_that_cannot_be_read_now_is_tried_again(data, out):

@@ -93,6 +93,7 @@ def test_runs_by_folder(oracle):
         ({"encoder_strides": [4, 4], "encoder_c_mults": [4, 4], "encoder_transformer_depths": [2, 2]}, "levels"),
         ({"latent_dim": 64}, "shape"),
         ({"patch_size": None}, "config.json"),
+        ({"gizmo": 2}, "gizmo = 2 is not implemented"),
     ],
 )
 def test_what_is_not_implemented_is_named(changed, fields, named):

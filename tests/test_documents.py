@@ -389,9 +389,11 @@ def messages_in_the_code():
     for path in (each for folder in ("runtime", "export") for each in (ROOT / folder).rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         constants = {
-            node.targets[0].id: texts_of(node.value, {})
+            target.id: texts_of(node.value, {})
             for node in tree.body
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+            if isinstance(node, (ast.Assign, ast.AnnAssign))
+            for target in (node.targets[:1] if isinstance(node, ast.Assign) else [node.target])
+            if isinstance(target, ast.Name)
         }
         for scope in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
             known = {name: list(texts) for name, texts in constants.items()}

@@ -245,8 +245,24 @@ def test_random_weights_replace_others_by_force_only(exported, ready_graphs, che
 
 def test_new_version_exports_again(exported, ready_graphs, monkeypatch):
     monkeypatch.setattr(export_module, "version", lambda package: f"9.9 of {package}")
-    assert export(seeded("tiny-s"), exported).spec.tools["torch"] == "9.9 of torch"
+    lines = []
+    before = Engine.load(exported / "tiny-s").spec.tools
+    engine = export(seeded("tiny-s"), exported, report=lines.append)
+    assert engine.spec.tools["torch"] == "9.9 of torch"
     assert ready_graphs == WRITTEN
+    changed = ", ".join(f"{tool} {number}" for tool, number in before.items() if tool != "opset")
+    assert lines[0] == f"replaces an export by other tools ({changed}) and keeps nothing of it"
+
+
+@pytest.mark.parametrize("tools", [{}, {"samekit": "0.0.1"}], ids=["unknown", "older"])
+def test_what_other_tools_made_does_not_stay(exported, ready_graphs, tools):
+    change_spec(exported / "tiny-s", tools=tools)
+    lines = []
+    engine = export(seeded("tiny-s"), exported, ["fp16"], report=lines.append)
+    assert list(engine.spec.graphs) == ["fp16"]
+    assert not (engine.folder / "encoder.onnx").exists()
+    assert f"samekit {tools.get('samekit', 'unknown')}, torch unknown" in lines[0]
+    assert len(ready_graphs) == 2
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])

@@ -1,7 +1,8 @@
 """Published SAME checkpoints: folder, hub or seeded random, read into a config and a strict state.
 
 Knows the on-disk format (`model_config.json`, `model.safetensors`, both nestings), not how the model computes.
-Whatever the model code would not honour is refused by name: a silently ignored field gives wrong audio.
+Whatever the model code would not honour is refused by name: a silently ignored field gives wrong audio. The other
+parts of a full checkpoint are not read.
 """
 
 from __future__ import annotations
@@ -345,6 +346,8 @@ def _parse_trunk(fields: _Fields, patch_width: int, latent_width: int, *, decode
 def parse_config(document: Any, source: str = CONFIG_FILE) -> tuple[SameConfig, bool]:
     """Read a `model_config.json` of either nesting.
 
+    Every field of the autoencoder counts; those of the other parts of a full checkpoint are not read.
+
     Args:
         document: the parsed JSON.
         source: the file that it was read from, for messages.
@@ -358,10 +361,17 @@ def parse_config(document: Any, source: str = CONFIG_FILE) -> tuple[SameConfig, 
     top = _Fields(document, "config", source)
     outer = top.sub("model")
     nested = "pretransform" in outer._values and "encoder" not in outer._values  # noqa: SLF001
-    model = outer.sub("pretransform").sub("config") if nested else outer
+    if nested:
+        wrapped = outer.sub("pretransform")
+        # The full model divides latents by it.
+        wrapped.require("scale", 1, 1)
+        model = wrapped.sub("config")
+    else:
+        model = outer
     sample_rate = top.take_size("sample_rate")
 
     channels = model.take_size("io_channels")
+    top.require("audio_channels", channels, channels)
     patched = model.typed("pretransform", "patched")
     patch = patched.take_size("patch_size")
     patched.require("channels", channels)
@@ -744,6 +754,21 @@ def save_folder(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], 
 # ---------------------------------------------------------------------------------------------- hub
 
 
+def hub_repository(name: str) -> str:
+    """The repository `owner/name` that holds a published model, or that a name is itself; nobody is asked for it.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    repository = HUB_REPOSITORIES.get(name, name)
+    if repository.count("/") != 1:
+        known = ", ".join([*HUB_REPOSITORIES, *BUNDLED_FOLDERS])
+        raise CheckpointError(
+            f"{name!r} is no published model ({known}), no hub repository owner/name and no folder; pass one of these"
+        )
+    return repository
+
+
 def load_hub(name: str, revision: str | None = None) -> Checkpoint:
     """Load a published checkpoint through `huggingface_hub`, from its cache where it is there.
 
@@ -754,12 +779,7 @@ def load_hub(name: str, revision: str | None = None) -> Checkpoint:
     Raises:
         CheckpointError: unknown name, no network and no cache, no access, or an unusable checkpoint.
     """
-    repository = HUB_REPOSITORIES.get(name, name)
-    if repository.count("/") != 1:
-        known = ", ".join([*HUB_REPOSITORIES, *BUNDLED_FOLDERS])
-        raise CheckpointError(
-            f"{name!r} is no published model ({known}), no hub repository owner/name and no folder; pass one of these"
-        )
+    repository = hub_repository(name)
     short = name.rsplit("/", 1)[-1].lower()
     # Random weights have the sizes of published models.
     sized = short if short in HUB_REPOSITORIES else "same-s"

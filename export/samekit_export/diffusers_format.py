@@ -6,6 +6,7 @@ Knows names, the order of rows and what that class cannot express; `checkpoint.p
 from __future__ import annotations
 
 import re
+import reprlib
 from typing import TYPE_CHECKING, Any
 
 from samekit._json import check_kind
@@ -21,6 +22,23 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 CLASS_NAME = "AutoencoderSAME"
 """The only class of `diffusers` whose configuration is read."""
 
+# Of its configuration.
+_FIELDS = (
+    "audio_channels",
+    "patch_size",
+    "encoder_channels",
+    "encoder_c_mults",
+    "encoder_strides",
+    "encoder_transformer_depths",
+    "latent_dim",
+    "use_differential_attention",
+    "dim_heads",
+    "ff_mult",
+    "sliding_window",
+    "encoder_sinusoidal_blocks",
+    "decoder_sinusoidal_blocks",
+    "sampling_rate",
+)
 # Its key -> the published key; `{half}` and block numbers are kept.
 _RENAMES = (
     (r"encoder\.blocks\.0\.", "encoder.layers.0."),
@@ -95,6 +113,15 @@ def _translated(its: dict[str, Any], source: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{source}: dim_heads = {its['dim_heads']} is not implemented here, 64 or more is; pass the checkpoint in "
             "the published format"
+        )
+    # As in the published format, what is off changes nothing. Those with "_" tell of the class and its package.
+    unknown = next(
+        (key for key, value in its.items() if value and key not in _FIELDS and not key.startswith("_")), None
+    )
+    if unknown is not None:
+        raise CheckpointError(
+            f"{source}: {unknown} = {reprlib.repr(its[unknown])} is not implemented; pass the checkpoint in the "
+            "published format"
         )
     features = its["patch_size"] * its["audio_channels"]
     hop = its["patch_size"]

@@ -108,6 +108,9 @@ def export(
 
     Raises:
         InputError: a precision cannot be exported, or no folder can have the model's name.
+        CheckpointError: the weights cannot be exported, such as a norm whose alpha is zero.
+        BackendUnavailableError: ONNX Runtime, which verification needs, cannot be used here; or int8 is asked for on a
+            processor on which it cannot be verified.
         VerificationError: a graph does not equal eager PyTorch; nothing was written.
         OutputError: the folder cannot be written, something else lies there, or random weights would replace others.
     """
@@ -132,6 +135,8 @@ def export(
     if present and present.spec.source_sha256 != spec.source_sha256:
         _check_replaced(present, spec, force=force)
         report(f"replaces an export of other weights ({present.spec.origin})")
+    elif present and not older:
+        report(f"replaces an export by other tools ({_other_tools(present, spec)}) and keeps nothing of it")
     model = Same.from_checkpoint(checkpoint)
     with _replaced_folder(folder) as staging:
         if older:
@@ -154,6 +159,16 @@ def _present(folder: Path) -> Engine | None:
 def _is_of(engine: Engine, spec: EngineSpec) -> bool:
     """Whether an engine folder is of the same checkpoint and made by the same tools."""
     return engine.spec.source_sha256 == spec.source_sha256 and engine.spec.tools == spec.tools
+
+
+def _other_tools(engine: Engine, spec: EngineSpec) -> str:
+    """The versions that made an engine folder, of the tools whose version is another one now."""
+    made_by = engine.spec.tools
+    return ", ".join(
+        f"{tool} {made_by.get(tool, 'unknown')}"
+        for tool in {**made_by, **spec.tools}
+        if made_by.get(tool) != spec.tools.get(tool)
+    )
 
 
 def _check_replaced(present: Engine, spec: EngineSpec, *, force: bool) -> None:

@@ -60,13 +60,14 @@ class Autoencoder:
         """What computes; closing it closes the model."""
         self.spec: EngineSpec = backend.spec
         """Every fact about the model."""
+        # The wider context first: the least window that a refusal names has to do for both halves.
         self._plans = {
             half: ExactWindows(
                 window or default_window(context, self.spec.alignment, backend.longest_window),
                 context,
                 self.spec.alignment,
             )
-            for half, context in self.spec.contexts.items()
+            for half, context in sorted(self.spec.contexts.items(), key=lambda item: item[1], reverse=True)
         }
 
     @property

@@ -214,7 +214,11 @@ def decode(latents: Path, audio: Path, bits: str, clip: bool, **options: Any) ->
 @click.option("--shard", metavar="I/N", default="1/1", show_default=True, help="Encode one of N parts, I from 1.")
 @click.option("--checksum", is_flag=True, help="Judge by contents whether a file has changed, not by size and time.")
 @click.option("--strict", is_flag=True, help="Exit with code 2 if a clip is bad, once the others are encoded.")
-@click.option("--reencode", is_flag=True, help="Encode everything again if the folder holds latents of other settings.")
+@click.option(
+    "--reencode",
+    is_flag=True,
+    help="Encode everything again if the folder holds latents of other settings; removes those of clips that are gone.",
+)
 @click.option("--workers", "readers", default=0, help="Threads that read ahead. [default: one a core, at most 4]")
 @click.option(
     "--ray",
@@ -222,7 +226,7 @@ def decode(latents: Path, audio: Path, bits: str, clip: bool, **options: Any) ->
     metavar="[ADDRESS]",
     is_flag=False,
     flag_value="",
-    help="Encode on the Ray cluster at HOST:PORT; without ADDRESS on one on this machine.",
+    help="Encode on a Ray cluster: HOST:PORT, or local; without ADDRESS that of RAY_ADDRESS, else one on this machine.",
 )
 @click.option("--actors", type=click.IntRange(min=1), help="Encoders on the cluster. [default: as many as fit]")
 @click.option("--cpus-per-actor", type=click.IntRange(min=1), help="Cores, and threads, of each. [default: 1]")

@@ -211,7 +211,7 @@ def pre_encode(
         output.remember(whole=True)
     if options.strict and report.bad:
         first = report.bad[0]["reason"]
-        kinds = ", ".join(f"{n} {status}" for status, n in sorted(report.statuses.items()) if status != "encoded")
+        kinds = ", ".join(f"{n} {status}" for status, n in sorted(Counter(row["status"] for row in report.bad).items()))
         raise InputError(
             f"{len(report.bad)} of {len(sources)} clips are bad ({kinds}), first: {first}; "
             f"{output}/{STATE_FOLDER}/{shard.report} lists them"

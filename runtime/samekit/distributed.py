@@ -68,7 +68,8 @@ class RayOptions:
     """Where to encode, and what each actor takes of it."""
 
     address: str = ""
-    """`HOST:PORT` of a cluster; empty joins one that runs on this machine, or starts one for this run."""
+    """`HOST:PORT` of a cluster, or `local`, which starts one for this run; empty takes that of RAY_ADDRESS, else joins
+    one that runs on this machine, else starts one."""
     actors: int | None = None
     """How many encoders; None takes what the cluster has room for now."""
     cpus_per_actor: int = 1

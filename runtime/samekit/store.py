@@ -131,6 +131,11 @@ def engine_roots() -> Sequence[Path]:
     return Path(ENGINES_FOLDER), Path(os.path.expanduser(cache))  # noqa: PTH111
 
 
+def places() -> str:
+    """Where a model's name is looked up, for messages."""
+    return " or ".join((".", *map(str, engine_roots())))
+
+
 def find_engine(name: str | os.PathLike[str]) -> Engine:
     """The engine folder of a model.
 
@@ -159,7 +164,7 @@ def find_engine(name: str | os.PathLike[str]) -> Engine:
     # A checkpoint, or a name. Not the methods of Path, which raise on names that no file system takes.
     exportable = _found(Path(name), "*.safetensors") or (os.path.basename(text) == text and not os.path.isdir(text))  # noqa: PTH112, PTH119
     cure = f"run: samekit export {text}" if exportable else "check the path"
-    raise EngineNotFoundError(f"no engine for {text!r} in {' or '.join(('.', *map(str, engine_roots())))}; {cure}")
+    raise EngineNotFoundError(f"no engine for {text!r} in {places()}; {cure}")
 
 
 def _found(folder: Path, pattern: str) -> Sequence[Path]:

@@ -74,6 +74,7 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
 
     Raises:
         InputError: unknown backend.
+        EngineNotFoundError: there is no engine, and no checkpoint that the backend can run instead.
         EngineError: the engine folder is damaged, or has TensorRT engines of another version or GPU only.
         BackendUnavailableError: the backend cannot be used here.
         CheckpointError: PyTorch was asked for, or there is no engine, and the checkpoint cannot be loaded.

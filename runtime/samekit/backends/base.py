@@ -175,10 +175,13 @@ class Backend(ABC):
     def _check_input(self, half: str, dtype: str, shape: Sequence[int]) -> None:
         features, unit = self.spec.layout(half)
         if dtype != "float32" or len(shape) != 3 or shape[1] != features:
-            raise InputError(f"the {half} takes float32 [batch, {features}, length], got {dtype} {list(shape)}")
+            raise InputError(
+                f"the {half} takes float32 [batch, {features}, length], got {dtype} {list(shape)}; pass such an array"
+            )
         if shape[0] == 0 or shape[2] == 0 or shape[2] % unit:
             raise InputError(
-                f"the {half} takes a batch and a length of at least one latent of {unit}, got {list(shape)}"
+                f"the {half} takes a batch and a length of at least one latent of {unit}, got {list(shape)}; "
+                "pass such an array"
             )
 
     def _check_output(self, half: str, before: Sequence[int], after: Sequence[int], *, finite: bool) -> None:

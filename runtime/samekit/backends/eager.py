@@ -8,8 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from samekit.backends.base import Backend, BackendOptions
-from samekit.errors import BackendError, BackendUnavailableError, first_line
+from samekit.errors import BackendError, BackendUnavailableError, CheckpointError, EngineNotFoundError, first_line
 from samekit.spec import ENCODER
+from samekit.store import places
 
 if TYPE_CHECKING:
     from samekit.arrays import Array
@@ -65,14 +66,21 @@ def load_checkpoint(name: str, source: dict[str, Any] | None) -> Any:
     """The checkpoint of an engine (`source`) or of a name, through the export package.
 
     Raises:
+        EngineNotFoundError: there is no engine and no checkpoint of that name.
         BackendUnavailableError: the export package or what it needs for this is not installed.
         CheckpointError: the checkpoint cannot be loaded.
     """
     try:
-        from samekit_export.checkpoint import BUNDLED_FOLDERS, load, load_source  # noqa: PLC0415
+        from samekit_export.checkpoint import BUNDLED_FOLDERS, hub_repository, load, load_source  # noqa: PLC0415
 
         is_here = os.path.isdir(name) or name in BUNDLED_FOLDERS  # noqa: PTH112 see checkpoint.load
         on_hub = source.get("kind") == "hub" if source else not is_here
+        if not source and not is_here:
+            # Before anything is advised for a name of nothing.
+            try:
+                hub_repository(name)
+            except CheckpointError as error:
+                raise EngineNotFoundError(f"no engine for {name!r} in {places()}, and {error}") from None
         # The export package imports these where it needs them, too late to say what is missing.
         for package in ("torch", "safetensors", "onnx", "onnxscript", *(("huggingface_hub",) if on_hub else ())):
             import_module(package)
