@@ -13,8 +13,9 @@ import onnxruntime
 
 from samekit.backends.ort import CPU_PROVIDER, session_options
 from samekit.cli import Command
+from samekit.errors import SamekitError
 from samekit.spec import ENCODER
-from samekit.store import Engine
+from samekit.store import Engine, find_engine
 from samekit_export.measure import interleaved, machine, summary
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "child",
     "counts",
+    "engine_argument",
     "finish",
     "half_of",
     "interleaved",
@@ -50,6 +52,21 @@ def counts(context: click.Context, parameter: click.Parameter, value: str) -> li
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise click.BadParameter(f"{value!r} is no list of whole numbers from 1")
     return [int(part) for part in parts]
+
+
+def _engine_folder(context: click.Context, parameter: click.Parameter, value: str) -> Path:  # noqa: ARG001
+    """Found, and whole, before anything is measured."""
+    try:
+        return find_engine(value).folder.absolute()
+    except SamekitError as error:
+        # As `Command` says it, which begins after this.
+        refusal = click.ClickException(str(error))
+        refusal.exit_code = 2
+        raise refusal from None
+
+
+engine_argument = click.argument("engine", callback=_engine_folder)
+"""A model's name or its engine folder."""
 
 
 def _plottable(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:  # noqa: ARG001
@@ -160,4 +177,7 @@ def finish(question: str, results: object, engine: Path | None = None) -> None:
         spec = Engine.load(engine).spec
         facts = {"name": spec.name, "source": spec.source, "source_sha256": spec.source_sha256, "tools": spec.tools}
         document["engine"] = facts
+    load, cores = STARTED["load"], STARTED["cores"]
+    if load > 1.5 * cores:
+        print(f"the load was {load} on {cores} cores when this began: other work makes these figures worthless")
     print(json.dumps(document | {"results": results}, default=str))

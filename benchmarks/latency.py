@@ -9,12 +9,22 @@ reported only where the outputs agree to the precision's floor.
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import torch
-from common import counts, finish, half_of, interleaved, machine, plot_lines, plot_option, question, summary
+from common import (
+    counts,
+    engine_argument,
+    finish,
+    half_of,
+    interleaved,
+    machine,
+    plot_lines,
+    plot_option,
+    question,
+    summary,
+)
 
 from samekit import AutoencoderModel
 from samekit.spec import DECODER, ENCODER
@@ -24,6 +34,7 @@ from samekit_export.verify import FLOOR_DB, example_input, snr_db
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -165,7 +176,7 @@ def show(row: dict[str, Any]) -> str:
 
 
 @question
-@click.argument("engine", type=click.Path(path_type=Path))
+@engine_argument
 @click.option("--latents", default="128", show_default=True, callback=counts, help="Lengths, by commas.")
 @click.option("--precision", default="fp32", show_default=True, help="Of ONNX Runtime, separated by commas.")
 @click.option("--runs", default=5, show_default=True, type=click.IntRange(1))

@@ -20,7 +20,17 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 import onnx
-from common import finish, interleaved, machine, open_session, plot_bars, plot_option, question, summary
+from common import (
+    engine_argument,
+    finish,
+    interleaved,
+    machine,
+    open_session,
+    plot_bars,
+    plot_option,
+    question,
+    summary,
+)
 from onnx import TensorProto, helper, numpy_helper
 
 from samekit._options import MOST_THREADS
@@ -118,7 +128,7 @@ def breakdown(events: Iterable[dict[str, Any]]) -> dict[str, float]:
 
 
 @question
-@click.argument("engine", type=click.Path(path_type=Path))
+@engine_argument
 @click.option("--latents", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--precision", default="fp32", show_default=True)
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="[default: all cores]")

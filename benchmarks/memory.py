@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 import soundfile as sf
-from common import child, counts, finish, plot_lines, plot_option, question
+from common import child, counts, engine_argument, finish, plot_lines, plot_option, question
 
 from samekit.spec import DECODER, ENCODER
 from samekit.store import Engine
@@ -44,7 +44,7 @@ def write_noise(path: Path, spec: EngineSpec, latents: int) -> None:
 
 
 @question
-@click.argument("engine", type=click.Path(path_type=Path))
+@engine_argument
 @click.option("--latents", default="64,256,1024,4096", show_default=True, callback=counts)
 @click.option("--precision", default="fp32", show_default=True)
 @plot_option

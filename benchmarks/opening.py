@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import numpy as np
 import soundfile as sf
-from common import child, finish, plot_bars, plot_option, question, summary
+from common import child, engine_argument, finish, plot_bars, plot_option, question, summary
 
 from samekit.store import Engine
 
@@ -40,7 +40,7 @@ def one_second(folder: Path) -> Path:
 
 
 @question
-@click.argument("engine", type=click.Path(path_type=Path))
+@engine_argument
 @click.option("--precision", default="fp32", show_default=True)
 @click.option("--runs", default=5, show_default=True, type=click.IntRange(1))
 @plot_option

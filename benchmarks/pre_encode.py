@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 import numpy as np
 import soundfile as sf
-from common import finish, plot_bars, plot_option, question
+from common import engine_argument, finish, plot_bars, plot_option, question
 
 from samekit import AutoencoderModel
 from samekit.dataset import SAMPLE_SIZE, PreEncodeOptions, pre_encode
@@ -73,7 +73,7 @@ def least_snr_db(latents: list[np.ndarray], out: Path) -> float:
 
 
 @question
-@click.argument("engine", type=click.Path(path_type=Path))
+@engine_argument
 @click.option("--clips", default=100, show_default=True, type=click.IntRange(1))
 @click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(0.001), help="Of each clip.")
 @click.option("--batch_size", default=1, show_default=True, type=click.IntRange(1))

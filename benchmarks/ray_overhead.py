@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import psutil
-from common import finish, plot_bars, plot_option, question
+from common import engine_argument, finish, plot_bars, plot_option, question
 from pre_encode import write_dataset
 
 from samekit import AutoencoderModel
@@ -75,15 +75,14 @@ def copies(folder: Path, clips: int) -> None:
 
 
 @question
-@click.argument("engine")
+@engine_argument
 @click.option("--clips", default=500, show_default=True, type=click.IntRange(1))
 @click.option("--seconds", default=10.0, show_default=True, help="Of each clip.")
 @click.option("--runs", default=3, show_default=True, type=click.IntRange(1))
 @plot_option
-def main(engine: str, clips: int, seconds: float, runs: int, plot_path: Path | None) -> None:
+def main(engine: Path, clips: int, seconds: float, runs: int, plot_path: Path | None) -> None:
     """Print the table for one ENGINE folder; the last line is JSON."""
     cores = available_cpus()
-    engine = str(Path(engine).absolute())
     times: dict[str, list[tuple[float, float]]] = {"one process": [], "Ray, one actor": [], "Ray, an actor a core": []}
     starts: dict[str, Any] = {}
     same = True
@@ -101,7 +100,7 @@ def main(engine: str, clips: int, seconds: float, runs: int, plot_path: Path | N
                 ("Ray, an actor a core", RayOptions("local", cores, 1)),
             ):
                 with ExitStack() as stack:
-                    encoder, start = started(stack, engine, options)
+                    encoder, start = started(stack, str(engine), options)
                     starts.setdefault(way, []).append(start)
                     times[way].append(one_run(encoder, data, outs[way]))
             folders = [contents(out) for out in outs.values()]
@@ -109,7 +108,7 @@ def main(engine: str, clips: int, seconds: float, runs: int, plot_path: Path | N
     # Seconds and seconds of the cores each have a minimum of their own.
     best = {way: tuple(map(min, zip(*taken, strict=True))) for way, taken in times.items()}
     plain = best["one process"]
-    print(f"{Path(engine).name}, {clips} clips of {seconds:g} s, {cores} cores, minimum of {runs} runs")
+    print(f"{engine.name}, {clips} clips of {seconds:g} s, {cores} cores, minimum of {runs} runs")
     print(f"{'':22}{'start':>8}{'seconds':>10}{'audio s/s':>12}{'overhead':>10}{'cpu':>8}{'overhead':>10}")
     for way, (wall, cpu) in best.items():
         begin = f"{min(starts[way]):.1f}" if way in starts else ""
@@ -118,7 +117,7 @@ def main(engine: str, clips: int, seconds: float, runs: int, plot_path: Path | N
         print(f"{way:22}{begin:>8}{wall:>10.1f}{speed:>12.1f}{more[0]:>10}{cpu:>8.1f}{more[1]:>10}")
     print(f"the folders are {'equal, byte for byte' if same else 'DIFFERENT'}")
     results = {
-        "model": Path(engine).name,
+        "model": engine.name,
         "clips": clips,
         "seconds_each": seconds,
         "seconds_and_cpu": {way: [[round(v, 2) for v in pair] for pair in taken] for way, taken in times.items()},
@@ -132,7 +131,7 @@ def main(engine: str, clips: int, seconds: float, runs: int, plot_path: Path | N
     }
     if plot_path:
         plot_bars(plot_path, {"wall": {way: wall for way, (wall, _) in best.items()}}, x="seconds")
-    finish("ray_overhead", results, Path(engine))
+    finish("ray_overhead", results, engine)
 
 
 if __name__ == "__main__":

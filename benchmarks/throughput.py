@@ -9,20 +9,33 @@ Windows and lengths are measured in turn, so that a processor that changes its s
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from common import counts, finish, half_of, interleaved, machine, plot_lines, plot_option, question, summary
+from common import (
+    counts,
+    engine_argument,
+    finish,
+    half_of,
+    interleaved,
+    machine,
+    plot_lines,
+    plot_option,
+    question,
+    summary,
+)
 
 from samekit import AutoencoderModel
 from samekit._options import MOST_THREADS
 from samekit.spec import DECODER, ENCODER
 from samekit_export.verify import example_input
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 
 @question
-@click.argument("engine", type=click.Path(path_type=Path))
+@engine_argument
 @click.option("--windows", default="32,64,128,256", show_default=True, callback=counts, help="In latents.")
 @click.option("--batches", default="1,2,4", show_default=True, callback=counts, help="Sequences encoded at once.")
 @click.option("--latents", default="1024", show_default=True, callback=counts, help="Of each batch, in all.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -345,16 +346,29 @@ def test_shapes_that_do_not_fit_the_model():
     for shape in ((1, 3, 8), (2, 8), (8,)):
         with pytest.raises(InputError, match=r"audio must be \[batch, 2, length\]"):
             model.autoencoder.encode_audio(np.zeros(shape, np.float32))
-    for transposed in (np.zeros((1025, 2), np.float32), [torch.zeros((264_600, 2))]):
+    for transposed in (np.zeros((1025, 2), np.float32), np.zeros((100, 2), np.float32), [torch.zeros((264_600, 2))]):
         with pytest.raises(
             InputError, match=r"audio has \d+ channels; pass \[channels, samples\], such as waveform\.T"
         ):
             model.encode(transposed, RATE)
+    with pytest.raises(InputError, match="audio has 1000 channels"):
+        model.stream_encoder(RATE).push(np.zeros((1000, 2), np.float32))
+    with pytest.raises(InputError, match="audio must be .* it is a path; pass files to encode_file"):
+        model.encode("song.flac", RATE)
     with pytest.raises(InputError, match="0 clips"):
         model.encode([], RATE)
     with pytest.raises(InputError, match="pass 0 <= overlap < chunk_size"):
         model.decode(np.zeros((1, 4, 300), np.float32), chunked=True, chunk_size=32, overlap=32)
     assert model.autoencoder.backend.calls == []
+
+
+def test_files_of_many_channels_may_end_in_short_blocks(tmp_path):
+    """More channels than samples are a mistake in arrays only."""
+    sf.write(tmp_path / "song.wav", noise((19, 80)), RATE, subtype="FLOAT")
+    # Blocks of eight samples a channel.
+    with mock.patch("samekit.audio._BLOCK_VALUES", 8 * 80):
+        written = AutoencoderModel(FakeBackend()).encode_file(tmp_path / "song.wav", tmp_path / "song.npy")
+    assert written["samples"] == 19
 
 
 def test_chunked_runs_the_references_chunks():

@@ -563,7 +563,7 @@ def test_other_model_is_refused_and_another_name_is_not(data, out):
     object.__setattr__(renamed.spec, "name", "renamed")
     object.__setattr__(other.spec, "source_sha256", "1" * 64)
     assert run(data, out, renamed).unchanged == 1
-    with pytest.raises(InputError, match=r"model fake \(11111111\) instead of fake"):
+    with pytest.raises(InputError, match=r"model fake \(0\) there, fake \(11111111\) here"):
         run(data, out, other)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,10 @@ def as_float32(value: Any, name: str, *, empty: bool = False) -> Array:
     """
     if is_tensor(value):
         value = _from_tensor(value, name)
+    if isinstance(value, (str, os.PathLike)):
+        raise InputError(
+            f"{name} must be a NumPy array or a PyTorch tensor, it is a path; pass files to encode_file or decode_file"
+        )
     if not isinstance(value, np.ndarray):
         raise InputError(
             f"{name} must be a NumPy array or a PyTorch tensor, it is {type(value).__name__}; "

@@ -13,7 +13,7 @@ import numpy as np
 
 from samekit._options import check_whole
 from samekit.arrays import AUDIO, LATENTS, as_float32, is_tensor, like
-from samekit.audio import AudioReader, AudioWriter, pad_to, prepare
+from samekit.audio import AudioReader, AudioWriter, pad_to, prepare, to_channels
 from samekit.backends import AUTO, open_backend
 from samekit.backends.base import BackendOptions
 from samekit.chunking import ExactWindows, reference_chunks
@@ -437,7 +437,7 @@ class AutoencoderModel:
             require_replaceable(latents_path)
             with LatentsWriter(latents_path, self.latent_dim) as writer:
                 for block in reader:
-                    writer.write(encoder.push(block))
+                    writer.write(encoder.push(to_channels(block, self.spec.channels)))
                     if progress:
                         progress(block.shape[-1])
                 writer.write(encoder.finish())

@@ -156,7 +156,7 @@ class Settings:
         ours, theirs = self._described(), other._described()
         same_model = self.model_sha256 == other.model_sha256
         return [
-            f"{name} {value} instead of {theirs[name]}"
+            f"{name} {theirs[name]} there, {value} here"
             for name, value in ours.items()
             if value != theirs[name] and not (name == "model" and same_model)
         ]

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 # libsndfile's limit, so no file has more.
 _MOST_CHANNELS = 1024
 
+# With more channels than this, and fewer samples than channels, samples stand in the place of channels.
+_MANY_CHANNELS = 64
+
 
 class HalfRunner:
     """One half of a model over windows: runs them and keeps their cores.
@@ -290,8 +293,9 @@ def as_clip(audio: Any, *, empty: bool = False) -> Array:
             f"a clip must be [channels, samples] or [samples], got {list(array.shape)}; "
             "pass several as a list or [batch, channels, samples]"
         )
-    if array.shape[0] > _MOST_CHANNELS:
-        raise InputError(f"audio has {array.shape[0]} channels; pass [channels, samples], such as waveform.T")
+    channels, samples = array.shape
+    if channels > _MOST_CHANNELS or (channels > _MANY_CHANNELS and samples < channels):
+        raise InputError(f"audio has {channels} channels; pass [channels, samples], such as waveform.T")
     return array
 
 
