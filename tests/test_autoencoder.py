@@ -353,7 +353,7 @@ def test_shapes_that_do_not_fit_the_model():
             model.encode(transposed, RATE)
     with pytest.raises(InputError, match="audio has 1000 channels"):
         model.stream_encoder(RATE).push(np.zeros((1000, 2), np.float32))
-    with pytest.raises(InputError, match="audio must be .* it is a path; pass files to encode_file"):
+    with pytest.raises(InputError, match=r"audio must be .* it is a path; pass files to encode_file"):
         model.encode("song.flac", RATE)
     with pytest.raises(InputError, match="0 clips"):
         model.encode([], RATE)
