@@ -54,15 +54,18 @@ def counts(context: click.Context, parameter: click.Parameter, value: str) -> li
     return [int(part) for part in parts]
 
 
+class Refusal(click.ClickException):
+    """One line, as `Command` says it, which begins after options are read."""
+
+    exit_code = 2
+
+
 def _engine_folder(context: click.Context, parameter: click.Parameter, value: str) -> Path:  # noqa: ARG001
     """Found, and whole, before anything is measured."""
     try:
         return find_engine(value).folder.absolute()
     except SamekitError as error:
-        # As `Command` says it, which begins after this.
-        refusal = click.ClickException(str(error))
-        refusal.exit_code = 2
-        raise refusal from None
+        raise Refusal(str(error)) from None
 
 
 engine_argument = click.argument("engine", callback=_engine_folder)
