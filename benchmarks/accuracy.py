@@ -8,24 +8,22 @@ Quiet inputs have none: what a graph rounds does not all shrink with its input.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from itertools import product
+import math
 from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-from common import counts, engine_argument, finish, half_of, plot_bars, plot_option, question
+from common import counts, engine_argument, finish, half_of, open_codec, plot_bars, plot_option, question
 
-from samekit import AutoencoderModel
 from samekit.errors import InputError
 from samekit.spec import DECODER, ENCODER
-from samekit.store import Engine
 from samekit_export.verify import example_input, snr_db
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from samekit.autoencoder import Autoencoder
+    from samekit.store import Engine
 
 LEVELS = (1.0, 0.01)
 """Times the usual level of an input."""
@@ -57,35 +55,27 @@ def measure(
 @click.option("--threads", type=click.IntRange(1), help="[default: all cores]")
 @plot_option
 def main(
-    engine: Path, latents: list[int], precision: str | None, seeds: int, threads: int | None, plot_path: Path | None
+    engine: Engine, latents: list[int], precision: str | None, seeds: int, threads: int | None, plot_path: Path | None
 ) -> None:
     """Print the table for one ENGINE folder; the last line is JSON."""
-    found = Engine.load(engine)
-    precisions = precision.split(",") if precision else list(found.spec.graphs)
+    precisions = precision.split(",") if precision else list(engine.spec.graphs)
     if not precisions:
-        raise InputError(f"{engine}: holds no graph; export the model again")
-
-    def opened(backend: str, of: str) -> Autoencoder:
-        return AutoencoderModel.from_pretrained(
-            engine, "cpu", backend=backend, precision=of, threads=threads
-        ).autoencoder
-
-    eager, tested = opened("torch", "fp32"), {of: opened("onnxruntime", of) for of in precisions}
-    rows: list[dict[str, Any]] = []
-    for half in (ENCODER, DECODER):
-        rows += measure(eager, tested, half, latents, seeds)
-    least: dict[str, dict[str, float]] = defaultdict(dict)
+        raise InputError(f"{engine.folder}: holds no graph; export the model again")
+    eager = open_codec(engine.folder, "torch", "fp32", threads)
+    tested = {of: open_codec(engine.folder, "onnxruntime", of, threads) for of in precisions}
+    rows = [row for half in (ENCODER, DECODER) for row in measure(eager, tested, half, latents, seeds)]
+    least: dict[tuple[str, str, int, float], float] = {}
+    for row in rows:
+        alike = (row["half"], row["precision"], row["latents"], row["level"])
+        least[alike] = min(row["snr_db"], least.get(alike, math.inf))
     print(f"{'':10}{'':10}{'latents':>8}{'level':>8}{'least SNR':>12}")
-    for half in (ENCODER, DECODER):
-        for of in precisions:
-            for length, level in product(latents, LEVELS):
-                asked = (half, of, length, level)
-                alike = [r["snr_db"] for r in rows if (r["half"], r["precision"], r["latents"], r["level"]) == asked]
-                least[half][f"{of}, {length} latents, level {level:g}"] = min(alike)
-                print(f"{half:10}{of:10}{length:>8}{level:>8g}{min(alike):>9.1f} dB")
+    panels: dict[str, dict[str, float]] = {ENCODER: {}, DECODER: {}}
+    for (half, of, length, level), snr in least.items():
+        panels[half][f"{of}, {length} latents, level {level:g}"] = snr
+        print(f"{half:10}{of:10}{length:>8}{level:>8g}{snr:>9.1f} dB")
     if plot_path:
-        plot_bars(plot_path, least, x="SNR in dB, the least of all inputs")
-    finish("accuracy", rows, engine)
+        plot_bars(plot_path, panels, x="SNR in dB, the least of all inputs")
+    finish("accuracy", rows)
 
 
 if __name__ == "__main__":

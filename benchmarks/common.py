@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import onnxruntime
 
+from samekit import AutoencoderModel
 from samekit.backends.ort import CPU_PROVIDER, session_options
 from samekit.cli import Command
 from samekit.errors import SamekitError
@@ -31,6 +32,7 @@ __all__ = [
     "half_of",
     "interleaved",
     "machine",
+    "open_codec",
     "open_session",
     "plot_bars",
     "plot_lines",
@@ -60,16 +62,16 @@ class Refusal(click.ClickException):
     exit_code = 2
 
 
-def _engine_folder(context: click.Context, parameter: click.Parameter, value: str) -> Path:  # noqa: ARG001
+def _engine(context: click.Context, parameter: click.Parameter, value: str) -> Engine:  # noqa: ARG001
     """Found, and whole, before anything is measured."""
     try:
-        return find_engine(value).folder.absolute()
+        return find_engine(value)
     except SamekitError as error:
         raise Refusal(str(error)) from None
 
 
-engine_argument = click.argument("engine", callback=_engine_folder)
-"""A model's name or its engine folder."""
+engine_argument = click.argument("engine", callback=_engine)
+"""A model's name or its engine folder; gives a `samekit.store.Engine`."""
 
 
 def _plottable(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:  # noqa: ARG001
@@ -97,6 +99,13 @@ plot_option = click.option(
 def half_of(codec: Autoencoder, half: str) -> Callable[[Any], Any]:
     """The call that users make."""
     return codec.encode_audio if half == ENCODER else codec.decode_audio
+
+
+def open_codec(engine: Path, backend: str, precision: str, threads: int | None) -> Autoencoder:
+    """One candidate on the CPU."""
+    return AutoencoderModel.from_pretrained(
+        engine, "cpu", backend=backend, precision=precision, threads=threads
+    ).autoencoder
 
 
 def open_session(
@@ -163,21 +172,19 @@ def _plot(path: Path, titles: Iterable[str], draw: Callable[[Any, str], None]) -
     plt.close(figure)
 
 
-def finish(question: str, results: object, engine: Path | None = None) -> None:
-    """The last line: everything, for machines.
+def finish(question: str, results: object) -> None:
+    """The last line: everything, for machines; options and engine are those of the running command.
 
     Args:
         question: the benchmark's name.
         results: what it measured.
-        engine: the folder that it measured, if any.
     """
-    document: dict[str, Any] = {
-        "benchmark": question,
-        "machine": STARTED,
-        "options": click.get_current_context().params,
-    }
+    options = click.get_current_context().params
+    engine: Engine | None = options.get("engine")
+    document: dict[str, Any] = {"benchmark": question, "machine": STARTED, "options": options}
     if engine is not None:
-        spec = Engine.load(engine).spec
+        document["options"] = options | {"engine": engine.folder.absolute()}
+        spec = engine.spec
         facts = {"name": spec.name, "source": spec.source, "source_sha256": spec.source_sha256, "tools": spec.tools}
         document["engine"] = facts
     load, cores = STARTED["load"], STARTED["cores"]

@@ -10,7 +10,6 @@ graphs in float32 and so flatters. The yardstick is eager PyTorch in float32. We
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click

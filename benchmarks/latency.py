@@ -20,13 +20,13 @@ from common import (
     half_of,
     interleaved,
     machine,
+    open_codec,
     plot_lines,
     plot_option,
     question,
     summary,
 )
 
-from samekit import AutoencoderModel
 from samekit.spec import DECODER, ENCODER
 from samekit_export.checkpoint import BandSpan
 from samekit_export.diffusers_format import diffusers_tensor, published_key
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from samekit.autoencoder import Autoencoder
+    from samekit.store import Engine
     from samekit_export.model import Same
 
 EAGER = "torch fp32"
@@ -49,17 +50,11 @@ FLOORS = FLOOR_DB | {"bf16": 30.0}
 
 def open_all(engine: Path, precisions: list[str], threads: int, yardsticks: list[str]) -> dict[str, Autoencoder]:
     """The candidates by name, eager PyTorch first."""
-
-    def opened(backend: str, precision: str) -> Autoencoder:
-        return AutoencoderModel.from_pretrained(
-            engine, "cpu", backend=backend, precision=precision, threads=threads
-        ).autoencoder
-
-    codecs = {EAGER: opened("torch", "fp32")}
+    codecs = {EAGER: open_codec(engine, "torch", "fp32", threads)}
     for name in yardsticks:
-        codecs[name] = opened("torch", "fp32")
+        codecs[name] = open_codec(engine, "torch", "fp32", threads)
         YARDSTICKS[name](codecs[name].backend)
-    return codecs | {f"onnxruntime {p}": opened("onnxruntime", p) for p in precisions}
+    return codecs | {f"onnxruntime {p}": open_codec(engine, "onnxruntime", p, threads) for p in precisions}
 
 
 def compile_(backend: Any) -> None:
@@ -186,7 +181,7 @@ def show(row: dict[str, Any]) -> str:
 )
 @plot_option
 def main(
-    engine: Path,
+    engine: Engine,
     latents: list[int],
     precision: str,
     runs: int,
@@ -195,7 +190,7 @@ def main(
     plot_path: Path | None,
 ) -> None:
     """Print the table for one ENGINE folder; the last line is JSON."""
-    codecs = open_all(engine, precision.split(","), threads or machine()["cores"], list(yardsticks))
+    codecs = open_all(engine.folder, precision.split(","), threads or machine()["cores"], list(yardsticks))
     rows = []
     for half in (ENCODER, DECODER):
         for length in latents:
@@ -205,7 +200,7 @@ def main(
     if plot_path:
         points = [(row["half"], row["candidate"], row["latents"], row["per_latent_ms"]) for row in rows]
         plot_lines(plot_path, points, x="latents", y="ms per latent")
-    finish("latency", rows, engine)
+    finish("latency", rows)
 
 
 if __name__ == "__main__":

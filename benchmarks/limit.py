@@ -35,7 +35,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from samekit._options import MOST_THREADS
 from samekit.spec import DECODER, ENCODER, INPUT_NAMES
-from samekit.store import Engine
 from samekit_export.verify import example_input
 
 if TYPE_CHECKING:
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
     from samekit.arrays import Array
+    from samekit.store import Engine
 
 # Rows, inner size, columns: of the size of the models' feed-forward products, and larger.
 LARGE = ((2176, 768, 4608), (2176, 1536, 9216), (4096, 4096, 4096))
@@ -142,7 +142,7 @@ def breakdown(events: Iterable[dict[str, Any]]) -> dict[str, float]:
 )
 @plot_option
 def main(
-    engine: Path,
+    engine: Engine,
     latents: int,
     precision: str,
     threads: int | None,
@@ -151,11 +151,10 @@ def main(
 ) -> None:
     """Print the fraction and the breakdown for the halves of one ENGINE folder; the last line is JSON."""
     threads = threads or machine()["cores"]
-    found = Engine.load(engine)
-    found.check(precision)
+    engine.check(precision)
     rows: dict[str, dict[str, Any]] = {}
     for half in halves:
-        path, given = found.graph(half, precision), example_input(found.spec, half, 1, latents, seed=0)
+        path, given = engine.graph(half, precision), example_input(engine.spec, half, 1, latents, seed=0)
         opened = open_session(path, threads, precision)
         if [node.name for node in opened.get_inputs()] != [INPUT_NAMES[half]]:
             raise click.ClickException(f"{path}: not the graph of an {half}")
@@ -182,7 +181,7 @@ def main(
             x="share of the time",
         )
     results = {"limit_gops": limit / 1e9, "latents": latents, "precision": precision, **rows}
-    finish("limit", results, engine)
+    finish("limit", results)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ import soundfile as sf
 from common import child, counts, engine_argument, finish, plot_lines, plot_option, question
 
 from samekit.spec import DECODER, ENCODER
-from samekit.store import Engine
 
 if TYPE_CHECKING:
     from samekit.spec import EngineSpec
+    from samekit.store import Engine
 
 # Reports the peak of its own memory in KiB, from Linux: what `getrusage` gives begins with the parent's peak.
 PEAK = """
@@ -48,15 +48,14 @@ def write_noise(path: Path, spec: EngineSpec, latents: int) -> None:
 @click.option("--latents", default="64,256,1024,4096", show_default=True, callback=counts)
 @click.option("--precision", default="fp32", show_default=True)
 @plot_option
-def main(engine: Path, latents: list[int], precision: str, plot_path: Path | None) -> None:
+def main(engine: Engine, latents: list[int], precision: str, plot_path: Path | None) -> None:
     """Print the table for one ENGINE folder; the last line is JSON."""
-    found = Engine.load(engine)
-    found.check(precision)
-    spec = found.spec
+    engine.check(precision)
+    spec = engine.spec
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         audio, encoded, decoded = (Path(name) / file for file in ("in.wav", "in.npy", "out.wav"))
-        options = ("--model", engine, "--precision", precision, "--backend", "onnxruntime", "--device", "cpu")
+        options = ("--model", engine.folder, "--precision", precision, "--backend", "onnxruntime", "--device", "cpu")
         for length in latents:
             write_noise(audio, spec, length)
             row = {
@@ -70,7 +69,7 @@ def main(engine: Path, latents: list[int], precision: str, plot_path: Path | Non
     if plot_path:
         points = [(spec.name, half, row["latents"], peak) for row in rows for half, peak in row["peak_mib"].items()]
         plot_lines(plot_path, points, x="latents", y="MiB at the peak")
-    finish("memory", rows, engine)
+    finish("memory", rows)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import numpy as np
 import soundfile as sf
 from common import child, engine_argument, finish, plot_bars, plot_option, question, summary
 
-from samekit.store import Engine
+if TYPE_CHECKING:
+    from samekit.store import Engine
+
 
 # Runs in a process of its own, as opening warms up what the next opening finds.
 OPEN = """
@@ -44,18 +47,18 @@ def one_second(folder: Path) -> Path:
 @click.option("--precision", default="fp32", show_default=True)
 @click.option("--runs", default=5, show_default=True, type=click.IntRange(1))
 @plot_option
-def main(engine: Path, precision: str, runs: int, plot_path: Path | None) -> None:
+def main(engine: Engine, precision: str, runs: int, plot_path: Path | None) -> None:
     """Print the table for one ENGINE folder; the last line is JSON."""
-    Engine.load(engine).check(precision)
-    for file in engine.glob("*.onnx*"):
+    engine.check(precision)
+    for file in engine.folder.glob("*.onnx*"):
         file.read_bytes()
     opening, first, command = [], [], []
     with tempfile.TemporaryDirectory() as name:
         clip = one_second(Path(name))
         samekit = (Path(sys.executable).with_name("samekit"), "encode", clip, clip.with_suffix(".npy"))
-        options = ("--model", engine, "--precision", precision, "--backend", "onnxruntime", "--device", "cpu")
+        options = ("--model", engine.folder, "--precision", precision, "--backend", "onnxruntime", "--device", "cpu")
         for _ in range(runs):
-            seconds = [float(part) for part in child(sys.executable, "-c", OPEN, engine, precision).split()]
+            seconds = [float(part) for part in child(sys.executable, "-c", OPEN, engine.folder, precision).split()]
             opening.append(seconds[0])
             first.append(seconds[1])
             start = time.perf_counter()
@@ -70,8 +73,8 @@ def main(engine: Path, precision: str, runs: int, plot_path: Path | None) -> Non
         print(f"{what:48}{figures['median']:.2f} s ({figures['min']:.2f} ... {figures['max']:.2f})")
     if plot_path:
         medians = {what: figures["median"] for what, figures in results.items()}
-        plot_bars(plot_path, {engine.name: medians}, x="seconds")
-    finish("opening", results, engine)
+        plot_bars(plot_path, {engine.folder.name: medians}, x="seconds")
+    finish("opening", results)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import math
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import numpy as np
@@ -22,6 +23,9 @@ from common import engine_argument, finish, plot_bars, plot_option, question
 from samekit import AutoencoderModel
 from samekit.dataset import SAMPLE_SIZE, PreEncodeOptions, pre_encode
 from samekit_export.verify import FLOOR_DB, snr_db
+
+if TYPE_CHECKING:
+    from samekit.store import Engine
 
 RATE = 44_100
 OURS, BARE, REFERENCE = "samekit pre-encode", "bare encoder", "reference's way"
@@ -87,7 +91,7 @@ def least_snr_db(latents: list[np.ndarray], out: Path) -> float:
 )
 @plot_option
 def main(
-    engine: Path,
+    engine: Engine,
     clips: int,
     seconds: float,
     batch_size: int,
@@ -99,7 +103,7 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         audio = write_dataset(folder / "data", clips, seconds)
-        with AutoencoderModel.from_pretrained(engine, "cpu", threads=threads) as model:
+        with AutoencoderModel.from_pretrained(engine.folder, "cpu", threads=threads) as model:
             model.autoencoder.backend.expect_many_calls("encoder")
             bare_encoder(model, audio[:2])
             # The bare encoder before and after, so that other work on the machine falls on both.
@@ -112,7 +116,7 @@ def main(
         snr = None
         if reference_clips:
             measured[REFERENCE] = min(reference_clips, clips)
-            taken, latents = reference_way(engine, audio[:reference_clips], threads)
+            taken, latents = reference_way(engine.folder, audio[:reference_clips], threads)
             times[REFERENCE] = taken / measured[REFERENCE] * clips
             snr = least_snr_db(latents, folder / "out")
 
@@ -139,7 +143,7 @@ def main(
         plot_bars(
             plot_path, {name: {way: total / taken for way, taken in times.items()}}, x="seconds of audio a second"
         )
-    finish("pre_encode", result, engine)
+    finish("pre_encode", result)
 
 
 if __name__ == "__main__":

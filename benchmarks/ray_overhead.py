@@ -33,6 +33,7 @@ from samekit.distributed import RayEncoder, RayOptions
 
 if TYPE_CHECKING:
     from samekit.encoder import Encoder
+    from samekit.store import Engine
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -80,9 +81,11 @@ def copies(folder: Path, clips: int) -> None:
 @click.option("--seconds", default=10.0, show_default=True, help="Of each clip.")
 @click.option("--runs", default=3, show_default=True, type=click.IntRange(1))
 @plot_option
-def main(engine: Path, clips: int, seconds: float, runs: int, plot_path: Path | None) -> None:
+def main(engine: Engine, clips: int, seconds: float, runs: int, plot_path: Path | None) -> None:
     """Print the table for one ENGINE folder; the last line is JSON."""
     cores = available_cpus()
+    # Workers run in folders of their own.
+    folder = str(engine.folder.absolute())
     times: dict[str, list[tuple[float, float]]] = {"one process": [], "Ray, one actor": [], "Ray, an actor a core": []}
     starts: dict[str, Any] = {}
     same = True
@@ -93,14 +96,14 @@ def main(engine: Path, clips: int, seconds: float, runs: int, plot_path: Path | 
         write_dataset(data, min(clips, 10), seconds)
         copies(data, clips)
         for _ in range(runs):
-            with AutoencoderModel.from_pretrained(engine, "cpu", backend="onnxruntime") as model:
+            with AutoencoderModel.from_pretrained(folder, "cpu", backend="onnxruntime") as model:
                 times["one process"].append(one_run(model, data, outs["one process"]))
             for way, options in (
                 ("Ray, one actor", RayOptions("local", 1, cores)),
                 ("Ray, an actor a core", RayOptions("local", cores, 1)),
             ):
                 with ExitStack() as stack:
-                    encoder, start = started(stack, str(engine), options)
+                    encoder, start = started(stack, folder, options)
                     starts.setdefault(way, []).append(start)
                     times[way].append(one_run(encoder, data, outs[way]))
             folders = [contents(out) for out in outs.values()]
@@ -108,30 +111,30 @@ def main(engine: Path, clips: int, seconds: float, runs: int, plot_path: Path | 
     # Seconds and seconds of the cores each have a minimum of their own.
     best = {way: tuple(map(min, zip(*taken, strict=True))) for way, taken in times.items()}
     plain = best["one process"]
-    print(f"{engine.name}, {clips} clips of {seconds:g} s, {cores} cores, minimum of {runs} runs")
+    # What differs is no measure of the same work.
+    overhead = {
+        way: [value / of - 1 for value, of in zip(pair, plain, strict=True)] for way, pair in best.items() if same
+    }
+    print(f"{engine.folder.name}, {clips} clips of {seconds:g} s, {cores} cores, minimum of {runs} runs")
     print(f"{'':22}{'start':>8}{'seconds':>10}{'audio s/s':>12}{'overhead':>10}{'cpu':>8}{'overhead':>10}")
     for way, (wall, cpu) in best.items():
         begin = f"{min(starts[way]):.1f}" if way in starts else ""
-        more = [f"{value / of - 1:.1%}" if same else "refused" for value, of in zip(best[way], plain, strict=True)]
+        more = [f"{value:.1%}" for value in overhead[way]] if same else ["refused"] * 2
         speed = clips * seconds / wall
         print(f"{way:22}{begin:>8}{wall:>10.1f}{speed:>12.1f}{more[0]:>10}{cpu:>8.1f}{more[1]:>10}")
     print(f"the folders are {'equal, byte for byte' if same else 'DIFFERENT'}")
     results = {
-        "model": engine.name,
+        "model": engine.folder.name,
         "clips": clips,
         "seconds_each": seconds,
         "seconds_and_cpu": {way: [[round(v, 2) for v in pair] for pair in taken] for way, taken in times.items()},
         "starts": {way: [round(value, 2) for value in taken] for way, taken in starts.items()},
-        "overhead": {
-            way: [round(value / of - 1, 3) for value, of in zip(pair, plain, strict=True)] for way, pair in best.items()
-        }
-        if same
-        else None,
+        "overhead": {way: [round(value, 3) for value in pair] for way, pair in overhead.items()} if same else None,
         "equal": same,
     }
     if plot_path:
         plot_bars(plot_path, {"wall": {way: wall for way, (wall, _) in best.items()}}, x="seconds")
-    finish("ray_overhead", results, engine)
+    finish("ray_overhead", results)
 
 
 if __name__ == "__main__":

@@ -19,19 +19,21 @@ from common import (
     half_of,
     interleaved,
     machine,
+    open_codec,
     plot_lines,
     plot_option,
     question,
     summary,
 )
 
-from samekit import AutoencoderModel
 from samekit._options import MOST_THREADS
 from samekit.spec import DECODER, ENCODER
 from samekit_export.verify import example_input
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from samekit.store import Engine
 
 
 @question
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="[default: all cores]")
 @plot_option
 def main(
-    engine: Path,
+    engine: Engine,
     windows: list[int],
     batches: list[int],
     latents: list[int],
@@ -57,20 +59,17 @@ def main(
     if min(latents) < max(batches):
         raise click.UsageError("fewer latents than sequences in a batch")
     # One backend for all, so that the weights are held once.
-    model = AutoencoderModel.from_pretrained(
-        engine, "cpu", backend="onnxruntime", precision=precision, threads=threads or machine()["cores"]
-    )
-    default = model.autoencoder
+    default = open_codec(engine.folder, "onnxruntime", precision, threads or machine()["cores"])
     codecs = {window: type(default)(default.backend, window) for window in windows}
     rows: list[dict[str, Any]] = []
     for half in (ENCODER, DECODER):
         default.backend.expect_many_calls(half)
         print(f"{half}: the default window is {default.windows(half).size} latents")
         for batch in batches:
-            inputs = {count: example_input(model.spec, half, batch, count // batch, seed=batch) for count in latents}
+            inputs = {count: example_input(engine.spec, half, batch, count // batch, seed=batch) for count in latents}
             calls = {(w, n): partial(half_of(codecs[w], half), inputs[n]) for w in windows for n in latents}
             for (window, count), times in interleaved(calls, runs).items():
-                seconds = batch * (count // batch) * model.spec.hop / model.spec.sample_rate
+                seconds = batch * (count // batch) * engine.spec.hop / engine.spec.sample_rate
                 speed = summary([seconds / time for time in times])
                 shape = {"half": half, "batch": batch, "window": window, "latents": count}
                 rows.append({**shape, "audio_seconds_per_second": speed})
@@ -90,7 +89,7 @@ def main(
             for row in rows
         ]
         plot_lines(plot_path, points, x="window in latents", y="seconds of audio a second")
-    finish("throughput", rows, engine)
+    finish("throughput", rows)
 
 
 if __name__ == "__main__":

@@ -437,6 +437,7 @@ class AutoencoderModel:
             require_replaceable(latents_path)
             with LatentsWriter(latents_path, self.latent_dim) as writer:
                 for block in reader:
+                    # Before the stream sees it: a file's last block may be shorter than its channels are many.
                     writer.write(encoder.push(to_channels(block, self.spec.channels)))
                     if progress:
                         progress(block.shape[-1])
