@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import inspect
 import json
 import logging
@@ -19,13 +18,14 @@ import reprlib
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from samekit._files import named, read_regular, utf8_path
 from samekit._json import check_kinds
 from samekit.errors import CheckpointError, first_line
 from samekit.spec import RANDOM
 from samekit_export import diffusers_format
+from samekit_export.digest import checkpoint_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -64,6 +64,9 @@ BUNDLED = "bundled"
 class ChunkSpan:
     """Attention inside chunks of whole latents; the second half of the blocks sees them shifted by half a chunk."""
 
+    kind: ClassVar[str] = "chunk"
+    """Tells it from the other spans in the checkpoint's digest."""
+
     latents: int
     """Latents in a chunk; even."""
     shifted: bool
@@ -73,6 +76,9 @@ class ChunkSpan:
 @dataclass(frozen=True)
 class BandSpan:
     """Attention in a sliding band, counted in latents to either side of a token."""
+
+    kind: ClassVar[str] = "band"
+    """Tells it from the other spans in the checkpoint's digest."""
 
     latents: int
     """A token sees this many latents' worth of tokens to its left and to its right."""
@@ -165,7 +171,7 @@ class Checkpoint:
     source: dict[str, Any]
     """Where it was read, as `load_source` takes it."""
     sha256: str
-    """Of the configuration and every tensor, in key order."""
+    """Digest of the configuration and of every tensor, see `samekit_export.digest`."""
 
 
 # ---------------------------------------------------------------------------------------------- configuration
@@ -468,15 +474,6 @@ def _check_shapes(found: Mapping[str, tuple[int, ...]], config: SameConfig, sour
         )
 
 
-def _digest(config: SameConfig, tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over the configuration and the tensors in key order."""
-    digest = hashlib.sha256(repr(config).encode())
-    for key in sorted(tensors):
-        digest.update(key.encode())
-        digest.update(tensors[key].numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _read_config(path: Path) -> Any:
     try:
         return json.loads(read_regular(path).decode())
@@ -559,7 +556,7 @@ def load_folder(folder: str | Path, name: str | None = None) -> Checkpoint:
         tensors = _read_tensors(folder / WEIGHTS_FILE, config, str, NESTED_PREFIX if nested else "")
     name = name or folder.name
     source = {"kind": "folder", "folder": str(folder), "name": name}
-    return Checkpoint(name, config, tensors, source, _digest(config, tensors))
+    return Checkpoint(name, config, tensors, source, checkpoint_digest(config, tensors))
 
 
 def load_bundled(name: str) -> Checkpoint:
@@ -732,7 +729,7 @@ def random_checkpoint(name: str, seed: int = 0) -> Checkpoint:
             generator = np.random.RandomState((zlib.crc32(key.encode()) + seed) % 2**32)
             tensors[key] = torch.from_numpy((mean + std * generator.standard_normal(shape)).astype(np.float32))
     source = {"kind": RANDOM, "name": name, "seed": seed}
-    return Checkpoint(name, config, tensors, source, _digest(config, tensors))
+    return Checkpoint(name, config, tensors, source, checkpoint_digest(config, tensors))
 
 
 def rotary_frequencies(rotated: int) -> Any:
