@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import shutil
+import subprocess
 from pathlib import Path
 from unittest import mock
 
 import pytest
-from helpers import HALVES, REMOVED, assert_one_line, edit
+from helpers import HALVES, RATE, REMOVED, assert_one_line, edit, noise
+from small import write_engine
 
-from samekit.errors import BackendUnavailableError, EngineError, EngineNotFoundError, InputError
+from samekit import AutoencoderModel
+from samekit.errors import BackendError, BackendUnavailableError, EngineError, EngineNotFoundError, InputError
 from samekit.spec import DECODER, ENCODER, EngineSpec
 from samekit.store import Engine, describe_graph, find_engine
 
@@ -309,3 +313,74 @@ def test_missing_external_data(own_engine):
 def test_folder_can_be_moved(own_engine, tmp_path):
     shutil.move(own_engine.folder, tmp_path / "elsewhere")
     Engine.load(tmp_path / "elsewhere").check_digests()
+
+
+# --- Links -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def linked(tmp_path):
+    """An engine folder with weights beside the encoder; a function that moves files away and leaves links."""
+    folder = tmp_path / "engine"
+    write_engine(folder)
+
+    def link(places):
+        for name, place in places.items():
+            target = tmp_path / place
+            target.parent.mkdir(exist_ok=True)
+            (folder / name).rename(target)
+            (folder / name).symlink_to(target)
+        return folder
+
+    return link
+
+
+def encoded(folder):
+    with AutoencoderModel.from_pretrained(folder, backend="onnxruntime", threads=1) as model:
+        return model.encode(noise((1, 2, 16)), RATE)
+
+
+# Which layouts are read was tried with ONNX Runtime 1.24.1, 1.24.2, 1.25.0 and 1.32.0: weights whose real path lies
+# neither in the folder nor, from 1.24.2 on (github.com/microsoft/onnxruntime/pull/27374), beside the graph's real path
+# are refused by all of them.
+@pytest.mark.parametrize("data_only", [True, False], ids=["weights", "graph and weights, into two folders"])
+def test_weights_behind_a_link_that_leaves_the_folder(linked, data_only):
+    links = {"encoder.onnx.data": "elsewhere/weights"} | ({} if data_only else {"encoder.onnx": "graphs/encoder"})
+    folder = linked(links)
+    with pytest.raises(
+        BackendError, match=r"encoder\.onnx\.data: is a link that leaves the folder .*; run: cp -rL .* and open"
+    ) as caught:
+        encoded(folder)
+    assert_one_line(caught.value)
+    assert "export it again" not in str(caught.value)
+    command = str(caught.value).partition("run: ")[2].partition(", and open")[0]
+    assert command.startswith("cp ")
+    subprocess.run(shlex.split(command), check=True)
+    assert encoded(shlex.split(command)[-1]).shape == (1, 4, 2)
+
+
+def test_cache_of_the_hub(linked, monkeypatch):
+    """Graph and weights are links into one folder of blobs, as in the cache of `huggingface_hub`."""
+    folder = linked({"encoder.onnx": "blobs/0a1b", "encoder.onnx.data": "blobs/2c3d"})
+    assert encoded(folder).shape == (1, 4, 2)
+
+    def refuse(*_, **__):
+        # What 1.24.1 says of this layout.
+        raise RuntimeError('External data path: "encoder.onnx.data" escapes model directory')
+
+    monkeypatch.setattr("onnxruntime.__version__", "1.24.1")
+    monkeypatch.setattr("onnxruntime.InferenceSession", refuse)
+    with pytest.raises(
+        BackendError, match=r"is a link that leaves .*; update ONNX Runtime to 1\.24\.2 or later, or run: cp -rL"
+    ) as caught:
+        encoded(folder)
+    assert_one_line(caught.value)
+
+
+def test_links_inside_the_folder(linked):
+    folder = linked({"encoder.onnx.data": "engine/weights"})
+    assert encoded(folder).shape == (1, 4, 2)
+    (folder / "weights").write_bytes(bytes((folder / "weights").stat().st_size))
+    (folder / "encoder.onnx").write_bytes(bytes((folder / "encoder.onnx").stat().st_size))
+    with pytest.raises(BackendError, match="cannot open it .*; export it again"):
+        encoded(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shlex
 import threading
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -201,7 +202,8 @@ class OnnxRuntimeBackend(Backend):
             session = self._runtime.InferenceSession(path, options, providers=self._providers_of(half))
         except Exception as error:  # noqa: BLE001 the runtime's exceptions share no base class
             raise BackendError(
-                f"{path}: ONNX Runtime {self._runtime.__version__} cannot open it ({first_line(error)}); "
+                self._refused_link(graph, half, str(error))
+                or f"{path}: ONNX Runtime {self._runtime.__version__} cannot open it ({first_line(error)}); "
                 "export it again, or update ONNX Runtime if it is older than 1.24"
             ) from None
         # A provider that cannot start is dropped with a warning only, and the CPU takes its place.
@@ -217,6 +219,29 @@ class OnnxRuntimeBackend(Backend):
                 "or choose device cpu"
             )
         return session
+
+    def _refused_link(self, graph: Path, half: str, error: str) -> str | None:
+        """Return a message if ONNX Runtime refused a graph because its weights are a link that leaves the folder.
+
+        Every version refuses weights whose real path lies neither in the graph's folder nor beside the graph's real
+        path. Versions 1.24.0 and 1.24.1 refuse those beside the real path too, which is how the cache of
+        `huggingface_hub` stores files; only there the error's text must tell the cause.
+        """
+        for name in self._engine.spec.graphs[self.precision][half].sizes:
+            weights = graph.with_name(name)
+            target = weights.resolve()
+            if target.is_relative_to(graph.parent.resolve()) or name == graph.name:
+                continue
+            cure = f"run: {shlex.join(['cp', '-rL', str(graph.parent), f'{graph.parent}-copy'])}, and open the copy"
+            if target.is_relative_to(graph.resolve().parent):
+                if "escapes" not in error:
+                    continue
+                cure = f"update ONNX Runtime to 1.24.2 or later, or {cure}"
+            return (
+                f"{weights}: is a link that leaves the folder ({target}), and ONNX Runtime {self._runtime.__version__} "
+                f"does not follow it; {cure}"
+            )
+        return None
 
     def _run(self, half: str, array: Array) -> Array:
         session = self._session(half)
