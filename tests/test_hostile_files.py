@@ -402,7 +402,7 @@ def test_links_out_of_the_folder_are_not_followed(valid, tmp_path):
     (folder / "spec.json").write_text(json.dumps(document))
     with (
         AutoencoderModel.from_pretrained(folder, backend="onnxruntime", threads=1) as model,
-        pytest.raises(errors.BackendError, match="xternal"),
+        pytest.raises(errors.BackendError, match="is a link that leaves the folder"),
     ):
         model.decode(noise((1, 4, 2)))
 

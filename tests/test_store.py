@@ -382,5 +382,5 @@ def test_links_inside_the_folder(linked):
     assert encoded(folder).shape == (1, 4, 2)
     (folder / "weights").write_bytes(bytes((folder / "weights").stat().st_size))
     (folder / "encoder.onnx").write_bytes(bytes((folder / "encoder.onnx").stat().st_size))
-    with pytest.raises(BackendError, match="cannot open it .*; export it again"):
+    with pytest.raises(BackendError, match=r"cannot open it .*; export it again"):
         encoded(folder)
