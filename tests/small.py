@@ -97,4 +97,4 @@ def write_engine(folder):
         (build / f"{half}.engine").write_bytes(data)
         digest = hashlib.sha256(data).hexdigest()
         engines[half] = BuiltEngine(f"{half}.engine", len(data), digest, layers=9, seconds=1.5, peak_memory=None)
-    write_document(build, Build(build, fingerprint, engines))
+    write_document(Build(build, fingerprint, engines))

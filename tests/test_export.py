@@ -1,16 +1,29 @@
-"""The exported graphs, and an export that is whole, current and verified, or not there at all."""
+"""The exported graphs, and exports: complete, current and verified, or the older one stays."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
-from pathlib import Path
+import os
 
 import numpy as np
 import onnx
 import pytest
-from helpers import HALVES, HOP, KINDS, assert_close, assert_one_line, each_half, in_one_pass, seeded, variant
+from helpers import (
+    HALVES,
+    HOP,
+    KINDS,
+    REMOVED,
+    assert_close,
+    assert_one_line,
+    each_half,
+    edit,
+    in_one_pass,
+    seeded,
+    variant,
+)
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -22,7 +35,7 @@ from samekit.store import Engine, describe_graph
 from samekit_export import export as export_module
 from samekit_export.checkpoint import load_folder, random_checkpoint
 from samekit_export.export import export, spec_of
-from samekit_export.graph import GraphEncoder
+from samekit_export.graph import GRAPH_REVISION, GraphEncoder
 from samekit_export.model import Same
 from samekit_export.to_onnx import OPSET, write_onnx
 from samekit_export.verify import FLOOR_DB, example_input, verify
@@ -145,6 +158,8 @@ def test_verification_is_recorded(engine_of, kind):
 
 
 WRITTEN = ["GraphEncoder encoder.onnx", "GraphDecoder decoder.onnx"]
+# While the first ones can still be used.
+WRITTEN_AGAIN = ["GraphEncoder encoder.2.onnx", "GraphDecoder decoder.2.onnx"]
 
 
 @pytest.fixture
@@ -180,10 +195,25 @@ def test_current_folder_is_left_alone(exported, ready_graphs):
     assert contents(exported) == before
 
 
+def files_of(engine):
+    """The names of everything in an engine folder that its `spec.json` names, and of `spec.json`."""
+    halves = engine.spec.graphs.values()
+    return sorted({"spec.json", *(name for graphs in halves for graph in graphs.values() for name in graph.sizes)})
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
 def test_force(exported, ready_graphs):
-    export(seeded("tiny-s"), exported, force=True)
-    assert ready_graphs == WRITTEN
-    assert sorted(path.name for path in exported.iterdir()) == ["tiny-s"]
+    engine = export(seeded("tiny-s"), exported, force=True)
+    assert ready_graphs == WRITTEN_AGAIN
+    assert names(exported) == ["tiny-s"]
+    assert names(engine.folder) == files_of(engine) == ["decoder.2.onnx", "encoder.2.onnx", "spec.json"]
+    # No name comes twice: who has read an older spec.json finds no other graph under a name in it.
+    engine = export(seeded("tiny-s"), exported, force=True)
+    assert names(engine.folder) == files_of(engine) == ["decoder.3.onnx", "encoder.3.onnx", "spec.json"]
+    engine.check_digests()
 
 
 def change_spec(folder, **changes):
@@ -191,12 +221,18 @@ def change_spec(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
 
 
+def edit_spec(folder, changes):
+    path = folder / "spec.json"
+    path.write_text(json.dumps(edit(json.loads(path.read_text(encoding="utf-8")), changes)), encoding="utf-8")
+
+
 def cut_off(folder):
     (folder / "decoder.onnx").write_bytes(b"short")
 
 
 STALE = {
-    "other tools": lambda folder: change_spec(folder, tools={"samekit": "0.0.1"}),
+    "another graph revision": lambda folder: change_spec(folder, graph_revision=GRAPH_REVISION + 1),
+    "no graph revision": lambda folder: edit_spec(folder, {"graph_revision": REMOVED}),
     "other source": lambda folder: change_spec(folder, source_sha256="0"),
     "no graphs of that precision": lambda folder: change_spec(folder, graphs={}),
     "no spec.json": lambda folder: (folder / "spec.json").unlink(),
@@ -212,17 +248,19 @@ def test_stale_folder_is_exported_again(exported, ready_graphs, cause):
     assert ready_graphs == []
     STALE[cause](exported / "tiny-s")
     engine = export(seeded("tiny-s"), exported)
-    assert ready_graphs == WRITTEN
+    written = WRITTEN if cause in ("no spec.json", "no graphs of that precision") else WRITTEN_AGAIN
+    assert ready_graphs == written
     engine.check_digests()
+    assert names(engine.folder) == files_of(engine)
     export(seeded("tiny-s"), exported)
-    assert ready_graphs == WRITTEN
-    assert sorted(path.name for path in exported.iterdir()) == ["tiny-s"]
+    assert ready_graphs == written
+    assert names(exported) == ["tiny-s"]
 
 
 def test_other_weights_are_exported(exported, ready_graphs):
     other, lines = random_checkpoint("tiny-s", seed=1), []
     assert export(other, exported, report=lines.append).spec.source_sha256 == other.sha256
-    assert ready_graphs == WRITTEN
+    assert ready_graphs == WRITTEN_AGAIN
     assert lines[0] == "replaces an export of other weights (kind random, name tiny-s, seed 0)"
 
 
@@ -243,25 +281,31 @@ def test_random_weights_replace_others_by_force_only(exported, ready_graphs, che
     assert engine.spec.is_random
 
 
-def test_new_version_exports_again(exported, ready_graphs, monkeypatch):
-    monkeypatch.setattr(export_module, "version", lambda package: f"9.9 of {package}")
-    lines = []
-    before = Engine.load(exported / "tiny-s").spec.tools
-    engine = export(seeded("tiny-s"), exported, report=lines.append)
-    assert engine.spec.tools["torch"] == "9.9 of torch"
-    assert ready_graphs == WRITTEN
-    changed = ", ".join(f"{tool} {number}" for tool, number in before.items() if tool != "opset")
-    assert lines[0] == f"replaces an export by other tools ({changed}) and keeps nothing of it"
+def test_versions_of_tools_do_not_count(exported, ready_graphs):
+    """They are information: every export is verified against eager PyTorch, whatever wrote it."""
+    change_spec(exported / "tiny-s", tools={"samekit": "0.0.1", "torch": "1.0"})
+    export(seeded("tiny-s"), exported)
+    assert ready_graphs == []
+    engine = export(seeded("tiny-s"), exported, ["fp16"])
+    assert list(engine.spec.graphs) == ["fp32", "fp16"]
+    assert engine.spec.tools["samekit"] == importlib.metadata.version("samekit")
 
 
-@pytest.mark.parametrize("tools", [{}, {"samekit": "0.0.1"}], ids=["unknown", "older"])
-def test_what_other_tools_made_does_not_stay(exported, ready_graphs, tools):
-    change_spec(exported / "tiny-s", tools=tools)
-    lines = []
+def test_what_another_graph_revision_made_does_not_stay(exported, ready_graphs):
+    folder, lines = exported / "tiny-s", []
+    change_spec(folder, graph_revision=GRAPH_REVISION + 1)
+    stale = folder / "tensorrt" / "some-build" / "fingerprint.json"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
     engine = export(seeded("tiny-s"), exported, ["fp16"], report=lines.append)
     assert list(engine.spec.graphs) == ["fp16"]
-    assert not (engine.folder / "encoder.onnx").exists()
-    assert f"samekit {tools.get('samekit', 'unknown')}, torch unknown" in lines[0]
+    assert engine.spec.graph_revision == GRAPH_REVISION
+    assert names(folder) == sorted([*files_of(engine), "tensorrt"])
+    assert names(folder / "tensorrt") == []
+    assert lines[0] == (
+        f"replaces an export of graph revision {GRAPH_REVISION + 1} by one of revision {GRAPH_REVISION} and keeps "
+        "nothing of it"
+    )
     assert len(ready_graphs) == 2
 
 
@@ -332,18 +376,66 @@ def test_failure_leaves_the_older_engine(exported, monkeypatch):
     assert contents(exported) == before
 
 
-def test_failure_to_take_its_place_leaves_the_older_engine(exported, monkeypatch):
-    before, rename = contents(exported), Path.rename
+@pytest.mark.parametrize("step", ["rename", "replace"])
+def test_failure_to_take_its_place_leaves_the_older_engine(exported, monkeypatch, step):
+    """The disk fails when the graphs are moved, or when `spec.json` is replaced."""
+    before = contents(exported)
 
-    def refuse_new(self, target):
-        if self.name.endswith(".tmp"):
-            raise OSError(28, "No space left on device")
-        return rename(self, target)
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "rename", refuse_new)
+    monkeypatch.setattr(os, step, refuse)
     with pytest.raises(OutputError, match="No space left on device"):
         export(seeded("tiny-s"), exported, force=True)
     assert contents(exported) == before
+    assert names(exported / "tiny-s") == ["decoder.onnx", "encoder.onnx", "spec.json"]
+
+
+def test_spec_of_a_newer_samekit_is_valid_until_it_is_replaced(exported, monkeypatch):
+    """It cannot be read here, so its graphs are not known; they are no leftovers."""
+    change_spec(exported / "tiny-s", format=2)
+    before = contents(exported)
+    monkeypatch.setattr(export_module, "verify", failing(VerificationError("too far; report this")))
+    with pytest.raises(VerificationError):
+        export(seeded("tiny-s"), exported)
+    assert contents(exported) == before
+    monkeypatch.setattr(export_module, "verify", lambda *_: [])
+    engine = export(seeded("tiny-s"), exported)
+    assert names(engine.folder) == files_of(engine)
+
+
+def test_files_of_the_user_stay_in_an_engine_folder(exported):
+    """Only files with names that exports give are deleted."""
+    folder = exported / "tiny-s"
+    mine = [
+        "README.md",
+        ".gitattributes",
+        "encoder.fp8.onnx",
+        "my.encoder.onnx",
+        "encoder.onnx.bak",
+        "model.safetensors",
+    ]
+    for name in mine:
+        (folder / name).write_text("mine")
+    (folder / "encoder.int8.onnx").write_text("left by an export that was killed")
+    engine = export(seeded("tiny-s"), exported, force=True)
+    assert names(folder) == sorted([*files_of(engine), *mine])
+
+
+@pytest.mark.parametrize("name", ["encoder.fp16.onnx", "encoder.2.onnx.data", ".lock", ".spec.json.1-0123abcd.tmp"])
+def test_links_in_an_engine_folder_are_not_written_through(exported, tmp_path, name):
+    """An engine folder may come from anyone."""
+    target = tmp_path / "precious"
+    target.write_text("mine")
+    (exported / "tiny-s" / name).symlink_to(target)
+    for precision in ("fp32", "fp16"):
+        try:
+            export(seeded("tiny-s"), exported, [precision], force=True)
+        except OutputError as error:
+            assert name == ".lock"
+            assert_one_line(error)
+    assert target.read_text() == "mine"
+    assert Engine.load(exported / "tiny-s").check_digests() is None
 
 
 @pytest.mark.parametrize("place", ["engines", "engines/tiny-s"])

@@ -1,29 +1,38 @@
-"""A checkpoint to an engine folder: graphs, verification and `spec.json`, whole or not at all."""
+"""Export a checkpoint to an engine folder: write graphs, verify them, commit them; see `samekit.store`."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
-from contextlib import contextmanager
+from contextlib import suppress
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from samekit._files import link_or_copy, output_errors, remove_abandoned, replace_folder, temporary_folder
+from samekit._files import output_errors
+from samekit._locks import folder_lock
 from samekit.backends import ort
 from samekit.errors import BackendUnavailableError, InputError, OutputError, SamekitError
-from samekit.spec import DECODER, ENCODER, PRECISIONS, SPEC_FILE, EngineSpec, check_file_name
-from samekit.store import Engine, describe_graph
-from samekit.tensorrt_store import BUILDS_FOLDER, is_builds_own
+from samekit.spec import DECODER, ENCODER, PRECISIONS, EngineSpec, check_file_name
+from samekit.store import (
+    Engine,
+    commit_export,
+    describe_graph,
+    graph_names,
+    is_engine_file,
+    leftovers,
+    remove_leftovers,
+    staging_folder,
+)
+from samekit.tensorrt_store import BUILDS_FOLDER, is_builds_own, remove_stale_builds
 from samekit_export.checkpoint import ChunkSpan
-from samekit_export.graph import GraphDecoder, GraphEncoder
+from samekit_export.graph import GRAPH_REVISION, GraphDecoder, GraphEncoder
 from samekit_export.int8 import quantize_
 from samekit_export.model import Same
 from samekit_export.to_onnx import OPSET, write_onnx
 from samekit_export.verify import verify
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from samekit.spec import GraphFile
@@ -62,12 +71,13 @@ def spec_of(checkpoint: Checkpoint) -> EngineSpec:
         contexts={ENCODER: _context(config.encoder), DECODER: _context(config.decoder)},
         source=checkpoint.source,
         source_sha256=checkpoint.sha256,
+        graph_revision=GRAPH_REVISION,
         tools=_tools(),
     )
 
 
 def _tools() -> dict[str, str]:
-    """Versions of everything that decides what a graph looks like."""
+    """Versions of the packages that an export runs with, for people who look into a difference."""
     packages = ("samekit", "torch", "onnx", "onnxscript")
     return {**{package: version(package) for package in packages}, "opset": str(OPSET)}
 
@@ -94,7 +104,9 @@ def export(
 ) -> Engine:
     """Write `out` / the checkpoint's name, or leave it if it is current.
 
-    Graphs of other precisions and TensorRT engines that lie there stay, if they are of the same checkpoint and tools.
+    It is current if it is of the same checkpoint and of this `GRAPH_REVISION`. Graphs of other precisions and TensorRT
+    engines that are there stay if they are of the same checkpoint and revision. Exports into one folder wait for each
+    other. Until the new export is complete and verified, the older one can be used.
 
     Args:
         checkpoint: what to export.
@@ -121,31 +133,73 @@ def export(
         raise InputError(f"no engine folder can be called {checkpoint.name!r}; pass a name without / and \\") from None
     folder = out / checkpoint.name
     spec = spec_of(checkpoint)
-    remove_abandoned(out, checkpoint.name)
     present = _present(folder)
-    older = present if present and _is_of(present, spec) else None
-    wanted = [p for p in precisions if force or older is None or not _is_whole(older, p)]
-    if not wanted:
+    if present and not force and not _missing(present, spec, precisions):
+        _clear_away(folder)
         report(f"{folder} is current; --force exports it again")
-        return Engine.load(folder)
+        return present
     with output_errors(folder):
         _check_place(folder)
+        with folder_lock(folder):
+            try:
+                return _export_locked(folder, checkpoint, spec, precisions, force=force, report=report)
+            finally:
+                remove_leftovers(folder)
+
+
+def _export_locked(
+    folder: Path,
+    checkpoint: Checkpoint,
+    spec: EngineSpec,
+    precisions: Sequence[str],
+    *,
+    force: bool,
+    report: Callable[[str], object],
+) -> Engine:
+    """Export into a folder whose lock is held."""
+    remove_leftovers(folder)
+    # Read again: the process that held the lock may have exported something.
+    present = _present(folder)
+    wanted = precisions if force or present is None else _missing(present, spec, precisions)
+    if present and not wanted:
+        report(f"{folder} is current; --force exports it again")
+        return present
     if "int8" in wanted:
         _check_processor()
+    older = present if present and _is_of(present, spec) else None
     if present and present.spec.source_sha256 != spec.source_sha256:
         _check_replaced(present, spec, force=force)
         report(f"replaces an export of other weights ({present.spec.origin})")
     elif present and not older:
-        report(f"replaces an export by other tools ({_other_tools(present, spec)}) and keeps nothing of it")
+        report(
+            f"replaces an export of graph revision {present.spec.graph_revision} by one of revision {GRAPH_REVISION} "
+            "and keeps nothing of it"
+        )
+    if older:
+        kept = [p for p in older.spec.graphs if p not in wanted and _is_whole(older, p)]
+        spec = dataclasses.replace(
+            spec,
+            graphs={p: older.spec.graphs[p] for p in kept},
+            verification={p: older.spec.verification.get(p, []) for p in kept},
+        )
     model = Same.from_checkpoint(checkpoint)
-    with _replaced_folder(folder) as staging:
-        if older:
-            spec = _carry_over(older, spec, wanted, staging)
+    with staging_folder(folder) as staging:
         for precision in wanted:
-            spec = _add_precision(staging, spec, model, precision, report)
-        (staging / SPEC_FILE).write_text(spec.to_json(), encoding="utf-8")
+            spec = _add_precision(staging, spec, model, precision, graph_names(folder, precision), report)
+        commit_export(folder, staging, spec)
+    engine = Engine.load(folder)
+    if not older:
+        # Builds of graphs that are no longer there; builds of every version of TensorRT may be run somewhere.
+        remove_stale_builds(engine, {})
     report(f"{folder} is ready")
-    return Engine.load(folder)
+    return engine
+
+
+def _clear_away(folder: Path) -> None:
+    """Delete what killed exports left in a folder that is current, unless another export is running there."""
+    if leftovers(folder):
+        with suppress(OSError), folder_lock(folder, wait=False):
+            remove_leftovers(folder)
 
 
 def _present(folder: Path) -> Engine | None:
@@ -157,18 +211,14 @@ def _present(folder: Path) -> Engine | None:
 
 
 def _is_of(engine: Engine, spec: EngineSpec) -> bool:
-    """Whether an engine folder is of the same checkpoint and made by the same tools."""
-    return engine.spec.source_sha256 == spec.source_sha256 and engine.spec.tools == spec.tools
+    """Whether an engine folder is of the same checkpoint and graph revision."""
+    # Versions of torch and onnx do not count: every export is verified against eager PyTorch, whatever wrote it.
+    return (engine.spec.source_sha256, engine.spec.graph_revision) == (spec.source_sha256, spec.graph_revision)
 
 
-def _other_tools(engine: Engine, spec: EngineSpec) -> str:
-    """The versions that made an engine folder, of the tools whose version is another one now."""
-    made_by = engine.spec.tools
-    return ", ".join(
-        f"{tool} {made_by.get(tool, 'unknown')}"
-        for tool in {**made_by, **spec.tools}
-        if made_by.get(tool) != spec.tools.get(tool)
-    )
+def _missing(engine: Engine, spec: EngineSpec, precisions: Sequence[str]) -> list[str]:
+    """Return the precisions of which an engine folder has no whole graphs of this checkpoint and graph revision."""
+    return [p for p in precisions if not (_is_of(engine, spec) and _is_whole(engine, p))]
 
 
 def _check_replaced(present: Engine, spec: EngineSpec, *, force: bool) -> None:
@@ -193,52 +243,32 @@ def _is_whole(engine: Engine, precision: str) -> bool:
     return True
 
 
-def _carry_over(older: Engine, spec: EngineSpec, wanted: Sequence[str], staging: Path) -> EngineSpec:
-    """Keep what an older folder holds besides: whole graphs of other precisions, and TensorRT engines."""
-    kept = [p for p in older.spec.graphs if p not in wanted and _is_whole(older, p)]
-    for precision in kept:
-        for graph in older.spec.graphs[precision].values():
-            for name in graph.sizes:
-                link_or_copy(older.folder / name, staging / name)
-    builds = older.folder / BUILDS_FOLDER
-    if builds.is_dir():
-        # But for what killed builds left.
-        half_written = shutil.ignore_patterns(".*.tmp")
-        shutil.copytree(builds, staging / BUILDS_FOLDER, copy_function=link_or_copy, ignore=half_written)
-    return dataclasses.replace(
-        spec,
-        graphs={p: older.spec.graphs[p] for p in kept},
-        verification={p: older.spec.verification.get(p, []) for p in kept},
-    )
-
-
-def _graph_name(half: str, precision: str) -> str:
-    """The file of a graph."""
-    return f"{half}.onnx" if precision == "fp32" else f"{half}.{precision}.onnx"
-
-
 def _add_precision(
-    staging: Path, spec: EngineSpec, model: Same, precision: str, report: Callable[[str], object]
+    staging: Path,
+    spec: EngineSpec,
+    model: Same,
+    precision: str,
+    files: dict[str, str],
+    report: Callable[[str], object],
 ) -> EngineSpec:
-    """Write and verify the graphs of one precision; returns the spec that knows them."""
-    graphs = {half: _write_graph(staging, model, half, precision, report) for half in GRAPHS}
+    """Write and verify the graphs of one precision; returns the spec that names them."""
+    graphs = {half: _write_graph(staging / files[half], model, half, precision, report) for half in GRAPHS}
     spec = dataclasses.replace(spec, graphs={**spec.graphs, precision: graphs})
     cases = verify(Engine(staging, spec), model, precision, report)
     return dataclasses.replace(spec, verification={**spec.verification, precision: cases})
 
 
-def _write_graph(staging: Path, model: Same, half: str, precision: str, report: Callable[[str], object]) -> GraphFile:
+def _write_graph(path: Path, model: Same, half: str, precision: str, report: Callable[[str], object]) -> GraphFile:
     """Write one graph; returns what the spec tells of it."""
-    file = _graph_name(half, precision)
-    report(f"writing {file}")
+    report(f"writing {path.name}")
     graph = GRAPHS[half](model)
     if precision == "fp16":
         graph.to_float16_()
     elif precision == "int8":
         report("rounding weights to int8")
         report(_told(quantize_(graph, model)))
-    write_onnx(graph, staging / file)
-    return describe_graph(staging, file)
+    write_onnx(graph, path)
+    return describe_graph(path.parent, path.name)
 
 
 def _told(kept: Sequence[str]) -> str:
@@ -264,14 +294,14 @@ def _check_processor() -> None:
 
 
 def _check_place(folder: Path) -> None:
-    """Refuse to replace whatever is no engine folder, such as the checkpoint itself.
+    """Refuse to write into whatever is no engine folder, such as the checkpoint itself.
 
     Raises:
         OutputError: something else lies there.
     """
     if folder.is_symlink():
         raise OutputError(f"{folder}: is a link, and is not replaced; pass the folder that it leads into as --out")
-    if not folder.exists():
+    if not folder.exists() or _present(folder):
         return
     if not folder.is_dir() or not all(_is_engines_own(path) for path in folder.iterdir()):
         raise OutputError(f"{folder}: is no engine folder, and is not replaced; choose another --out")
@@ -279,15 +309,6 @@ def _check_place(folder: Path) -> None:
 
 def _is_engines_own(path: Path) -> bool:
     """Whether an export writes a file or folder of this name."""
-    graphs = {_graph_name(half, precision) for half in GRAPHS for precision in PRECISIONS}
     if path.name == BUILDS_FOLDER:
         return path.is_dir() and all(map(is_builds_own, path.iterdir()))
-    return path.is_file() and (path.name == SPEC_FILE or path.name.removesuffix(".data") in graphs)
-
-
-@contextmanager
-def _replaced_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` when the block ends well, and vanishes when it does not."""
-    with output_errors(folder), temporary_folder(folder) as staging:
-        yield staging
-        replace_folder(staging, folder)
+    return is_engine_file(path)

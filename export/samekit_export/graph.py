@@ -44,6 +44,10 @@ if TYPE_CHECKING:
     from samekit_export.checkpoint import SameConfig, TrunkConfig
     from samekit_export.model import Block, DynamicTanh, Same, Trunk
 
+GRAPH_REVISION = 1
+"""Raise it when the same weights are exported to other graphs: after a change here, in `int8.py`, `rounding.py` or
+`to_onnx.py`. Engine folders of another revision are exported again."""
+
 INVISIBLE = 25.0
 """A key whose score lies this far below every one in sight has a weight of e^-25: nothing in float32."""
 

@@ -16,11 +16,12 @@ from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from samekit._files import atomic_path, output_errors, remove_abandoned, utf8_path
+from samekit._files import atomic_path, output_errors, utf8_path
+from samekit._locks import folder_lock
 from samekit.errors import BackendUnavailableError, BuildError, InputError
 from samekit.fingerprint import PORTABLE, PROFILES, TENSORRT, TENSORRT_RTX, capability_name, fingerprint_of
 from samekit.spec import DECODER, ENCODER, GPU_PRECISIONS
-from samekit.store import engine_roots
+from samekit.store import Engine, engine_roots
 from samekit.tensorrt_api import import_flavour, make_logger
 from samekit.tensorrt_store import (
     BUILDS_FOLDER,
@@ -30,6 +31,7 @@ from samekit.tensorrt_store import (
     BuiltEngine,
     is_whole,
     new_build,
+    unfinished_builds,
     write_document,
 )
 
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
     from typing import TextIO
 
     from samekit.fingerprint import Fingerprint
-    from samekit.store import Engine
 
     Report = Callable[[str], object]
 
@@ -110,6 +111,8 @@ def _gpu_here() -> str:
 def build_engines(engine: Engine, precision: str, module: Any, target: str, report: Report) -> Build:
     """Build both halves of one precision, or leave them if they are whole and current.
 
+    Waits while another process writes to the engine folder.
+
     Args:
         engine: a finished engine folder.
         precision: of its graphs, one of `GPU_PRECISIONS`.
@@ -124,23 +127,38 @@ def build_engines(engine: Engine, precision: str, module: Any, target: str, repo
         BuildError: TensorRT does not take a graph; its log stays beside the builds.
         OutputError: the folder cannot be written.
     """
-    flavour = module.__name__
-    fingerprint = fingerprint_of(engine.spec, precision, flavour, module.__version__, target)
+    if current := _current_build(engine, precision, module, target, report):
+        return current
+    with folder_lock(engine.folder):
+        # Again: the process that held the lock may have built this, or exported other graphs.
+        engine = Engine.load(engine.folder)
+        engine.check(precision)
+        if current := _current_build(engine, precision, module, target, report):
+            return current
+        for unfinished in unfinished_builds(engine):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        fingerprint = fingerprint_of(engine.spec, precision, module.__name__, module.__version__, target)
+        folder = engine.folder / BUILDS_FOLDER / fingerprint.name
+        with new_build(folder), output_errors(folder):
+            report(f"building {folder}")
+            _failed_log(folder).unlink(missing_ok=True)
+            try:
+                engines = _build_halves(engine, fingerprint, module, folder, report)
+            except BuildError:
+                with suppress(OSError):
+                    shutil.copyfile(folder / LOG_FILE, _failed_log(folder))
+                raise
+            write_document(Build(folder, fingerprint, engines))
+    return Build.load(folder)
+
+
+def _current_build(engine: Engine, precision: str, module: Any, target: str, report: Report) -> Build | None:
+    """Return the build that there is already, if it is whole and current."""
+    fingerprint = fingerprint_of(engine.spec, precision, module.__name__, module.__version__, target)
     folder = engine.folder / BUILDS_FOLDER / fingerprint.name
-    remove_abandoned(folder.parent, folder.name)
-    if is_whole(folder):
-        report(f"{folder} is current")
-        return Build.load(folder)
-    with new_build(folder) as staging, output_errors(folder):
-        report(f"building {folder}")
-        _failed_log(folder).unlink(missing_ok=True)
-        try:
-            engines = _build_halves(engine, fingerprint, module, staging, report)
-        except BuildError:
-            with suppress(OSError):
-                shutil.copyfile(staging / LOG_FILE, _failed_log(folder))
-            raise
-        write_document(staging, Build(folder, fingerprint, engines))
+    if not is_whole(folder):
+        return None
+    report(f"{folder} is current")
     return Build.load(folder)
 
 
@@ -150,14 +168,14 @@ def _failed_log(folder: Path) -> Path:
 
 
 def _build_halves(
-    engine: Engine, fingerprint: Fingerprint, module: Any, staging: Path, report: Report
+    engine: Engine, fingerprint: Fingerprint, module: Any, folder: Path, report: Report
 ) -> dict[str, BuiltEngine]:
     """Both engines, written into a folder with the log of their building."""
     engines = {}
-    with (staging / LOG_FILE).open("w", encoding="utf-8") as log:
+    with (folder / LOG_FILE).open("w", encoding="utf-8") as log:
         for half in (ENCODER, DECODER):
             builder = _HalfBuilder(engine, half, fingerprint, module, log)
-            engines[half] = builder.build(staging / f"{half}.engine", report)
+            engines[half] = builder.build(folder / f"{half}.engine", report)
     return engines
 
 

@@ -7,7 +7,6 @@ told from what is still being written, whatever machine or container wrote it.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import re
@@ -25,16 +24,13 @@ if sys.platform != "win32":
     import fcntl
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import BinaryIO
 
 # File names end at 255 bytes on common file systems; the process id and the rest take fewer than 55.
 _NAME_BYTES: Final = 200
 # More than any document that is read at once has: configurations, facts, metadata.
 _DOCUMENT_BYTES: Final = 2**26
-# Of Linux's renameat2: paths are taken as they are, and both names are swapped.
-_AT_FDCWD: Final = -100
-_RENAME_EXCHANGE: Final = 2
 
 
 @contextmanager
@@ -111,32 +107,17 @@ def place_folder(new: Path, folder: Path) -> bool:
     return True
 
 
-def replace_folder(new: Path, folder: Path) -> None:
-    """Give a temporary folder the place of another; what lay there goes, or is at `new` afterwards.
-
-    Where the system can swap names, one of both is at `folder` at every moment. Elsewhere a process that is killed
-    right between two renamings leaves the older one to `remove_abandoned`, which puts it back.
+def sync_files(paths: Iterable[Path]) -> None:
+    """Wait until files are on disk: their contents first, then their names.
 
     Raises:
-        OSError: it cannot be renamed; the older one stays.
+        OSError: a file cannot be read, or not written to the disk.
     """
-    if place_folder(new, folder):
-        return
-    if _exchanged(new, folder):
-        _sync_folder(folder.parent)
-        return
-    old = _temporary_name(folder, _OLD)
-    with ExitStack() as stack:
-        with suppress(OSError):
-            stack.enter_context(_locked(folder))
-        folder.rename(old)
-        try:
-            new.rename(folder)
-        except OSError:
-            if not folder.exists():
-                old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+    paths = list(paths)
+    for path in paths:
+        _sync(path)
+    for folder in {path.parent for path in paths}:
+        _sync_folder(folder)
 
 
 def remove_abandoned(folder: Path, wanted: str | Callable[[str], bool] | None = None) -> list[tuple[Path, int]]:
@@ -147,22 +128,16 @@ def remove_abandoned(folder: Path, wanted: str | Callable[[str], bool] | None = 
         wanted: the file or folder that they were writing, or what tells of a name whether it counts; all unless given.
 
     Returns:
-        What was removed, and how many bytes it held. An older folder that was on its way out is put back instead, if
-        nothing took its place.
+        What was removed, and how many bytes it held.
     """
     removed = []
     with suppress(OSError), os.scandir(folder) as entries:
         for path in sorted(Path(entry.path) for entry in entries if temporary_target(entry.name)):
-            target = temporary_target(path.name) or ""
-            name = target.removesuffix(_OLD)
+            name = temporary_target(path.name) or ""
             if not (wanted(name) if callable(wanted) else wanted is None or name == _shortened(wanted)):
                 continue
             # Taken by a process that is alive, or gone by now.
             with suppress(OSError), _locked(path):
-                place = path.with_name(wanted if isinstance(wanted, str) else name)
-                if target.endswith(_OLD) and not place.exists():
-                    path.rename(place)
-                    continue
                 removed.append((path, remove(path)))
     return removed
 
@@ -273,13 +248,9 @@ def temporary_target(name: str) -> str | None:
     return match[1] if match else None
 
 
-# Marks a folder that is on its way out, see `replace_folder`.
-_OLD: Final = ".old"
-
-
-def _temporary_name(path: Path, role: str = "") -> Path:
+def _temporary_name(path: Path) -> Path:
     """A name that nothing has, in the folder of `path`."""
-    return path.with_name(f".{_shortened(path.name)}{role}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    return path.with_name(f".{_shortened(path.name)}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 @contextmanager
@@ -321,17 +292,6 @@ def _locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _exchanged(one: Path, other: Path) -> bool:
-    """Swap two names in one step; False where the system cannot."""
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    # Windows has no library of this name, and other systems no such function.
-    except (AttributeError, OSError, TypeError):
-        return False
-    done: int = rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
-    return done == 0
 
 
 @contextmanager

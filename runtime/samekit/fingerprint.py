@@ -12,17 +12,21 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from samekit import __version__
+from samekit._json import canonical_json, check_kind
 
 if TYPE_CHECKING:
     from samekit.spec import EngineSpec
 
 TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt_rtx"
 """The flavours of TensorRT, by the name of their Python module."""
+
+BUILDER_REVISION = 1
+"""Raise it when the same graph is built to another engine: after a change of the settings in
+`samekit_export.to_tensorrt`, or of those that ONNX Runtime's TensorRT provider gets. Engines of another revision are
+stale."""
 
 PORTABLE = "portable"
 """The target of a TensorRT-RTX engine: what its builder takes unless told otherwise, see `runs_on`."""
@@ -69,14 +73,13 @@ class Fingerprint:
     """Of the graphs."""
     profiles: list[dict[str, list[int]]]
     """The profiles as plain JSON."""
-    samekit: str
-    """Version of samekit, whose builder settings go into the engine."""
+    builder_revision: int
+    """`BUILDER_REVISION` of the build."""
 
     @property
     def name(self) -> str:
         """A folder name: readable in front, a digest of everything behind."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        digest = hashlib.sha256(canonical_json(self)).hexdigest()[:12]
         return f"{self.flavour}-{self.version}-{self.target}-{self.precision}-{digest}"
 
     def differences(self, other: Fingerprint) -> list[str]:
@@ -85,7 +88,7 @@ class Fingerprint:
         for field in dataclasses.fields(self):
             mine, others = getattr(self, field.name), getattr(other, field.name)
             if mine != others:
-                short = isinstance(mine, str) and isinstance(others, str)
+                short = isinstance(mine, str | int) and isinstance(others, str | int)
                 words.append(f"{field.name} {mine} instead of {others}" if short else f"other {field.name}")
         return words
 
@@ -96,6 +99,7 @@ class Fingerprint:
         texts = (fingerprint.flavour, fingerprint.version, fingerprint.target, fingerprint.precision)
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("fields of the fingerprint must be strings")
+        check_kind("builder_revision", fingerprint.builder_revision, int)
         return fingerprint
 
 
@@ -116,7 +120,7 @@ def fingerprint_of(spec: EngineSpec, precision: str, flavour: str, version: str,
         target=target,
         precision=precision,
         profiles=[{"batch": list(profile.batch), "latents": list(profile.latents)} for profile in PROFILES],
-        samekit=__version__,
+        builder_revision=BUILDER_REVISION,
     )
 
 

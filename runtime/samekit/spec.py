@@ -88,8 +88,10 @@ class EngineSpec:
     """Where the checkpoint came from, so that it can be loaded again: `kind` and its arguments."""
     source_sha256: str
     """Digest of the checkpoint's configuration and tensors."""
+    graph_revision: int = 0
+    """`samekit_export.graph.GRAPH_REVISION` of the export: other revisions export other graphs of the same weights."""
     tools: dict[str, str] = field(default_factory=dict)
-    """Versions of what made the graphs."""
+    """Versions of the packages that the last export ran with; information only."""
     graphs: dict[str, dict[str, GraphFile]] = field(default_factory=dict)
     """precision -> encoder / decoder -> graph."""
     verification: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -159,6 +161,7 @@ class EngineSpec:
             raise ValueError(f"contexts = {document['contexts']!r}")
         for half, context in document["contexts"].items():
             _check_count(f"contexts.{half}", context, minimum=0, maximum=_LIMITS["alignment"])
+        _check_count("graph_revision", document.get("graph_revision", 0), minimum=0, maximum=2**31)
         check_file_name("name", document["name"])
         check_kind("source_sha256", document["source_sha256"], str)
         _checked_object("source", document["source"])

@@ -1,32 +1,46 @@
-"""Where an engine folder lies, and whether it is whole.
+"""Engine folders: where they are, whether they are complete, and how an export is committed to one.
 
     engines/same-l/
-      spec.json                        model facts, source, verification
+      spec.json                        model facts, source, verification; names every graph file that counts
       encoder.onnx decoder.onnx        fp32 graphs, with .data beside them when large
       encoder.fp16.onnx ...            other precisions
+      encoder.2.onnx ...               of an export that replaced an earlier one
       tensorrt/                        TensorRT engines, see `samekit.tensorrt_store`
+      .export-XXXXXXXX/                an export that is running, or was killed
+      .lock                            held by the process that writes here, see `samekit._locks`
 
-Knows no graph: files are compared with what `spec.json` says of them.
+Graphs are written under names that `spec.json` does not contain. Replacing `spec.json`, which is atomic, is the one
+step that makes them valid; the older export can be used until then. Graph files that `spec.json` does not name are
+leftovers, which the process that holds the lock deletes. Readers take no lock.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shlex
+import shutil
+import tempfile
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from samekit._files import named
+from samekit._files import atomic_path, named, remove, sync_files, temporary_target
+from samekit._locks import LOCK_FILE
 from samekit.errors import BackendUnavailableError, EngineError, EngineNotFoundError
 from samekit.spec import DECODER, ENCODER, RANDOM, SPEC_FILE, EngineSpec, GraphFile
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 ENGINES_FOLDER = "engines"
 """Where names are looked up first, and where `samekit export` writes."""
+
+_STAGING_PREFIX = ".export-"
+# Half, precision unless fp32, number unless 1, and the suffix of external data.
+_GRAPH_FILE = re.compile(r"(encoder|decoder)(?:\.(fp16|int8))?(?:\.(\d{1,9}))?\.onnx(\.data)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -73,7 +87,7 @@ class Engine:
 
         Raises:
             BackendUnavailableError: the folder has no graph of this precision.
-            EngineError: a file is missing or cut short.
+            EngineError: a file is missing or cut short, or was replaced by another export since the folder was loaded.
         """
         halves = self.spec.graphs.get(precision)
         if halves is None:
@@ -87,6 +101,8 @@ class Engine:
             path = self.folder / name
             found = path.stat().st_size if path.is_file() else None
             if found != size:
+                if self.is_replaced(precision):
+                    raise EngineError(f"{self.folder}: was exported again since it was opened; open the model again")
                 state = "is missing" if found is None else f"has {found} bytes instead of {size}"
                 raise EngineError(f"{path}: {state}; export the model again with --force")
         return self.folder / graph.file
@@ -122,6 +138,103 @@ def describe_graph(folder: Path, file: str) -> GraphFile:
                 while block := stream.read(1 << 22):
                     digest.update(block)
     return GraphFile(file, digest.hexdigest(), sizes)
+
+
+def graph_names(folder: Path, precision: str) -> dict[str, str]:
+    """Return names for new graphs of a precision, encoder / decoder -> file, that nothing in the folder has.
+
+    A number in the name is one more than that of every graph of this precision in the folder, so a reader that has
+    read an older `spec.json` never finds another export's graph under a name that it knows.
+    """
+    numbers = [
+        int(match[3] or 1)
+        for match in (_GRAPH_FILE.fullmatch(path.name) for path in folder.iterdir())
+        if match and (match[2] or "fp32") == precision
+    ]
+    suffix = ("" if precision == "fp32" else f".{precision}") + (f".{max(numbers) + 1}" if numbers else "")
+    return {half: f"{half}{suffix}.onnx" for half in (ENCODER, DECODER)}
+
+
+def is_engine_file(path: Path) -> bool:
+    """Return whether an export writes a file or folder of this name into an engine folder, TensorRT builds apart."""
+    if path.name.startswith(_STAGING_PREFIX):
+        return path.is_dir()
+    known = path.name in (SPEC_FILE, LOCK_FILE) or temporary_target(path.name) == SPEC_FILE
+    return path.is_file() and bool(known or _GRAPH_FILE.fullmatch(path.name))
+
+
+@contextmanager
+def staging_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder inside an engine folder for graphs that are not committed yet; delete it in the end.
+
+    The caller holds the engine folder's lock.
+
+    Raises:
+        OSError: it cannot be created.
+    """
+    staging = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=folder))
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def commit_export(folder: Path, staging: Path, spec: EngineSpec) -> None:
+    """Move new graphs from a staging folder into an engine folder and make them valid by replacing `spec.json`.
+
+    The graphs are on disk before `spec.json` names them. Killed or failed at any step, the folder holds the older
+    export, or the new one. The caller holds the engine folder's lock.
+
+    Args:
+        folder: the engine folder.
+        staging: holds the new graphs, under names from `graph_names`.
+        spec: names the new graphs and those that stay.
+
+    Raises:
+        OSError: the folder cannot be written; the older export is still valid.
+    """
+    names = sorted(path.name for path in staging.iterdir())
+    for name in names:
+        (staging / name).rename(folder / name)
+    sync_files(folder / name for name in names)
+    with atomic_path(folder / SPEC_FILE) as temporary:
+        temporary.write_text(spec.to_json(), encoding="utf-8")
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Return what killed and replaced exports left in an engine folder, or what a running one is writing.
+
+    These are staging folders, unfinished `spec.json` files, and graphs that `spec.json` does not name. Graphs beside a
+    `spec.json` that cannot be read are not counted, as a newer samekit may have written them.
+    """
+    valid: set[str] | None
+    try:
+        halves = EngineSpec.load(folder).graphs.values()
+        valid = {name for graphs in halves for graph in graphs.values() for name in graph.sizes}
+    except EngineError:
+        valid = None if os.path.lexists(folder / SPEC_FILE) else set()
+
+    def is_left(path: Path) -> bool:
+        if _GRAPH_FILE.fullmatch(path.name):
+            return valid is not None and path.name not in valid and not path.is_dir()
+        return is_engine_file(path) and path.name not in (SPEC_FILE, LOCK_FILE)
+
+    with suppress(OSError):
+        return sorted(filter(is_left, folder.iterdir()))
+    return []
+
+
+def remove_leftovers(folder: Path) -> list[tuple[Path, int]]:
+    """Delete what `leftovers` finds, as far as it can be deleted; the caller holds the engine folder's lock.
+
+    Returns:
+        What was deleted, and how many bytes it held.
+    """
+    removed = []
+    for path in leftovers(folder):
+        with suppress(OSError):
+            removed.append((path, remove(path)))
+    return removed
 
 
 def engine_roots() -> Sequence[Path]:

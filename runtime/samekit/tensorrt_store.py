@@ -7,7 +7,8 @@
         build.log                                            what the builder said
       onnxruntime-1.32.0-any-fp16-fedcba987654/              what ONNX Runtime's TensorRT provider keeps
 
-A build appears whole or not at all. Knows no TensorRT.
+`fingerprint.json` is written last and makes a folder a build. A folder of such a name without one is being built, or
+was left by a build that was killed; the process that holds the engine folder's lock deletes it.
 """
 
 from __future__ import annotations
@@ -15,30 +16,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
+import shutil
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from samekit._files import (
-    output_errors,
-    read_regular,
-    remove,
-    remove_abandoned,
-    replace_folder,
-    temporary_folder,
-    temporary_target,
-)
+from samekit._files import atomic_path, output_errors, read_regular, remove, sync_files
 from samekit._json import check_kinds
+from samekit._locks import folder_lock
 from samekit.errors import BackendUnavailableError, StaleEngineError
 from samekit.fingerprint import Fingerprint, capability_name, fingerprint_of, runs_on
-from samekit.spec import DECODER, ENCODER, check_file_name
+from samekit.spec import DECODER, ENCODER, PRECISIONS, check_file_name
+from samekit.store import Engine, leftovers, remove_leftovers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from samekit.spec import EngineSpec
-    from samekit.store import Engine
 
 BUILDS_FOLDER = "tensorrt"
 """Where builds lie in an engine folder."""
@@ -51,6 +47,10 @@ FAILED_LOG_SUFFIX = ".failed.log"
 
 FORMAT = 1
 """Of `fingerprint.json`; raised when an older samekit could misread it."""
+
+
+# As `Fingerprint.name` makes them.
+_BUILD_NAME = re.compile(rf".+-({'|'.join(PRECISIONS)})-[0-9a-f]{{12}}", re.ASCII | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -157,9 +157,15 @@ def build_folders(engine: Engine) -> list[Path]:
 
 
 def is_builds_own(path: Path) -> bool:
-    """Whether it is a build, or what a build left that failed or was killed."""
-    left = temporary_target(path.name) or path.name.endswith(FAILED_LOG_SUFFIX)
-    return bool(left) or (path / FINGERPRINT_FILE).is_file()
+    """Return whether it is a build, or what a build left that failed or was killed."""
+    unfinished = path.is_dir() and _BUILD_NAME.fullmatch(path.name)
+    return bool(unfinished) or path.name.endswith(FAILED_LOG_SUFFIX) or (path / FINGERPRINT_FILE).is_file()
+
+
+def unfinished_builds(engine: Engine) -> list[Path]:
+    """Return the folders of builds that were killed, or are running."""
+    folders = (engine.folder / BUILDS_FOLDER).glob("*/")
+    return sorted(f for f in folders if _BUILD_NAME.fullmatch(f.name) and not (f / FINGERPRINT_FILE).exists())
 
 
 def why_stale(fingerprint: Fingerprint, spec: EngineSpec, versions: Mapping[str, str]) -> str | None:
@@ -239,19 +245,25 @@ def _why_not_here(
 
 
 @contextmanager
-def new_build(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes the build `folder` when the block ends well, and vanishes when it does not.
+def new_build(folder: Path) -> Iterator[None]:
+    """Create the empty folder of a build, in place of a damaged one; delete it if the block fails.
 
-    Where another process has finished the same build first, its result stays and this one goes.
+    The block writes the engines and then calls `write_document`. The caller holds the engine folder's lock.
 
     Raises:
         OutputError: the folder cannot be written.
     """
-    with temporary_folder(folder) as staging:
-        yield staging
-        if not is_whole(folder):
-            with output_errors(folder):
-                replace_folder(staging, folder)
+    with output_errors(folder):
+        # First what makes it a build, so that it is never one with half of its files.
+        (folder / FINGERPRINT_FILE).unlink(missing_ok=True)
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def is_whole(folder: Path) -> bool:
@@ -266,26 +278,42 @@ def is_whole(folder: Path) -> bool:
 
 
 def remove_stale(engine: Engine, versions: Mapping[str, str]) -> list[tuple[Path, int]]:
-    """Remove the builds that nothing here will ever run, and what builds left that failed or were killed.
+    """Delete the builds that nothing here will ever run, and what killed and failed exports and builds left.
+
+    Waits while another process writes to the engine folder.
 
     Args:
         engine: the engine folder.
         versions: of the flavours that are installed.
 
     Returns:
-        What was removed, and how many bytes it held.
+        What was deleted, and how many bytes it held.
 
     Raises:
-        OutputError: something cannot be removed.
+        OutputError: something cannot be deleted.
     """
-    builds = engine.folder / BUILDS_FOLDER
-    stale = [folder for folder in build_folders(engine) if _stale_reason(folder, engine.spec, versions)]
+    # Without the lock first, which cannot be had in a folder that is read-only.
+    if not (_removable(engine, versions) or leftovers(engine.folder)):
+        return []
+    with folder_lock(engine.folder):
+        # Again: the process that held the lock may have exported other graphs.
+        return remove_stale_builds(Engine.load(engine.folder), versions) + remove_leftovers(engine.folder)
+
+
+def remove_stale_builds(engine: Engine, versions: Mapping[str, str]) -> list[tuple[Path, int]]:
+    """Delete stale, damaged and unfinished builds; as `remove_stale`, but the caller holds the engine folder's lock."""
     removed = []
-    for path in (*stale, *sorted(builds.glob(f"*{FAILED_LOG_SUFFIX}"))):
-        # Whoever else is clearing away at the same time may be faster.
+    for path in _removable(engine, versions):
         with output_errors(path), suppress(FileNotFoundError):
             removed.append((path, remove(path)))
-    return removed + remove_abandoned(builds)
+    return removed
+
+
+def _removable(engine: Engine, versions: Mapping[str, str]) -> list[Path]:
+    """Return the folders and files of builds that nothing needs, running builds included."""
+    stale = [folder for folder in build_folders(engine) if _stale_reason(folder, engine.spec, versions)]
+    logs = sorted((engine.folder / BUILDS_FOLDER).glob(f"*{FAILED_LOG_SUFFIX}"))
+    return [*stale, *unfinished_builds(engine), *logs]
 
 
 def _stale_reason(folder: Path, spec: EngineSpec, versions: Mapping[str, str]) -> str | None:
@@ -309,13 +337,23 @@ def describe_builds(engine: Engine, versions: Mapping[str, str]) -> Iterator[str
         yield f"{folder.name}: {f'{sizes}; ' if sizes else ''}{state}"
 
 
-def write_document(folder: Path, build: Build) -> None:
-    """Write `fingerprint.json`, which makes a folder a build."""
-    (folder / FINGERPRINT_FILE).write_text(build.to_json(), encoding="utf-8")
+def write_document(build: Build) -> None:
+    """Write `fingerprint.json`, which makes a folder a build, once its engines are on disk.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with output_errors(build.folder):
+        sync_files(build.folder / engine.file for engine in build.engines.values())
+    with atomic_path(build.folder / FINGERPRINT_FILE) as temporary, output_errors(build.folder):
+        temporary.write_text(build.to_json(), encoding="utf-8")
 
 
 def open_cache(engine: Engine, precision: str, flavour: str, version: str) -> Path:
-    """A folder in which a runtime keeps engines of its own, under the same fingerprint as ours; made if need be.
+    """Return a folder in which a runtime keeps engines of its own, under the same fingerprint as ours.
+
+    It is created if it is missing. That takes no lock: several processes may do so at once, and an export that is
+    running does not block those that open the model.
 
     Raises:
         OutputError: it cannot be written.
@@ -323,6 +361,7 @@ def open_cache(engine: Engine, precision: str, flavour: str, version: str) -> Pa
     fingerprint = fingerprint_of(engine.spec, precision, flavour, version, target="any")
     folder = engine.folder / BUILDS_FOLDER / fingerprint.name
     if not (folder / FINGERPRINT_FILE).is_file():
-        with new_build(folder) as staging:
-            write_document(staging, Build(folder, fingerprint, {}))
+        with output_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_document(Build(folder, fingerprint, {}))
     return folder
