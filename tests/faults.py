@@ -14,15 +14,10 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from samekit import _files
-
 KILLED = -signal.SIGKILL
 
 # What changes names and what waits for the disk; everything that can be half-done lies between two of these.
-STEPS = (
-    *((os, name) for name in ("open", "rename", "replace", "fsync", "mkdir", "rmdir", "link", "unlink")),
-    (_files, "_exchanged"),
-)
+STEPS = tuple((os, name) for name in ("open", "rename", "replace", "fsync", "mkdir", "rmdir", "link", "unlink"))
 
 
 def in_a_fork(work):

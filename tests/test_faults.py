@@ -31,7 +31,7 @@ from samekit.audio import read_audio
 from samekit.cli import main
 from samekit.dataset import PreEncodeOptions, pre_encode
 from samekit.dataset_check import verify
-from samekit.errors import AudioFileError, LatentsFileError, OutputError
+from samekit.errors import AudioFileError, EngineError, LatentsFileError, OutputError
 from samekit.latents import LatentsWriter
 from samekit.store import Engine
 from samekit.tensorrt_store import BuiltEngine, build_folders, is_whole
@@ -168,50 +168,65 @@ def quick_page(monkeypatch, engine):
     monkeypatch.setattr(report_module, "measure", lambda *_, **__: measured)
 
 
-@pytest.mark.parametrize("swap", [True, False], ids=["swapped in one step", "renamed twice"])
-@pytest.mark.parametrize("precisions", [["fp32"], ["fp16"]])
+def engine_files(engine):
+    """The names in a folder that holds nothing but the engine, TensorRT builds apart."""
+    halves = engine.spec.graphs.values()
+    return sorted({"spec.json", *(name for graphs in halves for graph in graphs.values() for name in graph.sizes)})
+
+
+KILLED_EXPORTS = {
+    "the same precision": ("tiny-s", 0, ["fp32"]),
+    "another precision": ("tiny-s", 0, ["fp16"]),
+    "other weights": ("tiny-s", 1, ["fp32", "fp16"]),
+}
+
+
+@pytest.mark.parametrize("what", KILLED_EXPORTS)
 @pytest.mark.usefixtures("quick_graphs")
-def test_killed_export(out, monkeypatch, precisions, swap, faults):
-    if not swap:
-        monkeypatch.setattr(_files, "_exchanged", lambda *_: False)
+def test_killed_export(out, what, faults):
+    """At every moment one of the two exports can be used, without any repair; the next one leaves nothing else."""
     folder = out / "tiny-s"
+    name, seed, precisions = KILLED_EXPORTS[what]
+    old = []
 
     def run():
-        export(seeded("tiny-s"), out, precisions, force=True)
+        export(seeded(name, seed), out, precisions, force=True)
 
     def prepare():
         shutil.rmtree(out)
         out.mkdir()
-        export(seeded("tiny-s"), out, ["fp32"])
+        old[:] = [export(seeded("tiny-s"), out).spec]
         (folder / "tensorrt" / "some").mkdir(parents=True)
         (folder / "tensorrt" / "some" / "fingerprint.json").write_text("{}")
-        (folder / "tensorrt" / ".other.1-0123abcd.tmp").mkdir()
 
     def check(moment):
-        if swap:
-            # At every moment, without any repair.
-            Engine.load(folder).check_digests()
-        # Current or not, a repeated command clears away.
-        export(seeded("tiny-s"), out, ["fp32"])
-        assert names(out) == ["tiny-s"], moment
         engine = Engine.load(folder)
         engine.check_digests()
-        assert "fp32" in engine.spec.graphs
-        assert (folder / "tensorrt" / "some" / "fingerprint.json").exists(), moment
+        assert engine.spec == old[0] or set(precisions) <= set(engine.spec.graphs), moment
+        assert names(out) == ["tiny-s"], moment
+        # Current or not, a repeated command deletes what the killed one left.
+        repeated = export(seeded(name, seed), out, precisions)
+        repeated.check_digests()
+        assert set(precisions) <= set(repeated.spec.graphs), moment
+        assert names(out) == ["tiny-s"], moment
+        # A build of other graphs is one that can be killed after the commit; `samekit clean` deletes it.
+        assert names(folder) == sorted([*engine_files(repeated), "tensorrt"]), moment
+        if what != "other weights":
+            assert names(folder / "tensorrt") == ["some"], moment
 
     kills = kill_at_every_step(run, check, prepare)
     faults["processes killed"] += kills
     assert kills >= 10
-    run()
-    assert names(folder / "tensorrt") == ["some"]
 
 
 @pytest.mark.usefixtures("quick_graphs")
 def test_killed_first_export(out, faults):
     def check(moment):
-        assert not (out / "tiny-s").exists() or Engine.load(out / "tiny-s").graph("encoder", "fp32")
-        export(seeded("tiny-s"), out)
+        assert not (out / "tiny-s" / "spec.json").exists() or Engine.load(out / "tiny-s").check_digests() is None
+        engine = export(seeded("tiny-s"), out)
+        assert engine_files(engine) == ["decoder.onnx", "encoder.onnx", "spec.json"], moment
         assert names(out) == ["tiny-s"], moment
+        assert names(engine.folder) == engine_files(engine), moment
 
     def prepare():
         shutil.rmtree(out, ignore_errors=True)
@@ -228,12 +243,12 @@ class QuickBuilder:
     __version__ = "1.7.1.116"
 
 
-def quick_halves(engine, fingerprint, module, staging, report):
+def quick_halves(engine, fingerprint, module, folder, report):
     """Engines that are none."""
     del engine, fingerprint, module, report
     for half in ("encoder", "decoder"):
-        (staging / f"{half}.engine").write_bytes(half.encode())
-    (staging / "build.log").touch()
+        (folder / f"{half}.engine").write_bytes(half.encode())
+    (folder / "build.log").touch()
     digests = {half: hashlib.sha256(half.encode()).hexdigest() for half in ("encoder", "decoder")}
     return {half: BuiltEngine(f"{half}.engine", 7, digests[half], 1, 1.0, None) for half in digests}
 
@@ -642,7 +657,56 @@ def test_exports_into_one_folder_at_once(out):
     for _ in range(10):
         assert together(*[lambda: export(seeded("tiny-s"), out, force=True)] * 3) == [0, 0, 0]
         assert names(out) == ["tiny-s"]
-        Engine.load(out / "tiny-s").check_digests()
+        engine = Engine.load(out / "tiny-s")
+        engine.check_digests()
+        assert names(engine.folder) == engine_files(engine)
+
+
+@pytest.mark.usefixtures("quick_graphs")
+def test_exports_of_different_precisions_into_one_folder_at_once(out):
+    """As `make export` in two terminals: both say that the folder is ready, and both are in it."""
+    for _ in range(10):
+        works = [partial(export, seeded("tiny-s"), out, [precision]) for precision in ("fp32", "fp16")]
+        assert together(*works, *works) == [0] * 4
+        engine = Engine.load(out / "tiny-s")
+        assert set(engine.spec.graphs) == {"fp32", "fp16"}
+        engine.check_digests()
+        assert names(engine.folder) == engine_files(engine)
+        shutil.rmtree(out / "tiny-s")
+
+
+@pytest.mark.usefixtures("quick_graphs")
+def test_reading_while_it_is_exported_again(out, monkeypatch):
+    """A reader gets one of the exports, or hears that there is a new one since it has opened the folder."""
+
+    def small_spec(checkpoint):
+        facts = {"name": checkpoint.name, "source": checkpoint.source, "source_sha256": checkpoint.sha256}
+        return dataclasses.replace(FakeBackend().spec, **facts)
+
+    monkeypatch.setattr(export_module, "spec_of", small_spec)
+    export(seeded("tiny-s"), out)
+    done = out.parent / "done"
+
+    def write():
+        try:
+            for seed in range(40):
+                export(seeded("tiny-s", seed), out, force=True)
+        finally:
+            done.touch()
+
+    def read():
+        opened = 0
+        while not done.exists():
+            try:
+                with AutoencoderModel.from_pretrained(out / "tiny-s", backend="onnxruntime", threads=1) as model:
+                    assert model.autoencoder.backend.encode(noise((1, 2, 16))).shape == (1, 4, 2)
+                opened += 1
+            except EngineError as error:
+                if not str(error).endswith("was exported again since it was opened; open the model again"):
+                    raise
+        assert opened >= 10
+
+    assert together(write, read) == [0, 0]
 
 
 def test_encodes_and_decodes_to_one_file_at_once(song, latents, out, options):

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from samekit._files import output_errors
-from samekit._locks import folder_lock
+from samekit._locks import LOCK_FILE, folder_lock
 from samekit.backends import ort
 from samekit.errors import BackendUnavailableError, InputError, OutputError, SamekitError
 from samekit.spec import DECODER, ENCODER, PRECISIONS, EngineSpec, check_file_name
@@ -197,7 +197,8 @@ def _export_locked(
 
 def _clear_away(folder: Path) -> None:
     """Delete what killed exports left in a folder that is current, unless another export is running there."""
-    if leftovers(folder):
+    # A killed export leaves its lock file; the lock itself ended with it.
+    if leftovers(folder) or (folder / LOCK_FILE).exists():
         with suppress(OSError), folder_lock(folder, wait=False):
             remove_leftovers(folder)
 

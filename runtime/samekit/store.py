@@ -61,12 +61,19 @@ class Engine:
         """
         return cls(folder, EngineSpec.load(folder))
 
-    def is_replaced(self, precision: str) -> bool:
-        """Whether another export of a precision is there since it was loaded; without a `spec.json` none is."""
+    def check_not_replaced(self, precision: str) -> None:
+        """Check that the folder holds the same graphs of a precision as when it was loaded.
+
+        Raises:
+            EngineError: another export has replaced them.
+        """
         try:
-            return EngineSpec.load(self.folder).graphs.get(precision) != self.spec.graphs.get(precision)
+            now = EngineSpec.load(self.folder)
         except EngineError:
-            return False
+            # No export leaves that; whoever reads the graphs finds out whether they are there.
+            return
+        if now.graphs.get(precision) != self.spec.graphs.get(precision):
+            raise EngineError(f"{self.folder}: was exported again since it was opened; open the model again")
 
     def export_command(self, *options: str) -> str:
         """The command that exports the same weights to this folder, with `options`."""
@@ -101,8 +108,7 @@ class Engine:
             path = self.folder / name
             found = path.stat().st_size if path.is_file() else None
             if found != size:
-                if self.is_replaced(precision):
-                    raise EngineError(f"{self.folder}: was exported again since it was opened; open the model again")
+                self.check_not_replaced(precision)
                 state = "is missing" if found is None else f"has {found} bytes instead of {size}"
                 raise EngineError(f"{path}: {state}; export the model again with --force")
         return self.folder / graph.file

@@ -170,8 +170,7 @@ class OnnxRuntimeBackend(Backend):
         Raises:
             EngineError: it is damaged, or another export has taken its place.
         """
-        if self._engine.is_replaced(self.precision):
-            raise EngineError(f"{self._engine.folder}: was exported again since it was opened; open the model again")
+        self._engine.check_not_replaced(self.precision)
         return self._engine.graph(half, self.precision)
 
     def _pack(self, half: str) -> None:
@@ -201,6 +200,7 @@ class OnnxRuntimeBackend(Backend):
         try:
             session = self._runtime.InferenceSession(path, options, providers=self._providers_of(half))
         except Exception as error:  # noqa: BLE001 the runtime's exceptions share no base class
+            self._engine.check_not_replaced(self.precision)
             raise BackendError(
                 self._refused_link(graph, half, str(error))
                 or f"{path}: ONNX Runtime {self._runtime.__version__} cannot open it ({first_line(error)}); "
