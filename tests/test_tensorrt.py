@@ -421,7 +421,7 @@ def test_fingerprint_holds_everything_that_matters(spec):
         "target": "12.0",
         "precision": "fp16",
         "profiles": [],
-        "samekit": "0.0.1",
+        "builder_revision": 0,
     }
     assert set(changed) == {field.name for field in dataclasses.fields(here)}
     others = [dataclasses.replace(here, **{field: value}) for field, value in changed.items()]
@@ -473,14 +473,14 @@ def put_build(engine, flavour=TENSORRT, target="8.9", contents=None, **changes):
     fingerprint = fingerprint_of(engine.spec, "fp32", flavour, VERSIONS.get(flavour, "1.0"), target)
     fingerprint = dataclasses.replace(fingerprint, **changes)
     folder = engine.folder / "tensorrt" / fingerprint.name
-    with new_build(folder) as staging:
+    with new_build(folder):
         engines = {}
         for half in HALVES:
             data = (contents or half).encode()
-            (staging / f"{half}.engine").write_bytes(data)
+            (folder / f"{half}.engine").write_bytes(data)
             digest = hashlib.sha256(data).hexdigest()
             engines[half] = BuiltEngine(f"{half}.engine", len(data), digest, 700, 1.5, None)
-        write_document(staging, Build(folder, fingerprint, engines))
+        write_document(Build(folder, fingerprint, engines))
     return Build.load(folder)
 
 
@@ -511,7 +511,7 @@ def test_the_build_for_this_gpu_is_preferred(own_engine):
     [
         ({"onnx": {ENCODER: "0", DECODER: "0"}}, "other onnx"),
         ({"version": "10.15.1"}, "version 10.15.1 instead of 11.4.0"),
-        ({"samekit": "0.0.1"}, "samekit 0.0.1 instead of"),
+        ({"builder_revision": 0}, "builder_revision 0 instead of 1"),
         ({"profiles": []}, "other profiles"),
         ({"target": "8.6"}, "was built for 8.6, this GPU is 8.9"),
     ],
@@ -574,12 +574,12 @@ def test_contents_are_checked_when_they_are_read(own_engine):
     assert_one_line(caught.value)
 
 
-def test_a_build_appears_whole_or_not_at_all(own_engine):
+def test_a_build_that_fails_leaves_nothing(own_engine):
     folder = own_engine.folder / "tensorrt" / "some"
 
     def fail():
-        with new_build(folder) as staging:
-            (staging / "encoder.engine").write_bytes(b"half")
+        with new_build(folder):
+            (folder / "encoder.engine").write_bytes(b"half")
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -592,43 +592,41 @@ def test_a_build_appears_whole_or_not_at_all(own_engine):
     assert_one_line(caught.value)
 
 
-@pytest.mark.parametrize("before", ["nothing", "a damaged build"])
-def test_two_builds_at_once_leave_one(own_engine, before):
-    build = put_build(own_engine)
-    if before == "nothing":
-        shutil.rmtree(build.folder)
-    else:
-        (build.folder / "encoder.engine").write_bytes(b"")
-    with new_build(build.folder) as first, new_build(build.folder) as second:
-        for name, staging in (("first", first), ("second", second)):
-            for half in HALVES:
-                (staging / f"{half}.engine").write_text(half)
-            write_document(staging, build)
-            (staging / name).touch()
-    assert is_whole(build.folder)
-    # The inner block ends first.
-    assert (build.folder / "second").exists()
-    assert [path.name for path in build.folder.parent.iterdir()] == [build.folder.name]
+def test_a_damaged_build_is_replaced(own_engine):
+    """It is no build while the new one is written."""
+    damaged = put_build(own_engine)
+    (damaged.folder / "encoder.engine").write_bytes(b"")
+    with new_build(damaged.folder):
+        assert build_folders(own_engine) == []
+        assert list(damaged.folder.iterdir()) == []
+    assert not is_whole(damaged.folder)
+    assert is_whole(put_build(own_engine).folder)
 
 
 def test_info_names_stale_engines_and_clean_removes_them(own_engine, monkeypatch):
     monkeypatch.setattr("samekit.tensorrt_api.installed_versions", lambda: VERSIONS)
     current = put_build(own_engine)
     elsewhere = put_build(own_engine, target="12.0")
-    stale = put_build(own_engine, samekit="0.0.1")
+    stale = put_build(own_engine, builder_revision=0)
     kept = open_cache(own_engine, "fp32", "onnxruntime", onnxruntime.__version__)
     old = open_cache(own_engine, "fp32", "onnxruntime", "1.0.0")
     damaged = put_build(own_engine, TENSORRT_RTX, PORTABLE)
     _shorten(damaged.folder / "encoder.engine")
-    left = own_engine.folder / "tensorrt" / ".some.1234-0123abcd.tmp"
+    left = own_engine.folder / "tensorrt" / "tensorrt-11.4.0-8.9-fp32-0123456789ab"
     left.mkdir()
+    killed = own_engine.folder / ".export-abcdefgh"
+    killed.mkdir()
+    graph = own_engine.folder / "encoder.2.onnx"
+    graph.touch()
+    mine = own_engine.folder / "tensorrt" / "mine"
+    mine.mkdir()
     failed = own_engine.folder / "tensorrt" / "some.failed.log"
     failed.touch()
 
     def run(command):
         result = CliRunner().invoke(main, [command, str(own_engine.folder)])
         assert result.exit_code == 0, result.output
-        return [line for line in result.output.splitlines() if "tensorrt" in line or "nothing" in line]
+        return [line for line in result.output.splitlines() if line.split()[0] in ("tensorrt", "removed", "nothing")]
 
     state = {line.split()[1].strip(":"): line for line in run("info")}
     assert set(state) == {kept.name, old.name} | {b.folder.name for b in (current, elsewhere, stale, damaged)}
@@ -636,17 +634,15 @@ def test_info_names_stale_engines_and_clean_removes_them(own_engine, monkeypatch
     assert "STALE: version 1.0.0 instead of" in state[old.name]
     assert state[current.folder.name].endswith("encoder 700 layers, 0 MB; decoder 700 layers, 0 MB; current")
     assert state[elsewhere.folder.name].endswith("current")
-    assert "STALE: samekit 0.0.1 instead of" in state[stale.folder.name]
+    assert "STALE: builder_revision 0 instead of 1" in state[stale.folder.name]
     assert "STALE: " in state[damaged.folder.name]
 
     assert {line.split()[1].strip(",") for line in run("clean")} == {
-        str(path) for path in (stale.folder, old, damaged.folder, left, failed)
+        str(path) for path in (stale.folder, old, damaged.folder, left, failed, killed, graph)
     }
     assert build_folders(own_engine) == sorted([current.folder, elsewhere.folder, kept])
-    with new_build(own_engine.folder / "tensorrt" / "some") as running:
-        assert run("clean") == ["nothing to remove"]
-        assert running.exists()
-        write_document(running, current)
+    assert mine.is_dir()
+    assert run("clean") == ["nothing to remove"]
 
 
 # --- The backend, on a fake runtime ---------------------------------------------------------------------------
@@ -906,12 +902,12 @@ def test_auto_takes_tensorrt_first(own_engine, caplog):
 
 @pytest.mark.usefixtures("gpu_here")
 def test_auto_says_why_it_passed_over_a_stale_engine(own_engine, caplog):
-    put_build(own_engine, samekit="0.0.1")
+    put_build(own_engine, builder_revision=0)
     assert open_backend(own_engine.folder, "auto", BackendOptions()).name == "onnxruntime"
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert "backend tensorrt passed over: " in record.getMessage()
-    assert "samekit 0.0.1 instead of" in record.getMessage()
+    assert "builder_revision 0 instead of" in record.getMessage()
     with pytest.raises(StaleEngineError):
         open_backend(own_engine.folder, "tensorrt", BackendOptions())
 

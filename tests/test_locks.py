@@ -1,0 +1,134 @@
+"""The lock of an engine folder: one writer at a time, and no trace of it afterwards."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import threading
+import time
+
+import pytest
+from faults import KILLED, in_a_fork, kill_this_process, together
+from helpers import assert_one_line
+
+from samekit._locks import LOCK_FILE, folder_lock
+from samekit.errors import OutputError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "engines" / "my-model"
+
+
+def test_folder_and_lock_file_are_there_while_it_is_held(folder):
+    with folder_lock(folder):
+        assert (folder / LOCK_FILE).read_text() == f"process {os.getpid()}"
+    assert not folder.exists()
+    with folder_lock(folder):
+        (folder / "spec.json").touch()
+    assert [path.name for path in folder.iterdir()] == ["spec.json"]
+
+
+def test_one_at_a_time(folder):
+    """Processes that create and delete the folder, the lock file and a counter all the time."""
+    counter = folder.parent / "counter"
+    counter.parent.mkdir()
+    counter.write_text("0")
+
+    def count():
+        for _ in range(200):
+            with folder_lock(folder):
+                value = int(counter.read_text())
+                counter.write_text(str(value + 1))
+
+    assert together(count, count, count) == [0, 0, 0]
+    assert counter.read_text() == "600"
+    assert not folder.exists()
+
+
+def test_waiting_is_logged_once_and_names_the_process(folder, caplog):
+    entered = []
+
+    def wait():
+        with folder_lock(folder):
+            entered.append(time.monotonic())
+
+    with folder_lock(folder):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        thread.join(0.5)
+        assert entered == []
+        left = time.monotonic()
+    thread.join()
+    assert entered[0] >= left
+    (line,) = caplog.messages
+    assert line == f"{folder}: process {os.getpid()} is writing there; waiting until it has ended"
+
+
+def test_not_waiting(folder):
+    with folder_lock(folder), pytest.raises(BlockingIOError, match="is writing there"), folder_lock(folder, wait=False):
+        pass
+    with folder_lock(folder, wait=False):
+        pass
+
+
+def test_killed_process_holds_no_lock(folder):
+    def die():
+        with folder_lock(folder):
+            kill_this_process()
+
+    assert in_a_fork(die) == KILLED
+    assert (folder / LOCK_FILE).exists()
+    with folder_lock(folder, wait=False):
+        pass
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_file_system_without_locks(folder, monkeypatch, caplog, error):
+    """As some network file systems are mounted, see flock(2)."""
+
+    def refuse(*_):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with folder_lock(folder):
+        assert folder.exists()
+    assert not folder.exists()
+    (line,) = caplog.messages
+    assert line.startswith(f"{folder}: its file system has no locks ({os.strerror(error)}); start no other export")
+    with pytest.raises(OSError, match=os.strerror(error)), folder_lock(folder, wait=False):
+        pass
+
+
+@pytest.mark.parametrize("what", ["link", "folder", "pipe"])
+def test_something_else_in_place_of_the_lock_file(folder, tmp_path, what):
+    folder.mkdir(parents=True)
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    place = folder / LOCK_FILE
+    {"link": lambda: place.symlink_to(precious), "folder": place.mkdir, "pipe": lambda: os.mkfifo(place)}[what]()
+    if what == "pipe":
+        # It can be locked, and nothing waits for a reader.
+        with folder_lock(folder):
+            pass
+    else:
+        with pytest.raises(OutputError, match="cannot be written") as caught, folder_lock(folder):
+            pass
+        assert_one_line(caught.value)
+    assert precious.read_text() == "mine"
+
+
+def test_lock_file_with_another_text(folder, caplog):
+    """It comes with folders from anywhere, so only a text that this program writes is shown."""
+    folder.mkdir(parents=True)
+    (folder / LOCK_FILE).write_text("process 1\x1b[2J")
+    with (folder / LOCK_FILE).open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        timer = threading.Timer(0.3, lambda: fcntl.flock(file, fcntl.LOCK_UN))
+        timer.start()
+        with folder_lock(folder):
+            pass
+        timer.join()
+    assert caplog.messages == [f"{folder}: another process is writing there; waiting until it has ended"]
