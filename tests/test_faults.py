@@ -34,7 +34,7 @@ from samekit.dataset_check import verify
 from samekit.errors import AudioFileError, EngineError, LatentsFileError, OutputError
 from samekit.latents import LatentsWriter
 from samekit.store import Engine
-from samekit.tensorrt_store import BuiltEngine, build_folders, is_whole
+from samekit.tensorrt_store import BuiltEngine, build_folders, is_whole, open_cache
 from samekit_export import export as export_module
 from samekit_export import report as report_module
 from samekit_export import to_tensorrt
@@ -708,6 +708,17 @@ def test_builds_into_one_folder_at_once(engine, tmp_path, monkeypatch):
         assert names(folder / "tensorrt") == [build.name]
         assert is_whole(build)
         assert built.read_text() == "built\n"
+
+
+def test_caches_of_onnxruntime_are_opened_at_once(engine, tmp_path):
+    folder = shutil.copytree(engine, tmp_path / "engine")
+    for _ in range(5):
+        shutil.rmtree(folder / "tensorrt")
+        work = partial(open_cache, Engine.load(folder), "fp32", "onnxruntime", "1.32.0")
+        assert together(work, work, work) == [0, 0, 0]
+        (cache,) = build_folders(Engine.load(folder))
+        assert names(cache) == ["fingerprint.json"]
+        assert is_whole(cache)
 
 
 @pytest.mark.usefixtures("quick_graphs")

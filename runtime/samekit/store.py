@@ -40,7 +40,7 @@ ENGINES_FOLDER = "engines"
 
 _STAGING_PREFIX = ".export-"
 # Half, precision unless fp32, number unless 1, and the suffix of external data.
-_GRAPH_FILE = re.compile(r"(encoder|decoder)(?:\.(fp16|int8))?(?:\.(\d{1,9}))?\.onnx(\.data)?", re.ASCII)
+_GRAPH_FILE = re.compile(r"(encoder|decoder)(?:\.(fp16|int8))?(?:\.(\d+))?\.onnx(\.data)?", re.ASCII)
 
 
 @dataclass(frozen=True)
