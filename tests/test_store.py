@@ -163,6 +163,8 @@ DAMAGED = [
     {"channels": None},
     {"latent_width": []},
     {"alignment": 0},
+    {"graph_revision": -1},
+    {"graph_revision": "1"},
     {"contexts": REMOVED},
     {"contexts": [1, 2]},
     {"contexts": {}},
@@ -304,6 +306,7 @@ def test_missing_external_data(own_engine):
     data.write_bytes(b"weights")
     graphs = {"fp32": {half: describe_graph(own_engine.folder, f"{half}.onnx") for half in HALVES}}
     engine = Engine(own_engine.folder, dataclasses.replace(own_engine.spec, graphs=graphs))
+    (engine.folder / "spec.json").write_text(engine.spec.to_json())
     engine.check_digests()
     data.unlink()
     with pytest.raises(EngineError, match=r"decoder\.onnx\.data: is missing"):
@@ -384,3 +387,14 @@ def test_links_inside_the_folder(linked):
     (folder / "encoder.onnx").write_bytes(bytes((folder / "encoder.onnx").stat().st_size))
     with pytest.raises(BackendError, match=r"cannot open it .*; export it again"):
         encoded(folder)
+
+
+def test_graph_of_an_engine_that_was_exported_again(own_engine):
+    """What is missing is said to be missing only where no other export has taken its place."""
+    document = json.loads((own_engine.folder / "spec.json").read_text(encoding="utf-8"))
+    document["graphs"]["fp32"]["encoder"] |= {"file": "encoder.2.onnx", "sizes": {"encoder.2.onnx": 5}}
+    (own_engine.folder / "spec.json").write_text(json.dumps(document), encoding="utf-8")
+    (own_engine.folder / "encoder.onnx").rename(own_engine.folder / "encoder.2.onnx")
+    with pytest.raises(EngineError, match="was exported again since it was opened; open the model again") as caught:
+        own_engine.graph(ENCODER, "fp32")
+    assert_one_line(caught.value)

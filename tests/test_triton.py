@@ -50,7 +50,7 @@ def add_build(engine, flavour=TENSORRT, version="10.15.1", target="8.9", precisi
         data = f"{half} of {target}".encode()
         (folder / f"{half}.engine").write_bytes(data)
         engines[half] = BuiltEngine(f"{half}.engine", len(data), hashlib.sha256(data).hexdigest(), 1, 0.0, None)
-    write_document(folder, Build(folder, fingerprint, engines))
+    write_document(Build(folder, fingerprint, engines))
     return folder
 
 
