@@ -567,8 +567,8 @@ def test_latents_of_another_model(model_of, tmp_path, folder):
     assert list(folder.iterdir()) == []
 
 
-# The working folder and the names of the recording and of its latents when it is encoded; the working folder and the name
-# of the output when they are decoded. The output is the recording each time.
+# The working folder and the names of the recording and of its latents when it is encoded; the working folder and the
+# name of the output when they are decoded. The output is the recording each time.
 ONTO_THE_RECORDING = {
     "side by side": (".", "song.wav", "song.npy", ".", "song.wav"),
     "absolute when encoded": (".", "{root}/song.wav", "latents/song.npy", "latents", "../song.wav"),

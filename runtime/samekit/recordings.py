@@ -57,7 +57,7 @@ def require_no_recording(
 
 
 def _places(source: Path, latents: Path) -> Iterator[Path]:
-    """Yield where a recording may be. A relative name counts from where `encode` ran, which the `.json` does not say."""
+    """Yield where a recording may be: a relative name counts from where `encode` ran, which is not known."""
     if source.is_absolute():
         yield source
         return
