@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import sys
 import weakref
@@ -292,6 +293,17 @@ def pytorch_as_set(request):
     assert pytorch_settings() == before
     # It raises where the older settings, which other programs use, contradict the newer ones.
     assert torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize(("asked", "set_before", "set_after"), [(None, 8, 3), (None, 2, 2), (5, 8, 5)])
+def test_threads_of_pytorch(checkpoint_of, monkeypatch, asked, set_before, set_after):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    try:
+        torch.set_num_threads(set_before)
+        open_backend(checkpoint_of("tiny-s"), "torch", BackendOptions(device="cpu", threads=asked))
+        assert torch.get_num_threads() == set_after
+    finally:
+        torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="module")

@@ -339,6 +339,7 @@ class GpuBackend(FakeBackend):
 
 
 @can_fork
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_gpus_are_refused_in_forked_processes():
     backend = GpuBackend()
     read, write = os.pipe()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -61,8 +62,10 @@ def _places(source: Path, latents: Path) -> Iterator[Path]:
     if source.is_absolute():
         yield source
         return
-    here, folder = Path.cwd(), Path(os.path.abspath(latents)).parent  # noqa: PTH100 links stay as they are
-    yield from (base / source for base in dict.fromkeys((here, folder, *here.parents, *folder.parents)))
+    # Without resolving links, so that a name counts from every folder that it was typed in.
+    with suppress(OSError):
+        here, folder = Path.cwd(), Path(os.path.abspath(latents)).parent  # noqa: PTH100
+        yield from (base / source for base in dict.fromkeys((here, folder, *here.parents, *folder.parents)))
 
 
 def _is_there(path: Path) -> bool:

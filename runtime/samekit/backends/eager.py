@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from samekit._packages import import_package
 from samekit.backends.base import Backend, BackendOptions, keep_for_ever
+from samekit.backends.cpu import available_cpus
 from samekit.errors import BackendError, BackendUnavailableError, CheckpointError, EngineNotFoundError, first_line
 from samekit.spec import ENCODER
 from samekit.store import places
@@ -43,8 +44,10 @@ class EagerBackend(Backend):
         self._where = torch.device(self.place)
         self._dtype = torch.float16 if options.precision == "fp16" else torch.float32
         self._model = model.to(self._where, self._dtype)
-        if options.threads:
-            torch.set_num_threads(options.threads)
+        # PyTorch counts the cores of its affinity mask, but not a quota.
+        threads = options.threads or min(torch.get_num_threads(), available_cpus())
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
 
     def _run(self, half: str, array: Array) -> Array:
         run = self._model.encode if half == ENCODER else self._model.decode
