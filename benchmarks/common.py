@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import onnxruntime
 
 from samekit import AutoencoderModel
+from samekit._packages import import_onnxruntime
 from samekit.backends.ort import CPU_PROVIDER, session_options
 from samekit.cli import Command
 from samekit.errors import SamekitError
@@ -21,6 +21,8 @@ from samekit_export.measure import interleaved, machine, summary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+
+    from onnxruntime import InferenceSession
 
     from samekit.autoencoder import Autoencoder
 
@@ -108,10 +110,9 @@ def open_codec(engine: Path, backend: str, precision: str, threads: int | None) 
     ).autoencoder
 
 
-def open_session(
-    graph: bytes | Path, threads: int, precision: str, profile: Path | None = None
-) -> onnxruntime.InferenceSession:
+def open_session(graph: bytes | Path, threads: int, precision: str, profile: Path | None = None) -> InferenceSession:
     """A session as the runtime opens it, with a profiler if it has a place to write to."""
+    onnxruntime = import_onnxruntime()
     options = session_options(onnxruntime, threads, precision)
     if profile:
         options.enable_profiling = True

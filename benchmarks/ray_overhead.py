@@ -27,7 +27,7 @@ from common import engine_argument, finish, plot_bars, plot_option, question
 from pre_encode import write_dataset
 
 from samekit import AutoencoderModel
-from samekit.backends.ort import available_cpus
+from samekit.backends.cpu import available_cpus
 from samekit.dataset import pre_encode
 from samekit.distributed import RayEncoder, RayOptions
 

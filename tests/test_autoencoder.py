@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -148,22 +150,70 @@ def test_rates_of_a_list(onnx_model):
     assert_close(onnx_model.encode(clips[0], rates[0])[0], together[0], LEAST_DB)
 
 
-@pytest.mark.parametrize("rate", [np.int64(RATE), np.int32(RATE)], ids=repr)
-def test_rates_of_numpy(onnx_model, rate):
-    expected = onnx_model.encode(CLIP[:2], RATE)
-    assert np.array_equal(onnx_model.encode(CLIP[:2], rate), expected)
-    assert np.array_equal(onnx_model.encode([CLIP[:2]], rate), expected)
-    assert np.array_equal(onnx_model.encode([CLIP[:2]], np.array([rate])), expected)
-    assert np.array_equal(onnx_model.encode(CLIP[:2], np.array(rate)), expected)
+# One rate, as the reference's scripts have it: torchaudio's resampling takes whole numbers of any type.
+ONE_RATE = {
+    "int": 48_000,
+    "float": 48_000.0,
+    "NumPy int64": np.int64(48_000),
+    "NumPy int32": np.int32(48_000),
+    "NumPy float32": np.float32(48_000),
+    "NumPy, 0-d": np.array(48_000),
+    "tensor, 0-d": torch.tensor(48_000),
+    "tensor of floats, 0-d": torch.tensor(48_000.0),
+}
+
+
+@pytest.mark.parametrize("form", ONE_RATE)
+def test_rates_of_any_type(onnx_model, form):
+    rate, clip, inner = ONE_RATE[form], CLIP[:2], onnx_model.autoencoder
+    expected = onnx_model.encode(clip, 48_000)
+    assert np.array_equal(onnx_model.encode(clip, rate), expected)
+    assert np.array_equal(onnx_model.encode(clip[None], [rate]), expected)
+    assert np.array_equal(onnx_model.encode([clip, clip], rate)[1:], expected)
+    assert np.array_equal(onnx_model.encode([clip, clip], (rate, 48_000))[1:], expected)
+    prepared = inner.preprocess_audio_for_encoder(clip, 48_000)
+    assert np.array_equal(inner.preprocess_audio_for_encoder(clip, rate), prepared)
+    assert np.array_equal(inner.preprocess_audio_list_for_encoder([clip], [rate]), prepared)
+    stream = onnx_model.stream_encoder(rate)
+    stream.push(clip)
+    assert_close(expected[0], stream.finish(), LEAST_DB)
+
+
+@pytest.mark.parametrize(
+    "rates", [np.array([RATE, 48_000]), torch.tensor([RATE, 48_000]), torch.tensor([RATE, 48_000.0])], ids=repr
+)
+def test_rates_of_arrays(onnx_model, rates):
+    clips = [CLIP[:2], CLIP[1:, :9000]]
+    expected = onnx_model.encode(clips, [RATE, 48_000])
+    assert np.array_equal(onnx_model.encode(clips, rates), expected)
+    prepared = onnx_model.autoencoder.preprocess_audio_list_for_encoder(clips, rates)
+    assert np.array_equal(onnx_model.autoencoder.encode_audio(prepared), expected)
+    with pytest.raises(InputError, match="3 clips and 2 sample rates; "):
+        onnx_model.encode([*clips, CLIP], rates)
 
 
 @pytest.mark.parametrize(
     "audio", [CLIP[0], CLIP[:2], CLIP[None, :2], [CLIP[:2]]], ids=["[n]", "[2, n]", "batch", "list"]
 )
-@pytest.mark.parametrize("rate", [44_100.5, None, "44100", 0, -RATE, [RATE] * 3, []], ids=repr)
-def test_rates_that_are_none(onnx_model, audio, rate):
+@pytest.mark.parametrize(
+    "rate",
+    [
+        *(44_100.5, None, "44100", 0, -RATE, [RATE] * 3, [], math.nan, math.inf, True, np.float32(0.5), 44_100j),
+        *([None], ["44100"], [[RATE]], np.array([[RATE]]), torch.tensor([[RATE]]), torch.tensor([RATE] * 3)),
+        *(torch.tensor(44_100.5), torch.tensor(math.nan), torch.empty((), device="meta"), torch.empty(0)),
+    ],
+    ids=repr,
+)
+def test_rates_that_are_none(audio, rate):
+    with pytest.raises(InputError, match="rate") as caught:
+        AutoencoderModel(FakeBackend()).encode(audio, rate)
+    assert_one_line(caught.value)
+
+
+@pytest.mark.parametrize("rate", [44_100.5, None, "44100", [RATE, RATE], torch.tensor([RATE, RATE])], ids=repr)
+def test_streams_of_rates_that_are_none(rate):
     with pytest.raises(InputError, match="rate"):
-        onnx_model.encode(audio, rate)
+        AutoencoderModel(FakeBackend()).stream_encoder(rate)
 
 
 def test_audio_of_one_latent_too_little(onnx_model):
@@ -515,6 +565,95 @@ def test_latents_of_another_model(model_of, tmp_path, folder):
         model_of("tiny-l", "onnxruntime").decode_file(tmp_path / "song.npy", folder / "song.wav")
     assert_one_line(caught.value)
     assert list(folder.iterdir()) == []
+
+
+# The working folder and the names of the recording and of its latents when it is encoded; the working folder and the
+# name of the output when they are decoded. The output is the recording each time.
+ONTO_THE_RECORDING = {
+    "side by side": (".", "song.wav", "song.npy", ".", "song.wav"),
+    "absolute when encoded": (".", "{root}/song.wav", "latents/song.npy", "latents", "../song.wav"),
+    "another working folder": ("music", "song.wav", "../latents/song.npy", "music", "song.wav"),
+    "decoded beside the latents": ("latents", "../song.wav", "song.npy", "latents", "../song.wav"),
+    "decoded from above": ("music", "song.wav", "song.npy", ".", "music/song.wav"),
+    "decoded from below": (".", "music/song.wav", "latents/song.npy", "latents", "../music/song.wav"),
+    "a symbolic link to it": (".", "song.wav", "song.npy", ".", "symbolic.wav"),
+    "a hard link to it": (".", "song.wav", "song.npy", ".", "hard.wav"),
+}
+
+
+@pytest.mark.parametrize("case", ONTO_THE_RECORDING)
+def test_recordings_are_not_decoded_onto(tmp_path, monkeypatch, case):
+    model = AutoencoderModel(FakeBackend())
+    encoded_in, source, latents, decoded_in, output = ONTO_THE_RECORDING[case]
+    for name in ("music", "latents"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / encoded_in)
+    source = source.format(root=tmp_path)
+    write_wav(source, 1000)
+    model.encode_file(source, latents)
+    latents, recording = Path(latents).resolve(), Path(source).resolve()
+    before = recording.read_bytes()
+    monkeypatch.chdir(tmp_path / decoded_in)
+    if "link" in case:
+        Path("symbolic.wav").symlink_to("song.wav")
+        os.link("song.wav", "hard.wav")
+    with pytest.raises(
+        OutputError, match=r"is the recording that .*song.json names as the source .*; .*force"
+    ) as caught:
+        model.decode_file(os.path.relpath(latents), output)
+    assert_one_line(caught.value)
+    assert recording.read_bytes() == before
+    # Another name, and the same one when it is wanted.
+    assert model.decode_file(latents, "decoded.wav") == model.decode_file(latents, "decoded.wav") == 1000
+    assert model.decode_file(latents, output, force=True) == 1000
+    assert Path(output).read_bytes() != before
+
+
+@pytest.mark.parametrize("field", ["source", "path", None])
+@pytest.mark.parametrize("name", ["song.wav", "SONG.WAV"])
+def test_what_may_be_a_recording_is_not_decoded_onto(tmp_path, field, name):
+    """It has the name of one that is gone from its place, or nothing tells where the recording is."""
+    model = AutoencoderModel(FakeBackend())
+    np.save(tmp_path / "song.npy", noise((4, 10)))
+    if field:
+        (tmp_path / "song.json").write_text(json.dumps({field: "/nowhere/song.wav"}), encoding="utf-8")
+    (tmp_path / name).write_bytes(b"a recording")
+    with pytest.raises(OutputError, match=r"may be the recording .*; .*force=True") as caught:
+        model.decode_file(tmp_path / "song.npy", tmp_path / name)
+    assert_one_line(caught.value)
+    assert (tmp_path / name).read_bytes() == b"a recording"
+    assert model.decode_file(tmp_path / "song.npy", tmp_path / name, force=True) == 80
+    (tmp_path / "other.wav").write_bytes(b"an older output")
+    assert model.decode_file(tmp_path / "song.npy", tmp_path / "other.wav") == 80
+
+
+@pytest.mark.parametrize("source", [None, 3, "", "a\0b", "x" * 5000, "../" * 2000 + "song.wav", ["song.wav"]], ids=repr)
+def test_sources_that_name_nothing(tmp_path, source):
+    model = AutoencoderModel(FakeBackend())
+    np.save(tmp_path / "song.npy", noise((4, 10)))
+    (tmp_path / "song.json").write_text(json.dumps({"source": source}), encoding="utf-8")
+    for _ in range(2):
+        assert model.decode_file(tmp_path / "song.npy", tmp_path / "other.wav") == 80
+
+
+def test_files_are_not_their_own_output(tmp_path):
+    model = AutoencoderModel(FakeBackend())
+    write_wav(tmp_path / "song.wav", 1000)
+    # AudioReader looks at contents, not at names.
+    (tmp_path / "song.wav").rename(tmp_path / "audio.npy")
+    (tmp_path / "link.npy").symlink_to("audio.npy")
+    np.save(tmp_path / "latents.npy", noise((4, 10)))
+    (tmp_path / "latents.npy").rename(tmp_path / "latents.wav")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for work, source, output in (
+        (model.encode_file, "audio.npy", "audio.npy"),
+        (model.encode_file, "audio.npy", "link.npy"),
+        (model.decode_file, "latents.wav", "latents.wav"),
+    ):
+        with pytest.raises(OutputError, match=r"is the input itself; choose another name") as caught:
+            work(tmp_path / source, tmp_path / output)
+        assert_one_line(caught.value)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("samples", [1, 3 * HOP, -5, "9000", 9000.0, None], ids=repr)

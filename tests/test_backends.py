@@ -9,14 +9,17 @@ import shutil
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import THREADS
 from helpers import (
     BACKEND_NAMES,
     HOP,
+    RATE,
     FakeBackend,
     assert_close,
     assert_one_line,
@@ -26,8 +29,10 @@ from helpers import (
     run_half,
 )
 
+from samekit import AutoencoderModel
 from samekit.backends import AUTO, BACKENDS, open_backend
 from samekit.backends.base import BackendOptions
+from samekit.backends.cpu import available_cpus
 from samekit.errors import (
     BackendError,
     BackendUnavailableError,
@@ -243,6 +248,84 @@ def test_half_precision_in_pytorch(engine_of, eager_of, kind):
     assert_close(in_one_pass(eager_of(kind).decode, latents), backend.decode(latents), 50)
 
 
+# What a user may set in PyTorch for a thread or the whole process: it must not change what a backend computes.
+SETTINGS = {
+    "autocast to bfloat16": lambda stack: stack.enter_context(torch.autocast("cpu", torch.bfloat16)),
+    "autocast to float16": lambda stack: stack.enter_context(torch.autocast("cpu", torch.float16)),
+    "bfloat16 in products": lambda _: torch.set_float32_matmul_precision("medium"),
+    "TF32 everywhere": lambda _: setattr(torch.backends, "fp32_precision", "tf32"),
+    "bfloat16 on CPUs": lambda _: setattr(torch.backends.mkldnn, "fp32_precision", "bf16"),
+    "float64 by default": lambda _: torch.set_default_dtype(torch.float64),
+    "bfloat16 by default": lambda _: torch.set_default_dtype(torch.bfloat16),
+    "another device by default": lambda _: torch.set_default_device("meta"),
+    "gradients": lambda stack: stack.enter_context(torch.enable_grad()),
+}
+
+
+# Where PyTorch keeps the precisions of float32 products, the wider ones first.
+PRECISIONS = (
+    *(torch.backends, torch.backends.cudnn, torch.backends.mkldnn),
+    *(torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn),
+    *(torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn),
+)
+
+
+def pytorch_settings():
+    """What the settings above change, each as PyTorch tells it."""
+    precisions = [place.fp32_precision for place in PRECISIONS]
+    return [torch.is_autocast_enabled("cpu"), torch.get_default_dtype(), torch.get_default_device(), *precisions]
+
+
+@pytest.fixture
+def pytorch_as_set(request):
+    """Set something, and set it back at the end."""
+    before = pytorch_settings()
+    with ExitStack() as stack:
+        SETTINGS[request.param](stack)
+        yield
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+    torch.set_float32_matmul_precision("highest")
+    for place, precision in zip(PRECISIONS, before[-len(PRECISIONS) :], strict=True):
+        place.fp32_precision = "none"
+        if place.fp32_precision != precision:
+            place.fp32_precision = precision
+    assert pytorch_settings() == before
+    # It raises where the older settings, which other programs use, contradict the newer ones.
+    assert torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize(("asked", "set_before", "set_after"), [(None, 8, 3), (None, 2, 2), (5, 8, 5)])
+def test_threads_of_pytorch(checkpoint_of, monkeypatch, asked, set_before, set_after):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    try:
+        torch.set_num_threads(set_before)
+        open_backend(checkpoint_of("tiny-s"), "torch", BackendOptions(device="cpu", threads=asked))
+        assert torch.get_num_threads() == set_after
+    finally:
+        torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(scope="module")
+def as_it_comes(model_of, engine_of, checkpoint_of):
+    """Folders, an open model, and what it computes before anything is set."""
+    model = model_of("tiny-s", "torch")
+    latents = model.encode(noise((2, 3 * HOP)), RATE)
+    return (engine_of("tiny-s").folder, checkpoint_of("tiny-s")), model, latents, model.decode(latents)
+
+
+@pytest.mark.parametrize("pytorch_as_set", SETTINGS, indirect=True)
+@pytest.mark.usefixtures("pytorch_as_set")
+def test_pytorch_computes_as_asked_whatever_is_set(as_it_comes):
+    folders, model, latents, audio = as_it_comes
+    before = pytorch_settings()
+    opened = [AutoencoderModel.from_pretrained(folder, "cpu", backend="torch") for folder in folders]
+    for each in (model, *opened):
+        assert np.array_equal(each.encode(noise((2, 3 * HOP)), RATE), latents)
+        assert np.array_equal(each.decode(latents), audio)
+    assert pytorch_settings() == before
+
+
 def test_checkpoint_folder_runs_in_pytorch(checkpoint_of, caplog):
     folder = checkpoint_of("tiny-s")
     backend = open_backend(folder, AUTO, BackendOptions(device="cpu"))
@@ -409,8 +492,7 @@ def test_threads(engine_of, monkeypatch):
     for threads in (1, 3, None):
         backend = open_backend(engine_of("tiny-s").folder, "onnxruntime", BackendOptions(threads=threads))
         backend.decode(np.zeros((1, 32, 1), np.float32))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert asked == [1, 3, cores]
+    assert asked == [1, 3, available_cpus()]
 
 
 def test_damaged_folder_shows_on_opening(own_engine):

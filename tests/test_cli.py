@@ -138,6 +138,38 @@ def test_clip(engine, tmp_path, folder, clip):
     assert (np.abs(read_audio(folder / "a.wav")[0]).max() > 1) != clip
 
 
+def test_recordings_are_replaced_only_when_that_is_wanted(engine, song, monkeypatch):
+    monkeypatch.chdir(song.parent)
+    options = ("--model", engine, "--backend", "onnxruntime", "--threads", 1)
+    before = song.read_bytes()
+    succeeded("encode", "song.wav", "song.npy", *options)
+    line = refused("decode", "song.npy", "song.wav", *options)
+    assert line.startswith("Error: song.wav: is the recording that song.json names as the source of these latents; ")
+    assert "--force" in line
+    # Before a model is looked for.
+    assert refused("decode", "song.npy", "song.wav", "--model", "nothing") == line
+    assert song.read_bytes() == before
+    for _ in range(2):
+        succeeded("decode", "song.npy", "other.wav", *options)
+    succeeded("decode", "song.npy", "song.wav", "--force", *options)
+    assert song.read_bytes() == (song.parent / "other.wav").read_bytes() != before
+
+
+def test_inputs_are_not_outputs(engine, song, latents):
+    before = song.read_bytes()
+    (song.parent / "link.html").symlink_to(song)
+    for output in (song, song.parent / "link.html"):
+        assert "is the input itself; " in refused("report", song, "--model", engine, "--out", output)
+    audio = song.rename(song.with_suffix(".npy"))
+    assert "is the input itself; " in refused("encode", audio, audio, "--model", engine)
+    assert audio.read_bytes() == before
+    misnamed = latents.rename(latents.with_suffix(".wav"))
+    before = misnamed.read_bytes()
+    for force in ([], ["--force"]):
+        assert "is the input itself; " in refused("decode", misnamed, misnamed, "--model", engine, *force)
+    assert misnamed.read_bytes() == before
+
+
 def test_checkpoint_folder_in_place_of_an_engine(checkpoint_of, latents, folder):
     succeeded("decode", latents, folder / "a.wav", "--model", checkpoint_of("tiny-s"))
     assert sf.info(folder / "a.wav").frames == 5 * HOP

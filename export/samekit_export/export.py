@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from samekit._files import output_errors
 from samekit._locks import LOCK_FILE, folder_lock
+from samekit._packages import import_onnxruntime
 from samekit.backends import ort
 from samekit.errors import BackendUnavailableError, InputError, OutputError, SamekitError
 from samekit.spec import DECODER, ENCODER, PRECISIONS, EngineSpec, check_file_name
@@ -284,8 +285,8 @@ def _check_processor() -> None:
         BackendUnavailableError: ONNX Runtime's int8 sums saturate here.
     """
     try:
-        import onnxruntime  # noqa: PLC0415
-    except ImportError:
+        onnxruntime = import_onnxruntime()
+    except BackendUnavailableError:
         # Verification says what is missing.
         return
     if ort.int8_saturates(onnxruntime):

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from samekit.backends.ort import available_cpus
+from samekit.backends.cpu import available_cpus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 __all__ = ["AutoencoderModel", "SamekitError", "__version__"]
+
+# Official builds of ONNX Runtime report usage from 1.29 on. When they are imported, they write a device id into the
+# user's cache and start an uploader, whose threads make forked children hang or crash when they end. They read this
+# variable then, and children inherit it. A value that the user has set stands.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from samekit.autoencoder import AutoencoderModel

@@ -66,6 +66,33 @@ def as_float32(value: Any, name: str, *, empty: bool = False) -> Array:
     return array
 
 
+def sample_rates(value: Any, clips: int) -> list[Any]:
+    """The sample rates of clips, one for all or one each; whole numbers of any kind become integers.
+
+    Args:
+        value: a number, or a list, tuple, NumPy array or PyTorch tensor of numbers.
+        clips: how many.
+
+    Returns:
+        A rate for each clip. What is no whole number stays as it is, for the resampler to refuse.
+
+    Raises:
+        InputError: numbers of clips and rates differ, or a tensor has no values.
+    """
+    value = _plain_numbers(value)
+    rates = [_plain_numbers(rate) for rate in value] if isinstance(value, (list, tuple)) else [value] * clips
+    if len(rates) != clips:
+        raise InputError(f"{clips} clips and {len(rates)} sample rates; pass one rate for all or one each")
+    return [int(rate) if isinstance(rate, float) and rate.is_integer() else rate for rate in rates]
+
+
+def _plain_numbers(value: Any) -> Any:
+    """Numbers of Python's own in place of NumPy's and PyTorch's."""
+    if is_tensor(value):
+        value = _from_tensor(value, "a sample rate")
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+
+
 def _from_tensor(value: Any, name: str) -> Any:
     """The values of a tensor in a NumPy array, those of bfloat16 as float32.
 

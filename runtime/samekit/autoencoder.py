@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from samekit._options import check_whole
-from samekit.arrays import AUDIO, LATENTS, as_float32, is_tensor, like
+from samekit.arrays import AUDIO, LATENTS, as_float32, is_tensor, like, sample_rates
 from samekit.audio import AudioReader, AudioWriter, pad_to, prepare, to_channels
 from samekit.backends import AUTO, open_backend
 from samekit.backends.base import BackendOptions
 from samekit.chunking import ExactWindows, reference_chunks
 from samekit.errors import InputError, LatentsFileError
 from samekit.latents import MODEL_DIGEST, LatentsReader, LatentsWriter, require_replaceable
+from samekit.recordings import require_no_recording, require_other_file
 from samekit.spec import DECODER, ENCODER
 from samekit.streaming import HalfRunner, StreamDecoder, StreamEncoder, as_clip
 
@@ -99,7 +100,7 @@ class Autoencoder:
         """How sequences of a half are cut: `spec.ENCODER` or `spec.DECODER`."""
         return self._plans[half]
 
-    def preprocess_audio_for_encoder(self, audio: Any, in_sr: int) -> Any:
+    def preprocess_audio_for_encoder(self, audio: Any, in_sr: Any) -> Any:
         """One clip, ready for `encode_audio`.
 
         Args:
@@ -114,12 +115,12 @@ class Autoencoder:
         """
         return self.preprocess_audio_list_for_encoder([audio], in_sr)
 
-    def preprocess_audio_list_for_encoder(self, audio_list: Sequence[Any], in_sr_list: int | Sequence[int]) -> Any:
+    def preprocess_audio_list_for_encoder(self, audio_list: Sequence[Any], in_sr_list: Any) -> Any:
         """Several clips as one batch, ready for `encode_audio`.
 
         Args:
             audio_list: clips as `preprocess_audio_for_encoder` takes them.
-            in_sr_list: their sample rates in Hz, one for all or one each.
+            in_sr_list: their sample rates in Hz, one for all or one each: numbers, a list, NumPy or PyTorch.
 
         Returns:
             `[clips, io_channels, samples]`, each zero-padded at the end to the longest clip, rounded up to whole
@@ -130,10 +131,9 @@ class Autoencoder:
                 NaN, infinity, no samples, or a rate out of range.
         """
         clips = list(audio_list)
-        several = isinstance(in_sr_list, (list, tuple)) or (isinstance(in_sr_list, np.ndarray) and in_sr_list.ndim > 0)
-        rates: list[Any] = list(in_sr_list) if several else [in_sr_list] * len(clips)  # type: ignore[arg-type]
-        if not clips or len(rates) != len(clips):
-            raise InputError(f"{len(clips)} clips and {len(rates)} sample rates; pass one rate for all or one each")
+        if not clips:
+            raise InputError("there are no clips; pass at least one")
+        rates = sample_rates(in_sr_list, len(clips))
         ready = [
             prepare(as_clip(clip), rate, self.sample_rate, self.io_channels)
             for clip, rate in zip(clips, rates, strict=True)
@@ -224,13 +224,14 @@ class Autoencoder:
         padded[:, :, : tensor.shape[-1]] = tensor
         return padded
 
-    def stream_encoder(self, sample_rate: int) -> StreamEncoder:
+    def stream_encoder(self, sample_rate: Any) -> StreamEncoder:
         """An encoder of one stream at `sample_rate` Hz.
 
         Raises:
             InputError: the rate is out of range.
         """
-        return StreamEncoder(self.backend, self._plans[ENCODER], sample_rate)
+        (rate,) = sample_rates(sample_rate, 1)
+        return StreamEncoder(self.backend, self._plans[ENCODER], rate)
 
     def stream_decoder(self) -> StreamDecoder:
         """A decoder of one stream."""
@@ -341,7 +342,7 @@ class AutoencoderModel:
     def encode(
         self,
         audio: Any,
-        sr: int | Sequence[int],
+        sr: Any,
         chunked: bool = False,
         chunk_size: int = CHUNK_SIZE,
         overlap: int = OVERLAP,
@@ -351,7 +352,7 @@ class AutoencoderModel:
         Args:
             audio: `[channels, samples]`, `[samples]`, `[batch, channels, samples]`, or a list of clips; floating point
                 in -1 ... 1, NumPy or PyTorch. Mono is doubled, channels past the model's are dropped.
-            sr: its sample rate in Hz; for a batch or list, one for all or one each.
+            sr: its sample rate in Hz; for a batch or list, one for all or one each: numbers, a list, NumPy or PyTorch.
             chunked: give the reference's chunked numbers; otherwise those of one pass over everything, which are
                 computed in windows as well, so that memory stays flat either way.
             chunk_size: latents in a chunk; only with `chunked`.
@@ -367,13 +368,13 @@ class AutoencoderModel:
             BackendError: the backend failed.
         """
         inner = self.autoencoder
-        as_it_is = np.ndim(sr) == 0 and sr == self.sample_rate
-        if as_it_is and inner.on_device(audio) and audio.shape[1] == self.spec.channels:
+        several = isinstance(audio, (list, tuple)) or getattr(audio, "ndim", 0) == 3
+        clips = list(audio) if several else [audio]
+        rates = sample_rates(sr, len(clips))
+        is_ready = inner.on_device(audio) and audio.shape[1] == self.spec.channels
+        if is_ready and all(rate == self.sample_rate for rate in rates):
             return inner.encode_audio(audio, chunked, chunk_size, overlap)
-        if isinstance(audio, (list, tuple)) or getattr(audio, "ndim", 0) == 3:
-            ready = inner.preprocess_audio_list_for_encoder(list(audio), sr)
-        else:
-            ready = inner.preprocess_audio_list_for_encoder([audio], sr)
+        ready = inner.preprocess_audio_list_for_encoder(clips, rates)
         return inner.encode_audio(ready, chunked, chunk_size, overlap)
 
     def decode(self, latents: Any, chunked: bool = False, chunk_size: int = CHUNK_SIZE, overlap: int = OVERLAP) -> Any:
@@ -395,7 +396,7 @@ class AutoencoderModel:
         """
         return self.autoencoder.decode_audio(latents, chunked, chunk_size, overlap)
 
-    def stream_encoder(self, sr: int) -> StreamEncoder:
+    def stream_encoder(self, sr: Any) -> StreamEncoder:
         """An encoder of one stream at `sr` Hz: `push(samples)` as they arrive, then `finish()`.
 
         Raises:
@@ -428,12 +429,14 @@ class AutoencoderModel:
         Raises:
             AudioFileError: the file is no readable audio.
             InputError: its rate or channels cannot be converted, or `latents_path` has another suffix.
-            OutputError: the latents cannot be written, or the `.json` of something else would be replaced.
+            OutputError: the latents cannot be written, or the audio file or the `.json` of something else would be
+                replaced.
             NonFiniteError: the model overflowed.
             BackendError: the backend failed.
         """
         with AudioReader(audio_path) as reader:
             encoder = self.stream_encoder(reader.info.sample_rate)
+            require_other_file(latents_path, audio_path)
             require_replaceable(latents_path)
             with LatentsWriter(latents_path, self.latent_dim) as writer:
                 for block in reader:
@@ -460,6 +463,7 @@ class AutoencoderModel:
         subtype: str = "PCM_16",
         clip: bool = False,
         progress: Callable[[int], object] | None = None,
+        force: bool = False,
     ) -> int:
         """Decode a `.npy` latents file to a `.wav` or `.flac` file.
 
@@ -471,6 +475,7 @@ class AutoencoderModel:
             subtype: `PCM_16`, `PCM_24`, `PCM_32` or `FLOAT`.
             clip: clip floating-point samples to -1 ... 1; integers always are.
             progress: called with the number of latents decoded since the last call.
+            force: replace `audio_path` even if it is, or may be, the recording that the latents were made of.
 
         Returns:
             Samples written.
@@ -478,7 +483,7 @@ class AutoencoderModel:
         Raises:
             LatentsFileError: the file holds no latents of this model.
             InputError: `audio_path` has another suffix, or its format does not hold the subtype.
-            OutputError: the audio cannot be written.
+            OutputError: the audio cannot be written, or would replace such a recording.
             NonFiniteError: the model overflowed.
             BackendError: the backend failed.
         """
@@ -491,6 +496,9 @@ class AutoencoderModel:
                 "decode with the model that made them, or remove the .json if you know better"
             )
         length = self._exact_length(metadata, reader.latents, latents_path)
+        require_other_file(audio_path, latents_path)
+        if not force:
+            require_no_recording(audio_path, latents_path, metadata)
         decoder = self.stream_decoder()
         rate, channels, step = self.sample_rate, self.spec.channels, decoder.latency
         with AudioWriter(audio_path, rate, channels, subtype, frames=length, clip=clip) as writer:

@@ -65,7 +65,10 @@ class Command(click.Command):
         """Run it."""
         with _stops() as came:
             try:
-                return super().invoke(ctx)
+                result = super().invoke(ctx)
+                # A library may have caught a stop and gone on.
+                if not came:
+                    return result
             except SamekitError as error:
                 if not came:
                     raise _Failure(_printable(str(error))) from None
@@ -162,10 +165,12 @@ def encode(audio: Path, latents: Path, **options: Any) -> None:
     from samekit.audio import AudioReader  # noqa: PLC0415
     from samekit.latents import require_replaceable  # noqa: PLC0415
     from samekit.progress import bar  # noqa: PLC0415
+    from samekit.recordings import require_other_file  # noqa: PLC0415
 
     # Before a model is opened, which may be downloaded.
     with AudioReader(audio) as reader:
         frames = reader.info.frames
+    require_other_file(latents, audio)
     require_replaceable(latents)
     for name in (latents.name, f"{latents.stem}.json"):
         remove_abandoned(latents.parent, name)
@@ -181,20 +186,25 @@ def encode(audio: Path, latents: Path, **options: Any) -> None:
 @click.argument("audio", type=click.Path(path_type=Path))
 @click.option("--bits", default="16", show_default=True, type=click.Choice(["16", "24", "32", "float"]))
 @click.option("--clip", is_flag=True, help="Clip floating-point samples to -1 ... 1; integers always are.")
+@click.option("--force", is_flag=True, help="Replace AUDIO even if it may be the recording of these latents.")
 @_model_options
-def decode(latents: Path, audio: Path, bits: str, clip: bool, **options: Any) -> None:
+def decode(latents: Path, audio: Path, bits: str, clip: bool, force: bool, **options: Any) -> None:
     """Decode a LATENTS.npy file to an AUDIO file, .wav or .flac."""
     from samekit.audio import format_of  # noqa: PLC0415
     from samekit.latents import LatentsReader  # noqa: PLC0415
     from samekit.progress import bar  # noqa: PLC0415
+    from samekit.recordings import require_no_recording, require_other_file  # noqa: PLC0415
 
     # Before a model is opened, which may be downloaded.
-    total = LatentsReader(latents).latents
+    reader = LatentsReader(latents)
     subtype = "FLOAT" if bits == "float" else f"PCM_{bits}"
     format_of(audio, subtype)
+    require_other_file(audio, latents)
+    if not force:
+        require_no_recording(audio, latents, reader.metadata)
     remove_abandoned(audio.parent, audio.name)
-    with _open(**options) as model, bar(total=total, unit="latent") as shown:
-        samples = model.decode_file(latents, audio, subtype, clip, shown.update)
+    with _open(**options) as model, bar(total=reader.latents, unit="latent") as shown:
+        samples = model.decode_file(latents, audio, subtype, clip, shown.update, force)
     _say(f"{audio}: {samples / model.sample_rate:.2f} s at {model.sample_rate} Hz")
 
 
@@ -343,15 +353,14 @@ def export(
 
 def _need_export() -> None:
     """Say what to install where the export's packages are missing."""
+    from samekit._packages import import_package  # noqa: PLC0415
+
+    install = "pip install 'samekit[export]'"
     try:
-        import onnx  # noqa: F401, PLC0415
-        import onnxscript  # noqa: F401, PLC0415
-        import safetensors  # noqa: F401, PLC0415
-        import torch  # noqa: F401, PLC0415
-    except ImportError as error:
-        raise InputError(
-            f"this command needs packages that are missing ({error}); run: pip install 'samekit[export]'"
-        ) from None
+        for package in ("torch", "safetensors", "onnx", "onnxscript"):
+            import_package(package, install)
+    except BackendUnavailableError as error:
+        raise InputError(f"this command needs packages that are missing ({error.cause}); run: {install}") from None
 
 
 @main.command()
@@ -363,9 +372,11 @@ def _need_export() -> None:
 def report(audio: Path, model: str, out: Path, seconds: float, threads: int | None) -> None:
     """Write a page about a model on the audio file IN: players, pictures, accuracy and speed of all that runs here."""
     _need_export()
+    from samekit.recordings import require_other_file  # noqa: PLC0415
     from samekit.store import find_engine  # noqa: PLC0415
     from samekit_export.report import write_report  # noqa: PLC0415
 
+    require_other_file(out, audio)
     remove_abandoned(out.parent, out.name)
     measured = write_report(audio, find_engine(model), out, seconds=seconds, threads=threads, report=_say)
     for line in measured.table().splitlines():

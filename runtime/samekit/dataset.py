@@ -26,7 +26,7 @@ import numpy as np
 
 from samekit._files import atomic_path, output_errors
 from samekit._options import MOST_THREADS, check_flag, check_whole
-from samekit.backends.ort import available_cpus
+from samekit.backends.cpu import available_cpus
 from samekit.clips import CuttingRules, Source, expected_latents, find_sources
 from samekit.encoder import Encoder, LocalEncoder, default_readers
 from samekit.errors import InputError, LatentsFileError

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from samekit._options import MOST_THREADS, check_whole
-from samekit.backends.ort import available_cpus
+from samekit.backends.cpu import available_cpus
 from samekit.encoder import Encoder, LocalEncoder
 from samekit.errors import BackendError, InputError, SamekitError
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from samekit import __version__
 from samekit.backends.base import has_driver
-from samekit.backends.ort import available_cpus, int8_saturates
+from samekit.backends.cpu import available_cpus
+from samekit.backends.ort import int8_saturates
 from samekit.errors import SamekitError
 from samekit.spec import SPEC_FILE
 from samekit.store import Engine, engine_roots

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from samekit.backends.ort import available_cpus
+from samekit.backends.cpu import available_cpus
 from samekit.pipeline import Outcome, Pipeline
 from samekit.spec import ENCODER
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from samekit.errors import BackendUnavailableError
+from samekit._packages import import_onnxruntime, import_package
+from samekit.errors import BackendError, BackendUnavailableError
 from samekit.fingerprint import TENSORRT, TENSORRT_RTX
 
 if TYPE_CHECKING:
@@ -26,14 +26,11 @@ def import_flavour(flavour: str) -> Any:
     """The module of a flavour, imported when first needed.
 
     Raises:
-        BackendUnavailableError: it is not installed, does not load, or is too old for our graphs.
+        BackendUnavailableError: it is not installed, or is too old for our graphs.
+        BackendError: it is installed, but cannot be imported.
     """
-    try:
-        module = importlib.import_module(flavour)
-        found = tuple(int(part) for part in module.__version__.split(".")[:2])
-    # A module whose libraries are missing raises whatever its loader raised.
-    except (ImportError, OSError, RuntimeError, AttributeError, ValueError) as error:
-        raise BackendUnavailableError(f"{flavour} cannot be imported ({error}); run: {INSTALL[flavour]}") from None
+    module = import_package(flavour, INSTALL[flavour])
+    found = tuple(int(part) for part in module.__version__.split(".")[:2])
     if found < OLDEST[flavour]:
         oldest = ".".join(map(str, OLDEST[flavour]))
         raise BackendUnavailableError(
@@ -47,7 +44,7 @@ def installed_flavours() -> dict[str, Any]:
     """The modules that can be imported, by flavour, the preferred one first."""
     modules = {}
     for flavour in FLAVOURS:
-        with suppress(BackendUnavailableError):
+        with suppress(BackendError):
             modules[flavour] = import_flavour(flavour)
     return modules
 
@@ -60,8 +57,8 @@ def installed_versions() -> dict[str, str]:
 def builder_versions() -> dict[str, str]:
     """The versions of what keeps engines: the flavours, and ONNX Runtime for its TensorRT provider."""
     versions = installed_versions()
-    with suppress(ImportError):
-        versions["onnxruntime"] = importlib.import_module("onnxruntime").__version__
+    with suppress(BackendError):
+        versions["onnxruntime"] = import_onnxruntime().__version__
     return versions
 
 

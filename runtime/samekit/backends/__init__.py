@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from samekit.errors import (
     BackendUnavailableError,
     CheckpointError,
+    EngineError,
     EngineNotFoundError,
     InputError,
     StaleEngineError,
@@ -86,7 +87,7 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
     except EngineNotFoundError as error:
         return _open_without_engine(os.fspath(model), backend, options, error)
     if backend != AUTO:
-        return _OPENERS[backend](engine, options)
+        return _reopenable(_OPENERS[backend](engine, options), engine.folder, options)
     refusals = []
     for name, opener in _OPENERS.items():
         if name in _GPU_ONLY and options.device == "cpu":
@@ -103,7 +104,7 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
         if name == "torch":
             reasons = "; ".join(refusals)
             logger.warning("running in PyTorch, slower than the engine %s, for: %s", engine.folder, reasons)
-        return opened
+        return _reopenable(opened, engine.folder, options)
     # What needs a GPU comes last: it is not what most people miss.
     refusals.sort(key=lambda refusal: refusal.startswith(_GPU_ONLY))
     raise BackendUnavailableError(f"no backend can open {engine.folder}; " + "; ".join(refusals))
@@ -118,6 +119,34 @@ def _open_without_engine(model: str, backend: str, options: BackendOptions, erro
     from samekit.backends.eager import load_checkpoint, open_eager  # noqa: PLC0415
 
     try:
-        return open_eager(load_checkpoint(model, None), options)
+        return _reopenable(open_eager(load_checkpoint(model, None), options), model, options)
     except BackendUnavailableError as unavailable:
         raise EngineNotFoundError(f"{error} (PyTorch cannot take its place: {unavailable})") from None
+
+
+def _reopenable(opened: Backend, model: str | os.PathLike[str], options: BackendOptions) -> Backend:
+    """Let a backend be pickled and copied."""
+    # The other process may have another working folder.
+    path = os.path.abspath(model) if os.path.isdir(model) else os.fspath(model)  # noqa: PTH100, PTH112
+    opened.reopening = reopen, (path, opened.name, options, opened.spec.source_sha256)
+    return opened
+
+
+def reopen(model: str, backend: str, options: BackendOptions, digest: str) -> Backend:
+    """Open a backend again that was pickled or copied.
+
+    Args:
+        model: as `open_backend` takes it.
+        backend: its name.
+        options: how it was opened.
+        digest: `EngineSpec.source_sha256` of its model.
+
+    Raises:
+        EngineError: there is another model now.
+        SamekitError: as `open_backend`.
+    """
+    opened = open_backend(model, backend, options)
+    if opened.spec.source_sha256 != digest:
+        opened.close()
+        raise EngineError(f"{model}: is another model now than the one that was copied; open the model again")
+    return opened

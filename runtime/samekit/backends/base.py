@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import weakref
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,7 +21,7 @@ from samekit.errors import BackendError, InputError, NonFiniteError
 from samekit.spec import DECODER, ENCODER, PRECISIONS, EngineSpec, other
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -80,8 +81,33 @@ def has_driver() -> bool:
     return True
 
 
+def keep_for_ever(value: Any) -> None:
+    """Keep an object from being destroyed, even when Python ends.
+
+    Sessions of a forked process are such objects: their destructors wait for threads that only its parent has.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+
+
+_backends: weakref.WeakSet[Backend] = weakref.WeakSet()
+
+
+def _tell_of_fork() -> None:
+    """Called in a process that has just been forked."""
+    for backend in list(_backends):
+        backend.after_fork()
+
+
+# Python has it where processes can be forked.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_tell_of_fork)
+
+
 class Backend(ABC):
-    """Runs the two halves of one model; a context manager."""
+    """Runs the two halves of one model; a context manager.
+
+    A backend that `open_backend` opened can be pickled and copied: the other one opens the same files again.
+    """
 
     name: ClassVar[str]
     """What users pass as `backend=`."""
@@ -91,6 +117,8 @@ class Backend(ABC):
     """Which GPU."""
     longest_window: int | None = None
     """Latents in a window, unless the user chooses; None leaves it to the model."""
+    reopening: tuple[Callable[..., Backend], tuple[Any, ...]] | None = None
+    """A function and its arguments that open this backend again; None where nothing does."""
 
     def __init__(self, spec: EngineSpec, precision: str, window_batch: int | None = None) -> None:
         self.spec = spec
@@ -99,6 +127,8 @@ class Backend(ABC):
         """That it computes in, one of `spec.PRECISIONS`."""
         self._window_batch = window_batch
         self._closed = False
+        self._lost_to_fork = False
+        _backends.add(self)
 
     @property
     def window_batch(self) -> int:
@@ -168,9 +198,35 @@ class Backend(ABC):
         raise BackendError(f"the {self.name} backend takes NumPy arrays only; copy the tensor to the host")
 
     def _check_open(self) -> None:
-        """Refuse to go on after `close`."""
+        """Refuse to go on after `close`, and with a GPU in a forked process."""
         if self._closed:
             raise BackendError(f"this {self.name} backend is closed; open the model again")
+        if self._lost_to_fork:
+            raise BackendError(
+                f"this {self.name} backend was opened on a GPU before this process was forked, and CUDA does not work "
+                "in forked processes; start them by spawn, or open the model in each of them"
+            )
+
+    def after_fork(self) -> None:
+        """Prepare for use in a process that has just been forked, where only the calling thread exists.
+
+        A backend that uses a GPU cannot be used there. Others override this.
+        """
+        self._lost_to_fork = True
+
+    def __reduce__(self) -> tuple[Callable[..., Backend], tuple[Any, ...]]:
+        """Pickle how to open it again.
+
+        Raises:
+            BackendError: it is closed, or was made from something else than a path or a name.
+        """
+        self._check_open()
+        if self.reopening is None:
+            raise BackendError(
+                f"this {self.name} backend was not opened by a path or a name, so it cannot be copied or sent to "
+                "another process; open the model there"
+            )
+        return self.reopening
 
     def _check_input(self, half: str, dtype: str, shape: Sequence[int]) -> None:
         features, unit = self.spec.layout(half)

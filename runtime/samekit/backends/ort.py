@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import shlex
 import threading
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,7 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from samekit._files import utf8_path
-from samekit.backends.base import Backend, BackendOptions, has_driver
+from samekit._packages import import_onnxruntime
+from samekit.backends.base import Backend, BackendOptions, has_driver, keep_for_ever
+from samekit.backends.cpu import available_cpus
 from samekit.errors import BackendError, BackendUnavailableError, EngineError, OutputError, first_line
 from samekit.fingerprint import NARROW
 from samekit.spec import DECODER, GPU_PRECISIONS, INPUT_NAMES
@@ -57,13 +58,7 @@ class OnnxRuntimeBackend(Backend):
 
     def __init__(self, engine: Engine, options: BackendOptions) -> None:
         super().__init__(engine.spec, options.precision, options.window_batch)
-        try:
-            import onnxruntime  # noqa: PLC0415
-        except ImportError as error:
-            raise BackendUnavailableError(
-                f"onnxruntime cannot be imported ({error}); run: pip install 'samekit[cpu]' or 'samekit[gpu]'"
-            ) from None
-        self._runtime = onnxruntime
+        self._runtime = import_onnxruntime()
         self._engine = engine
         self._threads = options.threads or available_cpus()
         # A missing precision or a damaged folder must show now, not at the first clip.
@@ -254,6 +249,15 @@ class OnnxRuntimeBackend(Backend):
         output: Array = result
         return output
 
+    def after_fork(self) -> None:
+        """Give up the sessions, whose threads are in the parent; the next call opens new ones."""
+        if self._sessions:
+            keep_for_ever(self._sessions)
+            self._lost_to_fork = self.device != "cpu"
+        self._sessions = {}
+        # A thread of the parent may have held the old one.
+        self._opening = threading.Lock()
+
     def close(self) -> None:
         """Free both sessions."""
         with self._opening:
@@ -281,10 +285,3 @@ def int8_saturates(runtime: Any) -> bool:
     session = runtime.InferenceSession(_PROBE, options, providers=[CPU_PROVIDER])
     (total,) = session.run(None, {"x": np.full((1, 4), 255, np.uint8)})
     return int(total.item()) != 4 * 255 * 127
-
-
-def available_cpus() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -16,15 +16,16 @@ from __future__ import annotations
 
 import logging
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from samekit.backends.base import Backend, BackendOptions, has_driver
+from samekit._packages import import_package
+from samekit.backends.base import Backend, BackendOptions, has_driver, keep_for_ever
 from samekit.errors import BackendError, BackendUnavailableError, InputError, StaleEngineError
 from samekit.fingerprint import NARROW, PROFILES
 from samekit.spec import GPU_PRECISIONS, other
-from samekit.tensorrt_api import INSTALL, installed_flavours, make_logger
+from samekit.tensorrt_api import FLAVOURS, INSTALL, import_flavour, installed_flavours, make_logger
 from samekit.tensorrt_store import build_folders, choose_build
 
 if TYPE_CHECKING:
@@ -79,12 +80,7 @@ class Gpu:
         # Asked before PyTorch, whose import takes a second that "auto" should not spend in vain.
         if not has_driver():
             raise BackendUnavailableError("there is no NVIDIA driver, which TensorRT needs; use another backend")
-        try:
-            import torch  # noqa: PLC0415
-        except ImportError as error:
-            raise BackendUnavailableError(
-                f"the tensorrt backend keeps its memory with PyTorch ({error}); run: pip install 'samekit[gpu]'"
-            ) from None
+        torch = import_package("torch", "pip install 'samekit[gpu]'")
         if not torch.cuda.is_available():
             raise BackendUnavailableError("PyTorch finds no CUDA device, which TensorRT needs; use another backend")
         if device_id >= torch.cuda.device_count():
@@ -362,6 +358,14 @@ class TensorRTBackend(Backend):
     def _pieces(self, half: str, shape: Any) -> list[Piece]:
         return split(int(shape[0]), self._latents(half, shape))
 
+    def after_fork(self) -> None:
+        """Give up what lies on the GPU: nothing of it can be used or freed in a forked process."""
+        super().after_fork()
+        keep_for_ever((self._runners, self._gpu))
+        self._runners = {}
+        # A thread of the parent may have held the old one.
+        self._busy = threading.Lock()
+
     def close(self) -> None:
         """Free engines, contexts and recordings."""
         with self._busy:
@@ -374,6 +378,7 @@ def open_tensorrt(engine: Engine, options: BackendOptions) -> TensorRTBackend:
 
     Raises:
         BackendUnavailableError: no GPU, no TensorRT, or no engine of this precision.
+        BackendError: TensorRT or PyTorch is installed, but cannot be imported.
         StaleEngineError: there are engines, but none that can run here.
     """
     if options.device == "cpu":
@@ -392,6 +397,10 @@ def open_tensorrt(engine: Engine, options: BackendOptions) -> TensorRTBackend:
     gpu = Gpu(options.device_id)
     modules = installed_flavours()
     if not modules:
+        for flavour in FLAVOURS:
+            with suppress(BackendUnavailableError):
+                # Tells what is wrong with one that is installed.
+                import_flavour(flavour)
         raise BackendUnavailableError(f"neither flavour of TensorRT is installed; run: {' or '.join(INSTALL.values())}")
     versions = {flavour: module.__version__ for flavour, module in modules.items()}
     build = choose_build(engine, options.precision, gpu.capability, versions)

@@ -1,0 +1,8 @@
+"""Run the `samekit` command by `python -m samekit`."""
+
+from __future__ import annotations
+
+from samekit.cli import main
+
+if __name__ == "__main__":
+    main(prog_name="samekit")

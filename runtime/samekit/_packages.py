@@ -1,0 +1,63 @@
+"""Imports of optional packages: one that is not installed is told from one that is broken or was interrupted."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from samekit.errors import BackendError, BackendUnavailableError, first_line
+
+
+def import_package(name: str, install: str) -> Any:
+    """Import an optional package.
+
+    Args:
+        name: of the package, or of a module in it.
+        install: the command that installs it.
+
+    Returns:
+        The module.
+
+    Raises:
+        BackendUnavailableError: the package is not installed.
+        BackendError: the package is installed, but cannot be imported.
+        KeyboardInterrupt: the import was interrupted. Extension modules turn that into an ImportError.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and f"{name}.".startswith(f"{error.name}."):
+            raise BackendUnavailableError(f"{error.name} is not installed; run: {install}") from None
+        raise _broken(name, error, install) from None
+    # The loader of a package whose libraries are missing raises errors of many kinds.
+    except Exception as error:
+        if _was_interrupted(error):
+            raise KeyboardInterrupt from error
+        raise _broken(name, error, install) from None
+
+
+def import_onnxruntime() -> Any:
+    """Import ONNX Runtime.
+
+    Raises:
+        BackendUnavailableError, BackendError, KeyboardInterrupt: as `import_package`.
+    """
+    return import_package("onnxruntime", "pip install 'samekit[cpu]' or 'samekit[gpu]'")
+
+
+def _broken(name: str, error: Exception, install: str) -> BackendError:
+    return BackendError(
+        f"{name} is installed, but cannot be imported ({first_line(error)}); "
+        f"install what is missing, or run: pip uninstall {name.replace('_', '-')}, then {install}"
+    )
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether an error was caused by Ctrl-C."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,92 @@
+"""CPUs that this process may use: those of its affinity mask, within the CPU quota of its control groups."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SYSTEM = Path("/")
+"""Where Linux describes a process and mounts control groups."""
+
+
+def available_cpus(root: Path = SYSTEM) -> int:
+    """Return how many CPUs this process can keep busy, at least 1.
+
+    A quota that is no whole number is rounded up: with fewer threads a part of it could not be used.
+
+    Args:
+        root: the folder that holds `proc/self` and the mount points named there.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(allowed, cpu_quota(root))))
+
+
+def cpu_quota(root: Path = SYSTEM) -> float:
+    """Return the CPUs that the control groups of this process grant it, infinity without a limit.
+
+    Both versions of control groups are read, as cgroups(7) describes them. The smallest quota of a group and those that
+    contain it counts.
+
+    Args:
+        root: as of `available_cpus`.
+    """
+    return min((_quota_of(folder) for folder in _groups(root)), default=math.inf)
+
+
+def _groups(root: Path) -> Iterator[Path]:
+    """Yield the folder of each control group that may limit the CPU, and of those that contain it."""
+    try:
+        memberships = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape")
+        mounts = (root / "proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        # Another system, or no /proc.
+        return
+    group_of = {}
+    for line in memberships.splitlines():
+        _, controllers, path = line.split(":", 2)
+        # Version 2 names no controllers.
+        group_of.update(dict.fromkeys(controllers.split(","), path))
+    for line in mounts.splitlines():
+        # The fields of proc_pid_mountinfo(5): the fourth is the mounted part of the hierarchy, the fifth its place.
+        fields, _, source = (part.split() for part in line.partition(" - "))
+        kind, options = source[0], source[-1].split(",")
+        if kind == "cgroup2" and "" in group_of:
+            group = group_of[""]
+        elif kind == "cgroup" and "cpu" in options and "cpu" in group_of:
+            group = group_of["cpu"]
+        else:
+            continue
+        mounted, place = (_unescaped(field).strip("/") for field in fields[3:5])
+        inner = Path(group.strip("/"))
+        # In a container, the group may be named as the host sees it while only a part of the hierarchy is mounted.
+        inner = inner.relative_to(mounted) if inner.is_relative_to(mounted) and ".." not in inner.parts else Path()
+        yield from (root / place / folder for folder in (inner, *inner.parents))
+
+
+def _unescaped(field: str) -> str:
+    """Return a path of mountinfo, which writes blanks and backslashes as octal numbers."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
+
+
+def _quota_of(group: Path) -> float:
+    """Return the CPUs that one control group grants, infinity without a limit."""
+    # A group without this controller has no such files; "max" and -1 mean no limit.
+    with suppress(OSError, ValueError):
+        quota, period = (group / "cpu.max").read_text(encoding="ascii").split()
+        return _ratio(quota, period)
+    with suppress(OSError, ValueError):
+        quota, period = ((group / f"cpu.cfs_{name}_us").read_text(encoding="ascii") for name in ("quota", "period"))
+        return _ratio(quota, period)
+    return math.inf
+
+
+def _ratio(quota: str, period: str) -> float:
+    share = float(quota.replace("max", "inf"))
+    return share / float(period) if share > 0 and float(period) > 0 else math.inf
