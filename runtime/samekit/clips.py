@@ -88,18 +88,17 @@ class Found:
     unreadable_folders: list[str] = field(default_factory=list)
     """Folders below the data folders that the system does not let this process list, by their relpath."""
 
-    def describe_passed_over(self) -> str:
-        """What was passed over, for people; empty if nothing was."""
+    def describe_left_out(self, separator: str) -> str:
+        """Return what was passed over, for people, after a separator; nothing if nothing was."""
         counts = sorted(self.passed_over.items(), key=lambda item: (-item[1], item[0] or "~"))
-        kinds = ", ".join(f"{count} {suffix or 'without a suffix'}" for suffix, count in counts[:_LISTED_SUFFIXES])
-        more = ", ..." if len(counts) > _LISTED_SUFFIXES else ""
-        parts = []
-        if counts:
-            total = self.passed_over.total()
-            parts.append(f"passed over {total} file{'s' * (total > 1)} ({kinds}{more})")
+        kinds = [f"{count} {suffix or 'without a suffix'}" for suffix, count in counts[:_LISTED_SUFFIXES]]
+        kinds += ["..."] * (len(counts) > _LISTED_SUFFIXES)
+        text = ""
+        if total := self.passed_over.total():
+            text = f"{separator}passed over {total} file{'s' * (total > 1)} ({', '.join(kinds)})"
         if count := len(self.unreadable_folders):
-            parts.append(f"{count} folder{'s' * (count > 1)} cannot be read")
-        return ", ".join(parts)
+            text += f"{separator}{count} folder{'s' * (count > 1)} cannot be read"
+        return text
 
 
 def find_sources(folders: Sequence[str | os.PathLike[str]]) -> Found:
@@ -121,14 +120,14 @@ def find_sources(folders: Sequence[str | os.PathLike[str]]) -> Found:
                 raise InputError(f"{twice} have one name below their folders; rename one, or encode them apart")
             sources[source.relpath] = source
     where = ", ".join(map(_data_folder, folders))
-    also = f", {passed_over}" if (passed_over := found.describe_passed_over()) else ""
     if not sources:
-        raise InputError(
-            f"{where}: holds no audio ({' '.join(SUFFIXES)}){also}; check --data_dir, or convert the files"
-        )
+        cure = "check --data_dir"
+        if found.passed_over:
+            cure = "convert these, or check --data_dir"
+        raise InputError(f"{where}: holds no audio ({' '.join(SUFFIXES)}){found.describe_left_out(', ')}; {cure}")
     if not any(source.caption for source in sources.values()):
         raise InputError(
-            f"{where}: none of {len(sources)} audio files has a caption{also}; "
+            f"{where}: none of {len(sources)} audio files has a caption{found.describe_left_out(', ')}; "
             "write one beside each, NAME.txt for NAME.wav"
         )
     found.sources = sorted(sources.values(), key=lambda source: os.fsencode(source.relpath))

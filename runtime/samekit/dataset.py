@@ -156,11 +156,11 @@ class PreEncodeReport:
         """A sentence for people."""
         counts = ", ".join(f"{count} {status}" for status, count in sorted(self.statuses.items()))
         speed = self.audio_seconds / self.elapsed if self.elapsed else 0.0
-        left_out = Found([], Counter(self.passed_over), self.unreadable_folders).describe_passed_over()
+        left_out = Found([], Counter(self.passed_over), self.unreadable_folders).describe_left_out("; ")
         return (
             f"{self.folder}: {self.clips} clips ({counts}); this run encoded {self.encoded}, "
             f"{self.audio_seconds:.1f} s of audio in {self.elapsed:.1f} s ({speed:.1f} s/s)"
-            f"{'; ' if left_out else ''}{left_out}"
+            f"{left_out}"
         )
 
 
