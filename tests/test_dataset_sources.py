@@ -11,7 +11,7 @@ import unicodedata
 
 import pytest
 from faults import contents
-from helpers import assert_one_line
+from helpers import KINDS, assert_one_line
 from test_dataset import command, fake_model, pair, rows_of, run, write_clip, write_clips
 
 from samekit.dataset import PreEncodeOptions, pre_encode
@@ -116,6 +116,19 @@ def test_list_of_one_folder_is_not_that_of_another(tmp_path, out):
     assert encoded(out) == ["deep/one a.wav", "deep/one b.wav", "one a.wav", "two a.wav", "two b.wav"]
 
 
+def test_list_of_a_folder_that_is_reached_by_a_detour(data, tmp_path, monkeypatch):
+    """A list may name its files by absolute paths, whatever way to the folder `--data_dir` takes."""
+    write_clips(data, 4)
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("far/away")
+    monkeypatch.chdir(tmp_path / "far")
+    lines = ["clip00000.wav", "x/../clip00001.wav", str(data / "clip00002.wav")]
+    (data / "filelist.txt").write_text("\n".join(lines))
+    for index, detour in enumerate(("../data", tmp_path / "link" / ".." / ".." / "data", f"{data}/")):
+        run(detour, tmp_path / str(index))
+        assert encoded(tmp_path / str(index)) == ["clip00000.wav", "clip00001.wav", "clip00002.wav"]
+
+
 def test_list_in_another_normal_form_finds_its_files(data, out):
     write_clip(data / NFD / f"{NFD}.wav", 100)
     write_clip(data / "unlisted.wav", 100)
@@ -177,12 +190,13 @@ def test_files_that_are_passed_over_are_counted(data, out):
     assert run(data, out).unchanged == 2
 
 
-def test_dataset_of_unknown_suffixes_alone_is_refused_with_their_count(data, out):
+def test_dataset_of_unknown_suffixes_alone_is_refused_with_their_count(engine_of, data, out):
     data.mkdir()
     for name in ("a.m4a", "b.m4a", "a.txt"):
         (data / name).write_text("a caption")
-    result = command("--model", "x", "--data_dir", data, "--output_path", out)
+    result = command("--model", engine_of(KINDS[0]).folder, "--data_dir", data, "--output_path", out)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "passed over 3 files" in result.stderr
     with pytest.raises(InputError, match=r"holds no audio .*passed over 3 files \(2 \.m4a, 1 \.txt\); ") as error:
         run(data, out)
     assert_one_line(error.value)
@@ -231,6 +245,12 @@ def test_unreadable_folders_are_counted(data, out, monkeypatch, caplog):
     assert "lost+found" in caplog.text
     assert (out / "000000000002.npy").exists()
     assert verify(out) == []
+
+
+def test_name_that_no_folder_can_have(out):
+    with pytest.raises(InputError, match="cannot be listed") as caught:
+        run("x" * 300, out)
+    assert_one_line(caught.value)
 
 
 def test_data_folder_itself_and_failing_disks_still_stop_the_run(data, out, monkeypatch):

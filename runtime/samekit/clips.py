@@ -255,31 +255,44 @@ def _listed_files(folder: str) -> list[Source] | None:
         InputError: the list cannot be read, names no file, or leads out of the folder.
     """
     path = Path(folder, _LIST_FILE)
-    if not path.exists() or path.is_dir():
-        return None
+    with _listing_errors(folder):
+        if not path.exists() or path.is_dir():
+            return None
     try:
         text = read_regular(path, _MOST_LIST_BYTES).decode("utf-8-sig", "surrogateescape")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions, or remove it") from None
-    # A list may name its files by absolute paths, with or without the links on the way.
-    roots = (Path.cwd() / folder, Path(folder).resolve())
+    absolute = Path(folder).absolute()
+    roots = (absolute, Path(os.path.normpath(absolute)), absolute.resolve())
     listing = cache(_names_in)
     sources: dict[str, Source] = {}
     for number, line in enumerate(_universal_newlines(text).split("\n"), 1):
         if not (name := line.strip()):
             continue
-        full = Path(os.path.normpath(roots[0] / name))
-        root = next((root for root in roots if root in full.parents), None)
-        if root is None or "\0" in name:
+        below = _below(name, roots)
+        if below is None or "\0" in name:
             raise InputError(
                 f"{path}: line {number} names {name!r}, which is no file below this folder; "
                 "remove the line, or pass that folder as another --data_dir"
             )
-        source = _listed_source(folder, full.relative_to(root), listing)
+        source = _listed_source(folder, below, listing)
         sources[source.relpath] = source
     if not sources:
         raise InputError(f"{path}: lists no file; remove it, or write a line for each audio file")
     return list(sources.values())
+
+
+def _below(name: str, roots: Sequence[Path]) -> Path | None:
+    """Return the path below a data folder that a line of its list names; None if it leads to the folder or out of it.
+
+    Args:
+        name: relative to the folder, or an absolute path.
+        roots: the absolute path of the folder, with and without the links on the way.
+    """
+    path = Path(os.path.normpath(name))
+    if path.is_absolute():
+        return next((path.relative_to(root) for root in roots if root in path.parents), None)
+    return None if path.parts[:1] in ((), ("..",)) else path
 
 
 def _listed_source(folder: str, below: Path, listing: Callable[[Path], _Names]) -> Source:
