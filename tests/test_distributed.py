@@ -29,6 +29,7 @@ from samekit.dataset import PreEncodeOptions, pre_encode
 from samekit.dataset_check import verify
 from samekit.distributed import RayEncoder, RayOptions, _batches, _Calls, _Worker
 from samekit.errors import BackendError, EngineNotFoundError, InputError, OutputError
+from samekit.manifest import Shard
 from samekit.pipeline import Task
 
 SECONDS = 44_100
@@ -716,7 +717,6 @@ def test_url_keeps_the_rules_of_a_folder(model, data, bucket):
 
 
 def test_shards_share_a_url(model, data, bucket):
-    from samekit.manifest import Shard
 
     write_clips(data, 10)
     reports = [run(data, URL, model, shard=Shard(index, 2)) for index in (1, 2)]
@@ -726,6 +726,26 @@ def test_shards_share_a_url(model, data, bucket):
     assert {f".samekit/report-{index}-of-2.json" for index in (1, 2)} <= bucket().keys()
     with pytest.raises(InputError, match="was begun with --shard I/2"):
         run(data, URL, model)
+
+
+def test_of_other_shards_a_run_fetches_the_settings_alone(model, data, bucket, monkeypatch):
+    write_clips(data, 8)
+    for index in (1, 2):
+        run(data, URL, model, shard=Shard(index, 2))
+    store, fetched = fsspec.filesystem("memory"), {}
+    other = "/bucket/out/.samekit/manifest-2-of-2.jsonl"
+    header, _ = bucket()[".samekit/manifest-2-of-2.jsonl"].split(b"\n", 1)
+    # Rows that nothing could parse: they are not looked at.
+    store.pipe_file(other, header + b"\n" + b"no row\n" * 10**5)
+    cat = type(store).cat_file
+
+    def count(self, path, *arguments, **options):
+        fetched[path] = cat(self, path, *arguments, **options)
+        return fetched[path]
+
+    monkeypatch.setattr(type(store), "cat_file", count)
+    assert run(data, URL, model, shard=Shard(1, 2)).encoded == 0
+    assert len(fetched[other]) <= 2**16
 
 
 def test_url_of_a_folder_is_a_folder(model, data, out):
