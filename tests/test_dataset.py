@@ -1063,7 +1063,7 @@ def test_latents_tell_which_model_encoded_them(data, out, tmp_path):
     path = out / "000000000001.json"
     path.write_text(path.read_text().replace('"model_sha256": "0"', '"model_sha256": "1234567890"'))
     (problem,) = verify(out)
-    assert problem == f"{path}: is of model 12345678, the manifest says 0; remove it and run pre-encode again"
+    assert problem == f"{path}: is of model '12345678', the manifest says '0'; remove it and run pre-encode again"
     path.unlink()
     assert run(data, out).encoded == 1
     assert verify(out) == []

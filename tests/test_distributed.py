@@ -717,7 +717,6 @@ def test_url_keeps_the_rules_of_a_folder(model, data, bucket):
 
 
 def test_shards_share_a_url(model, data, bucket):
-
     write_clips(data, 10)
     reports = [run(data, URL, model, shard=Shard(index, 2)) for index in (1, 2)]
     assert sum(report.encoded for report in reports) == 10

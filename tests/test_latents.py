@@ -7,7 +7,7 @@ import json
 import os
 import pickle
 import tracemalloc
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -336,5 +336,14 @@ def test_links_are_written_through(tmp_path):
         assert metadata == {"seed": seed}
     assert sorted(path.name for path in big.iterdir()) == ["elsewhere.json", "elsewhere.npy"]
     assert all((tmp_path / f"song.{suffix}").is_symlink() for suffix in ("npy", "json"))
-    with pytest.raises(OutputError, match="is of something else"):
+
+
+@pytest.mark.parametrize(
+    ("metadata", "replaceable"),
+    [({"model_sha256": "0"}, True), ({}, False), ({"model_sha256": "0", "padding_mask": [1]}, False)],
+    ids=["a file", "something else", "a clip of a dataset"],
+)
+def test_what_encoding_a_file_may_replace(tmp_path, metadata, replaceable):
+    write(tmp_path / "song.npy", latents_of(5), metadata)
+    with nullcontext() if replaceable else pytest.raises(OutputError, match="is of something else, and is not"):
         require_replaceable(tmp_path / "song.npy")

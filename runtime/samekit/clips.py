@@ -24,7 +24,7 @@ import soundfile as sf
 from samekit._files import expanded, read_regular, regular_file, stamp
 from samekit.audio import AudioReader, PreparedReader, resampled_length
 from samekit.errors import AudioFileError, InputError, SamekitError
-from samekit.latents import MODEL_DIGEST
+from samekit.latents import MODEL_DIGEST, PADDING_MASK
 from samekit.spec import ENCODER
 from samekit.streaming import WindowCutter
 
@@ -443,7 +443,7 @@ class Clip:
             "timestamps": [self.offset / whole, (self.offset + part) / whole],
             "seconds_start": self.offset // rate,
             "seconds_total": math.ceil(self.samples / rate),
-            "padding_mask": [1] * self.extent.latents + [0] * padding,
+            PADDING_MASK: [1] * self.extent.latents + [0] * padding,
             "sample_rate": rate,
             "prompt": self.prompt,
             "model": rules.spec.name,

@@ -132,8 +132,8 @@ def _check_metadata(path: Path, metadata: dict[str, Any], row: Row, settings: Se
         yield f"{path}: has no usable {', '.join(wrong)}; {_ENCODE_AGAIN}"
         return
     if metadata[MODEL_DIGEST] != settings.model_sha256:
-        made_by = metadata[MODEL_DIGEST][:8]
-        yield f"{path}: is of model {made_by}, the manifest says {settings.model_sha256[:8]}; {_ENCODE_AGAIN}"
+        found, expected = metadata[MODEL_DIGEST][:8], settings.model_sha256[:8]
+        yield f"{path}: is of model {found!r}, the manifest says {expected!r}; {_ENCODE_AGAIN}"
     if metadata["relpath"] != row.relpath:
         yield f"{path}: is of {metadata['relpath']!r}, the manifest says {row.relpath!r}; {_ENCODE_AGAIN}"
     # Compared with nothing longer than the array: the manifest may say any number.

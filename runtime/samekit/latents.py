@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 MODEL_DIGEST: Final = "model_sha256"
 """Field of the `.json` beside latents that names the weights, by their digest."""
-SOURCE: Final = "source"
-"""Field of the `.json` of one encoded file that names the audio; those of a dataset have other fields for it."""
+PADDING_MASK: Final = "padding_mask"
+"""Field of the `.json` that only clips of a dataset have."""
 
 _DTYPES: Final[dict[str, np.dtype[np.floating[Any]]]] = {
     "float32": np.dtype("<f4"),
@@ -337,7 +337,8 @@ def require_replaceable(path: str | os.PathLike[str]) -> None:
     _require_npy(path)
     metadata = _json_path(path)
     try:
-        ours = not metadata.exists() or {MODEL_DIGEST, SOURCE} <= _read_metadata(metadata).keys()
+        known = _read_metadata(metadata) if metadata.exists() else {MODEL_DIGEST: None}
+        ours = MODEL_DIGEST in known and PADDING_MASK not in known
     except (LatentsFileError, OSError):
         ours = False
     if not ours:
