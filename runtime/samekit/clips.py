@@ -15,6 +15,7 @@ from collections import Counter, deque
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -44,8 +45,10 @@ SILENCE_DB: Final = -60
 """A clip whose loudest sample lies below this, relative to full scale, is silent."""
 # Far more than a model reads; a larger file is something else.
 _MOST_CAPTION_BYTES: Final = 2**20
-# Of a list of files: some ten million lines.
-_MOST_LIST_BYTES: Final = 2**30
+# Characters of a line in a list of files: twice the longest path on Linux.
+_MOST_NAME: Final = 2**13
+# Characters of a line that a message shows.
+_SHOWN: Final = 200
 _LIST_FILE: Final = "filelist.txt"
 # Kinds of files that a message names.
 _LISTED_SUFFIXES: Final = 6
@@ -258,21 +261,15 @@ def _listed_files(folder: str) -> list[Source] | None:
     with _listing_errors(folder):
         if not path.exists() or path.is_dir():
             return None
-    try:
-        text = read_regular(path, _MOST_LIST_BYTES).decode("utf-8-sig", "surrogateescape")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions, or remove it") from None
     absolute = Path(folder).absolute()
     roots = (absolute, Path(os.path.normpath(absolute)), absolute.resolve())
     listing = cache(_names_in)
     sources: dict[str, Source] = {}
-    for number, line in enumerate(_universal_newlines(text).split("\n"), 1):
-        if not (name := line.strip()):
-            continue
+    for number, name in _list_lines(path):
         below = _below(name, roots)
-        if below is None or "\0" in name:
+        if below is None:
             raise InputError(
-                f"{path}: line {number} names {name!r}, which is no file below this folder; "
+                f"{path}: line {number} names {name[:_SHOWN]!r}, which is no file below this folder; "
                 "remove the line, or pass that folder as another --data_dir"
             )
         source = _listed_source(folder, below, listing)
@@ -282,6 +279,22 @@ def _listed_files(folder: str) -> list[Source] | None:
     return list(sources.values())
 
 
+def _list_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a list of files that are not blank, stripped, each with its number from 1.
+
+    Raises:
+        InputError: the list cannot be read.
+    """
+    try:
+        # Names that are no text are kept as the file system gives them.
+        with regular_file(path) as file, TextIOWrapper(file, "utf-8-sig", "surrogateescape") as text:
+            for number, line in enumerate(iter(partial(text.readline, _MOST_NAME), ""), 1):
+                if name := line.strip():
+                    yield number, name
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions, or remove it") from None
+
+
 def _below(name: str, roots: Sequence[Path]) -> Path | None:
     """Return the path below a data folder that a line of its list names; None if it leads to the folder or out of it.
 
@@ -289,6 +302,8 @@ def _below(name: str, roots: Sequence[Path]) -> Path | None:
         name: relative to the folder, or an absolute path.
         roots: the absolute path of the folder, with and without the links on the way.
     """
+    if "\0" in name or len(name) >= _MOST_NAME - 1:
+        return None
     path = Path(os.path.normpath(name))
     if path.is_absolute():
         return next((path.relative_to(root) for root in roots if root in path.parents), None)
