@@ -30,7 +30,7 @@ from samekit.cli import main
 from samekit.dataset import PreEncodeOptions, pre_encode
 from samekit.dataset_check import verify
 from samekit.encoder import silence_latents
-from samekit.errors import BackendError, InputError, NonFiniteError, OutputError
+from samekit.errors import BackendError, InputError, LatentsFileError, NonFiniteError, OutputError
 from samekit.manifest import Manifest, Shard, read_manifest
 from samekit.pipeline import Pipeline
 from samekit.progress import describe
@@ -46,6 +46,8 @@ FIELDS = {
     "padding_mask",
     "sample_rate",
     "prompt",
+    "model",
+    "model_sha256",
 }
 
 
@@ -369,13 +371,15 @@ def test_file_damaged_in_the_middle_leaves_nothing(data, out):
 )
 def test_odd_file_names(data, out, name):
     path = write_clip(data / os.fsdecode(name), 100)
-    assert run(data, out).encoded == 1
+    # Sorted behind all of them.
+    write_clip(data / os.fsdecode(b"\xff\xff.wav"), 100)
+    assert run(data, out).encoded == 2
     assert pair(out, 0)[1]["relpath"] == os.fsdecode(name)
-    assert run(data, out).unchanged == 1
+    assert run(data, out).unchanged == 2
     path.with_suffix(".txt").unlink()
     result = CliRunner().invoke(main, ["pre-encode", "--verify", str(out)])
     assert result.exit_code == 0, result.output
-    assert run(data, out).statuses == {"no_caption": 1}
+    assert run(data, out).statuses == {"encoded": 1, "no_caption": 1}
 
 
 def test_hidden_files_links_and_pipes(data, out):
@@ -415,6 +419,59 @@ def test_clip_that_overflows_the_model_fails_alone(data, out):
     assert report.encoded == 4
     # It may work another time, so it is tried again.
     assert run(data, out).encoded == 1
+
+
+def failing_at(call, value=None):
+    """A backend whose latents are NaN, or this value, from a call on; the first call is the silence."""
+    calls = []
+
+    def answer(half, array):
+        calls.append(len(array))
+        if len(calls) < call:
+            return first_samples(half, array)
+        if value is None:
+            raise NonFiniteError("the encoder produced NaN; use fp32")
+        return np.full_like(first_samples(half, array), value)
+
+    return calls, fake_model(answer)
+
+
+@pytest.mark.parametrize(("batch_size", "most"), [(1, 4), (3, 5)])
+def test_windows_behind_one_that_came_out_nan_are_not_encoded(data, out, batch_size, most):
+    write_clip(data / "long.wav", 30 * 126 * FAKE_HOP)
+    calls, model = failing_at(4)
+    report = run(data, out, model, readers=1, batch_size=batch_size)
+    assert report.statuses == {"failed": 1}
+    # After the batch that failed, at most one of its windows by itself.
+    assert len(calls) <= most
+    assert sorted(path.name for path in out.iterdir()) == [".samekit", "silence.npy"]
+
+
+def test_clip_that_failed_takes_no_other_with_it(data, out):
+    write_clip(data / "a long.wav", 30 * 126 * FAKE_HOP, seed=99)
+    write_clips(data, 5)
+    start = prepared(data / "a long.wav")[0, 0]
+
+    def answer(half, array):
+        if (array[:, 0, 0] == start).any():
+            raise NonFiniteError("the encoder produced NaN; use fp32")
+        return first_samples(half, array)
+
+    report = run(data, out, fake_model(answer), batch_size=3)
+    assert report.statuses == {"encoded": 5, "failed": 1}
+    run(data, out.with_name("whole"))
+    fine, whole = contents(out), contents(out.with_name("whole"))
+    assert all(fine[f"{number:012d}.npy"] == whole[f"{number:012d}.npy"] for number in range(1, 6))
+
+
+def test_windows_behind_one_too_large_for_float16_are_not_read(data, out):
+    write_clip(data / "long.wav", 500 * 126 * FAKE_HOP)
+    calls, model = failing_at(2, 1e6)
+    report = run(data, out, model, readers=1, float16=True, sample_size=500 * 126 * FAKE_HOP)
+    assert report.statuses == {"failed": 1}
+    assert "too large for float16" in report.bad[0]["reason"]
+    # The writer finds it out behind the encoder, which is at most a queue ahead.
+    assert len(calls) < 250
 
 
 def test_latents_too_large_for_float16_fail(data, out):
@@ -496,6 +553,54 @@ def test_checksum_judges_captions_by_contents_too(data, out):
     assert pair(out, 1)[1]["prompt"] == "caption X"
     assert report.statuses == {"encoded": 2, "no_caption": 1}
     assert run(data, out).unchanged == 3
+
+
+@pytest.mark.parametrize("suffix", ["wav", "txt"])
+def test_file_that_changes_after_it_was_read_is_encoded_again(data, out, suffix):
+    """Its digest must be of what was encoded, not of what the file holds when the clip is finished."""
+    write_clips(data, 2)
+    path, changed = data / f"clip00001.{suffix}", []
+
+    def answer(half, array):
+        if len(array[0, 0]) == 112 and not changed:
+            # The second clip has 101 samples, 13 latents and one of context: it was read.
+            changed.append(path.stat())
+            if suffix == "wav":
+                write_clip(path, 101, seed=77, caption=None)
+            else:
+                path.write_text("caption X")
+            os.utime(path, ns=(changed[0].st_atime_ns, changed[0].st_mtime_ns))
+            assert path.stat().st_size == changed[0].st_size
+        return first_samples(half, array)
+
+    (data / "clip00000.wav").unlink()
+    run(data, out, fake_model(answer), checksum=True, readers=1)
+    assert changed
+    assert run(data, out, checksum=True).encoded == 1
+    latents, metadata = pair(out, 0)
+    assert np.array_equal(latents[:, 0], prepared(data / "clip00001.wav")[0, :4])
+    assert metadata["prompt"] == path.with_suffix(".txt").read_text()
+    assert run(data, out, checksum=True).unchanged == 1
+
+
+def test_file_that_changes_while_it_is_read_is_tried_again(data, out):
+    """Even if its size stays and its time is set back."""
+    path = write_clip(data / "long.wav", 40 * RATE)
+    changed = []
+
+    def answer(half, array):
+        if len(array[0, 0]) > 112 and not changed:
+            changed.append(path.stat())
+            write_clip(path, 40 * RATE, seed=77)
+            os.utime(path, ns=(changed[0].st_atime_ns, changed[0].st_mtime_ns))
+        return first_samples(half, array)
+
+    report = run(data, out, fake_model(answer), checksum=True, readers=1)
+    assert changed
+    assert report.statuses == {"unreadable": 1}
+    assert "was changed while it was read" in report.bad[0]["reason"]
+    assert run(data, out, checksum=True).encoded == 1
+    assert np.array_equal(pair(out, 0)[0][:, 0], prepared(path)[0, :4])
 
 
 def test_digests_are_added_without_encoding_again(data, out):
@@ -644,10 +749,12 @@ def test_deep_folders_and_links_in_circles(data, out):
         for other in range(10):
             (folder / f"to{other}").symlink_to(data / f"l{other}")
     (data / "0 to a").symlink_to(data / "a")
-    assert [source.relpath for source in clips.find_sources([data])] == ["a/clip00000.wav"]
-    assert run(data, out).encoded == 1
-    # Python's own way of removing them is too deep.
-    subprocess.run(["rm", "-r", data / "d"], check=True)
+    try:
+        assert [source.relpath for source in clips.find_sources([data]).sources] == ["a/clip00000.wav"]
+        assert run(data, out).encoded == 1
+    finally:
+        # Python's own way of removing them is too deep.
+        subprocess.run(["rm", "-r", data / "d"], check=True)
 
 
 def test_other_files_are_left_alone(data, out):
@@ -737,6 +844,22 @@ def test_output_that_is_a_data_folder_is_refused(data, tmp_path):
         assert_one_line(error.value)
     assert sorted(tmp_path.rglob("*")) == before
     assert run(data, data / "latents").encoded == 2
+
+
+def test_of_other_shards_only_the_settings_are_read(data, out):
+    write_clips(data, 20)
+    for index in (1, 2):
+        run(data, out, shard=Shard(index, 2))
+    other = out / ".samekit" / "manifest-2-of-2.jsonl"
+    header = other.read_text().split("\n")[0]
+    # Rows that nothing could parse: they are not looked at.
+    other.write_text(f"{header}\nno row\n")
+    assert run(data, out, shard=Shard(1, 2)).encoded == 0
+    for damaged in (f"{header[:-1]}\n", header, "", "x" * 10**6):
+        other.write_text(damaged)
+        with pytest.raises(InputError, match=r"manifest-2-of-2\.jsonl: is damaged") as error:
+            run(data, out, shard=Shard(1, 2))
+        assert_one_line(error.value)
 
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0", "-1/4", ""])
@@ -926,6 +1049,33 @@ def test_verify_finds_every_damage(data, out):
     for part in parts:
         assert any(part in problem for problem in problems), part
     run(data, out, sample_size=800)
+
+
+def test_latents_tell_which_model_encoded_them(data, out, tmp_path):
+    write_clips(data, 2)
+    run(data, out)
+    other = fake_model()
+    object.__setattr__(other.spec, "source_sha256", "1" * 64)
+    assert AutoencoderModel(FakeBackend()).decode_file(out / "000000000000.npy", tmp_path / "a.wav") > 0
+    with pytest.raises(LatentsFileError, match=r"latents of another model \(fake\)") as error:
+        other.decode_file(out / "000000000000.npy", tmp_path / "b.wav")
+    assert_one_line(error.value)
+    path = out / "000000000001.json"
+    path.write_text(path.read_text().replace('"model_sha256": "0"', '"model_sha256": "1234567890"'))
+    (problem,) = verify(out)
+    assert problem == f"{path}: is of model '12345678', the manifest says '0'; remove it and run pre-encode again"
+    path.unlink()
+    assert run(data, out).encoded == 1
+    assert verify(out) == []
+
+
+def test_encoding_a_file_never_replaces_a_clip_of_a_dataset(data, out):
+    write_clips(data, 1)
+    run(data, out)
+    before = contents(out)
+    with pytest.raises(OutputError, match="is of something else, and is not replaced"):
+        fake_model().encode_file(data / "clip00000.wav", out / "000000000000.npy")
+    assert contents(out) == before
 
 
 def damage_with_nan(path):
@@ -1138,6 +1288,26 @@ def test_system_without_threads(data, out, monkeypatch):
     assert_one_line(error.value)
     monkeypatch.undo()
     assert run(data, out).encoded == 1
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_clips_in_work_hold_no_files_open(data, out, full):
+    """A batch of a hundred windows is of a hundred clips: with files for each, a process would need hundreds."""
+    lengths = [100 + 8 * index for index in range(150)]
+    for index, samples in enumerate(lengths):
+        write_clip(data / f"{index:03d}.wav", 126 * FAKE_HOP + samples, seed=index)
+    code = (
+        "import os, resource, sys; sys.path.insert(0, sys.argv[1]); from test_dataset import run;"
+        "soft = len(os.listdir('/proc/self/fd')) + 20;"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (soft, soft));"
+        "report = run(sys.argv[2], sys.argv[3], batch_size=100, readers=4, full=sys.argv[4] == 'True');"
+        "print(report.statuses, report.bad[:1])"
+    )
+    program = [sys.executable, "-c", code, os.path.dirname(__file__), data, out, str(full)]  # noqa: PTH120 for sys.path
+    result = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert result.stdout == "{'encoded': 150} []\n", result.stderr
+    run(data, out.with_name("single"), full=full)
+    assert contents(out.with_name("single")) == contents(out)
 
 
 def test_readers_are_no_more_than_the_cores_of_this_process(data, out, monkeypatch):

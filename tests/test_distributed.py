@@ -9,8 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import fsspec
@@ -27,6 +29,7 @@ from samekit.dataset import PreEncodeOptions, pre_encode
 from samekit.dataset_check import verify
 from samekit.distributed import RayEncoder, RayOptions, _batches, _Calls, _Worker
 from samekit.errors import BackendError, EngineNotFoundError, InputError, OutputError
+from samekit.manifest import Shard
 from samekit.pipeline import Task
 
 SECONDS = 44_100
@@ -426,6 +429,8 @@ def refused(*arguments):
         (["--ray", "127.0.0.1:1"], "no Ray cluster answers"),
         (["--ray", "nowhere.invalid:6379"], "no Ray cluster answers"),
         (["--ray", "localhost"], "names no port"),
+        (["--ray", "localhost:65536"], "names no port"),
+        (["--ray", "localhost:\u00b2"], "names no port"),
         (["--ray", "local", "--shard", "1/2"], "pass one of them"),
         (["--actors", "2", "--cpus-per-actor", "1"], "--actors --cpus-per-actor"),
         (["--ray", "local", "--gpus-per-actor", "1.5"], "a share of one GPU"),
@@ -445,47 +450,106 @@ def test_options_of_a_cluster_that_cannot_be(data, out, monkeypatch, arguments, 
     assert not out.exists()
 
 
-@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", None], ids=["closed", "HTTP/1", "silent"])
-def test_port_that_is_not_rays(data, out, monkeypatch, answer):
-    """Ray itself would try for a quarter of an hour."""
+@contextmanager
+def listening(serve):
+    """A server at every address of this machine, as Ray's clients look for it at the outer one; yields its port."""
+    with ExitStack() as open_sockets:
+        server = open_sockets.enter_context(socket.create_server(("0.0.0.0", 0)))  # noqa: S104 for the time of a test
+
+        def serve_all():
+            with suppress(OSError):
+                while True:
+                    connection = open_sockets.enter_context(server.accept()[0])
+                    threading.Thread(target=serve, args=(connection,), daemon=True).start()
+
+        accepting = threading.Thread(target=serve_all)
+        accepting.start()
+        yield server.getsockname()[1]
+        # Wakes the thread.
+        server.shutdown(socket.SHUT_RDWR)
+        accepting.join()
+
+
+def test_what_listens_at_a_port_is_for_ray_to_find_out(data, out, monkeypatch):
+    """A cluster that is busy answers late, so nothing but Ray's own client decides; but it is to try once."""
+    asked, tries = [], "RAY_gcs_server_port_wait_time_s"
+
+    def init(*_, address, **_options):
+        asked.append((address, os.environ[tries]))
+        raise ConnectionError(f"Failed to connect to\nRay cluster at {address}")
+
     monkeypatch.setattr("ray.is_initialized", lambda: False)
-    monkeypatch.setattr("samekit.distributed._CONNECT_PATIENCE", 1)
+    monkeypatch.setattr("ray.init", init)
     write_clips(data, 1)
-    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+    with listening(lambda _connection: None) as port:
+        line = refused("--model", "x", "--data_dir", data, "--output_path", out, "--ray", f"127.0.0.1:{port}")
+    assert asked == [(f"127.0.0.1:{port}", "1")]
+    assert tries not in os.environ
+    assert f"127.0.0.1:{port}: no Ray cluster answers (Failed to connect to Ray cluster at 127.0.0.1:{port}); " in line
 
-        def serve():
-            connection, _ = server.accept()
-            with connection:
-                connection.recv(100)
-                if answer is None:
-                    # Until the other side has had enough.
-                    connection.recv(1)
-                else:
-                    connection.sendall(answer)
 
-        served = pool.submit(serve)
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-        line = refused("--model", "x", "--data_dir", data, "--output_path", out, "--ray", address)
-        served.result()
-    assert f"{address}: no Ray cluster answers" in line
-    assert ("timed out" if answer is None else "what listens there is not Ray") in line
+def driver(data, out, address):
+    """A command in a process of its own, with no cluster yet."""
+    program = [sys.executable, "-c", "from samekit.cli import main; main()", "pre-encode", "--model", "absent"]
+    program += ["--backend", "onnxruntime", "--data_dir", data, "--output_path", out, "--ray", address]
+    return subprocess.Popen(program, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow
-def test_port_of_another_service_that_speaks_grpc(data, out, monkeypatch):
+def test_ports_of_others_are_refused_in_bounded_time(data, out):
+    """By itself Ray tries 20 times, for a quarter of an hour."""
     import grpc
 
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
     write_clips(data, 1)
-    server = grpc.server(ThreadPoolExecutor(1))
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
+
+    def answer(connection):
+        with suppress(OSError):
+            connection.recv(100)
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            connection.close()
+
+    grpc_server = grpc.server(ThreadPoolExecutor(1))
+    grpc_port = grpc_server.add_insecure_port("0.0.0.0:0")
+    grpc_server.start()
     start = time.monotonic()
-    assert "no Ray cluster answers" in refused(
-        "--model", "x", "--data_dir", data, "--output_path", out, "--ray", f"127.0.0.1:{port}"
-    )
+    with ExitStack() as stack:
+        kinds = (answer, socket.socket.close, lambda _connection: None)
+        ports = [grpc_port, *(stack.enter_context(listening(serve)) for serve in kinds)]
+        for process in [driver(data, out, f"127.0.0.1:{port}") for port in ports]:
+            _, shown = process.communicate(timeout=120)
+            assert process.returncode == 2, shown
+            assert "no Ray cluster answers (" in shown.splitlines()[-1]
+            assert "Traceback" not in shown
     assert time.monotonic() - start < 90
-    server.stop(None).wait()
+    grpc_server.stop(None).wait()
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_cluster_that_answers_late_is_joined(cluster, data, out):
+    """All that comes from it is held back for the first 14 s, as by a machine that is too busy."""
+    write_clips(data, 1)
+    host, port = cluster.rsplit(":", 1)
+    first = []
+
+    def forward(source, target):
+        with suppress(OSError):
+            while content := source.recv(2**16):
+                target.sendall(content)
+
+    def serve(connection):
+        first.append(time.monotonic())
+        with socket.create_connection((host, int(port))) as cluster_side:
+            threading.Thread(target=forward, args=(connection, cluster_side), daemon=True).start()
+            time.sleep(max(0, first[0] + 14 - time.monotonic()))
+            forward(cluster_side, connection)
+
+    with listening(serve) as port_of_proxy:
+        process = driver(data, out, f"127.0.0.1:{port_of_proxy}")
+        _, shown = process.communicate(timeout=120)
+    # So the cluster was asked.
+    assert "no engine for 'absent'" in shown.splitlines()[-1]
+    assert process.returncode == 2
 
 
 def test_without_ray_the_command_says_what_to_install(data, out, monkeypatch):
@@ -653,8 +717,6 @@ def test_url_keeps_the_rules_of_a_folder(model, data, bucket):
 
 
 def test_shards_share_a_url(model, data, bucket):
-    from samekit.manifest import Shard
-
     write_clips(data, 10)
     reports = [run(data, URL, model, shard=Shard(index, 2)) for index in (1, 2)]
     assert sum(report.encoded for report in reports) == 10
@@ -663,6 +725,26 @@ def test_shards_share_a_url(model, data, bucket):
     assert {f".samekit/report-{index}-of-2.json" for index in (1, 2)} <= bucket().keys()
     with pytest.raises(InputError, match="was begun with --shard I/2"):
         run(data, URL, model)
+
+
+def test_of_other_shards_a_run_fetches_the_settings_alone(model, data, bucket, monkeypatch):
+    write_clips(data, 8)
+    for index in (1, 2):
+        run(data, URL, model, shard=Shard(index, 2))
+    store, fetched = fsspec.filesystem("memory"), {}
+    other = "/bucket/out/.samekit/manifest-2-of-2.jsonl"
+    header, _ = bucket()[".samekit/manifest-2-of-2.jsonl"].split(b"\n", 1)
+    # Rows that nothing could parse: they are not looked at.
+    store.pipe_file(other, header + b"\n" + b"no row\n" * 10**5)
+    cat = type(store).cat_file
+
+    def count(self, path, *arguments, **options):
+        fetched[path] = cat(self, path, *arguments, **options)
+        return fetched[path]
+
+    monkeypatch.setattr(type(store), "cat_file", count)
+    assert run(data, URL, model, shard=Shard(1, 2)).encoded == 0
+    assert len(fetched[other]) <= 2**16
 
 
 def test_url_of_a_folder_is_a_folder(model, data, out):

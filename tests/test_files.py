@@ -158,3 +158,37 @@ def test_output_errors_passes_what_it_does_not_know():
     assert caught.value is own
     with pytest.raises(ArithmeticError), output_errors("song.wav"):
         raise ArithmeticError
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_link_is_written_through(tmp_path, there):
+    link, target = tmp_path / "song.wav", tmp_path / "big" / "the song.wav"
+    target.parent.mkdir()
+    if there:
+        target.write_text("old")
+    link.symlink_to(target)
+    # What a killed process left is where it was writing.
+    (target.parent / ".the song.wav.12-0123abcd.tmp").touch()
+    _files.remove_abandoned(tmp_path, "song.wav")
+    with pytest.raises(FileNotFoundError), atomic_path(link):
+        (tmp_path / "nothing").read_text()
+    assert list(target.parent.iterdir()) == [target] * there
+    with atomic_path(link) as temporary:
+        temporary.write_text("new")
+    assert link.readlink() == target
+    assert target.read_text() == "new"
+    assert not target.is_symlink()
+    assert sorted(tmp_path.rglob("*")) == [target.parent, target, link]
+
+
+def test_link_that_leads_nowhere_to_write(tmp_path):
+    (tmp_path / "circle.wav").symlink_to("circle.wav")
+    (tmp_path / "lost.wav").symlink_to("no folder/song.wav")
+    (tmp_path / "device.wav").symlink_to(os.devnull)
+    reasons = {"circle": "leads in a circle", "lost": "No such file or directory", "device": "not a regular file"}
+    for name, reason in reasons.items():
+        with pytest.raises(OutputError, match=f"{reason}.*; ") as caught, atomic_path(tmp_path / f"{name}.wav"):
+            pass
+        assert str(caught.value).count("\n") == 0
+        assert (tmp_path / f"{name}.wav").is_symlink()
+    assert not os.path.isfile(os.devnull)  # noqa: PTH113 it is no path of a test

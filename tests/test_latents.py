@@ -7,14 +7,14 @@ import json
 import os
 import pickle
 import tracemalloc
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from samekit.errors import InputError, LatentsFileError, OutputError
-from samekit.latents import LatentsWriter, read_latents
+from samekit.latents import LatentsWriter, read_latents, require_replaceable
 
 WIDTH = 8
 
@@ -318,3 +318,32 @@ def test_header_that_claims_gigabytes(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2**20
+
+
+def test_links_are_written_through(tmp_path):
+    """Both files of a pair may lie on another disk; the links stay, and nothing is lost while they are replaced."""
+    big = tmp_path / "big"
+    big.mkdir()
+    for suffix in ("npy", "json"):
+        (tmp_path / f"song.{suffix}").symlink_to(big / f"elsewhere.{suffix}")
+    # Where nothing is yet, nothing would be lost.
+    require_replaceable(tmp_path / "song.npy")
+    for seed in range(2):
+        latents = latents_of(5, seed)
+        write(tmp_path / "song.npy", latents, {"seed": seed})
+        read, metadata = read_latents(tmp_path / "song.npy")
+        assert np.array_equal(read, latents)
+        assert metadata == {"seed": seed}
+    assert sorted(path.name for path in big.iterdir()) == ["elsewhere.json", "elsewhere.npy"]
+    assert all((tmp_path / f"song.{suffix}").is_symlink() for suffix in ("npy", "json"))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "replaceable"),
+    [({"model_sha256": "0"}, True), ({}, False), ({"model_sha256": "0", "padding_mask": [1]}, False)],
+    ids=["a file", "something else", "a clip of a dataset"],
+)
+def test_what_encoding_a_file_may_replace(tmp_path, metadata, replaceable):
+    write(tmp_path / "song.npy", latents_of(5), metadata)
+    with nullcontext() if replaceable else pytest.raises(OutputError, match="is of something else, and is not"):
+        require_replaceable(tmp_path / "song.npy")

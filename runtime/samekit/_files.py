@@ -25,7 +25,7 @@ if sys.platform != "win32":
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from typing import BinaryIO
+    from io import BufferedReader
 
 # File names end at 255 bytes on common file systems; the process id and the rest take fewer than 55.
 _NAME_BYTES: Final = 200
@@ -39,13 +39,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     The contents are on disk (fsync) before the file is renamed, and its permissions are those that the umask
     leaves. When the block raises, the temporary file is removed, `path` stays as it was, and the exception
-    passes unchanged.
+    passes unchanged. If `path` is a link, the file that it leads to is created or replaced, and the link stays.
 
     Args:
         path: the file to create or replace; its folder must exist.
 
     Yields:
-        The path of the temporary file, `.NAME.PID-RANDOM.tmp` in the folder of `path`.
+        The path of the temporary file, `.NAME.PID-RANDOM.tmp` in the folder of the file.
 
     Raises:
         OutputError: `path` is something else than a file, or its folder is missing, not writable or full.
@@ -53,9 +53,14 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = named(path)
     with output_errors(path):
-        # Renaming over a device such as /dev/null would replace the device.
+        # Renaming over a device such as /dev/null would replace the device. This also asks the system whether the link
+        # may be followed: Linux refuses to follow links that others have placed in a folder such as /tmp.
         if path.exists() and not path.is_file():
             raise OutputError(f"{path}: is not a regular file; choose another name for the output")
+        target = _link_target(path)
+        if target.is_symlink():
+            raise OutputError(f"{path}: is a link that leads in a circle; remove it, or choose another name")
+    path = target
     with _temporary(
         path, lambda name: os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     ) as temporary:
@@ -131,6 +136,9 @@ def remove_abandoned(folder: Path, wanted: str | Callable[[str], bool] | None = 
         What was removed, and how many bytes it held.
     """
     removed = []
+    if isinstance(wanted, str):
+        path = _link_target(folder / wanted)
+        folder, wanted = path.parent, path.name
     with suppress(OSError), os.scandir(folder) as entries:
         for path in sorted(Path(entry.path) for entry in entries if temporary_target(entry.name)):
             name = temporary_target(path.name) or ""
@@ -167,7 +175,7 @@ def stamp(path: Path | os.DirEntry[str]) -> tuple[int, int] | None:
 
 
 @contextmanager
-def regular_file(path: Path) -> Iterator[BinaryIO]:
+def regular_file(path: Path) -> Iterator[BufferedReader]:
     """Open a file to be read; whoever opens a pipe is blocked, and whoever reads a device never ends.
 
     Raises:
@@ -228,6 +236,19 @@ def named(path: str | os.PathLike[str]) -> Path:
     if not possible:
         raise InputError(f"{os.fspath(path)!r}: no file can have this name; choose another")
     return Path(path)
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """Return a path with a leading `~` expanded, which shells leave as it is in `--option=~/name`.
+
+    Raises:
+        InputError: no file can have this name.
+    """
+    path = named(path)
+    # Without a home folder, or a user of this name, the name is taken as it is.
+    with suppress(RuntimeError):
+        return path.expanduser()
+    return path
 
 
 def utf8_path(path: Path) -> str:
@@ -319,6 +340,14 @@ def output_errors(
     except (OSError, library_error) as error:
         reason = getattr(error, "strerror", None) or str(error).rstrip(".")
         raise OutputError(f"{path}: {cause} ({reason}); {cure}") from error
+
+
+def _link_target(path: Path) -> Path:
+    """Return the path of the file that a link leads to, whether it is there or not; other paths as they are.
+
+    Where links lead in a circle, the path that is returned is a link too.
+    """
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def _shortened(name: str) -> str:

@@ -5,32 +5,39 @@ Knows the rules by which clips are cut and described; knows no encoder and no ou
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import math
 import os
 import random
-from collections import deque
+import unicodedata
+from collections import Counter, deque
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import soundfile as sf
 
-from samekit._files import named, read_regular, regular_file, stamp
+from samekit._files import expanded, read_regular, regular_file, stamp
 from samekit.audio import AudioReader, PreparedReader, resampled_length
 from samekit.errors import AudioFileError, InputError, SamekitError
+from samekit.latents import MODEL_DIGEST, PADDING_MASK
 from samekit.spec import ENCODER
 from samekit.streaming import WindowCutter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
     from samekit.arrays import Array
     from samekit.chunking import ExactWindows, Window
     from samekit.manifest import Stamp, Status
     from samekit.spec import EngineSpec
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES: Final = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff")
 """Files that are taken for audio."""
@@ -38,6 +45,13 @@ SILENCE_DB: Final = -60
 """A clip whose loudest sample lies below this, relative to full scale, is silent."""
 # Far more than a model reads; a larger file is something else.
 _MOST_CAPTION_BYTES: Final = 2**20
+# Characters of a line in a list of files: twice the longest path on Linux.
+_MOST_NAME: Final = 2**13
+# Characters of a line that a message shows.
+_SHOWN: Final = 200
+_LIST_FILE: Final = "filelist.txt"
+# Kinds of files that a message names.
+_LISTED_SUFFIXES: Final = 6
 _SILENCE_PEAK: Final = 10 ** (SILENCE_DB / 20)
 
 
@@ -56,33 +70,77 @@ class Source:
     """None if it is no regular file."""
     caption: Stamp | None
     """None if there is none."""
+    caption_name: str | None = None
+    """Name of the caption's file where it is in another Unicode normal form than the name of the audio file."""
 
     @property
     def caption_path(self) -> Path:
         """Where its caption is, or would be."""
-        return Path(self.path).with_suffix(".txt")
+        path = Path(self.path)
+        return path.with_name(self.caption_name) if self.caption_name else path.with_suffix(".txt")
 
 
-def find_sources(folders: Sequence[str | os.PathLike[str]]) -> list[Source]:
-    """Every audio file below some folders, sorted by relpath.
+@dataclass
+class Found:
+    """What some data folders hold."""
 
-    Hidden files and folders are passed over. Links to folders are followed, but no folder is entered twice.
+    sources: list[Source] = field(default_factory=list)
+    """The audio files, sorted by relpath."""
+    passed_over: Counter[str] = field(default_factory=Counter)
+    """Suffix in lower case -> how many files with it are neither audio nor the caption of an audio file."""
+    unreadable_folders: list[str] = field(default_factory=list)
+    """Folders below the data folders that the system does not let this process list, by their relpath."""
+
+    def describe_left_out(self, separator: str) -> str:
+        """Return what was passed over, for people, after a separator; nothing if nothing was."""
+        counts = sorted(self.passed_over.items(), key=lambda item: (-item[1], item[0] or "~"))
+        kinds = [f"{count} {suffix or 'without a suffix'}" for suffix, count in counts[:_LISTED_SUFFIXES]]
+        kinds += ["..."] * (len(counts) > _LISTED_SUFFIXES)
+        text = ""
+        if total := self.passed_over.total():
+            text = f"{separator}passed over {total} file{'s' * (total > 1)} ({', '.join(kinds)})"
+        if count := len(self.unreadable_folders):
+            text += f"{separator}{count} folder{'s' * (count > 1)} cannot be read"
+        return text
+
+
+def find_sources(folders: Sequence[str | os.PathLike[str]]) -> Found:
+    """Find every audio file below some folders.
+
+    A folder with a `filelist.txt` at its root is not searched: the files that it lists are taken. Elsewhere hidden
+    files and folders are passed over. Links to folders are followed, but no folder is entered twice.
 
     Raises:
-        InputError: a folder cannot be listed, two files have the same relpath, or there is no audio.
+        InputError: a folder or its list cannot be read, two files have the same relpath, there is no audio, or no
+            audio file has a caption.
     """
-    sources: dict[str, Source] = {}
-    for folder in folders:
-        named(folder)
-        for source in _walk(os.fspath(folder)):
+    found, sources = Found(), dict[str, Source]()
+    for folder in map(_data_folder, folders):
+        listed = _listed_files(folder)
+        for source in _walk(folder, found) if listed is None else listed:
             if source.relpath in sources:
                 twice = f"{sources[source.relpath].path} and {source.path}"
                 raise InputError(f"{twice} have one name below their folders; rename one, or encode them apart")
             sources[source.relpath] = source
+    where = ", ".join(map(_data_folder, folders))
     if not sources:
-        where = ", ".join(str(os.fspath(folder)) for folder in folders)
-        raise InputError(f"{where}: holds no audio ({' '.join(SUFFIXES)}); check --data_dir")
-    return sorted(sources.values(), key=lambda source: os.fsencode(source.relpath))
+        cure = "check --data_dir"
+        if found.passed_over:
+            cure = "convert these, or check --data_dir"
+        raise InputError(f"{where}: holds no audio ({' '.join(SUFFIXES)}){found.describe_left_out(', ')}; {cure}")
+    if not any(source.caption for source in sources.values()):
+        raise InputError(
+            f"{where}: none of {len(sources)} audio files has a caption{found.describe_left_out(', ')}; "
+            "write one beside each, NAME.txt for NAME.wav"
+        )
+    found.sources = sorted(sources.values(), key=lambda source: os.fsencode(source.relpath))
+    return found
+
+
+def _data_folder(folder: str | os.PathLike[str]) -> str:
+    """Return the path of a data folder as it was given, but with `~` expanded."""
+    path = expanded(folder)
+    return str(path) if os.fspath(folder).startswith("~") else os.fspath(folder)
 
 
 def require_folders(folders: Sequence[str | os.PathLike[str]]) -> None:
@@ -91,9 +149,8 @@ def require_folders(folders: Sequence[str | os.PathLike[str]]) -> None:
     Raises:
         InputError: one cannot.
     """
-    for folder in folders:
-        named(folder)
-        with _listing_errors(os.fspath(folder)), os.scandir(folder):
+    for folder in map(_data_folder, folders):
+        with _listing_errors(folder), os.scandir(folder):
             pass
 
 
@@ -103,32 +160,185 @@ def _listing_errors(folder: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        cure = "check its name and permissions"
-        if "://" in folder:
-            cure = "--data_dir takes folders only, mount it"
-        raise InputError(f"{folder}: cannot be listed ({error.strerror}); {cure}") from None
+        raise _cannot_list(folder, error) from None
 
 
-def _walk(top: str) -> Iterator[Source]:
-    """The audio files below a folder; those in folders that links lead to as well come where they lie themselves."""
+def _cannot_list(folder: str, error: OSError) -> InputError:
+    """Return the error about a data folder, or one below it, that cannot be listed."""
+    cure = "check its name and permissions"
+    if "://" in folder:
+        cure = "--data_dir takes folders only, mount it"
+    return InputError(f"{folder}: cannot be listed ({error.strerror}); {cure}")
+
+
+def _walk(top: str, found: Found) -> Iterator[Source]:
+    """Yield the audio files below a folder, and count in `found` what is passed over.
+
+    A file in a folder that links lead to as well is yielded under the path where it lies itself.
+    """
     folders, links, seen = [(top, "")], deque[tuple[str, str]](), set()
     while folders or links:
         folder, below = folders.pop() if folders else links.popleft()
-        with _listing_errors(folder):
+        try:
             status = Path(folder).stat()
             entries = {entry.name: entry for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)}
+        except PermissionError as error:
+            if not below:
+                raise _cannot_list(folder, error) from None
+            logger.warning("%s: cannot be listed (%s), what it holds is left out", folder, error.strerror)
+            found.unreadable_folders.append(below)
+            continue
+        except OSError as error:
+            raise _cannot_list(folder, error) from None
         identity = (status.st_dev, status.st_ino)
         if identity in seen:
             continue
         seen.add(identity)
+        captions, others = _Names(entries), []
         for name, entry in entries.items():
             if name.startswith("."):
                 continue
             if _is_folder(entry):
                 (links if entry.is_symlink() else folders).append((entry.path, str(Path(below, name))))
             elif Path(name).suffix.lower() in SUFFIXES:
-                caption = entries.get(str(Path(name).with_suffix(".txt")))
-                yield Source(entry.path, str(Path(below, name)), stamp(entry), stamp(caption) if caption else None)
+                wanted = _caption_name(name)
+                caption = captions.find(wanted)
+                yield Source(
+                    entry.path,
+                    str(Path(below, name)),
+                    stamp(entry),
+                    stamp(entries[caption]) if caption else None,
+                    caption if caption != wanted else None,
+                )
+            else:
+                others.append(name)
+        found.passed_over.update(Path(name).suffix.lower() for name in others if name not in captions.taken)
+
+
+def _caption_name(name: str) -> str:
+    """Return the name of the caption of an audio file."""
+    return str(Path(name).with_suffix(".txt"))
+
+
+class _Names:
+    """The names in a folder, to be found in any Unicode normal form.
+
+    macOS writes names in a decomposed form (NFD). Other systems keep the form that a program gives, mostly the composed
+    one (NFC), and take both for different names.
+
+    Args:
+        names: of everything in the folder.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = set(names)
+        self.taken: set[str] = set()
+        """Names that were found."""
+
+    def find(self, name: str) -> str | None:
+        """Return the name itself if the folder has it, else its twin in another normal form, else None."""
+        found = name if name in self._names else self._composed.get(unicodedata.normalize("NFC", name))
+        if found:
+            self.taken.add(found)
+        return found
+
+    @cached_property
+    def _composed(self) -> dict[str, str]:
+        """NFC of a name -> the name."""
+        return {unicodedata.normalize("NFC", name): name for name in sorted(self._names, reverse=True)}
+
+
+def _listed_files(folder: str) -> list[Source] | None:
+    """Return the files that the list at the root of a data folder names, or None if it has no list.
+
+    As in the reference, each line is stripped and names a file, whatever its suffix. Other than there, no line may lead
+    out of the folder: somebody else's dataset must not decide which of this machine's files are read.
+
+    Raises:
+        InputError: the list cannot be read, names no file, or leads out of the folder.
+    """
+    path = Path(folder, _LIST_FILE)
+    with _listing_errors(folder):
+        if not path.exists() or path.is_dir():
+            return None
+    absolute = Path(folder).absolute()
+    roots = (absolute, Path(os.path.normpath(absolute)), absolute.resolve())
+    listing = cache(_names_in)
+    sources: dict[str, Source] = {}
+    for number, name in _list_lines(path):
+        below = _below(name, roots)
+        if below is None:
+            raise InputError(
+                f"{path}: line {number} names {name[:_SHOWN]!r}, which is no file below this folder; "
+                "remove the line, or pass that folder as another --data_dir"
+            )
+        source = _listed_source(folder, below, listing)
+        sources[source.relpath] = source
+    if not sources:
+        raise InputError(f"{path}: lists no file; remove it, or write a line for each audio file")
+    return list(sources.values())
+
+
+def _list_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a list of files that are not blank, stripped, each with its number from 1.
+
+    Raises:
+        InputError: the list cannot be read.
+    """
+    try:
+        # Names that are no text are kept as the file system gives them.
+        with regular_file(path) as file, TextIOWrapper(file, "utf-8-sig", "surrogateescape") as text:
+            for number, line in enumerate(iter(partial(text.readline, _MOST_NAME), ""), 1):
+                if name := line.strip():
+                    yield number, name
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions, or remove it") from None
+
+
+def _below(name: str, roots: Sequence[Path]) -> Path | None:
+    """Return the path below a data folder that a line of its list names; None if it leads to the folder or out of it.
+
+    Args:
+        name: relative to the folder, or an absolute path.
+        roots: the absolute path of the folder, with and without the links on the way.
+    """
+    if "\0" in name or len(name) >= _MOST_NAME - 1:
+        return None
+    path = Path(os.path.normpath(name))
+    if path.is_absolute():
+        return next((path.relative_to(root) for root in roots if root in path.parents), None)
+    return None if path.parts[:1] in ((), ("..",)) else path
+
+
+def _listed_source(folder: str, below: Path, listing: Callable[[Path], _Names]) -> Source:
+    """Return the clip of a file that a list names; names are found in any normal form."""
+    path = Path(folder)
+    if os.path.lexists(path / below):
+        path /= below
+    else:
+        for part in below.parts:
+            path /= listing(path).find(part) or part
+    wanted = _caption_name(path.name)
+    caption = wanted if os.path.lexists(path.with_name(wanted)) else listing(path.parent).find(wanted)
+    return Source(
+        str(path),
+        str(path.relative_to(folder)),
+        stamp(path),
+        stamp(path.with_name(caption)) if caption else None,
+        caption if caption != wanted else None,
+    )
+
+
+def _names_in(folder: Path) -> _Names:
+    """Return the names in a folder; none if it cannot be listed."""
+    with suppress(OSError):
+        return _Names(path.name for path in folder.iterdir())
+    return _Names(())
+
+
+def _universal_newlines(text: str) -> str:
+    """Return a text with every line end as a newline, as Python reads text files."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -237,7 +447,7 @@ class Clip:
     """Its lengths in latents."""
 
     def metadata(self, source: Source, rules: CuttingRules) -> dict[str, Any]:
-        """What the training code reads beside the latents; the fields are those of the reference."""
+        """What the training code reads beside the latents: the fields of the reference, and the model."""
         rate = rules.spec.sample_rate
         part = self.kept if rules.full and self.kept > rules.sample_size else rules.sample_size
         whole = max(self.samples, part)
@@ -248,9 +458,11 @@ class Clip:
             "timestamps": [self.offset / whole, (self.offset + part) / whole],
             "seconds_start": self.offset // rate,
             "seconds_total": math.ceil(self.samples / rate),
-            "padding_mask": [1] * self.extent.latents + [0] * padding,
+            PADDING_MASK: [1] * self.extent.latents + [0] * padding,
             "sample_rate": rate,
             "prompt": self.prompt,
+            "model": rules.spec.name,
+            MODEL_DIGEST: rules.spec.source_sha256,
         }
 
 
@@ -260,27 +472,55 @@ class ClipReader:
     Args:
         source: the files.
         rules: how to cut them.
+        checksum: whether to compute digests of the files that were read.
     """
 
-    def __init__(self, source: Source, rules: CuttingRules) -> None:
+    def __init__(self, source: Source, rules: CuttingRules, *, checksum: bool = False) -> None:
         self._source = source
         self._rules = rules
+        self._checksum = checksum
+        self._signature: tuple[int, ...] | None = None
         self.clip: Clip | None = None
         """What is known of the clip once every window was taken."""
+        self.sha256: str | None = None
+        """Digest of the audio file that was read; None if none was asked for, or the file changed meanwhile."""
+        self.caption_sha256: str | None = None
+        """Digest of the caption, likewise."""
 
-    def __iter__(self) -> Iterator[tuple[Window, Array]]:
+    def __iter__(self) -> Generator[tuple[Window, Array]]:
         """Yield each window and its audio, `[channels, samples]`; together the cores are what is to be kept.
 
         Raises:
             BadClipError: there is nothing to encode, or reading failed, maybe after some windows.
         """
-        prompt = self._caption()
+        path = Path(self._source.path)
         try:
+            if self._source.audio is None:
+                raise AudioFileError(f"{path}: is no regular file; copy the audio there")
+            prompt = self._caption()
+            if self._checksum:
+                self._signature = _signature(path)
+                self.sha256 = digest_of(path)
             yield from self._windows(prompt)
         except (SamekitError, OSError) as error:
             reason = str(error) if self._source.path in str(error) else f"{self._source.path}: {error}"
-            status: Status = "empty" if self._is_empty() else "unreadable"
-            raise BadClipError(status, reason, passing=not _opens(Path(self._source.path))) from error
+            status: Status = "empty" if self._is_empty() and not self._has_changed() else "unreadable"
+            raise BadClipError(status, reason, passing=not _opens(path)) from error
+
+    def _has_changed(self) -> bool:
+        """Whether the audio file is another one than that whose digest was taken; forgets the digest if so."""
+        if self._signature is None:
+            return False
+        with suppress(OSError):
+            if _signature(Path(self._source.path)) == self._signature:
+                return False
+        self.sha256 = None
+        return True
+
+    def _require_unchanged(self) -> None:
+        """Raise if the audio file was changed since its digest was taken."""
+        if self._has_changed():
+            raise AudioFileError(f"{self._source.path}: was changed while it was read; run pre-encode again")
 
     def _caption(self) -> str:
         """The text beside the audio."""
@@ -288,12 +528,17 @@ class ClipReader:
         if self._source.caption is None:
             raise BadClipError("no_caption", f"{path}: does not exist; write the caption there")
         try:
-            prompt = read_regular(path, _MOST_CAPTION_BYTES).decode("utf-8-sig").strip()
+            content = read_regular(path, _MOST_CAPTION_BYTES)
+            if self._checksum:
+                self.caption_sha256 = hashlib.sha256(content).hexdigest()
+            prompt = _universal_newlines(content.decode("utf-8-sig")).strip()
         except OSError as error:
             reason = f"{path}: cannot be read ({error.strerror}); check its permissions and size"
             raise BadClipError("unreadable", reason, passing=not _opens(path)) from error
         except UnicodeDecodeError as error:
             raise BadClipError("no_caption", f"{path}: cannot be read as UTF-8 ({error}); write it again") from error
+        if "\0" in prompt:
+            raise BadClipError("no_caption", f"{path}: holds zero bytes, as UTF-16 does; save it as UTF-8")
         if not prompt:
             raise BadClipError("no_caption", f"{path}: is empty; write the caption there")
         return prompt
@@ -313,6 +558,7 @@ class ClipReader:
                     yield window, audio[0]
             whole = rules.full or kept < rules.sample_size
             samples = offset + kept if whole else self._length(reader)
+            self._require_unchanged()
             self.clip = Clip(prompt, samples, offset, kept, rules.extent(kept))
         zeros = np.zeros((1, spec.channels, spec.samples(self.clip.extent.sequence) - kept), np.float32)
         for window, audio in cutter.push(zeros, final=True):
@@ -320,8 +566,6 @@ class ClipReader:
 
     def _open(self) -> PreparedReader:
         """Open the audio at the model's rate and channels."""
-        if self._source.audio is None:
-            raise AudioFileError(f"{self._source.path}: is no regular file; copy the audio there")
         return PreparedReader(self._source.path, self._rules.spec.sample_rate, self._rules.spec.channels)
 
     def _part(self, reader: PreparedReader, offset: int) -> Iterator[Array]:
@@ -341,6 +585,7 @@ class ClipReader:
         """Read the part once, for its loudness alone: a clip may begin with any length of silence."""
         with self._open() as reader:
             if all(_is_silent(block) for block in self._part(reader, offset)):
+                self._require_unchanged()
                 reason = f"no sample reaches {SILENCE_DB} dB; remove the clip"
                 raise BadClipError("silent", f"{self._source.path}: {reason}")
 
@@ -368,6 +613,26 @@ class ClipReader:
             size, _ = self._source.audio
             return size == 0 or sf.info(os.fsencode(self._source.path)).frames == 0
         return False
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of what a file holds.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    with regular_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _signature(path: Path) -> tuple[int, ...]:
+    """Return what changes whenever a file is written or replaced, even if its time of modification is set back.
+
+    Raises:
+        OSError: it is not there.
+    """
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _opens(path: Path) -> bool:

@@ -11,7 +11,6 @@ latents of the clip kept. But of the zeros only those are encoded that a latent 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import time
@@ -24,10 +23,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
-from samekit._files import atomic_path, output_errors
+from samekit._files import atomic_path, output_errors, stamp
 from samekit._options import MOST_THREADS, check_flag, check_whole
 from samekit.backends.cpu import available_cpus
-from samekit.clips import CuttingRules, Source, expected_latents, find_sources
+from samekit.clips import CuttingRules, Found, Source, digest_of, expected_latents, find_sources
 from samekit.encoder import Encoder, LocalEncoder, default_readers
 from samekit.errors import InputError, LatentsFileError
 from samekit.latents import map_array
@@ -48,7 +47,6 @@ SAMPLE_SIZE: Final = 12_582_912
 _MOST_SAMPLES: Final = 2**31
 # What is worth trying again although the file has not changed.
 _PASSING: Final = ("unreadable", "failed", "gone")
-_HASHED_AT_ONCE: Final = 2**22
 
 
 @dataclass(frozen=True)
@@ -140,24 +138,29 @@ class PreEncodeReport:
     """number, relpath, status and reason of each clip that has no latents, or none of how its files are now."""
     gone: int
     """Clips that were encoded once and are no longer in the dataset; their latents stay."""
+    passed_over: dict[str, int]
+    """Suffix in lower case -> how many files with it are neither audio nor a caption, in all shards together."""
+    unreadable_folders: list[str]
+    """Folders of the dataset that this process may not list, by their relpath; what they hold is left out."""
     audio_seconds: float
     """Seconds of audio that this run encoded."""
     elapsed: float
     """Seconds from the first clip to the last."""
 
     def to_json(self) -> str:
-        """Everything but the list of bad clips, on one line."""
+        """Return everything on one line, with the length of each list in its place."""
         fields = dataclasses.asdict(self)
-        fields["bad"] = len(self.bad)
-        return json.dumps(fields)
+        return json.dumps({name: len(value) if isinstance(value, list) else value for name, value in fields.items()})
 
     def summary(self) -> str:
         """A sentence for people."""
         counts = ", ".join(f"{count} {status}" for status, count in sorted(self.statuses.items()))
         speed = self.audio_seconds / self.elapsed if self.elapsed else 0.0
+        left_out = Found([], Counter(self.passed_over), self.unreadable_folders).describe_left_out("; ")
         return (
             f"{self.folder}: {self.clips} clips ({counts}); this run encoded {self.encoded}, "
             f"{self.audio_seconds:.1f} s of audio in {self.elapsed:.1f} s ({speed:.1f} s/s)"
+            f"{left_out}"
         )
 
 
@@ -176,7 +179,8 @@ def pre_encode(
 
     Args:
         model: an open model; or a `samekit.distributed.RayEncoder`, to encode on a cluster.
-        data_dir: folder with audio files, at any depth, each with a caption of the same name in `.txt`; or several.
+        data_dir: folder with audio files, at any depth, each with a caption of the same name in `.txt`; or several. A
+            `filelist.txt` at its root names the files to take.
         output_path: folder for the latents, or a URL that fsspec knows; one for each model and kind of settings.
         options: how; `PreEncodeOptions()` unless given.
         progress: called after each clip, maybe in another thread.
@@ -185,14 +189,15 @@ def pre_encode(
         What was done; also in `.samekit/report.json`, as far as it describes the folder.
 
     Raises:
-        InputError: there is no audio, the output is a data folder or holds latents of other settings, or a clip is
-            bad and `options.strict` is set.
+        InputError: there is no audio or no caption, a list of files cannot be used, the output is a data folder or
+            holds latents of other settings, or a clip is bad and `options.strict` is set.
         OutputError: the folder cannot be written or is full, or another process is writing into it.
         BackendError: the backend failed.
     """
     options = options or PreEncodeOptions()
     folders = [data_dir] if isinstance(data_dir, (str, os.PathLike)) else list(data_dir)
-    sources = {s.relpath: s for s in find_sources(folders) if options.shard.holds(s.relpath)}
+    found = find_sources(folders)
+    sources = {s.relpath: s for s in found.sources if options.shard.holds(s.relpath)}
     encoder = model if isinstance(model, Encoder) else LocalEncoder(model.autoencoder)
     settings, shard, output = _settings(encoder, options), options.shard, find_output(output_path)
     output.require_apart(folders)
@@ -206,7 +211,7 @@ def pre_encode(
         run.retire(sources)
         run.encode([source for source in sources.values() if run.is_due(source)])
         manifest.rewrite()
-        report = run.report(sources)
+        report = run.report(sources, found)
         _write_report(manifest, report)
         output.remember(whole=True)
     if options.strict and report.bad:
@@ -263,7 +268,6 @@ class _Run:
         self._files = output.names()
         # Clips whose earlier latents stay, as they would be recorded.
         self._kept: list[Row] = []
-        self._digests: dict[str, str] = {}
         self._start = time.perf_counter()
         self._state = Progress(0, 0, 0, 0.0, 0.0)
 
@@ -276,7 +280,18 @@ class _Run:
             return True
         if not self._options.checksum:
             return (row.audio, row.caption) != (source.audio, source.caption)
-        sha256, caption_sha256 = self._digests_of(source)
+        return self._have_contents_changed(row, source)
+
+    def _have_contents_changed(self, row: Row, source: Source) -> bool:
+        """Whether audio or caption hold something else than what was encoded; records digests that are new."""
+        try:
+            sha256, caption_sha256 = _digests_of(source)
+        except OSError:
+            # Encoding the clip will tell what is wrong with its files.
+            return True
+        # Changed since its folder was listed: the digests may be of contents that have never been encoded.
+        if (stamp(Path(source.path)), stamp(source.caption_path)) != (source.audio, source.caption):
+            return True
         seen = dataclasses.replace(
             row, audio=source.audio, caption=source.caption, sha256=sha256, caption_sha256=caption_sha256
         )
@@ -288,26 +303,6 @@ class _Run:
         if row != seen:
             self._manifest.record(seen)
         return False
-
-    def _digests_of(self, source: Source) -> tuple[str | None, str | None]:
-        """Digests of a clip's audio and caption; None for a file that is not there."""
-        return (
-            self._digest(source.path) if source.audio else None,
-            self._digest(str(source.caption_path)) if source.caption else None,
-        )
-
-    def _digest(self, path: str) -> str | None:
-        """Digest of a file's contents; None if it cannot be read, which encoding the clip will tell."""
-        if path not in self._digests:
-            digest = hashlib.sha256()
-            try:
-                with Path(path).open("rb") as file:
-                    while block := file.read(_HASHED_AT_ONCE):
-                        digest.update(block)
-            except OSError:
-                return None
-            self._digests[path] = digest.hexdigest()
-        return self._digests[path]
 
     def retire(self, sources: dict[str, Source]) -> None:
         """Give up the clips that have no sound pair of files and will get none: they are not there.
@@ -333,7 +328,13 @@ class _Run:
         if not tasks:
             return
         job = Job(
-            self._rules, self._manifest.settings.dtype, silence, options.batch_size, options.readers, self._output
+            self._rules,
+            self._manifest.settings.dtype,
+            silence,
+            options.batch_size,
+            options.readers,
+            self._output,
+            options.checksum,
         )
         self._start = time.perf_counter()
         self._encoder.encode(job, tasks, self._finished)
@@ -373,7 +374,6 @@ class _Run:
         if bad and not kept:
             self._remove_pair(old)
         seconds = clip.kept / self._rules.spec.sample_rate if clip else 0.0
-        sha256, caption_sha256 = self._digests_of(source) if self._options.checksum else (None, None)
         row = Row(
             number=old.number,
             relpath=source.relpath,
@@ -381,8 +381,8 @@ class _Run:
             reason=bad.reason if bad else None,
             audio=source.audio,
             caption=source.caption,
-            sha256=sha256,
-            caption_sha256=caption_sha256,
+            sha256=outcome.sha256,
+            caption_sha256=outcome.caption_sha256,
             latents=clip.extent.latents if clip else 0,
             seconds=seconds,
         )
@@ -408,7 +408,7 @@ class _Run:
         for file in row.files:
             self._output.remove(file)
 
-    def report(self, sources: dict[str, Source]) -> PreEncodeReport:
+    def report(self, sources: dict[str, Source], found: Found) -> PreEncodeReport:
         """What was done; the run is over."""
         rows = [self._manifest.rows[relpath] for relpath in sources]
         bad = sorted([*(row for row in rows if row.status != "encoded"), *self._kept], key=lambda row: row.number)
@@ -421,9 +421,23 @@ class _Run:
             statuses=dict(Counter(str(row.status) for row in rows)),
             bad=[{name: getattr(row, name) for name in ("number", "relpath", "status", "reason")} for row in bad],
             gone=sum(row.status == "encoded" and row.relpath not in sources for row in self._manifest.rows.values()),
+            passed_over=dict(sorted(found.passed_over.items())),
+            unreadable_folders=sorted(found.unreadable_folders),
             audio_seconds=round(state.audio_seconds, 3),
             elapsed=round(time.perf_counter() - self._start, 3) if state.done else 0.0,
         )
+
+
+def _digests_of(source: Source) -> tuple[str | None, str | None]:
+    """Return the digests of a clip's audio and caption; None for a file that was not there.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    return (
+        digest_of(Path(source.path)) if source.audio else None,
+        digest_of(source.caption_path) if source.caption else None,
+    )
 
 
 def _is_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
@@ -438,7 +452,8 @@ def _is_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
 def _write_report(manifest: Manifest, report: PreEncodeReport) -> None:
     """Write the part of a report that describes the folder, whatever number of runs it took."""
     fields = {"settings": dataclasses.asdict(manifest.settings), "clips": report.clips, "statuses": report.statuses}
-    fields |= {"gone": report.gone, "bad": report.bad}
+    fields |= {"gone": report.gone, "passed_over": report.passed_over, "unreadable_folders": report.unreadable_folders}
+    fields |= {"bad": report.bad}
     path = manifest.folder / STATE_FOLDER / manifest.shard.report
     text = json.dumps(fields, indent=2) + "\n"
     with output_errors(path):

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from samekit._files import named, temporary_target
+from samekit._files import expanded, temporary_target
 from samekit.errors import InputError, LatentsFileError
-from samekit.latents import map_array, read_latents
+from samekit.latents import MODEL_DIGEST, map_array, read_latents
 from samekit.manifest import Settings, Shard, read_manifest
 from samekit.output import SILENCE_FILE, STATE_FOLDER
 
@@ -30,6 +30,7 @@ _FIELDS: Final[dict[str, type | tuple[type, ...]]] = {
     "padding_mask": list,
     "sample_rate": int,
     "prompt": str,
+    MODEL_DIGEST: str,
 }
 _ENCODE_AGAIN = "remove it and run pre-encode again"
 _LISTED: Final = 10
@@ -52,7 +53,7 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
     """
     if "://" in os.fspath(folder):
         raise InputError(f"{folder}: only folders can be verified; copy it to one, or mount it")
-    folder = named(folder)
+    folder = expanded(folder)
     paths = []
     # A folder whose name is too long has none.
     with suppress(OSError):
@@ -121,15 +122,18 @@ def _check_pair(path: Path, row: Row, settings: Settings) -> Iterator[str]:
         return
     if latents.dtype != settings.dtype:
         yield f"{path}: holds {latents.dtype} instead of {settings.dtype}; {_ENCODE_AGAIN}"
-    yield from _check_metadata(path.with_suffix(".json"), metadata, row, latents.shape[-1])
+    yield from _check_metadata(path.with_suffix(".json"), metadata, row, settings, latents.shape[-1])
 
 
-def _check_metadata(path: Path, metadata: dict[str, Any], row: Row, latents: int) -> Iterator[str]:
-    """The fields that the training code reads."""
+def _check_metadata(path: Path, metadata: dict[str, Any], row: Row, settings: Settings, latents: int) -> Iterator[str]:
+    """The fields that the training code reads, and the model."""
     wrong = [name for name, kind in _FIELDS.items() if not isinstance(metadata.get(name), kind)]
     if wrong:
         yield f"{path}: has no usable {', '.join(wrong)}; {_ENCODE_AGAIN}"
         return
+    if metadata[MODEL_DIGEST] != settings.model_sha256:
+        found, expected = metadata[MODEL_DIGEST][:8], settings.model_sha256[:8]
+        yield f"{path}: is of model {found!r}, the manifest says {expected!r}; {_ENCODE_AGAIN}"
     if metadata["relpath"] != row.relpath:
         yield f"{path}: is of {metadata['relpath']!r}, the manifest says {row.relpath!r}; {_ENCODE_AGAIN}"
     # Compared with nothing longer than the array: the manifest may say any number.

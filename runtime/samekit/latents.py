@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from typing import Self
 
 MODEL_DIGEST: Final = "model_sha256"
-"""Field of the `.json` of an encoded file that names the weights, by their digest."""
+"""Field of the `.json` beside latents that names the weights, by their digest."""
+PADDING_MASK: Final = "padding_mask"
+"""Field of the `.json` that only clips of a dataset have."""
 
 _DTYPES: Final[dict[str, np.dtype[np.floating[Any]]]] = {
     "float32": np.dtype("<f4"),
@@ -131,7 +133,8 @@ class LatentsWriter:
         self._file.seek(0)
         self._file.write(self._header())
         self._json.write_text(text + "\n", encoding="utf-8")
-        _json_path(self.path).unlink(missing_ok=True)
+        # What a link leads to is removed, as it is replaced; the link stays.
+        Path(os.path.realpath(_json_path(self.path))).unlink(missing_ok=True)
 
     def _header(self) -> bytes:
         """Return the header for the latents written so far, in version 1.0 of NumPy's format."""
@@ -322,7 +325,9 @@ def _require_npy(path: Path) -> None:
 
 
 def require_replaceable(path: str | os.PathLike[str]) -> None:
-    """Refuse latents beside a `.json` that did not come with latents: writing would replace it.
+    """Refuse to write latents where the `.json` beside them is not of one encoded file: it would be replaced.
+
+    That of a clip of a dataset is refused too. A link that leads nowhere holds nothing.
 
     Raises:
         InputError: the suffix is not `.npy`.
@@ -332,8 +337,9 @@ def require_replaceable(path: str | os.PathLike[str]) -> None:
     _require_npy(path)
     metadata = _json_path(path)
     try:
-        ours = not os.path.lexists(metadata) or MODEL_DIGEST in _read_metadata(metadata)
-    except LatentsFileError:
+        known = _read_metadata(metadata) if metadata.exists() else {MODEL_DIGEST: None}
+        ours = MODEL_DIGEST in known and PADDING_MASK not in known
+    except (LatentsFileError, OSError):
         ours = False
     if not ours:
         raise OutputError(f"{metadata}: is of something else, and is not replaced; move it, or choose another name")

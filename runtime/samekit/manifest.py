@@ -22,10 +22,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
-from samekit._files import atomic_path, output_errors, read_regular, remove_abandoned
+from samekit._files import atomic_path, output_errors, read_regular, regular_file, remove_abandoned
 from samekit._json import check_kinds
 from samekit.errors import InputError, OutputError
-from samekit.output import SILENCE_FILE, STATE_FOLDER, clip_name, is_clips
+from samekit.output import MOST_HEADER_BYTES, SILENCE_FILE, STATE_FOLDER, clip_name, is_clips
 
 if sys.platform == "win32":
     import msvcrt
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 # Of a manifest: ten million clips.
 _MOST_BYTES: Final = 2**32
+_RESTORE: Final = "restore it from a copy, or encode into another folder"
 # Six digits, in names of files.
 _MOST_SHARDS: Final = 999_999
 # Raised when an older samekit could misread the files.
@@ -279,13 +280,16 @@ class Manifest:
     @classmethod
     def _begun(cls, folder: Path, shard: Shard, settings: Settings, *, reencode: bool) -> Self:
         """The manifest on disk, or a new one, once it is sure that it fits these settings."""
-        manifests = {path.name: read_manifest(path) for path in sorted((folder / STATE_FOLDER).glob("manifest*.jsonl"))}
-        found = manifests.pop(shard.manifest, None)
-        if not manifests and found is None:
+        paths = {path.name: path for path in sorted((folder / STATE_FOLDER).glob("manifest*.jsonl"))}
+        own = paths.pop(shard.manifest, None)
+        found = read_manifest(own) if own else None
+        if not paths and found is None:
             foreign = next((path.name for path in folder.iterdir() if is_clips(path.name)), None)
             if foreign:
                 raise InputError(f"{folder}: holds {foreign}, which no manifest lists; pass another --output_path")
-        for name, (other, _) in manifests.items():
+        for name, path in paths.items():
+            # Of other shards only the settings count: a dataset of a million clips has gigabytes of rows.
+            other = read_settings(path)
             count = Shard.of_manifest(name).count
             if count != shard.count:
                 how = f"with --shard I/{count}" if count > 1 else "without --shard"
@@ -375,25 +379,49 @@ def read_manifest(path: Path) -> tuple[Settings, list[Row]]:
     Raises:
         InputError: it cannot be read, or is damaged.
     """
-    cure = "restore it from a copy, or encode into another folder"
-    try:
+    with _manifest_errors(path):
         header, *lines = read_regular(path, _MOST_BYTES).split(b"\n")[:-1]
-        fields = json.loads(header)
-        if fields.pop("format") != _FORMAT:
-            raise InputError(f"{path}: was written by another samekit; use that one, or encode into another folder")
-        settings = Settings.parse(fields)
+        settings = _parse_header(path, header)
         rows = {row.relpath: row for row in map(Row.parse, lines)}
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: is damaged ({error}); {cure}") from None
     ordered = sorted(rows.values(), key=lambda row: row.number)
     shard = Shard.of_manifest(path.name)
     if [row.number for row in ordered] != [shard.number(position) for position in range(len(ordered))]:
-        raise InputError(f"{path}: is damaged (numbers are missing or double); {cure}")
+        raise InputError(f"{path}: is damaged (numbers are missing or double); {_RESTORE}")
     return settings, ordered
+
+
+def read_settings(path: Path) -> Settings:
+    """Read the settings of a manifest, which are its first line, and nothing else.
+
+    Raises:
+        InputError: they cannot be read, or are damaged.
+    """
+    with _manifest_errors(path), regular_file(path) as file:
+        header = file.readline(MOST_HEADER_BYTES)
+        if not header.endswith(b"\n"):
+            raise ValueError("its first line is cut off")
+        return _parse_header(path, header)
+
+
+def _parse_header(path: Path, header: bytes) -> Settings:
+    """Return the settings in the first line of a manifest; raises what a wrong value raises."""
+    fields = json.loads(header)
+    if fields.pop("format") != _FORMAT:
+        raise InputError(f"{path}: was written by another samekit; use that one, or encode into another folder")
+    return Settings.parse(fields)
+
+
+@contextmanager
+def _manifest_errors(path: Path) -> Iterator[None]:
+    """Raise what goes wrong inside the block as an error about a manifest."""
+    try:
+        yield
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: is damaged ({error}); {_RESTORE}") from None
 
 
 def _check_same(folder: Path, settings: Settings, other: Settings) -> None:

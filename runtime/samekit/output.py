@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from samekit._files import named, output_errors
+from samekit._files import expanded, named, output_errors
 from samekit.errors import InputError, OutputError, SamekitError
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ STATE_FOLDER: Final = ".samekit"
 """Folder of manifest, lock and report, in the output."""
 SILENCE_FILE: Final = "silence.npy"
 """The latents of silence, `[1, latent_width, latents of sample_size]`."""
+MOST_HEADER_BYTES: Final = 2**16
+"""Most bytes of the first line of a manifest, which holds the settings."""
 # What a driver that is killed forgets, at most; the clips of that time are encoded again.
 _SECONDS_BETWEEN_PARTS: Final = 10.0
 _WHOLE: Final = ".whole-"
@@ -52,7 +54,7 @@ def find_output(path: str | os.PathLike[str]) -> Output:
     scheme, separator, rest = text.partition("://")
     if scheme == "file":
         return Output(named(rest))
-    return RemoteOutput(text) if separator else Output(named(path))
+    return RemoteOutput(text) if separator else Output(expanded(path))
 
 
 class Output:
@@ -235,6 +237,14 @@ class RemoteOutput(Output):
                     return data
         return self._get(f"{STATE_FOLDER}/{name}")
 
+    def _settings_of(self, name: str, state: set[str]) -> bytes:
+        """The first line of another shard's manifest, which is all that this run needs of it."""
+        if any(copy.startswith(f"{name}{_WHOLE}") for copy in state):
+            data = self._whole_manifest(name, state)
+        else:
+            data = self._get(f"{STATE_FOLDER}/{name}", MOST_HEADER_BYTES)
+        return data[: data.find(b"\n") + 1]
+
     def _fetch(self) -> None:
         """Copy what the run goes on from."""
         (self._local / STATE_FOLDER).mkdir()
@@ -242,11 +252,13 @@ class RemoteOutput(Output):
         names = self.names()
         for name in sorted(state):
             if name.endswith(".jsonl"):
-                data = self._whole_manifest(name, state)
                 if name == self._manifest.name:
+                    data = self._whole_manifest(name, state)
                     self._follow(data)
                     parts = sorted(part for part in state if part.startswith(f"{name}.{self._digest}-"))
                     data += b"".join(self._get(f"{STATE_FOLDER}/{part}") for part in parts)
+                else:
+                    data = self._settings_of(name, state)
                 (self._local / STATE_FOLDER / name).write_bytes(data)
         if SILENCE_FILE in names:
             (self._local / SILENCE_FILE).write_bytes(self._get(SILENCE_FILE))
@@ -269,9 +281,10 @@ class RemoteOutput(Output):
                 return set()
             return {entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries}
 
-    def _get(self, name: str) -> bytes:
+    def _get(self, name: str, most: int | None = None) -> bytes:
+        """Read a file, or its first `most` bytes."""
         with self._read_errors():
-            data: bytes = self._fs.cat_file(f"{self._root}/{name}")
+            data: bytes = self._fs.cat_file(f"{self._root}/{name}", end=most)
             return data
 
     def _put(self, data: bytes, name: str) -> None:

@@ -15,22 +15,20 @@ from __future__ import annotations
 import queue
 import threading
 from collections import defaultdict
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 import numpy as np
 
 from samekit.clips import BadClipError, ClipReader
-from samekit.errors import BackendError, InputError, NonFiniteError, OutputError
+from samekit.errors import BackendError, InputError, NonFiniteError
 from samekit.latents import LatentsWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from contextlib import AbstractContextManager
     from pathlib import Path
-    from types import TracebackType
-    from typing import Self
 
     from samekit.arrays import Array
     from samekit.backends.base import Backend
@@ -71,6 +69,8 @@ class Job:
     """Threads that read; 0 leaves it to whoever reads."""
     output: Output
     """Where the files go."""
+    checksum: bool = False
+    """Whether to compute digests of the files that are read."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,10 @@ class Outcome:
     """None if it was not encoded."""
     bad: BadClipError | None = None
     """Why it was not."""
+    sha256: str | None = None
+    """Digest of the audio file that was read, if the job asks for one."""
+    caption_sha256: str | None = None
+    """Digest of the caption that was read, likewise."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +106,7 @@ class _Ending:
 
     task: Task
     pieces: int
-    clip: Clip | None
-    bad: BadClipError | None
+    outcome: Outcome
 
 
 @dataclass(frozen=True)
@@ -170,9 +173,12 @@ class Pipeline:
         self._turn = turn
         self._rules = job.rules
         self._batch_size = job.batch_size
+        self._checksum = job.checksum
         self._readers = readers
         self._finished = finished
         self._files = _Files(job, folder)
+        # Targets of clips that have failed: their other windows are neither read nor encoded.
+        self._given_up: set[str] = set()
         self._stopped = threading.Event()
         self._error: BaseException | None = None
         self._read: _Channel[_Piece | _Ending | None] = _Channel(job.batch_size + readers, self._stopped)
@@ -225,14 +231,18 @@ class Pipeline:
     def _read_clips(self, supply: _Supply) -> None:
         """Read one clip after the other, as long as there are some."""
         for task in supply:
-            reader, pieces, bad = ClipReader(task.source, self._rules), 0, None
+            reader, pieces, bad = ClipReader(task.source, self._rules, checksum=self._checksum), 0, None
             try:
-                for window, audio in reader:
-                    self._read.put(_Piece(task, pieces, window, audio))
-                    pieces += 1
+                with closing(iter(reader)) as windows:
+                    for window, audio in windows:
+                        if task.target in self._given_up:
+                            break
+                        self._read.put(_Piece(task, pieces, window, audio))
+                        pieces += 1
             except BadClipError as error:
                 bad = error
-            self._read.put(_Ending(task, pieces, reader.clip, bad))
+            clip = None if bad else reader.clip
+            self._read.put(_Ending(task, pieces, Outcome(task, clip, bad, reader.sha256, reader.caption_sha256)))
         self._read.put(None)
 
     def _encode(self) -> None:
@@ -251,8 +261,8 @@ class Pipeline:
                 elif sum(map(len, waiting.values())) > _WAITING_BATCHES * self._batch_size:
                     self._encode_batch(waiting.pop(next(iter(waiting))))
             else:
-                if item.bad:
-                    _forget(waiting, item.task)
+                if item.outcome.bad:
+                    self._given_up.add(item.task.target)
                 self._encoded.put(item)
         for batch in list(waiting.values()):
             self._encode_batch(batch)
@@ -260,11 +270,16 @@ class Pipeline:
 
     def _encode_batch(self, batch: list[_Piece]) -> None:
         """Run windows of one length, and hand their cores on."""
+        batch = [piece for piece in batch if piece.task.target not in self._given_up]
+        if not batch:
+            return
         try:
             out = self._backend.encode(np.stack([piece.audio for piece in batch]))
         except NonFiniteError as error:
             if len(batch) == 1:
-                self._encoded.put(_Ending(batch[0].task, 0, None, BadClipError("failed", str(error))))
+                task, bad = batch[0].task, BadClipError("failed", str(error))
+                self._given_up.add(task.target)
+                self._encoded.put(_Ending(task, 0, Outcome(task, None, bad)))
                 return
             # One clip at a time shows which of them it was.
             for piece in batch:
@@ -275,19 +290,12 @@ class Pipeline:
 
     def _write(self) -> None:
         """Write what the encoder made until there is no more."""
-        with self._files as files:
-            while (item := self._encoded.get()) is not None:
-                outcome = files.end(item) if isinstance(item, _Ending) else files.add(item)
-                if outcome:
-                    self._finished(outcome)
-
-
-def _forget(waiting: dict[int, list[_Piece]], task: Task) -> None:
-    """Take a clip's windows out of the queues."""
-    for length, pieces in list(waiting.items()):
-        waiting[length] = [piece for piece in pieces if piece.task is not task]
-        if not waiting[length]:
-            del waiting[length]
+        while (item := self._encoded.get()) is not None:
+            outcome = self._files.end(item) if isinstance(item, _Ending) else self._files.add(item)
+            if outcome:
+                if outcome.bad:
+                    self._given_up.add(outcome.task.target)
+                self._finished(outcome)
 
 
 class _Supply:
@@ -306,90 +314,71 @@ class _Supply:
 
 
 @dataclass
-class _File:
-    """A clip that is being written."""
+class _Held:
+    """What is known of a clip that is not complete yet."""
 
-    writer: LatentsWriter
-    early: dict[int, Array] = field(default_factory=dict)
-    """Latents that came before those that go before them."""
-    written: int = 0
-    """Windows that are in the file."""
+    windows: dict[int, Array] = field(default_factory=dict)
+    """Index of a window -> its latents, in the dtype of the file."""
     ending: _Ending | None = None
 
 
 class _Files:
-    """The latents files that are being written; a context manager that leaves none of them half-written."""
+    """Holds the latents of each clip until it is complete, and then writes its files.
+
+    No file is open while a clip is in work: a batch of a hundred windows may be of a hundred clips.
+    """
 
     def __init__(self, job: Job, folder: Path) -> None:
         self._job = job
         self._folder = folder
-        self._open: dict[str, _File] = {}
+        self._held: dict[str, _Held] = {}
         self._refused: set[str] = set()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for file in self._open.values():
-            _abandon(file.writer)
-
     def add(self, latents: _Latents) -> Outcome | None:
-        """Write latents in their order; returns the outcome if that completes the clip."""
+        """Take the latents of a window; returns the outcome if that completes the clip, or if it cannot be written."""
         if latents.task.target in self._refused:
             return None
-        file = self._file(latents.task)
-        file.early[latents.index] = latents.values
-        return self._advance(latents.task, file)
+        held = self._held.setdefault(latents.task.target, _Held())
+        # A copy in any case: what the encoder gave is a part of its whole batch.
+        with np.errstate(over="ignore"):
+            values = np.array(latents.values, self._job.dtype, order="F")
+        if not np.isfinite(values).all():
+            reason = f"{latents.task.source.path}: a latent is too large for {self._job.dtype}; write float32 files"
+            return self._refuse(latents.task, Outcome(latents.task, None, BadClipError("failed", reason)))
+        held.windows[latents.index] = values
+        return self._complete(latents.task, held)
 
     def end(self, ending: _Ending) -> Outcome | None:
         """Note that a clip has no more windows; returns the outcome if it is complete, or never will be."""
         if ending.task.target in self._refused:
             return None
-        if ending.bad:
-            return self._refuse(ending.task, ending.bad)
-        file = self._file(ending.task)
-        file.ending = ending
-        return self._advance(ending.task, file)
+        if ending.outcome.bad:
+            return self._refuse(ending.task, ending.outcome)
+        held = self._held.setdefault(ending.task.target, _Held())
+        held.ending = ending
+        return self._complete(ending.task, held)
 
-    def _file(self, task: Task) -> _File:
-        """The file of a clip, begun if it is not there yet."""
-        if task.target not in self._open:
-            writer = LatentsWriter(self._folder / task.target, self._job.rules.spec.latent_width, self._job.dtype)
-            self._open[task.target] = _File(writer.__enter__())
-        return self._open[task.target]
-
-    def _advance(self, task: Task, file: _File) -> Outcome | None:
-        """Append what is next, and finish the file after its last window."""
+    def _complete(self, task: Task, held: _Held) -> Outcome | None:
+        """Write the files of a clip if it has all of its windows."""
+        if held.ending is None or len(held.windows) < held.ending.pieces:
+            return None
+        outcome, rules = held.ending.outcome, self._job.rules
+        if outcome.clip is None:
+            return None
+        del self._held[task.target]
         try:
-            while (values := file.early.pop(file.written, None)) is not None:
-                file.writer.write(values)
-                file.written += 1
-            if file.ending is None or file.ending.clip is None or file.written < file.ending.pieces:
-                return None
-            clip = file.ending.clip
-            if self._job.silence is not None:
-                file.writer.write(self._job.silence[:, clip.extent.computed :])
+            with LatentsWriter(self._folder / task.target, rules.spec.latent_width, self._job.dtype) as writer:
+                for index in range(held.ending.pieces):
+                    writer.write(held.windows[index])
+                if self._job.silence is not None:
+                    writer.write(self._job.silence[:, outcome.clip.extent.computed :])
+                writer.metadata = outcome.clip.metadata(task.source, rules)
         except InputError as error:
-            return self._refuse(task, BadClipError("failed", str(error)))
-        file.writer.metadata = clip.metadata(task.source, self._job.rules)
-        del self._open[task.target]
-        file.writer.__exit__(None, None, None)
-        return Outcome(task, clip)
+            return self._refuse(task, replace(outcome, clip=None, bad=BadClipError("failed", str(error))))
+        return outcome
 
-    def _refuse(self, task: Task, bad: BadClipError) -> Outcome:
+    def _refuse(self, task: Task, outcome: Outcome) -> Outcome:
         """Give a clip up."""
         self._refused.add(task.target)
-        file = self._open.pop(task.target, None)
-        if file:
-            _abandon(file.writer)
-        return Outcome(task, None, bad)
-
-
-def _abandon(writer: LatentsWriter) -> None:
-    """Leave nothing of a file."""
-    error = _StoppedError()
-    # On a full disk closing fails too, for what was not written yet; it goes, and so do the other files.
-    with suppress(OutputError):
-        writer.__exit__(type(error), error, None)
+        self._held.pop(task.target, None)
+        return outcome

@@ -1,0 +1,328 @@
+"""Which files of a data folder become clips, which caption belongs to which, and what is counted as passed over."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import unicodedata
+
+import pytest
+from faults import contents
+from helpers import KINDS, assert_one_line
+from test_dataset import command, fake_model, pair, rows_of, run, write_clip, write_clips
+
+from samekit.dataset import PreEncodeOptions, pre_encode
+from samekit.dataset_check import verify
+from samekit.errors import InputError
+
+NFC, NFD = unicodedata.normalize("NFC", "Café Ångström"), unicodedata.normalize("NFD", "Café Ångström")
+
+
+def encoded(out):
+    """Relative paths of the clips that have latents."""
+    return sorted(relpath for relpath, row in rows_of(out).items() if row.status == "encoded")
+
+
+# --- Captions -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "prompt"),
+    [
+        (b"one\r\ntwo\r\n", "one\ntwo"),
+        (b"one\rtwo", "one\ntwo"),
+        (b"\xef\xbb\xbfone\r\n\r\ntwo", "one\n\ntwo"),
+        (b"\r\n one\ntwo \r\n", "one\ntwo"),
+    ],
+)
+def test_line_ends_of_captions_are_those_of_text_files(data, out, content, prompt):
+    """The reference reads captions with `Path.read_text`, which turns every line end into a newline."""
+    write_clip(data / "a.wav", 100).with_suffix(".txt").write_bytes(content)
+    run(data, out)
+    assert pair(out, 0)[1]["prompt"] == prompt
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_caption_with_zero_bytes_is_bad(data, out, encoding):
+    """Without a byte order mark, UTF-16 of plain English is valid UTF-8 with a zero byte after each letter."""
+    write_clips(data, 1)
+    write_clip(data / "wide.wav", 100).with_suffix(".txt").write_bytes("a guitar".encode(encoding))
+    (row,) = run(data, out).bad
+    assert (row["relpath"], row["status"]) == ("wide.wav", "no_caption")
+    assert "wide.txt: holds zero bytes, as UTF-16 does; save it as UTF-8" in row["reason"]
+
+
+@pytest.mark.parametrize(("audio", "caption"), [(NFD, NFC), (NFC, NFD)], ids=["audio NFD", "caption NFD"])
+@pytest.mark.parametrize("checksum", [False, True])
+def test_names_of_other_normal_forms_belong_together(data, out, audio, caption, checksum):
+    """Apple's systems write names in NFD; an editor elsewhere writes the same name in NFC."""
+    write_clip(data / f"{audio}.wav", 100, caption=None)
+    text = data / f"{caption}.txt"
+    text.write_text("first")
+    assert run(data, out, checksum=checksum).encoded == 1
+    assert pair(out, 0)[1]["relpath"] == f"{audio}.wav"
+    assert run(data, out, checksum=checksum).unchanged == 1
+    text.write_text("second")
+    assert run(data, out, checksum=checksum).encoded == 1
+    assert pair(out, 0)[1]["prompt"] == "second"
+
+
+def test_caption_of_the_very_name_comes_before_its_twin(data, out):
+    for name in (NFC, NFD):
+        write_clip(data / f"{name}.wav", 100, caption=name)
+    assert run(data, out).encoded == 2
+    for number in range(2):
+        metadata = pair(out, number)[1]
+        assert metadata["relpath"] == f"{metadata['prompt']}.wav"
+
+
+# --- A list of files --------------------------------------------------------------------------------------------
+
+
+def test_list_of_files_is_taken_as_the_reference_takes_it(data, out):
+    """stable_audio_3/data/dataset.py, `get_audio_filenames`, at Stability-AI/stable-audio-3 7fb8916.
+
+    A `filelist.txt` at the root of a folder replaces the search: each line is stripped and joined to the folder,
+    whatever its suffix is, hidden or not. A line without a file cannot be loaded.
+    """
+    for name in ("a.wav", "deep/er/b.flac", "unlisted.wav", ".hidden.wav", "sp ace.wav"):
+        write_clip(data / name, 100, seed=len(name))
+    write_clip(data / "listed.aiff", 100).rename(data / "listed.sound")
+    (data / "filelist.txt").write_bytes(
+        b"deep/er/b.flac\r\n  a.wav \n\n./a.wav\n.hidden.wav\nsp ace.wav\nlisted.sound\nnowhere.wav\n"
+        + os.fsencode(data / "deep" / ".." / "a.wav")
+    )
+    report = run(data, out)
+    assert encoded(out) == [".hidden.wav", "a.wav", "deep/er/b.flac", "listed.sound", "sp ace.wav"]
+    assert [(row["relpath"], row["status"]) for row in report.bad] == [("nowhere.wav", "unreadable")]
+    assert verify(out) == []
+    # The list decides again: what left it stays encoded, what came to it is encoded.
+    (data / "filelist.txt").write_text("unlisted.wav\na.wav\n")
+    report = run(data, out)
+    assert (report.clips, report.encoded, report.gone) == (2, 1, 4)
+
+
+def test_list_of_one_folder_is_not_that_of_another(tmp_path, out):
+    for folder in ("one", "two"):
+        for name in ("a", "b"):
+            write_clip(tmp_path / folder / f"{folder} {name}.wav", 100)
+    (tmp_path / "one" / "filelist.txt").write_text("one a.wav\n")
+    # Only at the root.
+    shutil.copytree(tmp_path / "one", tmp_path / "two" / "deep")
+    run([tmp_path / "one", tmp_path / "two"], out)
+    assert encoded(out) == ["deep/one a.wav", "deep/one b.wav", "one a.wav", "two a.wav", "two b.wav"]
+
+
+def test_list_of_a_folder_that_is_reached_by_a_detour(data, tmp_path, monkeypatch):
+    """A list may name its files by absolute paths, whatever way to the folder `--data_dir` takes."""
+    write_clips(data, 4)
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("far/away")
+    monkeypatch.chdir(tmp_path / "far")
+    lines = ["clip00000.wav", "x/../clip00001.wav", str(data / "clip00002.wav")]
+    (data / "filelist.txt").write_text("\n".join(lines))
+    for index, detour in enumerate(("../data", tmp_path / "link" / ".." / ".." / "data", f"{data}/")):
+        run(detour, tmp_path / str(index))
+        assert encoded(tmp_path / str(index)) == ["clip00000.wav", "clip00001.wav", "clip00002.wav"]
+
+
+def test_list_in_another_normal_form_finds_its_files(data, out):
+    write_clip(data / NFD / f"{NFD}.wav", 100)
+    write_clip(data / "unlisted.wav", 100)
+    (data / "filelist.txt").write_text(f"{NFC}/{NFC}.wav\n", encoding="utf-8")
+    run(data, out)
+    assert encoded(out) == [f"{NFD}/{NFD}.wav"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "../outside/a.wav",
+        "x/../../outside/a.wav",
+        "{tmp}/outside/a.wav",
+        "..",
+        ".",
+        "/",
+        pytest.param("a/" * 10**6, id="long"),
+    ],
+)
+def test_list_that_leads_out_of_its_folder_is_refused(data, tmp_path, out, line):
+    """The reference follows such lines; here a data folder gives access to nothing that it does not hold."""
+    write_clip(tmp_path / "outside" / "a.wav", 100)
+    write_clip(data / "inside.wav", 100)
+    (data / "filelist.txt").write_text(f"inside.wav\n{line.format(tmp=tmp_path)}\n")
+    with pytest.raises(
+        InputError, match=r"filelist\.txt: line 2 names .*, which is no file below this folder; "
+    ) as error:
+        run(data, out)
+    assert_one_line(error.value)
+    assert len(str(error.value)) < 1000
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \r\n", b"a\0.wav\n"])
+def test_list_that_names_no_file_is_refused(data, out, content):
+    write_clip(data / "a.wav", 100)
+    (data / "filelist.txt").write_bytes(content)
+    with pytest.raises(InputError) as error:
+        run(data, out)
+    assert_one_line(error.value)
+    assert "filelist.txt" in str(error.value)
+
+
+def test_list_that_is_a_pipe_is_refused_and_a_folder_is_none(data, out):
+    write_clip(data / "filelist.txt" / "a.wav", 100)
+    assert run(data, out).encoded == 1
+    shutil.rmtree(data / "filelist.txt")
+    os.mkfifo(data / "filelist.txt")
+    write_clip(data / "a.wav", 100)
+    with pytest.raises(InputError, match=r"filelist\.txt: cannot be read .*; ") as error:
+        run(data, out)
+    assert_one_line(error.value)
+
+
+# --- What is passed over ----------------------------------------------------------------------------------------
+
+
+def test_files_that_are_passed_over_are_counted(data, out):
+    write_clips(data, 2)
+    for name in ("a.m4a", "a.txt", "deep/b.M4A", "cover.jpg", "noext", ".hidden"):
+        (data / name).parent.mkdir(exist_ok=True)
+        (data / name).touch()
+    report = run(data, out)
+    counts = {"": 1, ".jpg": 1, ".m4a": 2, ".txt": 1}
+    assert report.passed_over == counts
+    assert json.loads(report.to_json())["passed_over"] == counts
+    assert json.loads((out / ".samekit" / "report.json").read_text())["passed_over"] == counts
+    assert "passed over 5 files (2 .m4a, 1 .jpg, 1 .txt, 1 without a suffix)" in report.summary()
+    # A file beside the clips changes no latents.
+    assert run(data, out).unchanged == 2
+
+
+def test_dataset_of_unknown_suffixes_alone_is_refused_with_their_count(engine_of, data, out):
+    data.mkdir()
+    for name in ("a.m4a", "b.m4a", "a.txt"):
+        (data / name).write_text("a caption")
+    result = command("--model", engine_of(KINDS[0]).folder, "--data_dir", data, "--output_path", out)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "passed over 3 files" in result.stderr
+    with pytest.raises(InputError, match=r"holds no audio .*passed over 3 files \(2 \.m4a, 1 \.txt\); ") as error:
+        run(data, out)
+    assert_one_line(error.value)
+    assert not out.exists()
+
+
+def test_dataset_without_any_caption_is_refused_and_loses_nothing(data, out):
+    write_clips(data, 3)
+    run(data, out)
+    before = contents(out)
+    for path in data.glob("*.txt"):
+        path.rename(path.with_suffix(".caption"))
+    with pytest.raises(InputError, match=r"none of 3 audio files has a caption, .*3 \.caption.*; ") as error:
+        run(data, out)
+    assert_one_line(error.value)
+    assert contents(out) == before
+    # One caption is enough for the others to be rows of the report.
+    (data / "clip00001.caption").rename(data / "clip00001.txt")
+    assert run(data, out).statuses == {"encoded": 1, "no_caption": 2}
+
+
+def refuse_listing(monkeypatch, refused, error):
+    """Let the system refuse to list folders of some names."""
+    scandir = os.scandir
+
+    def scan(path="."):
+        if os.path.basename(os.fspath(path)) in refused:  # noqa: PTH119 names of entries are plain text
+            raise error
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+
+
+def test_unreadable_folders_are_counted(data, out, monkeypatch, caplog):
+    """Every ext4 file system has a `lost+found` at its root that only the administrator may list."""
+    write_clips(data, 2)
+    write_clip(data / "deep" / "private" / "x.wav", 100)
+    (data / "lost+found").mkdir()
+    run(data, out)
+    refuse_listing(monkeypatch, {"lost+found", "private"}, PermissionError(13, "Permission denied"))
+    report = run(data, out)
+    assert sorted(report.unreadable_folders) == ["deep/private", "lost+found"]
+    assert (report.statuses, report.gone) == ({"encoded": 2}, 1)
+    assert json.loads(report.to_json())["unreadable_folders"] == 2
+    assert "2 folders cannot be read" in report.summary()
+    assert "lost+found" in caplog.text
+    assert (out / "000000000002.npy").exists()
+    assert verify(out) == []
+
+
+def test_name_that_no_folder_can_have(out):
+    with pytest.raises(InputError, match="cannot be listed") as caught:
+        run("x" * 300, out)
+    assert_one_line(caught.value)
+
+
+def test_data_folder_itself_and_failing_disks_still_stop_the_run(data, out, monkeypatch):
+    write_clips(data, 2)
+    (data / "deep").mkdir()
+    for name, error in (("data", PermissionError(13, "Permission denied")), ("deep", OSError(5, "Input/output error"))):
+        with monkeypatch.context() as patch:
+            refuse_listing(patch, {name}, error)
+            with pytest.raises(InputError, match="cannot be listed") as caught:
+                run(data, out)
+        assert_one_line(caught.value)
+    assert not out.exists()
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv, with which even root may not list a folder")
+def test_folder_without_permissions(data, out):
+    write_clips(data, 1)
+    (data / "lost+found").mkdir(mode=0)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from test_dataset import run;"
+        "print(run(sys.argv[2], sys.argv[3]).unreadable_folders)"
+    )
+    program = [sys.executable, "-c", code, os.path.dirname(__file__), data, out]  # noqa: PTH120 for sys.path
+    drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    shown = subprocess.run([*drop, *program], check=True, capture_output=True, text=True).stdout
+    assert shown.strip() == "['lost+found']"
+
+
+# --- Where the latents go ---------------------------------------------------------------------------------------
+
+
+def test_home_folder_is_expanded(data, out, monkeypatch, tmp_path):
+    """A shell leaves `--output_path=~/x` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_clips(data, 1)
+    pre_encode(fake_model(), "~/data", "~/out", PreEncodeOptions())
+    assert pair(out, 0)[1]["path"] == str(data / "clip00000.wav")
+    assert verify("~/out") == []
+    assert not os.path.lexists("~")
+
+
+def test_files_that_are_links_are_written_through(data, out, tmp_path):
+    write_clips(data, 2)
+    (tmp_path / "big").mkdir()
+    out.symlink_to(tmp_path / "real")
+    (tmp_path / "real").mkdir()
+    run(data, out)
+    for name in ("000000000000.npy", "000000000000.json", "silence.npy"):
+        (out / name).rename(tmp_path / "big" / name)
+        (out / name).symlink_to(tmp_path / "big" / name)
+    (data / "clip00000.txt").write_text("other words")
+    assert run(data, out).encoded == 1
+    assert out.is_symlink()
+    for name in ("000000000000.npy", "000000000000.json", "silence.npy"):
+        assert (out / name).is_symlink()
+    assert pair(out, 0)[1]["prompt"] == "other words"
+    assert not (tmp_path / "big" / "000000000000.json").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "big").iterdir()) == [
+        "000000000000.json",
+        "000000000000.npy",
+        "silence.npy",
+    ]
+    assert verify(out) == []
