@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from samekit import audio as audio_module
 from samekit.audio import (
     AudioReader,
     AudioWriter,
@@ -25,6 +24,9 @@ from samekit.audio import (
     resample,
     to_channels,
 )
+from samekit.audio import reader as reader_module
+from samekit.audio import resampler as resampler_module
+from samekit.audio import writer as writer_module
 from samekit.errors import AudioFileError, InputError, OutputError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -138,7 +140,7 @@ def test_stream_begins_anew_after_finish():
 
 @pytest.mark.parametrize("rate", [44_099, 44_056, 191_999])
 def test_filters_of_long_periods_stay_small(rate):
-    assert audio_module._polyphase_filter(rate, 44_100).weights.nbytes < 40e6
+    assert resampler_module._polyphase_filter(rate, 44_100).weights.nbytes < 40e6
 
 
 def test_stream_memory_is_bounded():
@@ -532,7 +534,7 @@ def test_announced_length_past_4_gib_gives_rf64(tmp_path):
 
 
 def test_length_past_4_gib_that_was_not_announced(tmp_path, monkeypatch):
-    monkeypatch.setattr(audio_module, "_WAV_BYTES", 4 * SAMPLES)
+    monkeypatch.setattr(writer_module, "_WAV_BYTES", 4 * SAMPLES)
     write(tmp_path / "fits.wav", music())
     with pytest.raises(OutputError, match=r"WAV ends at 4 GiB; write \.flac, or announce the length"):
         write(tmp_path / "song.wav", music(SAMPLES + 1))
@@ -546,7 +548,7 @@ def test_length_past_4_gib_that_was_not_announced(tmp_path, monkeypatch):
 @pytest.mark.parametrize("channels", [1, 2, 3])
 @pytest.mark.parametrize("rate", [44_100, 48_000, 22_050])
 def test_prepared_file_equals_prepared_array(tmp_path, channels, rate):
-    frames = 2 * audio_module.BLOCK + 1
+    frames = 2 * reader_module.BLOCK + 1
     path = tmp_path / "song.wav"
     clip = noise((channels, frames))
     sf.write(path, clip.T, rate, "FLOAT")
