@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import soundfile as sf
 
 from samekit._files import named, stamp
 from samekit.audio.channels import Audio, to_channels
-from samekit.audio.containers import (
-    LOSSY_SLACK,
-    MP3_READ,
-    UNKNOWN_FRAMES,
-    check_container,
-    cut_off,
-    decoder_errors,
-    has_xing_header,
-)
+from samekit.audio.containers import find_parts
+from samekit.audio.decoder import Decoder
 from samekit.audio.resampler import StreamResampler, resample
 from samekit.errors import AudioFileError, InputError
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterator
-    from pathlib import Path
     from types import TracebackType
     from typing import Self
 
@@ -45,7 +35,8 @@ class AudioInfo:
     channels: int
     """As stored, before any conversion."""
     frames: int | None
-    """Samples a channel; None if the header does not tell. An estimate in an MP3 without a Xing header."""
+    """Samples a channel; None if the header does not tell, or if several streams follow each other. It may be a frame
+    or two too many in an MP3 without a Xing header."""
     format: str
     """Container as libsndfile names it, such as `WAV`, `FLAC`, `OGG`, `MP3`."""
     subtype: str
@@ -55,10 +46,12 @@ class AudioInfo:
 class AudioReader:
     """Read a file block by block, once, in a memory that does not grow with its length.
 
-    Reads whatever libsndfile does: WAV, FLAC, Ogg Vorbis and Opus, MP3, AIFF and more. A file that was cut
-    off is refused where its format lets one see it: WAV, AIFF and Ogg on opening, FLAC and MP3 (with a Xing
-    header) when reading gets there. So is, at the end, an MP3 that libsndfile cannot read to its end, and a file
-    that was changed meanwhile.
+    Reads whatever libsndfile does: WAV, FLAC, Ogg Vorbis and Opus, MP3, AIFF and more. Streams that follow each other
+    in one file are read as one. What the file announces, what was decoded and what it holds are compared, and a file
+    that is cut off or holds more than can be read is refused: on opening where its structure shows it, else at the end.
+    So is a file that was changed meanwhile.
+
+    The channels are in the order of the file, except that left and right are the first two.
 
     Args:
         path: the file.
@@ -74,26 +67,17 @@ class AudioReader:
         self.path = named(path)
         """The file."""
         self._frames_read = 0
-        self._source: BinaryIO | None = None
-        check_container(self.path)
         self._stamp = stamp(self.path)
-        with ExitStack() as stack:
-            self._file = stack.enter_context(_opened(self.path, native(self.path)))
-            if self._file.format == "MP3" and not has_xing_header(self.path):
-                # The position of a Python file is the only sign that libsndfile guessed the length too short.
-                self._source = stack.enter_context(self.path.open("rb"))
-                self._file = stack.enter_context(_opened(self.path, self._source))
-            self.info = AudioInfo(
-                sample_rate=self._file.samplerate,
-                channels=self._file.channels,
-                frames=self._file.frames if self._file.frames < UNKNOWN_FRAMES else None,
-                format=self._file.format,
-                subtype=self._file.subtype,
-            )
-            if self.info.frames == 0:
-                raise self._empty()
-            self._block = max(1, min(block, _BLOCK_VALUES // self.info.channels))
-            self._open_files = stack.pop_all()
+        first, *self._parts = find_parts(self.path)
+        self._decoder = Decoder(self.path, first)
+        self._front = first.front
+        rate, channels = self._decoder.layout
+        frames = None if self._parts else self._decoder.frames
+        self.info = AudioInfo(rate, channels, frames, *self._decoder.coding)
+        if frames == 0:
+            self.close()
+            raise self._empty()
+        self._block = max(1, min(block, _BLOCK_VALUES // self.info.channels))
 
     def __enter__(self) -> Self:
         return self
@@ -105,38 +89,45 @@ class AudioReader:
 
     def close(self) -> None:
         """Close the file."""
-        self._open_files.close()
+        self._decoder.close()
 
     def __iter__(self) -> Iterator[Audio]:
         """Yield the samples that are left, as `[channels, samples]`."""
-        while len(frames := self._read()):
-            self._frames_read += len(frames)
-            if not np.isfinite(frames).all():
-                raise AudioFileError(f"{self.path}: holds NaN or infinity; render it again without them")
-            yield np.ascontiguousarray(frames.T)
-        self._check_end()
-
-    def _read(self) -> Audio:
-        """Decode the next block, `[samples, channels]`; no samples at the end."""
-        seconds = self._frames_read / self.info.sample_rate
-        with decoder_errors(self.path, f"is damaged after {seconds:.1f} s", "copy or download it again"):
-            frames: Audio = self._file.read(self._block, dtype="float32", always_2d=True)
-        return frames
-
-    def _check_end(self) -> None:
-        """Refuse a file that ended before it should."""
+        while True:
+            while len(frames := self._decoder.read(self._block, self._frames_read / self.info.sample_rate)):
+                self._frames_read += len(frames)
+                if not np.isfinite(frames).all():
+                    raise AudioFileError(f"{self.path}: holds NaN or infinity; render it again without them")
+                yield np.ascontiguousarray(self._front_first(frames).T)
+            if stamp(self.path) != self._stamp:
+                raise AudioFileError(f"{self.path}: was changed while it was read; read it again")
+            self._decoder.check_end()
+            if not self._parts:
+                break
+            self._next_part()
         if not self._frames_read:
             raise self._empty()
-        if stamp(self.path) != self._stamp:
-            raise AudioFileError(f"{self.path}: was changed while it was read; read it again")
-        if self._source is not None:
-            if self._source.tell() < MP3_READ * self.path.stat().st_size:
-                cause = "is an MP3 of variable bit rate that does not tell its length"
-                raise AudioFileError(f"{self.path}: {cause}; convert it to FLAC")
-        elif self.info.frames is not None:
-            slack = LOSSY_SLACK if self.info.format in ("MP3", "OGG") else 0
-            if self._frames_read < self.info.frames - slack:
-                raise cut_off(self.path)
+
+    def _next_part(self) -> None:
+        """Go on with the stream that follows, which must have the rate and channels of the first."""
+        self.close()
+        part = self._parts.pop(0)
+        self._decoder = Decoder(self.path, part)
+        self._front = part.front
+        before, after = (self.info.sample_rate, self.info.channels), self._decoder.layout
+        if before != after:
+            seconds = self._frames_read / self.info.sample_rate
+            change = f"from {before[1]} channels at {before[0]} Hz to {after[1]} at {after[0]} Hz"
+            raise AudioFileError(
+                f"{self.path}: changes after {seconds:.1f} s {change}; convert it: ffmpeg -i IN OUT.flac"
+            )
+
+    def _front_first(self, frames: Audio) -> Audio:
+        """Put left and right before the other channels of `[samples, channels]`."""
+        if self._front == (0, 1):
+            return frames
+        others = [channel for channel in range(frames.shape[1]) if channel not in self._front]
+        return frames[:, [*self._front, *others]]
 
     def _empty(self) -> AudioFileError:
         """Name the error of a file without samples."""
@@ -159,29 +150,6 @@ def read_audio(path: str | os.PathLike[str]) -> tuple[Audio, int]:
     """
     with AudioReader(path) as reader:
         return np.concatenate(list(reader), axis=1), reader.info.sample_rate
-
-
-class _SequentialFile(sf.SoundFile):  # type: ignore[misc]  # soundfile ships no type information
-    """A sound file that is only read forwards.
-
-    After each read, soundfile seeks to where a seekable file stands already. In Opus files libsndfile then
-    returns other samples when the reads are small.
-    """
-
-    def seekable(self) -> bool:
-        """Return False, whatever the file could do."""
-        return False
-
-
-def _opened(path: Path, source: bytes | str | BinaryIO) -> _SequentialFile:
-    """Open a decoder for `path`, from its name or from the open file."""
-    with decoder_errors(path, "cannot be read as audio", "give a file that libsndfile reads"):
-        return _SequentialFile(source)
-
-
-def native(path: Path) -> bytes | str:
-    """Return the path in the form in which soundfile takes every name, also one that is no valid text."""
-    return os.fsencode(path) if os.name == "posix" else str(path)
 
 
 def prepare(audio: Audio, rate_in: int, rate_out: int, channels: int) -> Audio:

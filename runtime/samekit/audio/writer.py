@@ -11,7 +11,7 @@ import numpy.typing as npt
 import soundfile as sf
 
 from samekit._files import atomic_path, output_errors
-from samekit.audio.reader import native
+from samekit.audio.decoder import native
 from samekit.errors import InputError, OutputError
 
 if TYPE_CHECKING:
