@@ -280,17 +280,6 @@ def test_file_that_was_cut_off(encoded, kind, kept):
     assert_refused(path, "cut off|is damaged after")
 
 
-def test_ogg_without_its_last_page(encoded):
-    path = encoded(("ogg", "OGG", "VORBIS", 44_100))
-    content = path.read_bytes()
-    path.write_bytes(content[:-1])
-    assert_refused(path, "cut off")
-    path.write_bytes(content[: content.rindex(b"OggS")])
-    assert_refused(path, "cut off")
-    path.write_bytes(content + b"TAG" + bytes(125))
-    assert read_audio(path)[0].shape == (2, SAMPLES)
-
-
 @pytest.mark.parametrize("kind", [kind for kind in READABLE if kind[1] in ("FLAC", "OGG", "MP3")])
 def test_file_that_is_damaged_in_the_middle(encoded, kind):
     path = encoded(kind, 300_000)
@@ -298,7 +287,7 @@ def test_file_that_is_damaged_in_the_middle(encoded, kind):
     middle = len(content) // 2
     content[middle : middle + 20_000] = bytes(20_000)
     path.write_bytes(content)
-    assert_refused(path, "cut off|is damaged after")
+    assert_refused(path, "cut off|is damaged")
 
 
 @pytest.mark.parametrize("size", [0x7FFFF000, 0x80000000, 0xFFFFFFFF])
@@ -331,38 +320,6 @@ def test_flac_of_unknown_length(encoded):
     with AudioReader(path) as reader:
         assert reader.info.frames is None
         assert sum(block.shape[1] for block in reader) == SAMPLES
-
-
-@pytest.fixture
-def mp3_without_length(tmp_path):
-    """Write an MP3 of variable bit rate without the Xing header, with samples as given."""
-
-    def write(audio):
-        path = tmp_path / "song.mp3"
-        with sf.SoundFile(path, "w", 44_100, 2, format="MP3", bitrate_mode="VARIABLE") as file:
-            file.write(audio.T)
-        content = path.read_bytes()
-        assert b"Xing" in content
-        second_frame = content.index(content[:2], 4)
-        path.write_bytes(b"ID3\4\0\0\0\0\2\1" + bytes(257) + content[second_frame:] + b"TAG" + bytes(125))
-        return path
-
-    return write
-
-
-def test_mp3_of_overrated_length_is_read_to_its_end(mp3_without_length):
-    silent_then_loud = music(300_000)
-    silent_then_loud[:, :150_000] = 0
-    with AudioReader(mp3_without_length(silent_then_loud)) as reader:
-        frames = sum(block.shape[1] for block in reader)
-        assert frames == pytest.approx(300_000, abs=3000)
-        assert frames < reader.info.frames / 2
-
-
-def test_mp3_of_underrated_length_is_refused(mp3_without_length):
-    loud_then_silent = music(300_000)
-    loud_then_silent[:, 200_000:] *= 1e-3
-    assert_refused(mp3_without_length(loud_then_silent), "does not tell its length; convert it to FLAC")
 
 
 def test_files_that_are_no_audio(tmp_path):

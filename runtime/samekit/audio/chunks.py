@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final, Literal
 
 from samekit.audio.layout import Front, front_of_core_audio, front_of_mask, no_front
 from samekit.audio.mpeg import first_frame, mpeg_parts
-from samekit.audio.parts import CONVERT, Part, cut_off, unknown_bytes
+from samekit.audio.parts import CONVERT, Part, Piece, cut_off, unknown_bytes
 from samekit.audio.tags import read_at, unaccounted
 from samekit.errors import AudioFileError
 
@@ -71,6 +71,8 @@ class _Chunks:
     end: int = 0
     """Where the next file begins, or what is no chunk."""
     samples: list[tuple[int, int]] = field(default_factory=list)
+    unknown_size: bool = False
+    """The samples go on to the end of the file."""
     format: bytes = b""
     layout: bytes = b""
     complete: bool = True
@@ -135,6 +137,7 @@ def _walk(file: BinaryIO, start: int, end: int) -> _Chunks:
         if name.startswith(form.samples):
             stop = _samples_end(file, form, body, size, long_size, end)
             chunks.complete = stop <= end
+            chunks.unknown_size = stop == end and body + size != end and (size <= 0 or form.size == 8)
             chunks.samples.append((body, min(stop, end)))
         else:
             stop = body + max(0, size)
@@ -144,7 +147,7 @@ def _walk(file: BinaryIO, start: int, end: int) -> _Chunks:
             if name == b"ds64":
                 # RF64 (EBU Tech 3306): the sizes of the file and of its samples, 64 bits each.
                 long_size = int.from_bytes(read_at(file, body + 8, 8), "little")
-        position = _aligned(file, stop, start, end, form)
+        position = _aligned(file, body, stop, end, form)
     chunks.end = min(position, end)
     return chunks
 
@@ -169,14 +172,21 @@ def _samples_end(file: BinaryIO, form: _Form, body: int, size: int, long_size: i
     if body + size > end and size >= form.unknown:
         return end
     # A recorder that was stopped too early leaves 0; if there are no samples, another chunk or nothing follows.
-    if size <= 0 and body < end and not _is_name(read_at(file, body, 4)):
+    if size <= 0 and body < end and not _is_chunk(file, form, body, end):
         return end
     return body + max(0, size)
 
 
-def _aligned(file: BinaryIO, stop: int, start: int, end: int, form: _Form) -> int:
+def _is_chunk(file: BinaryIO, form: _Form, position: int, end: int) -> bool:
+    """Whether a chunk begins here: one that people's tools append, or one that ends with the file."""
+    header = read_at(file, position, form.name + form.size)
+    size = int.from_bytes(header[form.name :], form.order)
+    return header[:4] in _TRAILING or (_is_name(header[:4]) and 0 <= end - position - len(header) - size < form.align)
+
+
+def _aligned(file: BinaryIO, body: int, stop: int, end: int, form: _Form) -> int:
     """Return where the next chunk begins; some tools leave out the byte that pads odd sizes."""
-    padded = stop + -(stop - start) % form.align
+    padded = stop + -(stop - body) % form.align
     if padded > stop and form.align == 2:
         plain = read_at(file, stop, 4)
         if _is_name(plain) and (plain in _TRAILING or plain in MAGICS or not _is_name(read_at(file, padded, 4))):
@@ -192,7 +202,14 @@ def _file_parts(path: Path, file: BinaryIO, chunks: _Chunks, *, plain: bool) -> 
         first = first_frame(file, body, stop, search=True)
         if first is not None:
             return mpeg_parts(path, file, first, stop, whole_file=False)
-    pieces = () if plain else ((chunks.start, chunks.end),)
+    pieces: tuple[Piece, ...] = () if plain else ((chunks.start, chunks.end),)
+    size_bytes = {b"caff": 8, b"RIFF": 4}.get(read_at(file, chunks.start, 4), 0)
+    if chunks.unknown_size and size_bytes:
+        # libsndfile refuses the -1 of CAF, and finds no samples in some WAV files whose size is 0.
+        body, stop = chunks.samples[0]
+        order: Literal["little", "big"] = "little" if size_bytes == 4 else "big"
+        size = (stop - body) & (1 << 8 * size_bytes) - 1
+        pieces = ((chunks.start, body - size_bytes), size.to_bytes(size_bytes, order), (body, chunks.end))
     return [Part(pieces, _frames(chunks, code), front=_front(path, chunks))]
 
 

@@ -59,7 +59,7 @@ def _parts(path: Path, file: BinaryIO, end: int) -> list[Part]:
     search = start > 0 or path.suffix.lower() in _MPEG_SUFFIXES
     first = first_frame(file, start, end, search=search)
     if first is not None:
-        # libmpg123 reads over one ID3v2 tag and nothing else.
-        plain = first == start and (start == 0 or after_tags(file, 0, start) == start)
+        # libmpg123 passes over ID3v2 tags, but not over the footer that flag 0x10 announces.
+        plain = first == start and not (start and read_at(file, 5, 1)[0] & 0x10)
         return mpeg_parts(path, file, first, end, whole_file=plain)
-    return [Part(((0, end),), check_tail=True)]
+    return [Part(((start, end),), check_tail=True)]

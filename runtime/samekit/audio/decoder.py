@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final
 import soundfile as sf
 
 from samekit.audio.parts import Part, PieceFile, cut_off, unknown_bytes
-from samekit.audio.tags import unaccounted
 from samekit.errors import AudioFileError
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 # libsndfile's SF_COUNT_MAX: the length of a FLAC file that was written to a pipe.
 _UNKNOWN_FRAMES: Final = 2**63 - 1
-# Unread bytes that are fewer than a block of any coding: they hold no whole one.
+# Fewer unread bytes than this may be an incomplete block of a coding.
 _BLOCK_BYTES: Final = 2048
 
 
@@ -130,8 +129,7 @@ class Decoder:
         if announced is not None and not self._part.starts_late and self.frames_read < announced - self._part.slack:
             raise cut_off(self._path)
         if self._part.check_tail and self._pieces:
-            with self._path.open("rb") as file:
-                rest = unaccounted(file, self._pieces.furthest, self._pieces.size)
+            rest = self._pieces.unread()
             if rest > _BLOCK_BYTES:
                 raise unknown_bytes(self._path, rest, "after the samples that it announces")
 

@@ -127,10 +127,16 @@ def _part(path: Path, file: BinaryIO, start: int, end: int, *, plain: bool) -> P
     front = _front(path, info, read_at(file, start, min(frames_start - start, 2**16)))
     if plain and stop == end and (not announced or (last is not None and last[1] == announced)):
         return Part(frames=announced or None, front=front)
-    # Without a count libFLAC reads all frames.
-    unknown = info[:21] + bytes([info[21] & 0xF0]) + bytes(4) + info[26:]
-    pieces: tuple[Piece, ...] = (unknown, (start + _STREAMINFO_END, stop))
-    return Part(pieces, announced or None, front=front)
+    return Part(without_count(file, ((start, stop),)), announced or None, front=front)
+
+
+def without_count(file: BinaryIO, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
+    """Return the pieces of a stream with a STREAMINFO that counts no samples, so that libFLAC reads all frames."""
+    start, stop = pieces[0]
+    if isinstance(start, bytes) or isinstance(stop, bytes) or stop - start < _STREAMINFO_END:
+        return pieces
+    info = read_at(file, start, _STREAMINFO_END)
+    return (info[:21] + bytes([info[21] & 0xF0]) + bytes(4) + info[26:], (start + _STREAMINFO_END, stop), *pieces[1:])
 
 
 def _before_trailer(file: BinaryIO, start: int, end: int) -> int:

@@ -28,6 +28,7 @@ _BIT_RATES: Final = {
     (False, 2): _LOW_RATES,
     (False, 3): _LOW_RATES,
 }
+_ID3V1_BYTES: Final = 128
 # Bytes of the longest frame: layer II, 384 kbit/s, 32 kHz.
 _LONGEST_FRAME: Final = 1729
 # Bytes that are read at a time.
@@ -132,14 +133,16 @@ def mpeg_parts(path: Path, file: BinaryIO, start: int, end: int, *, whole_file: 
     Raises:
         AudioFileError: a stretch longer than a frame is neither frame nor tag, or a stream lacks its end.
     """
-    file_end, end = end, before_tags(file, start, end)
-    streams = _walk(path, file, start, end)
-    seconds = 0.0
-    parts = []
-    for stream in streams:
-        parts.append(_part(path, stream, plain=whole_file and len(streams) == 1 and end + 256 >= file_end))
-        seconds += stream.frames * stream.header.samples / stream.header.rate
-    return parts
+    streams = _walk(path, file, start, before_tags(file, start, end))
+    # libmpg123 passes over an ID3v1 tag at the end; whatever else is there makes it complain to standard error.
+    plain = whole_file and len(streams) == 1 and len(streams[0].ranges) == 1 and _only_id3v1(file, streams[0], end)
+    return [_part(path, stream, plain=plain) for stream in streams]
+
+
+def _only_id3v1(file: BinaryIO, stream: _Stream, end: int) -> bool:
+    """Whether nothing or an ID3v1 tag follows the frames."""
+    last = stream.ranges[-1][1]
+    return end == last or (end == last + _ID3V1_BYTES and read_at(file, last, 3) == b"TAG")
 
 
 def _walk(path: Path, file: BinaryIO, position: int, end: int) -> list[_Stream]:
@@ -217,13 +220,22 @@ def _part(path: Path, stream: _Stream, *, plain: bool) -> Part:
         raise AudioFileError(f"{path}: {cause}; copy or download it again")
     samples = stream.frames * stream.header.samples
     pieces: tuple[Piece, ...] = tuple((start, stop) for start, stop in stream.ranges)
+    size = sum(stop - start for start, stop in stream.ranges)
     if stream.header.layer == 3:
-        size = sum(stop - start for start, stop in stream.ranges)
         pieces = (_with_count(stream, size), *pieces)
-    exact = announced is not None and announced - stream.frames in (0, 1) and len(stream.ranges) == 1
+    exact = announced is not None and announced - stream.frames in (0, 1) and _size_fits(stream.info, size)
     trimmed = _trimmed(stream.info)
     slack = 2 * stream.header.samples
     return Part(pieces, samples - trimmed, slack, prefer_file=plain and (exact or not stream.info))
+
+
+def _size_fits(info: bytes, size: int) -> bool:
+    """Whether an information frame announces the right number of bytes, or none; libmpg123 complains from 1 % on."""
+    at = _mark(info)
+    if info[at : at + 4] == b"VBRI" or not info[at + 7] & 2:
+        return True
+    field = at + 8 + 4 * (info[at + 7] & 1)
+    return abs(int.from_bytes(info[field : field + 4], "big") - size - len(info)) <= size // 200 + len(info)
 
 
 def _trimmed(info: bytes) -> int:

@@ -9,8 +9,9 @@ import zlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, BinaryIO, Final
 
+from samekit.audio.flac import without_count
 from samekit.audio.layout import front_of_ogg
-from samekit.audio.parts import Part, cut_off, unknown_bytes
+from samekit.audio.parts import Part, Piece, cut_off, unknown_bytes
 from samekit.audio.tags import read_at, unaccounted
 from samekit.errors import AudioFileError
 
@@ -23,7 +24,10 @@ _SLACK: Final = 8192
 # Samples that a packet holds at most: half of two such blocks, or 120 ms of Opus at 48 kHz; FLAC takes 65,535.
 _MOST_PACKET_SAMPLES: Final = {b"\x01vor": 8192, b"Opus": 5760}
 _AUDIO: Final = (b"\x01vorbis", b"OpusHead", b"\x7fFLAC", b"Speex   ", b"PCM     ")
-_CONTINUED, _FIRST = 1, 2
+_FIRST, _LAST = 2, 4
+_FLAC: Final = b"\x7fFLAC"
+# Before the signature of FLAC: the mark above, a version and the number of header packets.
+_FLAC_HEADER_BYTES: Final = 9
 _REVERSED: Final = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
@@ -49,10 +53,11 @@ class _Stream:
 
     head: bytes
     number: int
-    pages: int = 0
     granule: int = 0
     timed: bool = False
     starts_late: bool = False
+    last: tuple[int, int] = (0, 0)
+    ended: bool = False
     ranges: list[tuple[int, int]] = field(default_factory=list)
 
     @property
@@ -61,7 +66,7 @@ class _Stream:
         return self.head.startswith(_AUDIO)
 
 
-def page_checksum(page: bytes) -> int:
+def page_checksum(page: bytes | bytearray) -> int:
     """Return the checksum of a page whose checksum field is zero.
 
     It is CRC-32 with the polynomial of zlib, bits in the other order, start value and final inversion left out.
@@ -110,10 +115,47 @@ def ogg_parts(path: Path, file: BinaryIO, start: int, end: int, *, whole_file: b
         # A group without audio is left to libsndfile, which tells why it does not read it.
         for stream in streams or list(group.values())[:1]:
             plain = whole_file and len(groups) == len(group) == 1 and last == end
-            front = front_of_ogg(path, stream.head)
-            pieces = () if plain else tuple(stream.ranges)
-            parts.append(Part(pieces, slack=_SLACK, starts_late=stream.starts_late, front=front))
+            parts.append(_part(path, file, stream, plain=plain))
     return parts
+
+
+def _part(path: Path, file: BinaryIO, stream: _Stream, *, plain: bool) -> Part:
+    """Return what the decoder gets to see of one stream."""
+    front = front_of_ogg(path, stream.head)
+    if stream.head.startswith(_FLAC):
+        # libsndfile does not read FLAC in Ogg, but the content of its pages is a FLAC stream (RFC 9639, 10.1).
+        bodies = tuple(_body(file, start, stop) for start, stop in _split(file, stream.ranges))
+        pieces: tuple[Piece, ...] = ((bodies[0][0] + _FLAC_HEADER_BYTES, bodies[0][1]), *bodies[1:])
+        frames = None if stream.starts_late else stream.granule
+        return Part(without_count(file, pieces), frames, front=front)
+    pieces = tuple((start, stop) for start, stop in stream.ranges)
+    if not stream.ended:
+        # libsndfile refuses Opus whose last page is not marked as the last; recorders that are stopped leave it so.
+        start, stop = stream.last
+        page = bytearray(read_at(file, start, stop - start))
+        page[5] |= _LAST
+        page[22:26] = bytes(4)
+        page[22:26] = page_checksum(page).to_bytes(4, "little")
+        pieces = (*pieces[:-1], (pieces[-1][0], start), bytes(page))
+    elif plain:
+        pieces = ()
+    return Part(pieces, slack=_SLACK, starts_late=stream.starts_late, front=front)
+
+
+def _split(file: BinaryIO, ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield the pages in stretches of the file."""
+    for position, end in ranges:
+        start = position
+        while start < end:
+            header = read_at(file, start, 27 + 255)
+            stop = start + 27 + header[26] + sum(header[27 : 27 + header[26]])
+            yield start, stop
+            start = stop
+
+
+def _body(file: BinaryIO, start: int, stop: int) -> tuple[int, int]:
+    """Return where the content of a page lies."""
+    return start + 27 + read_at(file, start + 26, 1)[0], stop
 
 
 def _append(path: Path, stream: _Stream, page: _Page) -> None:
@@ -132,7 +174,7 @@ def _append(path: Path, stream: _Stream, page: _Page) -> None:
             cause = f"has times that go back at byte {page.start}"
             raise AudioFileError(f"{path}: {cause}; convert it: ffmpeg -i IN OUT.flac")
         stream.granule, stream.timed = page.granule, True
-    stream.pages += 1
+    stream.last, stream.ended = (page.start, page.end), bool(page.flags & _LAST)
     if stream.ranges and stream.ranges[-1][1] == page.start:
         stream.ranges[-1] = (stream.ranges[-1][0], page.end)
     else:

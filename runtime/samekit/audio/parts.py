@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, BinaryIO
 
+from samekit.audio.tags import after_tags, before_tags
 from samekit.errors import AudioFileError
 
 if TYPE_CHECKING:
@@ -102,6 +103,12 @@ class PieceFile:
             self._position += len(chunk)
             self.furthest = max(self.furthest, self._position)
         return b"".join(chunks)
+
+    def unread(self) -> int:
+        """Return how many bytes after the furthest read are no tags. Where a format shows no end, padding is no sign."""
+        shift = self._pieces[0][0] if not isinstance(self._pieces[0], bytes) else 0
+        position = after_tags(self._file, int(shift) + self.furthest, int(shift) + self.size)
+        return before_tags(self._file, position, int(shift) + self.size) - position
 
     def _load(self, offset: int, size: int) -> bytes:
         """Read from the file itself."""
