@@ -51,6 +51,8 @@ _FORMS: Final = {
 MAGICS: Final = tuple(_FORMS)
 _MPEG_TAGS: Final = (0x50, 0x55)
 _LINEAR_TAGS: Final = (1, 3, 6, 7)
+# A hostile file may consist of empty chunks.
+_MOST_CHUNKS: Final = 10_000
 _EXTENSIBLE: Final = 0xFFFE
 # The tail of the sub-format of Ambisonic B-format files (.amb).
 _AMBISONIC: Final = bytes.fromhex("2107d3118644c8c1ca000000")
@@ -126,8 +128,8 @@ def _walk(file: BinaryIO, start: int, end: int) -> _Chunks:
     long_size = 0
     position = start + form.first
     header_size = form.name + form.size
-    while position < end:
-        header = read_at(file, position, header_size)
+    for _ in range(_MOST_CHUNKS):
+        header = read_at(file, position, header_size) if position < end else b""
         name, size = header[: form.name], int.from_bytes(header[form.name :], form.order)
         if len(header) < header_size or name[:4] in MAGICS or not _is_name(name[:4]):
             break

@@ -60,7 +60,9 @@ class Decoder:
                 self._file = self._open(native(path))
             if part.pieces and not (part.prefer_file and self._counts_right()):
                 stack.close()
-                self._pieces = PieceFile(stack.enter_context(path.open("rb")), part.pieces)
+                with _decoder_errors(path, "cannot be opened", "check name and permissions"):
+                    source = stack.enter_context(path.open("rb"))
+                self._pieces = PieceFile(source, part.pieces)
                 self._file = self._open(self._pieces)
                 self._pieces.furthest = 0
             self._stack = stack.pop_all()
@@ -170,6 +172,6 @@ def _decoder_errors(path: Path, cause: str, cure: str) -> Iterator[None]:
     try:
         yield
     # A TypeError is how soundfile refuses files named .raw.
-    except (sf.SoundFileError, TypeError) as error:
-        reason = str(getattr(error, "error_string", error)).rstrip(".")
+    except (sf.SoundFileError, TypeError, OSError) as error:
+        reason = str(getattr(error, "error_string", None) or getattr(error, "strerror", None) or error).rstrip(".")
         raise AudioFileError(f"{path}: {cause} ({reason}); {cure}") from error

@@ -23,6 +23,8 @@ _TAIL: Final = 2**14
 _BEGINNING: Final = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
 _SIGNATURE: Final = int.from_bytes(b"fLaC", "little")
 _STREAMINFO_END: Final = 42
+# A hostile file may consist of empty metadata blocks.
+_MOST_BLOCKS: Final = 10_000
 _SYNC: Final = re.compile(rb"\xff[\xf8\xf9]")
 # RFC 9639, 9.1.1: samples of a frame by the code; 6 and 7 stand for a number at the header's end.
 _BLOCK_SIZES: Final = {
@@ -101,8 +103,10 @@ def _signatures(buffer: bytearray, size: int) -> list[int]:
 def _metadata_end(file: BinaryIO, position: int, end: int) -> int | None:
     """Return where the metadata blocks of a stream end; None if they do not."""
     position += 4
-    while position + 4 <= end:
+    for _ in range(_MOST_BLOCKS):
         header = read_at(file, position, 4)
+        if len(header) < 4 or position + 4 > end:
+            break
         position += 4 + int.from_bytes(header[1:], "big")
         if header[0] & 0x80:
             return position if position <= end else None

@@ -115,7 +115,8 @@ def _continues(file: BinaryIO, header: _Header, position: int, end: int) -> bool
             return position <= end
         following = _header(int.from_bytes(read_at(file, position, 4), "big"))
         if following is None or following.kind != header.kind:
-            return following is None and unaccounted(file, position, end) <= _LONGEST_FRAME
+            tagged = after_tags(file, position, end) > position
+            return following is None and (tagged or before_tags(file, position, end) - position <= _LONGEST_FRAME)
         header = following
     return True
 

@@ -105,7 +105,7 @@ class PieceFile:
         return b"".join(chunks)
 
     def unread(self) -> int:
-        """Return how many bytes after the furthest read are no tags. Where a format shows no end, padding is no sign."""
+        """Return how many bytes after the furthest read are no tags; in these formats padding may be samples."""
         shift = self._pieces[0][0] if not isinstance(self._pieces[0], bytes) else 0
         position = after_tags(self._file, int(shift) + self.furthest, int(shift) + self.size)
         return before_tags(self._file, position, int(shift) + self.size) - position

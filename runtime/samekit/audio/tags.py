@@ -8,6 +8,8 @@ from typing import BinaryIO, Final
 # Lyrics3 v1 (id3.org/Lyrics3): at most 5,100 bytes of text between its two marks.
 _LYRICS_BYTES: Final = 5100 + 20
 _BLOCK: Final = 2**16
+# A hostile file may consist of empty tags.
+_MOST_TAGS: Final = 1000
 
 
 def read_at(file: BinaryIO, offset: int, size: int) -> bytes:
@@ -18,8 +20,8 @@ def read_at(file: BinaryIO, offset: int, size: int) -> bytes:
 
 def after_tags(file: BinaryIO, position: int, end: int) -> int:
     """Return where the tags that begin at `position` end, each known by its first bytes."""
-    while position < end:
-        size = _size_from_start(read_at(file, position, 32))
+    for _ in range(_MOST_TAGS):
+        size = _size_from_start(read_at(file, position, 32)) if position < end else 0
         if not size:
             break
         position += size
@@ -28,7 +30,7 @@ def after_tags(file: BinaryIO, position: int, end: int) -> int:
 
 def before_tags(file: BinaryIO, position: int, end: int) -> int:
     """Return where the tags that end at `end` begin, each known by its last bytes; not before `position`."""
-    while end > position:
+    for _ in range(_MOST_TAGS):
         size = _size_from_end(file, position, end)
         if not 0 < size <= end - position:
             break
