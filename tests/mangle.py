@@ -8,7 +8,27 @@ from __future__ import annotations
 import random
 import struct
 
-from samekit.audio.ogg import page_checksum
+
+def _checksums():
+    """Return the table of Ogg's checksum, polynomial 0x04C11DB7 (RFC 3533, section 6)."""
+    table = []
+    for byte in range(256):
+        value = byte << 24
+        for _ in range(8):
+            value = (value << 1 ^ (0x04C11DB7 if value & 0x80000000 else 0)) & 0xFFFFFFFF
+        table.append(value)
+    return table
+
+
+_TABLE = _checksums()
+
+
+def page_checksum(content):
+    """Return the checksum of an Ogg page whose checksum field is zero."""
+    value = 0
+    for byte in content:
+        value = (value << 8 & 0xFFFFFFFF) ^ _TABLE[value >> 24 ^ byte]
+    return value
 
 
 def id3v2(size=300, *, version=4, footer=False):
