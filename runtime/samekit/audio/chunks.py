@@ -69,6 +69,8 @@ _TRAILING: Final = (
 class _Chunks:
     """What the chunks of one file, or of one of several joined ones, say."""
 
+    kind: bytes
+    """The first four bytes."""
     start: int
     end: int = 0
     """Where the next file begins, or what is no chunk."""
@@ -103,7 +105,7 @@ def chunked_parts(path: Path, file: BinaryIO, start: int, end: int, *, whole_fil
         if len(chunks.samples) > 1:
             cause = f"holds its samples in {len(chunks.samples)} chunks, of which libsndfile reads one"
             raise AudioFileError(f"{path}: {cause}; {CONVERT}")
-        parts.extend(_file_parts(path, file, chunks, plain=whole_file and len(found) == 1))
+        parts.extend(_file_parts(path, file, chunks, plain=whole_file and found[0].end == end))
     if rest := unaccounted(file, found[-1].end, end):
         raise _too_few(path, rest, found[-1])
     return parts
@@ -114,8 +116,10 @@ def _too_few(path: Path, rest: int, chunks: _Chunks) -> AudioFileError:
     if not chunks.samples or chunks.samples[-1][1] != chunks.end:
         return unknown_bytes(path, rest, "after its last chunk")
     cause = f"{rest} bytes follow the samples that it announces, and are neither a chunk nor a tag"
-    cures = "keep the announced samples with ffmpeg -i IN OUT.flac, or in a WAV file all of them with -ignore_length 1"
-    return AudioFileError(f"{path}: {cause}; {cures} before -i")
+    announced = "take what it announces: ffmpeg -i IN OUT.flac"
+    if chunks.format.startswith(b"fmt ") and chunks.kind != b"riff":
+        return AudioFileError(f"{path}: {cause}; {announced}, or all of it: ffmpeg -ignore_length 1 -i IN OUT.flac")
+    return AudioFileError(f"{path}: {cause}; {announced}")
 
 
 def _walk(file: BinaryIO, start: int, end: int) -> _Chunks:
@@ -124,7 +128,7 @@ def _walk(file: BinaryIO, start: int, end: int) -> _Chunks:
     form = _FORMS[head[:4]]
     if head[:4] == b"FORM" and head[8:12] in (b"8SVX", b"16SV"):
         form = _Form("big", b"BODY")
-    chunks = _Chunks(start)
+    chunks = _Chunks(head[:4], start)
     long_size = 0
     position = start + form.first
     header_size = form.name + form.size
@@ -205,13 +209,17 @@ def _file_parts(path: Path, file: BinaryIO, chunks: _Chunks, *, plain: bool) -> 
         if first is not None:
             return mpeg_parts(path, file, first, stop, whole_file=False)
     pieces: tuple[Piece, ...] = () if plain else ((chunks.start, chunks.end),)
-    size_bytes = {b"caff": 8, b"RIFF": 4}.get(read_at(file, chunks.start, 4), 0)
-    if chunks.unknown_size and size_bytes:
-        # libsndfile refuses the -1 of CAF, and finds no samples in some WAV files whose size is 0.
+    if chunks.samples:
         body, stop = chunks.samples[0]
-        order: Literal["little", "big"] = "little" if size_bytes == 4 else "big"
-        size = (stop - body) & (1 << 8 * size_bytes) - 1
-        pieces = ((chunks.start, body - size_bytes), size.to_bytes(size_bytes, order), (body, chunks.end))
+        size_bytes = {b"caff": 8, b"RIFF": 4}.get(chunks.kind, 0)
+        if chunks.kind == b"riff" and stop < chunks.end:
+            # libsndfile takes the chunks after the samples of a W64 file for samples.
+            pieces = ((chunks.start, stop),)
+        elif chunks.unknown_size and size_bytes:
+            # libsndfile refuses the -1 of CAF, and finds no samples in some WAV files whose size is 0.
+            order: Literal["little", "big"] = "little" if size_bytes == 4 else "big"
+            size = (stop - body) & (1 << 8 * size_bytes) - 1
+            pieces = ((chunks.start, body - size_bytes), size.to_bytes(size_bytes, order), (body, chunks.end))
     return [Part(pieces, _frames(chunks, code), front=_front(path, chunks))]
 
 

@@ -11,7 +11,7 @@ from samekit.audio.flac import flac_parts
 from samekit.audio.mpeg import first_frame, mpeg_parts
 from samekit.audio.ogg import ogg_parts
 from samekit.audio.parts import Part, cut_off
-from samekit.audio.tags import after_tags, file_size, read_at
+from samekit.audio.tags import after_tags, before_tags, file_size, read_at
 from samekit.errors import AudioFileError
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ def _parts(path: Path, file: BinaryIO, end: int) -> list[Part]:
     first = first_frame(file, start, end, search=search)
     if first is not None:
         # libmpg123 passes over ID3v2 tags, but not over the footer that flag 0x10 announces.
-        plain = first == start and not (start and read_at(file, 5, 1)[0] & 0x10)
+        head = read_at(file, 0, 6)
+        plain = first == start and (start == 0 or (head.startswith(b"ID3") and not head[5] & 0x10))
         return mpeg_parts(path, file, first, end, whole_file=plain)
-    return [Part(((start, end),), check_tail=True)]
+    # Many of these formats take all that follows for samples.
+    return [Part(((start, before_tags(file, start, end)),), check_tail=True)]

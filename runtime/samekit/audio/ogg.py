@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final
 
 from samekit.audio.flac import without_count
 from samekit.audio.layout import front_of_ogg
-from samekit.audio.parts import Part, Piece, cut_off, unknown_bytes
+from samekit.audio.parts import CONVERT, Part, Piece, cut_off, unknown_bytes
 from samekit.audio.tags import read_at, unaccounted
 from samekit.errors import AudioFileError
 
@@ -160,6 +160,9 @@ def _body(file: BinaryIO, start: int, stop: int) -> tuple[int, int]:
 
 def _append(path: Path, stream: _Stream, page: _Page) -> None:
     """Add a page to its stream, in which no page may be missing and times never go back."""
+    if stream.ended:
+        cause = f"goes on at byte {page.start} after the page that is marked as the last"
+        raise AudioFileError(f"{path}: {cause}; {CONVERT}")
     gap = page.number != stream.number + 1 & 0xFFFFFFFF
     stream.number = page.number
     # A radio relay sends the first pages, with the headers, and goes on with what is played at the moment.
@@ -172,7 +175,7 @@ def _append(path: Path, stream: _Stream, page: _Page) -> None:
         stream.starts_late |= not stream.timed and page.granule > most * max(1, page.packets)
         if page.granule < stream.granule:
             cause = f"has times that go back at byte {page.start}"
-            raise AudioFileError(f"{path}: {cause}; convert it: ffmpeg -i IN OUT.flac")
+            raise AudioFileError(f"{path}: {cause}; {CONVERT}")
         stream.granule, stream.timed = page.granule, True
     stream.last, stream.ended = (page.start, page.end), bool(page.flags & _LAST)
     if stream.ranges and stream.ranges[-1][1] == page.start:

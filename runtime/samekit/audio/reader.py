@@ -35,8 +35,8 @@ class AudioInfo:
     channels: int
     """As stored, before any conversion."""
     frames: int | None
-    """Samples a channel; None if the header does not tell, or if several streams follow each other. It may be a frame
-    or two too many in an MP3 without a Xing header."""
+    """Samples a channel; None if the file does not tell, or holds several streams that follow each other. In an MP3
+    without a Xing header it may be up to two MPEG frames too many."""
     format: str
     """Container as libsndfile names it, such as `WAV`, `FLAC`, `OGG`, `MP3`."""
     subtype: str
@@ -72,7 +72,7 @@ class AudioReader:
         self._decoder = Decoder(self.path, first)
         self._front = first.front
         rate, channels = self._decoder.layout
-        frames = None if self._parts else self._decoder.frames
+        frames = None if self._parts or first.starts_late else self._decoder.frames
         self.info = AudioInfo(rate, channels, frames, *self._decoder.coding)
         if frames == 0:
             self.close()
