@@ -205,6 +205,7 @@ DAMAGES = {
     "the rest of a frame": lambda data: data + data[:200],
     "another file": lambda data: data + mangle.id3v2() + data,
     "a hole": lambda data: data[:20_000] + data[20_333:],
+    "a long hole": lambda data: data[:20_000] + data[27_000:],
 }
 
 

@@ -77,11 +77,22 @@ class _Stream:
     info: bytes = b""
     """The frame that carries a Xing, Info or VBRI header instead of sound."""
     frames: int = 0
+    last: int = 0
+    """Offset of the last frame."""
     ranges: list[list[int]] = field(default_factory=list)
+
+    def drop_last(self) -> None:
+        """Remove the last frame."""
+        if self.frames > 1:
+            self.frames -= 1
+            self.ranges[-1][1] = self.last
+            if self.ranges[-1][0] == self.last:
+                self.ranges.pop()
 
     def add(self, start: int, end: int) -> None:
         """Append a frame."""
         self.frames += 1
+        self.last = start
         if self.ranges and self.ranges[-1][1] == start:
             self.ranges[-1][1] = end
         else:
@@ -158,8 +169,11 @@ def _walk(path: Path, file: BinaryIO, position: int, end: int) -> list[_Stream]:
         word = int.from_bytes(block[at : at + 4], "big")
         header = _header(word)
         if header is None or position + header.size > end:
-            position = _after_gap(path, file, position, end, seconds)
+            gap, position = position, _after_gap(path, file, position, end, seconds)
             block = b""
+            if streams and first_frame(file, position, end, search=False) and after_tags(file, gap, end) == gap:
+                # The end of the frame before the gap is missing; libmpg123 would make noise of it, and complain.
+                streams[-1].drop_last()
             continue
         # Such frames are silent: after the header and its checksum follow zeros.
         info = b"" if any(block[at + 6 : at + 12]) else _info_frame(block[at : at + header.size])
