@@ -416,7 +416,7 @@ def test_files_of_many_channels_may_end_in_short_blocks(tmp_path):
     """More channels than samples are a mistake in arrays only."""
     sf.write(tmp_path / "song.wav", noise((19, 80)), RATE, subtype="FLOAT")
     # Blocks of eight samples a channel.
-    with mock.patch("samekit.audio._BLOCK_VALUES", 8 * 80):
+    with mock.patch("samekit.audio.reader._BLOCK_VALUES", 8 * 80):
         written = AutoencoderModel(FakeBackend()).encode_file(tmp_path / "song.wav", tmp_path / "song.npy")
     assert written["samples"] == 19
 

@@ -506,7 +506,7 @@ def test_audio_that_changes_while_it_is_encoded(tmp_path, monkeypatch, suffix, c
     path = tmp_path / f"song.{suffix}"
     sf.write(path, noise((200_000, 2), level=0.1), RATE)
     os.utime(path, (1, 1))
-    monkeypatch.setattr("samekit.audio._BLOCK_VALUES", 40_000)
+    monkeypatch.setattr("samekit.audio.reader._BLOCK_VALUES", 40_000)
     model, blocks = AutoencoderModel(FakeBackend()), []
 
     def progress(frames):

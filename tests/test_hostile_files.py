@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import hostile
+import mangle
 import numpy as np
 import pytest
 import soundfile as sf
@@ -255,6 +256,19 @@ HARMFUL = {
     "chunks without end": ("audio", ".wav", b"RIFF\xff\xff\xff\xffWAVE" + bytes(10**6)),
     "an Ogg page of nothing": ("audio", ".ogg", b"OggS" + bytes(23) + b"\xff" * 300),
     "a FLAC of zeros": ("audio", ".flac", b"fLaC" + bytes(10_000)),
+    "a FLAC of empty blocks": ("audio", ".flac", b"fLaC" + bytes(10**7)),
+    "a WAV of empty chunks": ("audio", ".wav", b"RIFF\xff\xff\xff\x7fWAVE" + (b"junk" + bytes(4)) * 10**6),
+    "an AIFF of empty chunks": ("audio", ".aiff", b"FORM\x7f\xff\xff\xffAIFF" + (b"ANNO" + bytes(4)) * 10**6),
+    "empty ID3 tags": ("audio", ".mp3", (b"ID3\4" + bytes(6)) * 10**5),
+    "empty tags at the end": ("audio", ".mp3", b"\xff\xfb\x90\x00" + bytes(413) + (b"3DI\4" + bytes(6)) * 10**5),
+    "MPEG headers without frames": ("audio", ".mp3", b"ID3\4" + bytes(6) + b"\xff\xfb\x92\x00\0" * 10**5),
+    "Ogg pages without packets": (
+        "audio",
+        ".ogg",
+        b"".join(
+            mangle.page(b"OggS\0\2" + bytes(8) + bytes((n % 256, n >> 8, 0, 0)) + bytes(9)) for n in range(50_000)
+        ),
+    ),
     "an ID3 tag of 256 MiB": ("audio", ".mp3", b"ID3\x04\x00\x00\x7f\x7f\x7f\x7f" + b"\xff\xfb\x90\x00" * 100),
     "raw samples": ("audio", ".raw", bytes(1000)),
     "10^12 latents": ("npy", ".npy", npy_header("(4, 1000000000000)", rest=bytes(1000))),

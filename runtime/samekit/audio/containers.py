@@ -1,0 +1,67 @@
+"""Which container an audio file is, and of which parts it consists."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, BinaryIO, Final
+
+from samekit._files import regular_file
+from samekit.audio import chunks
+from samekit.audio.chunks import chunked_parts
+from samekit.audio.flac import flac_parts
+from samekit.audio.mpeg import first_frame, mpeg_parts
+from samekit.audio.ogg import ogg_parts
+from samekit.audio.parts import Part, cut_off
+from samekit.audio.tags import after_tags, before_tags, file_size, read_at
+from samekit.errors import AudioFileError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_MPEG_SUFFIXES: Final = (".mp3", ".mp2", ".mp1", ".mpga", ".mpa")
+# Of AU files: byte order by magic; a size of 0xFFFFFFFF stands for an unknown length.
+_AU: Final = {b".snd": "big", b"dns.": "little"}
+_UNKNOWN_SIZE: Final = 0x7FFFF000
+
+
+def find_parts(path: Path) -> list[Part]:
+    """Return the parts of a file in their order, at least one.
+
+    Raises:
+        AudioFileError: the file cannot be opened, is empty, or shows that something is missing or left over.
+    """
+    try:
+        with regular_file(path) as file:
+            size = file_size(file)
+            if size == 0:
+                raise AudioFileError(f"{path}: is empty; copy or download it again")
+            return _parts(path, file, size) or [Part()]
+    except OSError as error:
+        reason = error.strerror or error
+        raise AudioFileError(f"{path}: cannot be opened ({reason}); check name and permissions") from error
+
+
+def _parts(path: Path, file: BinaryIO, end: int) -> list[Part]:
+    """Look at the first bytes after the tags."""
+    start = after_tags(file, 0, end)
+    magic = read_at(file, start, 4)
+    whole_file = start == 0
+    if magic in chunks.MAGICS:
+        return chunked_parts(path, file, start, end, whole_file=whole_file)
+    if magic == b"OggS":
+        return ogg_parts(path, file, start, end, whole_file=whole_file)
+    if magic == b"fLaC":
+        return flac_parts(path, file, start, end, whole_file=whole_file)
+    if magic in _AU and start == 0:
+        order = _AU[magic]
+        offset, size = (int.from_bytes(read_at(file, at, 4), order) for at in (4, 8))  # type: ignore[arg-type]
+        if size < _UNKNOWN_SIZE and offset + size > end:
+            raise cut_off(path)
+    search = start > 0 or path.suffix.lower() in _MPEG_SUFFIXES
+    first = first_frame(file, start, end, search=search)
+    if first is not None:
+        # libmpg123 passes over ID3v2 tags, but not over the footer that flag 0x10 announces.
+        head = read_at(file, 0, 6)
+        plain = first == start and (start == 0 or (head.startswith(b"ID3") and not head[5] & 0x10))
+        return mpeg_parts(path, file, first, end, whole_file=plain)
+    # Many of these formats take all that follows for samples.
+    return [Part(((start, before_tags(file, start, end)),), check_tail=True)]

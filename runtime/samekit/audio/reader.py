@@ -1,0 +1,222 @@
+"""Read audio files in blocks, as stored or at the channels and sample rate that a model wants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from samekit._files import named, stamp
+from samekit.audio.channels import Audio, to_channels
+from samekit.audio.containers import find_parts
+from samekit.audio.decoder import Decoder
+from samekit.audio.resampler import StreamResampler, resample
+from samekit.errors import AudioFileError, InputError
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator
+    from types import TracebackType
+    from typing import Self
+
+BLOCK: Final = 2**18
+"""Samples a channel that are read at a time: 6 s at 44.1 kHz, 2 MiB in stereo."""
+# Most samples of all channels in a block: a header may announce 1,024 channels.
+_BLOCK_VALUES: Final = 2**21
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """What the header of an audio file says."""
+
+    sample_rate: int
+    """In Hz."""
+    channels: int
+    """As stored, before any conversion."""
+    frames: int | None
+    """Samples a channel; None if the file does not tell, or holds several streams that follow each other. In an MP3
+    without a Xing header it may be up to two MPEG frames too many."""
+    format: str
+    """Container as libsndfile names it, such as `WAV`, `FLAC`, `OGG`, `MP3`."""
+    subtype: str
+    """Encoding of the samples as libsndfile names it, such as `PCM_16`, `FLOAT`, `VORBIS`."""
+
+
+class AudioReader:
+    """Read a file block by block, once, in a memory that does not grow with its length.
+
+    Reads whatever libsndfile does: WAV, FLAC, Ogg Vorbis and Opus, MP3, AIFF and more. Streams that follow each other
+    in one file are read as one. What the file announces, what was decoded and what it holds are compared, and a file
+    that is cut off or holds more than can be read is refused: on opening where its structure shows it, else at the end.
+    So is a file that was changed meanwhile.
+
+    The channels are in the order of the file, except that left and right are the first two.
+
+    Args:
+        path: the file.
+        block: most samples a channel in one block; with many channels it is less.
+
+    Raises:
+        AudioFileError: on opening or reading, if the file is missing, empty, no audio, damaged, cut off, or
+            holds NaN or infinity.
+        InputError: no file can have this name.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], block: int = BLOCK) -> None:
+        self.path = named(path)
+        """The file."""
+        self._frames_read = 0
+        self._stamp = stamp(self.path)
+        first, *self._parts = find_parts(self.path)
+        self._decoder = Decoder(self.path, first)
+        self._front = first.front
+        rate, channels = self._decoder.layout
+        frames = None if self._parts or first.starts_late else self._decoder.frames
+        self.info = AudioInfo(rate, channels, frames, *self._decoder.coding)
+        if frames == 0:
+            self.close()
+            raise self._empty()
+        self._block = max(1, min(block, _BLOCK_VALUES // self.info.channels))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._decoder.close()
+
+    def __iter__(self) -> Iterator[Audio]:
+        """Yield the samples that are left, as `[channels, samples]`."""
+        while True:
+            while len(frames := self._decoder.read(self._block, self._frames_read / self.info.sample_rate)):
+                self._frames_read += len(frames)
+                if not np.isfinite(frames).all():
+                    raise AudioFileError(f"{self.path}: holds NaN or infinity; render it again without them")
+                yield np.ascontiguousarray(self._front_first(frames).T)
+            if stamp(self.path) != self._stamp:
+                raise AudioFileError(f"{self.path}: was changed while it was read; read it again")
+            self._decoder.check_end()
+            if not self._parts:
+                break
+            self._next_part()
+        if not self._frames_read:
+            raise self._empty()
+
+    def _next_part(self) -> None:
+        """Go on with the stream that follows, which must have the rate and channels of the first."""
+        self.close()
+        part = self._parts.pop(0)
+        self._decoder = Decoder(self.path, part)
+        self._front = part.front
+        before, after = (self.info.sample_rate, self.info.channels), self._decoder.layout
+        if before != after:
+            seconds = self._frames_read / self.info.sample_rate
+            change = f"from {before[1]} channels at {before[0]} Hz to {after[1]} at {after[0]} Hz"
+            raise AudioFileError(
+                f"{self.path}: changes after {seconds:.1f} s {change}; convert it: ffmpeg -i IN OUT.flac"
+            )
+
+    def _front_first(self, frames: Audio) -> Audio:
+        """Put left and right before the other channels of `[samples, channels]`."""
+        if self._front == (0, 1):
+            return frames
+        others = [channel for channel in range(frames.shape[1]) if channel not in self._front]
+        return frames[:, [*self._front, *others]]
+
+    def _empty(self) -> AudioFileError:
+        """Name the error of a file without samples."""
+        return AudioFileError(
+            f"{self.path}: holds no samples, or its header was never completed; record or render it again"
+        )
+
+
+def read_audio(path: str | os.PathLike[str]) -> tuple[Audio, int]:
+    """Read a whole file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The samples, `[channels, samples]`, and the sample rate in Hz.
+
+    Raises:
+        AudioFileError: as `AudioReader`.
+    """
+    with AudioReader(path) as reader:
+        return np.concatenate(list(reader), axis=1), reader.info.sample_rate
+
+
+def prepare(audio: Audio, rate_in: int, rate_out: int, channels: int) -> Audio:
+    """Bring one clip to the channels and the sample rate of a model, as the reference does before encoding.
+
+    Args:
+        audio: `[channels of the clip, samples]`.
+        rate_in: rate of the clip in Hz.
+        rate_out: rate of the model in Hz.
+        channels: of the model.
+
+    Returns:
+        `[channels, resampled_length(samples, rate_in, rate_out)]`, not padded; it may share memory with `audio`.
+
+    Raises:
+        InputError: as `to_channels` and `resample`.
+    """
+    return resample(to_channels(audio, channels), rate_in, rate_out)
+
+
+class PreparedReader:
+    """Read a file as `prepare` gives it, block by block, in a memory that does not grow with its length.
+
+    Args:
+        path: the file.
+        sample_rate: wanted, in Hz.
+        channels: wanted.
+
+    Raises:
+        AudioFileError: on opening or reading, as `AudioReader`.
+        InputError: on opening or reading, if the file's rate or channels cannot be converted.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], sample_rate: int, channels: int) -> None:
+        self.samples = 0
+        """Samples a channel that were yielded so far: the exact length, once the file is read."""
+        self._channels = channels
+        self._reader = AudioReader(path)
+        self.info = self._reader.info
+        """The file's own rate, channels, length and format."""
+        try:
+            self._resampler = StreamResampler(self.info.sample_rate, sample_rate, channels)
+        except InputError:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._reader.close()
+
+    def __iter__(self) -> Iterator[Audio]:
+        """Yield `[channels, samples]` at the rate wanted, in blocks of varying length."""
+        for block in self._resampled():
+            if block.shape[1]:
+                self.samples += block.shape[1]
+                yield block
+
+    def _resampled(self) -> Iterator[Audio]:
+        """Yield what comes of each block of the file and of its end; some are empty."""
+        for block in self._reader:
+            yield self._resampler.push(to_channels(block, self._channels))
+        yield self._resampler.finish()

@@ -1,0 +1,151 @@
+"""Write .wav and .flac files block by block."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import numpy.typing as npt
+import soundfile as sf
+
+from samekit._files import atomic_path, output_errors
+from samekit.audio.decoder import native
+from samekit.errors import InputError, OutputError
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator
+    from types import TracebackType
+    from typing import Self
+
+    from samekit.audio.channels import Audio
+
+# Bits of the integer subtypes of each format; 0 stands for floating point.
+_SUBTYPES: Final = {
+    "WAV": {"PCM_16": 16, "PCM_24": 24, "PCM_32": 32, "FLOAT": 0},
+    "FLAC": {"PCM_16": 16, "PCM_24": 24},
+}
+# WAV counts its bytes in 32 bits, and its headers take less than 4 KiB of them.
+_WAV_BYTES: Final = 2**32 - 2**12
+
+
+def format_of(path: Path, subtype: str) -> str:
+    """The format of an output file, by its suffix: WAV or FLAC.
+
+    Raises:
+        InputError: another suffix, or the format does not hold the subtype.
+    """
+    name = path.suffix[1:].upper()
+    if name not in _SUBTYPES:
+        raise InputError(f"{path}: {path.suffix!r} is no output format; use .wav or .flac")
+    if subtype not in _SUBTYPES[name]:
+        choices = ", ".join(_SUBTYPES[name])
+        bits = choices.replace("PCM_", "").lower()
+        other = "" if name == "WAV" else ", or .wav"
+        raise InputError(f"{path}: {name} holds no {subtype!r}; use one of {choices} (--bits {bits}){other}")
+    return name
+
+
+class AudioWriter:
+    """Write a .wav or .flac file block by block; it appears when the `with` block ends well, or not at all.
+
+    Integer subtypes are rounded to the nearest step and limited to full scale. A WAV file that would pass
+    4 GiB is written as RF64, if `frames` announces it.
+
+    Args:
+        path: the file; its suffix, .wav or .flac, is the format.
+        sample_rate: in Hz.
+        channels: of every block.
+        subtype: `PCM_16`, `PCM_24`, and in WAV also `PCM_32` or `FLOAT`.
+        frames: samples a channel that will be written, if known.
+        clip: limit `FLOAT` samples to ±1 too.
+
+    Raises:
+        InputError: the suffix, the subtype, the channels or the rate cannot be written.
+        OutputError: the folder is missing, not writable or full.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        sample_rate: int,
+        channels: int,
+        subtype: str = "PCM_16",
+        *,
+        frames: int | None = None,
+        clip: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        """The file; not there before the `with` block ends."""
+        self.frames = 0
+        """Samples a channel that were written so far."""
+        self._channels = channels
+        self._clip = clip
+        self._format = format_of(self.path, subtype)
+        self._bits = _SUBTYPES[self._format][subtype]
+        self._frame_bytes = channels * (self._bits or 32) // 8
+        if self._format == "WAV" and (frames or 0) * self._frame_bytes > _WAV_BYTES:
+            self._format = "RF64"
+        self._output = self._open(sample_rate, subtype)
+
+    def __enter__(self) -> Self:
+        self._file = self._output.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._output.__exit__(kind, error, trace)
+
+    def write(self, audio: Audio) -> None:
+        """Append a block.
+
+        Args:
+            audio: `[channels, samples]`, finite.
+
+        Raises:
+            InputError: the block has another shape, or holds NaN or infinity.
+            OutputError: the disk is full, or the file becomes too long for WAV.
+        """
+        if audio.ndim != 2 or audio.shape[0] != self._channels:
+            raise InputError(f"block of shape {audio.shape} does not fit; give [{self._channels}, samples]")
+        if not np.isfinite(audio).all():
+            raise InputError(f"{self.path}: the audio holds NaN or infinity; remove them before writing")
+        self.frames += audio.shape[1]
+        if self._format == "WAV" and self.frames * self._frame_bytes > _WAV_BYTES:
+            raise OutputError(f"{self.path}: WAV ends at 4 GiB; write .flac, or announce the length (frames=)")
+        samples: npt.NDArray[np.float32 | np.int32] = audio
+        if self._bits:
+            samples = _quantized(audio, self._bits)
+        elif self._clip:
+            samples = np.clip(audio, -1, 1)
+        with output_errors(self.path, sf.SoundFileError):
+            self._file.write(samples.T)
+
+    @contextmanager
+    def _open(self, sample_rate: int, subtype: str) -> Iterator[sf.SoundFile]:
+        """Hold the temporary file open while the `with` block of the writer runs."""
+        with atomic_path(self.path) as temporary:
+            try:
+                file = sf.SoundFile(native(temporary), "w", sample_rate, self._channels, subtype, format=self._format)
+            except sf.SoundFileError as error:
+                layout = f"{self._channels} channels at {sample_rate} Hz"
+                raise InputError(f"{self.path}: {self._format} cannot hold {layout}; change them") from error
+            try:
+                yield file
+            finally:
+                with output_errors(self.path, sf.SoundFileError):
+                    file.close()
+
+
+def _quantized(audio: Audio, bits: int) -> npt.NDArray[np.int32]:
+    """Round to the steps of a PCM subtype, in the upper bits, where libsndfile takes them from.
+
+    libsndfile's own conversion rounds down when it clips, which shifts a WAV file by half a step.
+    """
+    full_scale = 1 << (bits - 1)
+    steps = np.rint(audio.astype(np.float64) * full_scale)
+    limited = np.clip(steps, -full_scale, full_scale - 1).astype(np.int32)
+    return limited << (32 - bits)
