@@ -77,11 +77,11 @@ def sample_rates(value: Any, clips: int) -> list[Any]:
         A rate for each clip. What is no whole number stays as it is, for the resampler to refuse.
 
     Raises:
-        InputError: numbers of clips and rates differ, or a tensor has no values.
+        InputError: there are no clips, numbers of clips and rates differ, or a tensor has no values.
     """
     value = _plain_numbers(value)
     rates = [_plain_numbers(rate) for rate in value] if isinstance(value, (list, tuple)) else [value] * clips
-    if len(rates) != clips:
+    if not clips or len(rates) != clips:
         raise InputError(f"{clips} clips and {len(rates)} sample rates; pass one rate for all or one each")
     return [int(rate) if isinstance(rate, float) and rate.is_integer() else rate for rate in rates]
 

@@ -131,8 +131,6 @@ class Autoencoder:
                 NaN, infinity, no samples, or a rate out of range.
         """
         clips = list(audio_list)
-        if not clips:
-            raise InputError("there are no clips; pass at least one")
         rates = sample_rates(in_sr_list, len(clips))
         ready = [
             prepare(as_clip(clip), rate, self.sample_rate, self.io_channels)
