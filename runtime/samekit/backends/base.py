@@ -11,6 +11,7 @@ import ctypes
 import os
 import weakref
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -95,7 +96,9 @@ _backends: weakref.WeakSet[Backend] = weakref.WeakSet()
 def _tell_of_fork() -> None:
     """Called in a process that has just been forked."""
     for backend in list(_backends):
-        backend.after_fork()
+        # One that was refused while it was opened lives on in the traceback of the error, without all of its parts.
+        with suppress(AttributeError):
+            backend.after_fork()
 
 
 # Python has it where processes can be forked.
