@@ -15,20 +15,17 @@ from safetensors.torch import load_file, save_file
 
 from samekit.errors import CheckpointError
 from samekit_export.checkpoint import (
-    CONFIG_FILE,
     NESTED_PREFIX,
     WEIGHTS_FILE,
-    BandSpan,
-    ChunkSpan,
     load,
     load_folder,
     load_source,
-    parse_config,
     published_config,
     random_checkpoint,
     save_folder,
     tensor_shapes,
 )
+from samekit_export.config import CONFIG_FILE, BandSpan, ChunkSpan, parse_config
 
 
 @pytest.fixture

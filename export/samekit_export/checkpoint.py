@@ -15,7 +15,6 @@ import json
 import logging
 import math
 import os
-import reprlib
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,16 +25,17 @@ from samekit._json import check_kinds
 from samekit.errors import CheckpointError, first_line
 from samekit.spec import RANDOM
 from samekit_export import diffusers_format
+from samekit_export.config import CONFIG_FILE, DAMAGED, parse_config, rotary_frequencies
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     import torch
 
+    from samekit_export.config import SameConfig, TrunkConfig
+
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "model_config.json"
-"""Name of the published configuration."""
 WEIGHTS_FILE = "model.safetensors"
 """Name of the published weights."""
 
@@ -61,98 +61,6 @@ BUNDLED = "bundled"
 
 
 @dataclass(frozen=True)
-class ChunkSpan:
-    """Attention inside chunks of whole latents; the second half of the blocks sees them shifted by half a chunk."""
-
-    latents: int
-    """Latents in a chunk; even."""
-    shifted: bool
-    """Whether the second half of the blocks is shifted."""
-
-
-@dataclass(frozen=True)
-class BandSpan:
-    """Attention in a sliding band, counted in latents to either side of a token."""
-
-    latents: int
-    """A token sees this many latents' worth of tokens to its left and to its right."""
-
-
-Span = ChunkSpan | BandSpan
-
-
-@dataclass(frozen=True)
-class TrunkConfig:
-    """One transformer stack, the encoder's or the decoder's."""
-
-    width: int
-    """Features of a token, D."""
-    depth: int
-    """Transformer blocks, N."""
-    head_width: int
-    """Features of an attention head."""
-    ff_mult: int
-    """Inner width of the feed-forward, as a multiple of `width`."""
-    stride: int
-    """Patches per latent."""
-    span: Span
-    """Which tokens an attention sees."""
-    sine_blocks: int
-    """Block i of N gates with sin(pi x) instead of SiLU when N - i < sine_blocks."""
-    mapping_kernel: int
-    """Kernel of the convolution between patches and tokens, along the patches."""
-
-    @property
-    def heads(self) -> int:
-        """Attention heads."""
-        return self.width // self.head_width
-
-    @property
-    def inner(self) -> int:
-        """Inner width of the feed-forward."""
-        return self.width * self.ff_mult
-
-    @property
-    def latent_tokens(self) -> int:
-        """Tokens per latent: its patches and one learned or latent token."""
-        return self.stride + 1
-
-    def gates_with_sine(self, block: int) -> bool:
-        """Whether block number `block` gates with sin(pi x)."""
-        return self.depth - block < self.sine_blocks
-
-
-@dataclass(frozen=True)
-class SameConfig:
-    """Every number of a SAME autoencoder that its checkpoint decides."""
-
-    sample_rate: int
-    """In Hz."""
-    channels: int
-    """Of audio."""
-    patch: int
-    """Samples per patch."""
-    latent_width: int
-    """Features of a latent."""
-    encoder: TrunkConfig
-    """Its transformers."""
-    decoder: TrunkConfig
-    """Its transformers."""
-    soft_clip: bool
-    """Whether the decoder ends in tanh."""
-
-    @property
-    def hop(self) -> int:
-        """Samples per latent."""
-        return self.patch * self.encoder.stride
-
-    @property
-    def patch_width(self) -> int:
-        """Features of a patch: its samples, channel after channel."""
-        return self.patch * self.channels
-
-
-@dataclass(frozen=True)
 class Checkpoint:
     """A loaded checkpoint: what it is, what it holds, where it came from."""
 
@@ -166,240 +74,6 @@ class Checkpoint:
     """Where it was read, as `load_source` takes it."""
     sha256: str
     """Of the configuration and every tensor, in key order."""
-
-
-# ---------------------------------------------------------------------------------------------- configuration
-
-
-_NOT_EXPORTABLE = "pass the checkpoint of SAME-S or SAME-L as it was published"
-_DAMAGED = "download the checkpoint again"
-
-MOST_CHUNK_TOKENS = 4096
-"""Tokens in a chunk, which attention holds the square of; published models have 34."""
-
-
-class _Fields:
-    """A part of the configuration that knows its path and notices every field that nobody asked for.
-
-    Args:
-        values: the part.
-        path: its place in the configuration.
-        source: the configuration's file.
-    """
-
-    def __init__(self, values: Any, path: str, source: str) -> None:
-        self._path = path
-        self._source = source
-        if not isinstance(values, dict):
-            raise self.refusal(
-                f"{path} must be an object, it is {reprlib.repr(values)}; pass the checkpoint of a SAME autoencoder, "
-                "or download it again"
-            )
-        self._values = dict(values)
-
-    def refusal(self, problem: str) -> CheckpointError:
-        """What is wrong with the configuration."""
-        return CheckpointError(f"{self._source}: {problem}")
-
-    def error(self, key: str, problem: str) -> CheckpointError:
-        """What is wrong with a field."""
-        return self.refusal(f"{self._path}.{key} {problem}")
-
-    def take(self, key: str, kind: type, default: Any = None) -> Any:
-        """The field's value, checked for its type; without a default it must be there."""
-        value = self._values.pop(key, default)
-        if value is None:
-            raise self.error(key, f"is missing; {_DAMAGED}")
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise self.error(key, f"must be of type {kind.__name__}, it is {reprlib.repr(value)}; {_DAMAGED}")
-        return value
-
-    def take_size(self, key: str, default: int | None = None) -> int:
-        """A whole number from 1 to a million, beyond which a file is damaged rather than large."""
-        value = int(self.take(key, int, default))
-        if not 1 <= value <= 1_000_000:
-            raise self.error(key, f"must lie in 1 ... 1000000, it is {value}; {_DAMAGED}")
-        return value
-
-    def take_level(self, key: str, kind: type, default: Any = None) -> Any:
-        """The only value of a list with one entry a level; more than one level is not implemented."""
-        values = self.take(key, list, default)
-        if len(values) != 1:
-            raise self.error(
-                key, f"has {len(values)} levels, and only autoencoders of one level are implemented; {_NOT_EXPORTABLE}"
-            )
-        return _Fields({key: values[0]}, self._path, self._source).take(key, kind)
-
-    def require(self, key: str, implemented: Any, default: Any = None) -> None:
-        """Refuse any value but the implemented one; a missing field counts as `default`."""
-        value = self._values.pop(key, default)
-        if value != implemented:
-            raise self.error(
-                key, f"= {reprlib.repr(value)} is not implemented (only {implemented!r} is); {_NOT_EXPORTABLE}"
-            )
-
-    def ignore(self, *keys: str) -> None:
-        """Drop fields that do not change what the model computes at inference."""
-        for key in keys:
-            self._values.pop(key, None)
-
-    def sub(self, key: str) -> _Fields:
-        """A nested object."""
-        return _Fields(self._values.pop(key, None), f"{self._path}.{key}", self._source)
-
-    def typed(self, key: str, type_name: str) -> _Fields:
-        """The fields of a nested `{"type": …, "config": {…}}` of the implemented type."""
-        block = self.sub(key)
-        block.require("type", type_name)
-        fields = block.sub("config")
-        fields._values |= {k: v for k, v in block._values.items() if k == "soft_clip"}  # noqa: SLF001
-        block.ignore("soft_clip", "requires_grad")
-        block.finish()
-        return fields
-
-    def finish(self) -> None:
-        """Refuse whatever was left over, unless it is switched off."""
-        # A feature that is off (false, null, 0) changes nothing, whatever it is called.
-        left = {key: value for key, value in self._values.items() if value}
-        if left:
-            key, value = next(iter(left.items()))
-            raise self.error(key, f"= {reprlib.repr(value)} is not implemented; {_NOT_EXPORTABLE}")
-
-
-def _parse_span(fields: _Fields, stride: int) -> Span:
-    window = fields.take("sliding_window", list, [])
-    if window:
-        fields.ignore("chunk_size", "chunk_midpoint_shift")
-        if len(window) != 2 or window[0] != window[1] or type(window[0]) is not int or not 1 <= window[0] <= 8:
-            raise fields.error(
-                "sliding_window",
-                f"= {reprlib.repr(window)} is not implemented (two equal numbers from 1 to 8 are); {_NOT_EXPORTABLE}",
-            )
-        return BandSpan(window[0])
-    chunk = fields.take_size("chunk_size")
-    latents = chunk // stride
-    if chunk % stride or latents % 2:
-        raise fields.error(
-            "chunk_size",
-            f"= {chunk} is not implemented (an even multiple of the stride {stride} is); {_NOT_EXPORTABLE}",
-        )
-    if latents * (stride + 1) > MOST_CHUNK_TOKENS:
-        # Attention holds the square of it.
-        raise fields.error(
-            "chunk_size", f"= {chunk} is out of range, {MOST_CHUNK_TOKENS} tokens are implemented; {_NOT_EXPORTABLE}"
-        )
-    return ChunkSpan(latents, fields.take("chunk_midpoint_shift", bool, False))
-
-
-def _parse_trunk(fields: _Fields, patch_width: int, latent_width: int, *, decoder: bool) -> TrunkConfig:
-    width_key = "out_channels" if decoder else "in_channels"
-    fields.require(width_key, patch_width)
-    fields.require("latent_dim", latent_width)
-    fields.require("differential", True, True)
-    fields.require("dyt", True, True)
-    fields.require("variable_stride", True)
-    for unimplemented in ("conformer", "layer_scale", "cross_attn", "rms_norm", "feat_scale", "causal"):
-        fields.require(unimplemented, False, False)
-    fields.require("mapping_bias", True, True)
-    # Training-time switches, and the noise that the reference adds to learned tokens (decoding here is noise-free).
-    fields.ignore("checkpointing", "mask_noise", "use_flash", "freeze_backbone")
-    stride = fields.take_level("strides", int)
-    if not 1 <= stride <= 1024:
-        raise fields.error("strides", f"= [{stride}] is out of range, 1 to 1024 is implemented; {_NOT_EXPORTABLE}")
-    conv_mapping = fields.take("conv_mapping", bool, False)
-    if conv_mapping and not decoder:
-        raise fields.error("conv_mapping", f"= true is not implemented for encoders; {_NOT_EXPORTABLE}")
-    sine = fields._values.pop("sinusoidal_blocks", [0])  # noqa: SLF001
-    sine = sine if isinstance(sine, list) else [sine]
-    if len(sine) != 1 or not isinstance(sine[0], int):
-        raise fields.error(
-            "sinusoidal_blocks",
-            f"= {reprlib.repr(sine)} is not implemented (one whole number is); {_NOT_EXPORTABLE}",
-        )
-    trunk = TrunkConfig(
-        width=fields.take_size("channels") * fields.take_level("c_mults", int),
-        depth=fields.take_level("transformer_depths", int),
-        head_width=fields.take_size("dim_heads"),
-        ff_mult=fields.take_size("ff_mult", 3),
-        stride=stride,
-        span=_parse_span(fields, stride),
-        sine_blocks=sine[0],
-        mapping_kernel=3 if conv_mapping else 1,
-    )
-    fields.finish()
-    if not (trunk.width > 0 and 1 <= trunk.depth <= 1000 and 1 <= stride <= 1024):
-        raise fields.refusal(f"width {trunk.width}, depth {trunk.depth} or stride {stride} is out of range; {_DAMAGED}")
-    # Rotary embedding turns pairs in half of a head, and in 32 features at least.
-    pairs_fit = trunk.head_width % (4 if trunk.head_width > 64 else 2) == 0
-    if trunk.head_width < 32 or not pairs_fit or trunk.width % trunk.head_width:
-        raise fields.refusal(
-            f"heads of {trunk.head_width} do not fit a width of {trunk.width} (they must be even, above 64 a multiple "
-            f"of 4, at least 32, and divide it); {_NOT_EXPORTABLE}"
-        )
-    if isinstance(trunk.span, ChunkSpan) and trunk.span.shifted and trunk.depth % 2:
-        raise fields.refusal(f"chunk_midpoint_shift needs an even depth, it is {trunk.depth}; {_NOT_EXPORTABLE}")
-    return trunk
-
-
-def parse_config(document: Any, source: str = CONFIG_FILE) -> tuple[SameConfig, bool]:
-    """Read a `model_config.json` of either nesting.
-
-    Every field of the autoencoder counts; those of the other parts of a full checkpoint are not read.
-
-    Args:
-        document: the parsed JSON.
-        source: the file that it was read from, for messages.
-
-    Returns:
-        The configuration, and whether it lay inside a full Stable Audio 3 configuration.
-
-    Raises:
-        CheckpointError: a field is missing, of the wrong type, or asks for what is not implemented.
-    """
-    top = _Fields(document, "config", source)
-    outer = top.sub("model")
-    nested = "pretransform" in outer._values and "encoder" not in outer._values  # noqa: SLF001
-    if nested:
-        wrapped = outer.sub("pretransform")
-        # The full model divides latents by it.
-        wrapped.require("scale", 1, 1)
-        model = wrapped.sub("config")
-    else:
-        model = outer
-    sample_rate = top.take_size("sample_rate")
-
-    channels = model.take_size("io_channels")
-    top.require("audio_channels", channels, channels)
-    patched = model.typed("pretransform", "patched")
-    patch = patched.take_size("patch_size")
-    patched.require("channels", channels)
-    patched.finish()
-    latent_width = model.take_size("latent_dim")
-
-    encoder = _parse_trunk(model.typed("encoder", "same"), patch * channels, latent_width, decoder=False)
-    decoder_fields = model.typed("decoder", "same")
-    soft_clip = decoder_fields.take("soft_clip", bool, False)
-    decoder = _parse_trunk(decoder_fields, patch * channels, latent_width, decoder=True)
-
-    bottleneck = model.typed("bottleneck", "softnorm")
-    bottleneck.require("dim", latent_width)
-    bottleneck.require("noise_augment_dim", 0, 0)
-    bottleneck.require("auto_scale", True)
-    bottleneck.ignore("noise_regularize", "freeze", "momentum")
-    bottleneck.finish()
-
-    config = SameConfig(sample_rate, channels, patch, latent_width, encoder, decoder, soft_clip)
-    model.require("downsampling_ratio", config.hop)
-    model.ignore("in_channels", "out_channels")
-    model.finish()
-    if encoder.stride != decoder.stride:
-        raise top.refusal(
-            f"strides {encoder.stride} (encoder) and {decoder.stride} (decoder) differ, which is not implemented; "
-            f"{_NOT_EXPORTABLE}"
-        )
-    return config, nested
 
 
 # ---------------------------------------------------------------------------------------------- tensors
@@ -454,7 +128,7 @@ def _check_shapes(found: Mapping[str, tuple[int, ...]], config: SameConfig, sour
     expected = tensor_shapes(config)
     for key, shape in expected.items():
         if key not in found:
-            raise CheckpointError(f"{source}: tensor {key} {list(shape)} is missing; {_DAMAGED}")
+            raise CheckpointError(f"{source}: tensor {key} {list(shape)} is missing; {DAMAGED}")
         if found[key] != shape:
             raise CheckpointError(
                 f"{source}: tensor {key} has shape {list(found[key])}, the configuration asks for {list(shape)}; "
@@ -481,7 +155,7 @@ def _read_config(path: Path) -> Any:
     try:
         return json.loads(read_regular(path).decode())
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); {_DAMAGED}") from None
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); {DAMAGED}") from None
 
 
 def load(model: str, weights: str = HUB, revision: str | None = None) -> Checkpoint:
@@ -602,7 +276,7 @@ def _read_tensors(
         # Half-precision checkpoints hold them rounded; anything further off is another model.
         if key in tensors and not tensors[key].allclose(tensor, rtol=0.01):
             raise CheckpointError(
-                f"{path}: tensor {key} is not what its formula gives, which is not implemented; {_DAMAGED}"
+                f"{path}: tensor {key} is not what its formula gives, which is not implemented; {DAMAGED}"
             )
     return tensors | derived
 
@@ -631,7 +305,7 @@ def _is_derived(key: str) -> bool:
 def _check_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
     for key, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{source}: tensor {key} holds NaN or infinity; {_DAMAGED}")
+            raise CheckpointError(f"{source}: tensor {key} holds NaN or infinity; {DAMAGED}")
 
 
 # ---------------------------------------------------------------------------------------------- random weights
@@ -733,13 +407,6 @@ def random_checkpoint(name: str, seed: int = 0) -> Checkpoint:
             tensors[key] = torch.from_numpy((mean + std * generator.standard_normal(shape)).astype(np.float32))
     source = {"kind": RANDOM, "name": name, "seed": seed}
     return Checkpoint(name, config, tensors, source, _digest(config, tensors))
-
-
-def rotary_frequencies(rotated: int) -> Any:
-    """Angular frequencies of rotary embedding, base 10000: `[rotated / 2]`, radians per token (RoFormer, eq. 15)."""
-    import numpy as np  # noqa: PLC0415
-
-    return 1.0 / 10000 ** (np.arange(0, rotated, 2) / rotated)
 
 
 def save_folder(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], folder: Path) -> None:

@@ -15,7 +15,7 @@ from samekit.errors import BackendUnavailableError, InputError, OutputError, Sam
 from samekit.spec import DECODER, ENCODER, PRECISIONS, SPEC_FILE, EngineSpec, check_file_name
 from samekit.store import Engine, describe_graph
 from samekit.tensorrt_store import BUILDS_FOLDER, is_builds_own
-from samekit_export.checkpoint import ChunkSpan
+from samekit_export.config import ChunkSpan
 from samekit_export.graph import GraphDecoder, GraphEncoder
 from samekit_export.int8 import quantize_
 from samekit_export.model import Same
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from samekit.spec import GraphFile
-    from samekit_export.checkpoint import Checkpoint, TrunkConfig
+    from samekit_export.checkpoint import Checkpoint
+    from samekit_export.config import TrunkConfig
 
 GRAPHS: dict[str, type[GraphEncoder | GraphDecoder]] = {ENCODER: GraphEncoder, DECODER: GraphDecoder}
 """What is exported of each half."""
