@@ -312,44 +312,52 @@ def _check_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
 
 
 def published_config(name: str) -> dict[str, Any]:
-    """The `model_config.json` of a model, with the published field names.
+    """Return the `model_config.json` of a model as it is published, in the standalone nesting.
+
+    `same-s` is the published file of SAME-S. The file of SAME-L itself is not known here; `same-l` has the fields that
+    the full checkpoint `stable-audio-3-medium` publishes for it.
 
     Args:
         name: `same-s` or `same-l` at their real sizes; `tiny-s` or `tiny-l`, 2 M parameters of the same kinds.
     """
-    kind = name[-1:]
     if name not in ("same-s", "same-l", "tiny-s", "tiny-l"):
         raise CheckpointError(f"no random weights for {name!r}; choose same-s, same-l, tiny-s or tiny-l")
-    tiny = name.startswith("tiny")
-    latent, depth = (32, 4) if tiny else (256, 6 if kind == "s" else 12)
+    small, tiny = name.endswith("s"), name.startswith("tiny")
+    latent, depth = (32, 4) if tiny else (256, 6 if small else 12)
     trunk: dict[str, Any] = {
-        "channels": 32 if tiny else (128 if kind == "s" else 256),
+        "channels": 32 if tiny else (128 if small else 256),
         "c_mults": [4 if tiny else 6],
         "strides": [16],
         "latent_dim": latent,
         "transformer_depths": [depth],
-        "checkpointing": False,
         "differential": True,
-        "dyt": True,
         "dim_heads": 64,
-        "ff_mult": 3,
         "variable_stride": True,
     }
+    encoder: dict[str, Any]
     decoder: dict[str, Any]
-    if kind == "s":
-        trunk |= {"chunk_size": 32, "chunk_midpoint_shift": True}
+    if small:
+        block_type = "same"
+        trunk |= {"checkpointing": False, "dyt": True, "chunk_size": 32, "chunk_midpoint_shift": True}
+        encoder = {"mask_noise": 0.0}
         decoder = {"sinusoidal_blocks": [0], "conv_mapping": True, "mask_noise": 0.01}
     else:
-        trunk |= {"sliding_window": [1, 1]}
-        decoder = {"sinusoidal_blocks": [3 if tiny else 8], "mask_noise": 0.1}
+        block_type = "taae_v2"
+        trunk |= {"conformer": False, "layer_scale": False, "conv_bias": False, "enable_inner_layer_dropout": False}
+        trunk |= {"mapping_style": "none", "sliding_window": [1, 1], "use_dilated_conv": False, "use_flash": True}
+        trunk |= {"use_snake": False}
+        encoder = {"checkpointing": True, "mask_noise": 0.001}
+        decoder = {"checkpointing": False, "sinusoidal_blocks": [3 if tiny else 8], "mask_noise": 0.1}
+    block = {"type": block_type, "requires_grad": False}
     return {
         "model_type": "autoencoder",
+        "sample_size": 24576,
         "sample_rate": 44100,
         "audio_channels": 2,
         "model": {
             "pretransform": {"type": "patched", "config": {"patch_size": 256, "channels": 2}},
-            "encoder": {"type": "same", "config": {"in_channels": 512, "mask_noise": 0.0, **trunk}},
-            "decoder": {"type": "same", "config": {"out_channels": 512, **decoder, **trunk}},
+            "encoder": block | {"config": {"in_channels": 512, **trunk, **encoder}},
+            "decoder": block | {"config": {"out_channels": 512, **trunk, **decoder}},
             "bottleneck": {
                 "type": "softnorm",
                 "config": {

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import reprlib
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from samekit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "model_config.json"
 """Name of the published configuration."""
@@ -113,10 +119,12 @@ MOST_CHUNK_TOKENS = 4096
 
 
 class _Fields:
-    """A part of the configuration that knows its path and notices every field that nobody asked for.
+    """A JSON object of the configuration, from which fields are taken; what is left at the end was not read.
+
+    A field that is null counts as absent.
 
     Args:
-        values: the part.
+        values: the object.
         path: its place in the configuration.
         source: the configuration's file.
     """
@@ -129,7 +137,11 @@ class _Fields:
                 f"{path} must be an object, it is {reprlib.repr(values)}; pass the checkpoint of a SAME autoencoder, "
                 "or download it again"
             )
-        self._values = dict(values)
+        self._values = {key: value for key, value in values.items() if value is not None}
+        self._parts: list[_Fields] = []
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
 
     def refusal(self, problem: str) -> CheckpointError:
         """What is wrong with the configuration."""
@@ -139,80 +151,80 @@ class _Fields:
         """What is wrong with a field."""
         return self.refusal(f"{self._path}.{key} {problem}")
 
+    def not_implemented(self, key: str, value: Any, implemented: str) -> CheckpointError:
+        """A field has a value, or a default because it is absent, that is not implemented."""
+        default = "" if key in self._values else " (the default)"
+        return self.error(
+            key, f"= {reprlib.repr(value)}{default} is not implemented ({implemented}); {_NOT_EXPORTABLE}"
+        )
+
     def take(self, key: str, kind: type, default: Any = None) -> Any:
-        """The field's value, checked for its type; without a default it must be there."""
+        """Return the field's value, checked for its type; without a default it must be there."""
         value = self._values.pop(key, default)
         if value is None:
             raise self.error(key, f"is missing; {DAMAGED}")
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise self.error(key, f"must be of type {kind.__name__}, it is {reprlib.repr(value)}; {DAMAGED}")
         return value
 
     def take_size(self, key: str, default: int | None = None) -> int:
-        """A whole number from 1 to a million, beyond which a file is damaged rather than large."""
+        """Return a whole number from 1 to a million, beyond which a file is damaged rather than large."""
         value = int(self.take(key, int, default))
         if not 1 <= value <= 1_000_000:
             raise self.error(key, f"must lie in 1 ... 1000000, it is {value}; {DAMAGED}")
         return value
 
-    def take_level(self, key: str, kind: type, default: Any = None) -> Any:
-        """The only value of a list with one entry a level; more than one level is not implemented."""
+    def take_level(self, key: str, default: list[int]) -> int:
+        """Return the only number of a list with one number a level; more than one level is not implemented."""
+        absent = "" if key in self._values else " by default"
         values = self.take(key, list, default)
         if len(values) != 1:
             raise self.error(
-                key, f"has {len(values)} levels, and only autoencoders of one level are implemented; {_NOT_EXPORTABLE}"
+                key,
+                f"has {len(values)} levels{absent}, and only autoencoders of one level are implemented; "
+                f"{_NOT_EXPORTABLE}",
             )
-        return _Fields({key: values[0]}, self._path, self._source).take(key, kind)
+        return int(_Fields({key: values[0]}, self._path, self._source).take(key, int))
 
     def require(self, key: str, implemented: Any, default: Any = None) -> None:
-        """Refuse any value but the implemented one; a missing field counts as `default`."""
-        value = self._values.pop(key, default)
+        """Refuse any value but the implemented one; an absent field counts as `default`, or is missing without one."""
+        value = self._values.get(key, default)
+        if value is None:
+            raise self.error(key, f"is missing; {DAMAGED}")
         if value != implemented:
-            raise self.error(
-                key, f"= {reprlib.repr(value)} is not implemented (only {implemented!r} is); {_NOT_EXPORTABLE}"
-            )
+            raise self.not_implemented(key, value, f"only {implemented!r} is")
+        self._values.pop(key, None)
 
     def ignore(self, *keys: str) -> None:
-        """Drop fields that do not change what the model computes at inference."""
+        """Drop fields that the reference reads and that do not change what the model computes here."""
         for key in keys:
             self._values.pop(key, None)
 
     def sub(self, key: str) -> _Fields:
-        """A nested object."""
-        return _Fields(self._values.pop(key, None), f"{self._path}.{key}", self._source)
+        """Return a nested object."""
+        part = _Fields(self._values.pop(key, None), f"{self._path}.{key}", self._source)
+        self._parts.append(part)
+        return part
 
-    def typed(self, key: str, type_name: str) -> _Fields:
-        """The fields of a nested `{"type": …, "config": {…}}` of the implemented type."""
-        block = self.sub(key)
-        block.require("type", type_name)
-        fields = block.sub("config")
-        fields._values |= {k: v for k, v in block._values.items() if k == "soft_clip"}  # noqa: SLF001
-        block.ignore("soft_clip", "requires_grad")
-        block.finish()
-        return fields
-
-    def finish(self) -> None:
-        """Refuse whatever was left over, unless it is switched off."""
-        # A feature that is off (false, null, 0) changes nothing, whatever it is called.
-        left = {key: value for key, value in self._values.items() if value}
-        if left:
-            key, value = next(iter(left.items()))
-            raise self.error(key, f"= {reprlib.repr(value)} is not implemented; {_NOT_EXPORTABLE}")
+    def unread(self) -> Iterator[str]:
+        """Yield the paths of all fields that were not taken, in nested objects too."""
+        yield from (f"{self._path}.{key}" for key in self._values)
+        for part in self._parts:
+            yield from part.unread()
 
 
 def _parse_span(fields: _Fields, stride: int) -> Span:
-    window = fields.take("sliding_window", list, [])
-    if window:
+    if "sliding_window" in fields:
+        # The reference reads these only where there is no window.
         fields.ignore("chunk_size", "chunk_midpoint_shift")
+        window = fields.take("sliding_window", list)
         if len(window) != 2 or window[0] != window[1] or type(window[0]) is not int or not 1 <= window[0] <= 8:
             raise fields.error(
                 "sliding_window",
                 f"= {reprlib.repr(window)} is not implemented (two equal numbers from 1 to 8 are); {_NOT_EXPORTABLE}",
             )
         return BandSpan(window[0])
-    chunk = fields.take_size("chunk_size")
+    chunk = fields.take_size("chunk_size", 128)
     latents = chunk // stride
     if chunk % stride or latents % 2:
         raise fields.error(
@@ -227,44 +239,50 @@ def _parse_span(fields: _Fields, stride: int) -> Span:
     return ChunkSpan(latents, fields.take("chunk_midpoint_shift", bool, False))
 
 
+def _parse_sine_blocks(fields: _Fields) -> int:
+    # The reference takes a list with one number a level for decoders and a number for encoders.
+    sine = fields.take("sinusoidal_blocks", object, 0)
+    levels = sine if isinstance(sine, list) else [sine]
+    if not levels or any(type(blocks) is not int or blocks != levels[0] for blocks in levels):
+        raise fields.error(
+            "sinusoidal_blocks",
+            f"= {reprlib.repr(sine)} is not implemented (one whole number is); {_NOT_EXPORTABLE}",
+        )
+    return int(levels[0])
+
+
 def _parse_trunk(fields: _Fields, patch_width: int, latent_width: int, *, decoder: bool) -> TrunkConfig:
-    width_key = "out_channels" if decoder else "in_channels"
-    fields.require(width_key, patch_width)
-    fields.require("latent_dim", latent_width)
-    fields.require("differential", True, True)
-    fields.require("dyt", True, True)
-    fields.require("variable_stride", True)
-    for unimplemented in ("conformer", "layer_scale", "cross_attn", "rms_norm", "feat_scale", "causal"):
-        fields.require(unimplemented, False, False)
-    fields.require("mapping_bias", True, True)
-    # Training-time switches, and the noise that the reference adds to learned tokens (decoding here is noise-free).
-    fields.ignore("checkpointing", "mask_noise", "use_flash", "freeze_backbone")
-    stride = fields.take_level("strides", int)
+    """Read the encoder's or the decoder's `config`; defaults are those of the reference's constructors."""
+    fields.require("out_channels" if decoder else "in_channels", patch_width, 2)
+    fields.require("latent_dim", latent_width, 32)
+    for implemented, switches in (
+        (True, ("differential", "dyt", "mapping_bias")),
+        (False, ("conformer", "layer_scale", "cross_attn", "feat_scale")),
+    ):
+        for switch in switches:
+            fields.require(switch, implemented, implemented)
+    fields.require("variable_stride", True, False)
+    # Training-time switches, the noise that the reference adds to learned tokens (there is none here), and a switch
+    # that the reference replaces by False.
+    fields.ignore("checkpointing", "mask_noise", "freeze_backbone", "causal")
+    stride = fields.take_level("strides", [2, 4, 8, 8])
     if not 1 <= stride <= 1024:
         raise fields.error("strides", f"= [{stride}] is out of range, 1 to 1024 is implemented; {_NOT_EXPORTABLE}")
     conv_mapping = fields.take("conv_mapping", bool, False)
     if conv_mapping and not decoder:
         raise fields.error("conv_mapping", f"= true is not implemented for encoders; {_NOT_EXPORTABLE}")
-    sine = fields._values.pop("sinusoidal_blocks", [0])  # noqa: SLF001
-    sine = sine if isinstance(sine, list) else [sine]
-    if len(sine) != 1 or not isinstance(sine[0], int):
-        raise fields.error(
-            "sinusoidal_blocks",
-            f"= {reprlib.repr(sine)} is not implemented (one whole number is); {_NOT_EXPORTABLE}",
-        )
     trunk = TrunkConfig(
-        width=fields.take_size("channels") * fields.take_level("c_mults", int),
-        depth=fields.take_level("transformer_depths", int),
-        head_width=fields.take_size("dim_heads"),
+        width=fields.take_size("channels", 128) * fields.take_level("c_mults", [1, 2, 4, 8]),
+        depth=fields.take_level("transformer_depths", [3, 3, 3, 3]),
+        head_width=fields.take_size("dim_heads", 128),
         ff_mult=fields.take_size("ff_mult", 3),
         stride=stride,
         span=_parse_span(fields, stride),
-        sine_blocks=sine[0],
+        sine_blocks=_parse_sine_blocks(fields),
         mapping_kernel=3 if conv_mapping else 1,
     )
-    fields.finish()
-    if not (trunk.width > 0 and 1 <= trunk.depth <= 1000 and 1 <= stride <= 1024):
-        raise fields.refusal(f"width {trunk.width}, depth {trunk.depth} or stride {stride} is out of range; {DAMAGED}")
+    if not (trunk.width > 0 and 1 <= trunk.depth <= 1000):
+        raise fields.refusal(f"width {trunk.width} or depth {trunk.depth} is out of range; {DAMAGED}")
     # Rotary embedding turns pairs in half of a head, and in 32 features at least.
     pairs_fit = trunk.head_width % (4 if trunk.head_width > 64 else 2) == 0
     if trunk.head_width < 32 or not pairs_fit or trunk.width % trunk.head_width:
@@ -280,7 +298,9 @@ def _parse_trunk(fields: _Fields, patch_width: int, latent_width: int, *, decode
 def parse_config(document: Any, source: str = CONFIG_FILE) -> tuple[SameConfig, bool]:
     """Read a `model_config.json` of either nesting.
 
-    Every field of the autoencoder counts; those of the other parts of a full checkpoint are not read.
+    Exactly those fields are read that the reference implementation reads, with its defaults where they are absent or
+    null. All other fields, `type` included, are logged and ignored. Beside them `audio_channels` and the `scale` of a
+    full checkpoint are read, to refuse values that contradict the model.
 
     Args:
         document: the parsed JSON.
@@ -294,10 +314,10 @@ def parse_config(document: Any, source: str = CONFIG_FILE) -> tuple[SameConfig, 
     """
     top = _Fields(document, "config", source)
     outer = top.sub("model")
-    nested = "pretransform" in outer._values and "encoder" not in outer._values  # noqa: SLF001
+    nested = "pretransform" in outer and "encoder" not in outer
     if nested:
         wrapped = outer.sub("pretransform")
-        # The full model divides latents by it.
+        # Latents of the full model are divided by it.
         wrapped.require("scale", 1, 1)
         model = wrapped.sub("config")
     else:
@@ -305,34 +325,37 @@ def parse_config(document: Any, source: str = CONFIG_FILE) -> tuple[SameConfig, 
     sample_rate = top.take_size("sample_rate")
 
     channels = model.take_size("io_channels")
-    top.require("audio_channels", channels, channels)
-    patched = model.typed("pretransform", "patched")
+    for fields, key in ((top, "audio_channels"), (model, "in_channels"), (model, "out_channels")):
+        fields.require(key, channels, channels)
+    patched = model.sub("pretransform").sub("config")
     patch = patched.take_size("patch_size")
     patched.require("channels", channels)
-    patched.finish()
+    patched.require("oversampling", 1, 1)
+    patched.require("postfilter_channels", 0, 0)
     latent_width = model.take_size("latent_dim")
 
-    encoder = _parse_trunk(model.typed("encoder", "same"), patch * channels, latent_width, decoder=False)
-    decoder_fields = model.typed("decoder", "same")
-    soft_clip = decoder_fields.take("soft_clip", bool, False)
-    decoder = _parse_trunk(decoder_fields, patch * channels, latent_width, decoder=True)
+    encoder = _parse_trunk(model.sub("encoder").sub("config"), patch * channels, latent_width, decoder=False)
+    outer_decoder = model.sub("decoder")
+    soft_clip = outer_decoder.take("soft_clip", bool, False)
+    decoder = _parse_trunk(outer_decoder.sub("config"), patch * channels, latent_width, decoder=True)
 
-    bottleneck = model.typed("bottleneck", "softnorm")
-    bottleneck.require("dim", latent_width)
+    bottleneck = model.sub("bottleneck").sub("config")
+    bottleneck.require("dim", latent_width, 32)
     bottleneck.require("noise_augment_dim", 0, 0)
-    bottleneck.require("auto_scale", True)
-    bottleneck.ignore("noise_regularize", "freeze", "momentum")
-    bottleneck.finish()
+    bottleneck.require("auto_scale", True, False)
+    # Noise at inference, which there is none of here, and a switch of training.
+    bottleneck.ignore("noise_regularize", "freeze")
 
     config = SameConfig(sample_rate, channels, patch, latent_width, encoder, decoder, soft_clip)
     model.require("downsampling_ratio", config.hop)
-    model.ignore("in_channels", "out_channels")
-    model.finish()
     if encoder.stride != decoder.stride:
         raise top.refusal(
             f"strides {encoder.stride} (encoder) and {decoder.stride} (decoder) differ, which is not implemented; "
             f"{_NOT_EXPORTABLE}"
         )
+    unread = ", ".join(top.unread())
+    if unread:
+        logger.info("%s: fields that are not read: %s", source, unread.encode("unicode_escape").decode())
     return config, nested
 
 
