@@ -6,6 +6,8 @@ import copy
 import hashlib
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -331,3 +333,124 @@ def test_fields_without_a_default(field, absent):
     edit(autoencoder(document, "small-music"), {field: absent})
     with pytest.raises(CheckpointError, match=rf"{field} is missing; download the checkpoint again"):
         parse_config(document)
+
+
+# --- Keys of tensors ---------------------------------------------------------------------------------------
+
+# The reference tries a key that its model does not have again without one of its path components, the first excepted
+# (`remap_state_dict_keys` in stable_audio_3/loading_utils.py of Stability-AI/stable-audio-3).
+
+
+def renamed(found, old, new):
+    """Tensors with `old` at the start of a key, or anywhere after a dot, replaced once."""
+    return {key.replace(old, new, 1) if key.startswith(old) or f".{old}" in key else key: t for key, t in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("SAME-S", "encoder.layers", "encoder.model.layers"),
+        ("SAME-S", "transformers.", "transformers.blocks."),
+        ("SAME-S", "bottleneck.", "bottleneck.soft."),
+        ("small-music", "pretransform.model.", "pretransform.model.model."),
+        ("small-music", "pretransform.model.", "pretransform.autoencoder.model."),
+        ("medium", "pretransform.model.decoder.layers.3.", "pretransform.model.decoder.module.layers.3."),
+        ("medium", "running_std", "running_std.data"),
+    ],
+)
+def test_a_component_too_many_is_left_out(file, old, new, tmp_path):
+    found = renamed(tensors(file), old, new)
+    assert found.keys() != tensors(file).keys()
+    assert_loads_as_the_seeded_model(tiny(file), file, tmp_path, found)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "named"),
+    [
+        # The first component is never left out, and two are not.
+        ("SAME-S", "encoder.", "model.encoder.", "tensor encoder.layers.0.mapping.weight_v [128, 512, 1] is missing"),
+        ("SAME-S", "decoder.", "decoder.a.b.", "tensor decoder.layers.1.weight [128, 32] is missing"),
+        ("small-music", "pretransform.model.", "a.pretransform.model.", "tensor encoder.layers.0.mapping.weight_v"),
+        ("medium", "pretransform.model.", "pretransform.a.b.model.", "tensor encoder.layers.0.mapping.weight_v"),
+    ],
+)
+def test_other_keys_are_not_guessed(file, old, new, named, tmp_path):
+    save_folder(tiny(file), renamed(tensors(file), old, new), tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        load_folder(tmp_path)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_second_copy_of_a_tensor_is_not_chosen_at_random(file, tmp_path):
+    found = tensors(file)
+    prefix = "" if file == "SAME-S" else NESTED_PREFIX
+    bias = f"{prefix}encoder.layers.2.bias"
+    # Beside the exact key, another one is a tensor too many ...
+    save_folder(tiny(file), found | {f"{prefix}encoder.ema.layers.2.bias": torch.ones(32)}, tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"tensor encoder\.ema\.layers\.2\.bias is not part of a SAME autoencoder"
+    ):
+        load_folder(tmp_path)
+    # ... and without it, two others could both be meant.
+    copies = {f"{prefix}encoder.{copy}.layers.2.bias": found[bias].clone() for copy in ("a", "b")}
+    save_folder(tiny(file), {key: tensor for key, tensor in found.items() if key != bias} | copies, tmp_path)
+    with pytest.raises(CheckpointError, match=r"encoder\.a\.layers\.2\.bias and .*encoder\.b\.layers\.2\.bias"):
+        load_folder(tmp_path)
+
+
+def test_copies_outside_of_the_autoencoder_are_other_parts(tmp_path):
+    """A full checkpoint may hold averaged weights of the same names elsewhere."""
+    found = tensors("small-music")
+    copies = {key.replace("pretransform.", "pretransform.ema."): t + 1 for key, t in found.items() if "pretr" in key}
+    assert_loads_as_the_seeded_model(tiny("small-music"), "small-music", tmp_path, found | copies)
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+def test_the_tensors_of_the_autoencoder_are_strict(file, change, tmp_path):
+    found = tensors(file)
+    prefix = "" if file == "SAME-S" else NESTED_PREFIX
+    key = "decoder.layers.3.transformers.2.ff_norm.gamma"
+    if change == "missing":
+        del found[prefix + key]
+    elif change == "extra":
+        key = "decoder.layers.3.transformers.9.ff_norm.gamma"
+        found[prefix + key] = torch.ones(128)
+    else:
+        found[prefix + key] = torch.ones(127)
+    save_folder(tiny(file), found, tmp_path)
+    with pytest.raises(CheckpointError, match=rf"tensor {key} "):
+        load_folder(tmp_path)
+
+
+def test_a_key_of_a_million_components(tmp_path):
+    found = tensors("SAME-S") | {"encoder" + ".a" * 1_000_000: torch.ones(1)}
+    save_folder(tiny("SAME-S"), found, tmp_path)
+    with pytest.raises(CheckpointError, match="is not part of a SAME autoencoder") as caught:
+        load_folder(tmp_path)
+    assert len(str(caught.value)) < 1000
+
+
+BIG = 6 * 2**30
+
+
+def test_other_parts_of_a_full_checkpoint_are_not_read(tmp_path):
+    """A file of 6 GiB, almost all of it a hole, in a process that may not hold more than 3."""
+    save_folder(tiny("small-music"), tensors("small-music"), tmp_path)
+    weights = tmp_path / "model.safetensors"
+    data = weights.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    end = len(data) - 8 - size
+    header["model.model.transformer.weight"] = {"dtype": "F32", "shape": [BIG // 4], "data_offsets": [end, end + BIG]}
+    text = json.dumps(header).encode()
+    with weights.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text + data[8 + size :])
+        file.truncate(8 + len(text) + end + BIG)
+    program = (
+        "import resource, sys; from samekit_export.checkpoint import load_folder; load_folder(sys.argv[1]);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 3 * 2**30

@@ -29,6 +29,7 @@ from samekit_export.config import CONFIG_FILE, DAMAGED, parse_config, rotary_fre
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Set as AbstractSet
 
     import torch
 
@@ -137,7 +138,7 @@ def _check_shapes(found: Mapping[str, tuple[int, ...]], config: SameConfig, sour
     extra = sorted(found.keys() - expected.keys())
     if extra:
         raise CheckpointError(
-            f"{source}: tensor {extra[0]} is not part of a SAME autoencoder ({len(extra)} such), and nothing is "
+            f"{source}: tensor {extra[0][:200]} is not part of a SAME autoencoder ({len(extra)} such), and nothing is "
             "ignored; pass the autoencoder's own checkpoint"
         )
 
@@ -256,11 +257,12 @@ def _read_tensors(
     name = utf8_path(path)
     try:
         with safe_open(name, framework="pt") as file:
-            keys = {
-                published_key(key.removeprefix(prefix)): key
-                for key in file.keys()  # noqa: SIM118 the file is no mapping
-                if key.startswith(prefix)
-            }
+            keys = _autoencoder_keys(
+                {key: published_key(key) for key in file.keys()},  # noqa: SIM118 the file is no mapping
+                tensor_shapes(config).keys(),
+                prefix,
+                str(path),
+            )
             found = {bare: tuple(file.get_slice(key).get_shape()) for bare, key in keys.items()}
             shapes = {key: shape for key, shape in tensor_shapes(config).items() if _is_derived(key)}
             _check_shapes(shapes | found, config, str(path))
@@ -279,6 +281,47 @@ def _read_tensors(
                 f"{path}: tensor {key} is not what its formula gives, which is not implemented; {DAMAGED}"
             )
     return tensors | derived
+
+
+def _autoencoder_keys(names: Mapping[str, str], expected: AbstractSet[str], prefix: str, source: str) -> dict[str, str]:
+    """Find the tensors of the autoencoder among all tensors of a file.
+
+    A name that is not in the model is tried again with one of its components (any but the first) left out, as the
+    reference does.
+
+    Args:
+        names: the published name, with its prefix, of each key of the file.
+        expected: the tensors of the model, without prefix.
+        prefix: what the autoencoder's names begin with.
+        source: the file, for messages.
+
+    Returns:
+        Name without prefix -> key of the file. Names that begin with `prefix` and match nothing are among them.
+
+    Raises:
+        CheckpointError: two keys match the same tensor.
+    """
+    model = {prefix + name for name in expected}
+    missing = model.difference(names.values())
+    # Longer names cannot match; trying each component of a name of any length takes a time that grows with its square.
+    most = max((name.count(".") + 2 for name in missing), default=0)
+    matched: dict[str, str] = {}
+    for key, name in names.items():
+        if name in model or name.count(".") >= most:
+            continue
+        parts = name.split(".")
+        candidates = (".".join(parts[:i] + parts[i + 1 :]) for i in range(1, len(parts)))
+        match = next((candidate for candidate in candidates if candidate in missing), None)
+        if match in matched:
+            raise CheckpointError(
+                f"{source}: tensors {matched[match]} and {key} can both be {match}; pass the checkpoint as it was "
+                "published"
+            )
+        if match is not None:
+            matched[match] = key
+    taken = set(matched.values())
+    own = {name: key for key, name in names.items() if name.startswith(prefix) and key not in taken}
+    return {name.removeprefix(prefix): key for name, key in (own | matched).items()}
 
 
 def _derived_tensors(config: SameConfig) -> dict[str, torch.Tensor]:
