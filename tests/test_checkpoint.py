@@ -26,6 +26,7 @@ from samekit_export.checkpoint import (
     tensor_shapes,
 )
 from samekit_export.config import CONFIG_FILE, BandSpan, ChunkSpan, parse_config
+from samekit_export.hub import PUBLISHED
 
 
 @pytest.fixture
@@ -480,7 +481,7 @@ def test_cached_model(hub, snapshot):
     assert_same(loaded, seeded("tiny-s"))
     assert loaded.name == "same-s"
     assert loaded.source["revision"] == "0123abc"
-    assert hub.calls == [("stabilityai/SAME-S", None, "cache")]
+    assert hub.calls == [("stabilityai/SAME-S", PUBLISHED["stabilityai/SAME-S"].revision, "cache")]
     assert_same(load_source(loaded.source), loaded)
     assert hub.calls[1:] == [("stabilityai/SAME-S", "0123abc", "cache")]
 
@@ -538,7 +539,7 @@ def test_errors_of_the_hub_become_one_line(monkeypatch):
         raise PermissionError("401 Client Error\n\nCannot access gated repo")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", deny)
-    assert "(401 Client Error)" in refused(load, "same-l")
+    assert "(401 Client Error Cannot access gated repo); " in refused(load, "same-l")
 
 
 @pytest.mark.parametrize("name", ["same-m", "nowhere", "a/b/c"])

@@ -6,17 +6,21 @@ import copy
 import hashlib
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from helpers import REMOVED, edit, seeded
 
+from samekit.cli import main
 from samekit.errors import CheckpointError
-from samekit_export.checkpoint import NESTED_PREFIX, load_folder, published_config, save_folder
+from samekit_export.checkpoint import NESTED_PREFIX, load_folder, published_config, random_checkpoint, save_folder
 from samekit_export.config import CONFIG_FILE, parse_config
+from samekit_export.export import export
 
 FOLDER = Path(__file__).with_name("published")
 FILES = ("SAME-S", "small-music", "medium")
@@ -454,3 +458,32 @@ def test_other_parts_of_a_full_checkpoint_are_not_read(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 3 * 2**30
+
+
+# --- Full size ---------------------------------------------------------------------------------------------
+
+# Tensors, and values in them, of the published files of SAME-S and SAME-L.
+COUNTS = {"s": (244, 108_244_721), "l": (472, 852_127_457)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES)
+def test_full_size(file, tmp_path):
+    """Seeded weights under the published configuration load, export and verify; `medium` takes 11 GB of memory."""
+    name = f"same-{KIND[file]}"
+    checkpoint, prefix = random_checkpoint(name), "" if file == "SAME-S" else NESTED_PREFIX
+    found = {prefix + key: tensor for key, tensor in checkpoint.tensors.items()}
+    assert (len(found), sum(tensor.numel() for tensor in found.values())) == COUNTS[KIND[file]]
+    save_folder(published(file), found, tmp_path / "model")
+    if file == "SAME-S":
+        shutil.copyfile(FOLDER / "SAME-S.json", tmp_path / "model" / CONFIG_FILE)
+    digest = checkpoint.sha256
+    del checkpoint, found
+    loaded = load_folder(tmp_path / "model", name)
+    assert loaded.sha256 == digest
+    engine = export(loaded, tmp_path / "engines")
+    assert min(case["snr_db"] for case in engine.spec.verification["fp32"]) >= 90
+    del loaded
+    done = CliRunner().invoke(main, ["verify", str(engine.folder)])
+    assert done.exit_code == 0, done.output
+    assert "every graph computes what eager PyTorch does" in done.stdout

@@ -7,7 +7,6 @@ parts of a full checkpoint are not read.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -22,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 from samekit._files import named, read_regular, utf8_path
 from samekit._json import check_kinds
-from samekit.errors import CheckpointError, first_line
+from samekit.errors import CheckpointError
 from samekit.spec import RANDOM
-from samekit_export import diffusers_format
-from samekit_export.config import CONFIG_FILE, DAMAGED, parse_config, rotary_frequencies
+from samekit_export import diffusers_format, hub
+from samekit_export.config import CONFIG_FILE, parse_config, rotary_frequencies
+from samekit_export.hub import WEIGHTS_FILE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
     from collections.abc import Set as AbstractSet
 
     import torch
@@ -37,20 +37,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS_FILE = "model.safetensors"
-"""Name of the published weights."""
-
 NESTED_PREFIX = "pretransform.model."
 """Under which a full Stable Audio 3 checkpoint stores the autoencoder's tensors."""
-
-HUB_REPOSITORIES = {"same-s": "stabilityai/SAME-S", "same-l": "stabilityai/SAME-L"}
-"""Where the published weights of a name are."""
-
-CONTAINING_REPOSITORIES = {
-    "same-s": ("stabilityai/stable-audio-3-small-music", "stabilityai/stable-audio-3-small-sfx"),
-    "same-l": ("stabilityai/stable-audio-3-medium",),
-}
-"""Full checkpoints that contain the same autoencoder; who has one in the cache need not download the other."""
 
 BUNDLED_FOLDERS = {"same-tiny": Path(__file__).with_name("same-tiny")}
 """Checkpoints that come with samekit; the folder's README.md is the model card."""
@@ -129,7 +117,7 @@ def _check_shapes(found: Mapping[str, tuple[int, ...]], config: SameConfig, sour
     expected = tensor_shapes(config)
     for key, shape in expected.items():
         if key not in found:
-            raise CheckpointError(f"{source}: tensor {key} {list(shape)} is missing; {DAMAGED}")
+            raise CheckpointError(f"{source}: tensor {key} {list(shape)} is missing; download the checkpoint again")
         if found[key] != shape:
             raise CheckpointError(
                 f"{source}: tensor {key} has shape {list(found[key])}, the configuration asks for {list(shape)}; "
@@ -156,7 +144,7 @@ def _read_config(path: Path) -> Any:
     try:
         return json.loads(read_regular(path).decode())
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); {DAMAGED}") from None
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download the checkpoint again") from None
 
 
 def load(model: str, weights: str = HUB, revision: str | None = None) -> Checkpoint:
@@ -196,7 +184,7 @@ def load_source(source: Mapping[str, Any]) -> Checkpoint:
     try:
         loader = loaders[source["kind"]]
         inspect.signature(loader).bind(**arguments)
-        check_kinds(arguments, dict.fromkeys(("folder", "name", "revision"), str) | {"seed": int})
+        check_kinds(arguments, dict.fromkeys(("folder", "name", "revision", "weights"), str) | {"seed": int})
     except (KeyError, TypeError):
         raise CheckpointError(f"a checkpoint source {dict(source)!r} is not known; export the model again") from None
     return loader(**arguments)
@@ -278,7 +266,8 @@ def _read_tensors(
         # Half-precision checkpoints hold them rounded; anything further off is another model.
         if key in tensors and not tensors[key].allclose(tensor, rtol=0.01):
             raise CheckpointError(
-                f"{path}: tensor {key} is not what its formula gives, which is not implemented; {DAMAGED}"
+                f"{path}: tensor {key} is not what its formula gives, which is not implemented; "
+                "download the checkpoint again"
             )
     return tensors | derived
 
@@ -348,7 +337,7 @@ def _is_derived(key: str) -> bool:
 def _check_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
     for key, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{source}: tensor {key} holds NaN or infinity; {DAMAGED}")
+            raise CheckpointError(f"{source}: tensor {key} holds NaN or infinity; download the checkpoint again")
 
 
 # ---------------------------------------------------------------------------------------------- random weights
@@ -478,55 +467,46 @@ def hub_repository(name: str) -> str:
     Raises:
         CheckpointError: it is neither.
     """
-    repository = HUB_REPOSITORIES.get(name, name)
+    repository = hub.HUB_REPOSITORIES.get(name, name)
     if repository.count("/") != 1:
-        known = ", ".join([*HUB_REPOSITORIES, *BUNDLED_FOLDERS])
+        known = ", ".join([*hub.HUB_REPOSITORIES, *BUNDLED_FOLDERS])
         raise CheckpointError(
             f"{name!r} is no published model ({known}), no hub repository owner/name and no folder; pass one of these"
         )
     return repository
 
 
-def load_hub(name: str, revision: str | None = None) -> Checkpoint:
+def load_hub(name: str, revision: str | None = None, weights: str | None = None) -> Checkpoint:
     """Load a published checkpoint through `huggingface_hub`, from its cache where it is there.
+
+    A checkpoint in the cache that cannot be used is passed over with a warning if there is another.
 
     Args:
         name: `same-s`, `same-l`, or any hub repository `owner/name`, a full Stable Audio 3 one too.
-        revision: branch, tag or commit; the repository's default branch unless given.
+        revision: branch, tag or commit; unless given, the pinned revision of a known repository, and the default branch
+            of others.
+        weights: what is known of the weights from an earlier load. Unless given, the files of a known repository are
+            hashed to tell whether they are the published ones.
 
     Raises:
         CheckpointError: unknown name, no network and no cache, no access, or an unusable checkpoint.
     """
     repository = hub_repository(name)
-    short = name.rsplit("/", 1)[-1].lower()
-    # Random weights have the sizes of published models.
-    sized = short if short in HUB_REPOSITORIES else "same-s"
-    try:
-        found, folder = _fetch(repository, CONTAINING_REPOSITORIES.get(name, ()), revision)
-    except Exception as error:  # noqa: BLE001 the hub's client raises errors of several libraries; each becomes one line
-        raise CheckpointError(
-            f"{repository} cannot be fetched from the hub ({first_line(error)}); check the network, the name and "
-            f"your login, or export a folder with its {CONFIG_FILE} and {WEIGHTS_FILE}: samekit export {short} "
-            f"--weights DIR (make export MODEL={short} WEIGHTS=DIR), or random weights: samekit export {sized} "
-            f"--weights random (make export MODEL={sized} WEIGHTS=random)"
-        ) from None
-    loaded = load_folder(folder, short)
-    # A snapshot's folder is named after its commit, which pins what was exported.
-    source = {"kind": HUB, "name": found, "revision": folder.name}
-    return dataclasses.replace(loaded, source=source)
-
-
-def _fetch(repository: str, containing: Iterable[str], revision: str | None) -> tuple[str, Path]:
-    """A repository and its snapshot folder: from the cache, else from the cache of another, else from the network."""
-    from huggingface_hub import snapshot_download  # noqa: PLC0415
-    from huggingface_hub.errors import LocalEntryNotFoundError  # noqa: PLC0415
-
-    files = [CONFIG_FILE, WEIGHTS_FILE]
-    for candidate in (repository, *(() if revision else containing)):
-        with contextlib.suppress(LocalEntryNotFoundError):
-            folder = Path(snapshot_download(candidate, revision=revision, allow_patterns=files, local_files_only=True))
-            if all((folder / file).is_file() for file in files):
-                return candidate, folder
-    # The client may try for half a minute before it says anything.
-    logger.warning("fetching %s from the hub", repository)
-    return repository, Path(snapshot_download(repository, revision=revision, allow_patterns=files))
+    failures: list[CheckpointError] = []
+    for found, folder in hub.snapshots(repository, hub.CONTAINING_REPOSITORIES.get(name, ()), revision):
+        if failures:
+            logger.warning("passed over in the hub's cache: %s", failures[-1])
+        try:
+            loaded = load_folder(folder, name.rsplit("/", 1)[-1].lower())
+        except CheckpointError as error:
+            failures.append(error)
+            continue
+        # A snapshot's folder is named after its commit, which pins what was exported.
+        source = {"kind": HUB, "name": found, "revision": folder.name}
+        described = weights or hub.describe_weights(found, folder)
+        if described:
+            source["weights"] = described
+        if described and described not in (weights, hub.PUBLISHED_WEIGHTS):
+            logger.warning("%s, revision %s: %s", found, folder.name, described)
+        return dataclasses.replace(loaded, source=source)
+    raise failures[0]

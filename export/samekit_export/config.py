@@ -111,8 +111,7 @@ class SameConfig:
 
 
 _NOT_EXPORTABLE = "pass the checkpoint of SAME-S or SAME-L as it was published"
-DAMAGED = "download the checkpoint again"
-"""The cure of a message about a file that cannot be as it was published."""
+_DAMAGED = "download the checkpoint again"
 
 MOST_CHUNK_TOKENS = 4096
 """Tokens in a chunk, which attention holds the square of; published models have 34."""
@@ -151,27 +150,20 @@ class _Fields:
         """What is wrong with a field."""
         return self.refusal(f"{self._path}.{key} {problem}")
 
-    def not_implemented(self, key: str, value: Any, implemented: str) -> CheckpointError:
-        """A field has a value, or a default because it is absent, that is not implemented."""
-        default = "" if key in self._values else " (the default)"
-        return self.error(
-            key, f"= {reprlib.repr(value)}{default} is not implemented ({implemented}); {_NOT_EXPORTABLE}"
-        )
-
     def take(self, key: str, kind: type, default: Any = None) -> Any:
         """Return the field's value, checked for its type; without a default it must be there."""
         value = self._values.pop(key, default)
         if value is None:
-            raise self.error(key, f"is missing; {DAMAGED}")
+            raise self.error(key, f"is missing; {_DAMAGED}")
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise self.error(key, f"must be of type {kind.__name__}, it is {reprlib.repr(value)}; {DAMAGED}")
+            raise self.error(key, f"must be of type {kind.__name__}, it is {reprlib.repr(value)}; {_DAMAGED}")
         return value
 
     def take_size(self, key: str, default: int | None = None) -> int:
         """Return a whole number from 1 to a million, beyond which a file is damaged rather than large."""
         value = int(self.take(key, int, default))
         if not 1 <= value <= 1_000_000:
-            raise self.error(key, f"must lie in 1 ... 1000000, it is {value}; {DAMAGED}")
+            raise self.error(key, f"must lie in 1 ... 1000000, it is {value}; {_DAMAGED}")
         return value
 
     def take_level(self, key: str, default: list[int]) -> int:
@@ -190,9 +182,13 @@ class _Fields:
         """Refuse any value but the implemented one; an absent field counts as `default`, or is missing without one."""
         value = self._values.get(key, default)
         if value is None:
-            raise self.error(key, f"is missing; {DAMAGED}")
+            raise self.error(key, f"is missing; {_DAMAGED}")
         if value != implemented:
-            raise self.not_implemented(key, value, f"only {implemented!r} is")
+            absent = "" if key in self._values else " (the default)"
+            raise self.error(
+                key,
+                f"= {reprlib.repr(value)}{absent} is not implemented (only {implemented!r} is); {_NOT_EXPORTABLE}",
+            )
         self._values.pop(key, None)
 
     def ignore(self, *keys: str) -> None:
@@ -282,7 +278,7 @@ def _parse_trunk(fields: _Fields, patch_width: int, latent_width: int, *, decode
         mapping_kernel=3 if conv_mapping else 1,
     )
     if not (trunk.width > 0 and 1 <= trunk.depth <= 1000):
-        raise fields.refusal(f"width {trunk.width} or depth {trunk.depth} is out of range; {DAMAGED}")
+        raise fields.refusal(f"width {trunk.width} or depth {trunk.depth} is out of range; {_DAMAGED}")
     # Rotary embedding turns pairs in half of a head, and in 32 features at least.
     pairs_fit = trunk.head_width % (4 if trunk.head_width > 64 else 2) == 0
     if trunk.head_width < 32 or not pairs_fit or trunk.width % trunk.head_width:
