@@ -28,7 +28,7 @@ from common import (
 )
 
 from samekit.spec import DECODER, ENCODER
-from samekit_export.checkpoint import BandSpan
+from samekit_export.config import BandSpan
 from samekit_export.diffusers_format import diffusers_tensor, published_key
 from samekit_export.verify import FLOOR_DB, example_input, snr_db
 

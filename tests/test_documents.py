@@ -30,7 +30,7 @@ from test_triton import stand_in
 
 from samekit.cli import main
 from samekit.spec import EngineSpec
-from samekit_export import checkpoint
+from samekit_export import checkpoint, hub
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
@@ -138,7 +138,7 @@ def folder_of(tmp_path_factory, engine_of, bundled_engine):
 def prepare(folder, engine_of, tiny, *, exports):
     for name, small in STAND_INS.items():
         engine = shutil.copytree(engine_of(small).folder, folder / "engines" / name)
-        source = {"kind": "hub", "name": checkpoint.HUB_REPOSITORIES[name]}
+        source = {"kind": "hub", "name": hub.HUB_REPOSITORIES[name]}
         spec = dataclasses.replace(EngineSpec.load(engine), name=name, source=source)
         (engine / "spec.json").write_text(spec.to_json(), encoding="utf-8")
     shutil.copytree(tiny, folder / "demo" / "engines" / "same-tiny")

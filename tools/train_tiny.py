@@ -29,13 +29,8 @@ import synthesis
 import torch
 from torch import Tensor, nn
 
-from samekit_export.checkpoint import (
-    parse_config,
-    published_config,
-    rotary_frequencies,
-    save_folder,
-    tensor_shapes,
-)
+from samekit_export.checkpoint import published_config, save_folder, tensor_shapes
+from samekit_export.config import parse_config, rotary_frequencies
 from samekit_export.model import Same, Trunk, WeightNormConv
 
 if TYPE_CHECKING:

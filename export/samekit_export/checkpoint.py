@@ -7,49 +7,38 @@ parts of a full checkpoint are not read.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import json
 import logging
 import math
 import os
-import reprlib
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from samekit._files import named, read_regular, utf8_path
 from samekit._json import check_kinds
-from samekit.errors import CheckpointError, first_line
+from samekit.errors import CheckpointError
 from samekit.spec import RANDOM
-from samekit_export import diffusers_format
+from samekit_export import diffusers_format, hub
+from samekit_export.config import CONFIG_FILE, parse_config, rotary_frequencies
 from samekit_export.digest import checkpoint_digest
+from samekit_export.hub import WEIGHTS_FILE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
+    from collections.abc import Set as AbstractSet
 
     import torch
 
-logger = logging.getLogger(__name__)
+    from samekit_export.config import SameConfig, TrunkConfig
 
-CONFIG_FILE = "model_config.json"
-"""Name of the published configuration."""
-WEIGHTS_FILE = "model.safetensors"
-"""Name of the published weights."""
+logger = logging.getLogger(__name__)
 
 NESTED_PREFIX = "pretransform.model."
 """Under which a full Stable Audio 3 checkpoint stores the autoencoder's tensors."""
-
-HUB_REPOSITORIES = {"same-s": "stabilityai/SAME-S", "same-l": "stabilityai/SAME-L"}
-"""Where the published weights of a name are."""
-
-CONTAINING_REPOSITORIES = {
-    "same-s": ("stabilityai/stable-audio-3-small-music", "stabilityai/stable-audio-3-small-sfx"),
-    "same-l": ("stabilityai/stable-audio-3-medium",),
-}
-"""Full checkpoints that contain the same autoencoder; who has one in the cache need not download the other."""
 
 BUNDLED_FOLDERS = {"same-tiny": Path(__file__).with_name("same-tiny")}
 """Checkpoints that come with samekit; the folder's README.md is the model card."""
@@ -58,104 +47,6 @@ HUB = "hub"
 """Weights from the Hugging Face hub."""
 BUNDLED = "bundled"
 """Weights that come with samekit."""
-
-
-@dataclass(frozen=True)
-class ChunkSpan:
-    """Attention inside chunks of whole latents; the second half of the blocks sees them shifted by half a chunk."""
-
-    kind: ClassVar[str] = "chunk"
-    """Tells it from the other spans in the checkpoint's digest."""
-
-    latents: int
-    """Latents in a chunk; even."""
-    shifted: bool
-    """Whether the second half of the blocks is shifted."""
-
-
-@dataclass(frozen=True)
-class BandSpan:
-    """Attention in a sliding band, counted in latents to either side of a token."""
-
-    kind: ClassVar[str] = "band"
-    """Tells it from the other spans in the checkpoint's digest."""
-
-    latents: int
-    """A token sees this many latents' worth of tokens to its left and to its right."""
-
-
-Span = ChunkSpan | BandSpan
-
-
-@dataclass(frozen=True)
-class TrunkConfig:
-    """One transformer stack, the encoder's or the decoder's."""
-
-    width: int
-    """Features of a token, D."""
-    depth: int
-    """Transformer blocks, N."""
-    head_width: int
-    """Features of an attention head."""
-    ff_mult: int
-    """Inner width of the feed-forward, as a multiple of `width`."""
-    stride: int
-    """Patches per latent."""
-    span: Span
-    """Which tokens an attention sees."""
-    sine_blocks: int
-    """Block i of N gates with sin(pi x) instead of SiLU when N - i < sine_blocks."""
-    mapping_kernel: int
-    """Kernel of the convolution between patches and tokens, along the patches."""
-
-    @property
-    def heads(self) -> int:
-        """Attention heads."""
-        return self.width // self.head_width
-
-    @property
-    def inner(self) -> int:
-        """Inner width of the feed-forward."""
-        return self.width * self.ff_mult
-
-    @property
-    def latent_tokens(self) -> int:
-        """Tokens per latent: its patches and one learned or latent token."""
-        return self.stride + 1
-
-    def gates_with_sine(self, block: int) -> bool:
-        """Whether block number `block` gates with sin(pi x)."""
-        return self.depth - block < self.sine_blocks
-
-
-@dataclass(frozen=True)
-class SameConfig:
-    """Every number of a SAME autoencoder that its checkpoint decides."""
-
-    sample_rate: int
-    """In Hz."""
-    channels: int
-    """Of audio."""
-    patch: int
-    """Samples per patch."""
-    latent_width: int
-    """Features of a latent."""
-    encoder: TrunkConfig
-    """Its transformers."""
-    decoder: TrunkConfig
-    """Its transformers."""
-    soft_clip: bool
-    """Whether the decoder ends in tanh."""
-
-    @property
-    def hop(self) -> int:
-        """Samples per latent."""
-        return self.patch * self.encoder.stride
-
-    @property
-    def patch_width(self) -> int:
-        """Features of a patch: its samples, channel after channel."""
-        return self.patch * self.channels
 
 
 @dataclass(frozen=True)
@@ -172,240 +63,6 @@ class Checkpoint:
     """Where it was read, as `load_source` takes it."""
     sha256: str
     """Digest of the configuration and of every tensor, see `samekit_export.digest`."""
-
-
-# ---------------------------------------------------------------------------------------------- configuration
-
-
-_NOT_EXPORTABLE = "pass the checkpoint of SAME-S or SAME-L as it was published"
-_DAMAGED = "download the checkpoint again"
-
-MOST_CHUNK_TOKENS = 4096
-"""Tokens in a chunk, which attention holds the square of; published models have 34."""
-
-
-class _Fields:
-    """A part of the configuration that knows its path and notices every field that nobody asked for.
-
-    Args:
-        values: the part.
-        path: its place in the configuration.
-        source: the configuration's file.
-    """
-
-    def __init__(self, values: Any, path: str, source: str) -> None:
-        self._path = path
-        self._source = source
-        if not isinstance(values, dict):
-            raise self.refusal(
-                f"{path} must be an object, it is {reprlib.repr(values)}; pass the checkpoint of a SAME autoencoder, "
-                "or download it again"
-            )
-        self._values = dict(values)
-
-    def refusal(self, problem: str) -> CheckpointError:
-        """What is wrong with the configuration."""
-        return CheckpointError(f"{self._source}: {problem}")
-
-    def error(self, key: str, problem: str) -> CheckpointError:
-        """What is wrong with a field."""
-        return self.refusal(f"{self._path}.{key} {problem}")
-
-    def take(self, key: str, kind: type, default: Any = None) -> Any:
-        """The field's value, checked for its type; without a default it must be there."""
-        value = self._values.pop(key, default)
-        if value is None:
-            raise self.error(key, f"is missing; {_DAMAGED}")
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise self.error(key, f"must be of type {kind.__name__}, it is {reprlib.repr(value)}; {_DAMAGED}")
-        return value
-
-    def take_size(self, key: str, default: int | None = None) -> int:
-        """A whole number from 1 to a million, beyond which a file is damaged rather than large."""
-        value = int(self.take(key, int, default))
-        if not 1 <= value <= 1_000_000:
-            raise self.error(key, f"must lie in 1 ... 1000000, it is {value}; {_DAMAGED}")
-        return value
-
-    def take_level(self, key: str, kind: type, default: Any = None) -> Any:
-        """The only value of a list with one entry a level; more than one level is not implemented."""
-        values = self.take(key, list, default)
-        if len(values) != 1:
-            raise self.error(
-                key, f"has {len(values)} levels, and only autoencoders of one level are implemented; {_NOT_EXPORTABLE}"
-            )
-        return _Fields({key: values[0]}, self._path, self._source).take(key, kind)
-
-    def require(self, key: str, implemented: Any, default: Any = None) -> None:
-        """Refuse any value but the implemented one; a missing field counts as `default`."""
-        value = self._values.pop(key, default)
-        if value != implemented:
-            raise self.error(
-                key, f"= {reprlib.repr(value)} is not implemented (only {implemented!r} is); {_NOT_EXPORTABLE}"
-            )
-
-    def ignore(self, *keys: str) -> None:
-        """Drop fields that do not change what the model computes at inference."""
-        for key in keys:
-            self._values.pop(key, None)
-
-    def sub(self, key: str) -> _Fields:
-        """A nested object."""
-        return _Fields(self._values.pop(key, None), f"{self._path}.{key}", self._source)
-
-    def typed(self, key: str, type_name: str) -> _Fields:
-        """The fields of a nested `{"type": …, "config": {…}}` of the implemented type."""
-        block = self.sub(key)
-        block.require("type", type_name)
-        fields = block.sub("config")
-        fields._values |= {k: v for k, v in block._values.items() if k == "soft_clip"}  # noqa: SLF001
-        block.ignore("soft_clip", "requires_grad")
-        block.finish()
-        return fields
-
-    def finish(self) -> None:
-        """Refuse whatever was left over, unless it is switched off."""
-        # A feature that is off (false, null, 0) changes nothing, whatever it is called.
-        left = {key: value for key, value in self._values.items() if value}
-        if left:
-            key, value = next(iter(left.items()))
-            raise self.error(key, f"= {reprlib.repr(value)} is not implemented; {_NOT_EXPORTABLE}")
-
-
-def _parse_span(fields: _Fields, stride: int) -> Span:
-    window = fields.take("sliding_window", list, [])
-    if window:
-        fields.ignore("chunk_size", "chunk_midpoint_shift")
-        if len(window) != 2 or window[0] != window[1] or type(window[0]) is not int or not 1 <= window[0] <= 8:
-            raise fields.error(
-                "sliding_window",
-                f"= {reprlib.repr(window)} is not implemented (two equal numbers from 1 to 8 are); {_NOT_EXPORTABLE}",
-            )
-        return BandSpan(window[0])
-    chunk = fields.take_size("chunk_size")
-    latents = chunk // stride
-    if chunk % stride or latents % 2:
-        raise fields.error(
-            "chunk_size",
-            f"= {chunk} is not implemented (an even multiple of the stride {stride} is); {_NOT_EXPORTABLE}",
-        )
-    if latents * (stride + 1) > MOST_CHUNK_TOKENS:
-        # Attention holds the square of it.
-        raise fields.error(
-            "chunk_size", f"= {chunk} is out of range, {MOST_CHUNK_TOKENS} tokens are implemented; {_NOT_EXPORTABLE}"
-        )
-    return ChunkSpan(latents, fields.take("chunk_midpoint_shift", bool, False))
-
-
-def _parse_trunk(fields: _Fields, patch_width: int, latent_width: int, *, decoder: bool) -> TrunkConfig:
-    width_key = "out_channels" if decoder else "in_channels"
-    fields.require(width_key, patch_width)
-    fields.require("latent_dim", latent_width)
-    fields.require("differential", True, True)
-    fields.require("dyt", True, True)
-    fields.require("variable_stride", True)
-    for unimplemented in ("conformer", "layer_scale", "cross_attn", "rms_norm", "feat_scale", "causal"):
-        fields.require(unimplemented, False, False)
-    fields.require("mapping_bias", True, True)
-    # Training-time switches, and the noise that the reference adds to learned tokens (decoding here is noise-free).
-    fields.ignore("checkpointing", "mask_noise", "use_flash", "freeze_backbone")
-    stride = fields.take_level("strides", int)
-    if not 1 <= stride <= 1024:
-        raise fields.error("strides", f"= [{stride}] is out of range, 1 to 1024 is implemented; {_NOT_EXPORTABLE}")
-    conv_mapping = fields.take("conv_mapping", bool, False)
-    if conv_mapping and not decoder:
-        raise fields.error("conv_mapping", f"= true is not implemented for encoders; {_NOT_EXPORTABLE}")
-    sine = fields._values.pop("sinusoidal_blocks", [0])  # noqa: SLF001
-    sine = sine if isinstance(sine, list) else [sine]
-    if len(sine) != 1 or not isinstance(sine[0], int):
-        raise fields.error(
-            "sinusoidal_blocks",
-            f"= {reprlib.repr(sine)} is not implemented (one whole number is); {_NOT_EXPORTABLE}",
-        )
-    trunk = TrunkConfig(
-        width=fields.take_size("channels") * fields.take_level("c_mults", int),
-        depth=fields.take_level("transformer_depths", int),
-        head_width=fields.take_size("dim_heads"),
-        ff_mult=fields.take_size("ff_mult", 3),
-        stride=stride,
-        span=_parse_span(fields, stride),
-        sine_blocks=sine[0],
-        mapping_kernel=3 if conv_mapping else 1,
-    )
-    fields.finish()
-    if not (trunk.width > 0 and 1 <= trunk.depth <= 1000 and 1 <= stride <= 1024):
-        raise fields.refusal(f"width {trunk.width}, depth {trunk.depth} or stride {stride} is out of range; {_DAMAGED}")
-    # Rotary embedding turns pairs in half of a head, and in 32 features at least.
-    pairs_fit = trunk.head_width % (4 if trunk.head_width > 64 else 2) == 0
-    if trunk.head_width < 32 or not pairs_fit or trunk.width % trunk.head_width:
-        raise fields.refusal(
-            f"heads of {trunk.head_width} do not fit a width of {trunk.width} (they must be even, above 64 a multiple "
-            f"of 4, at least 32, and divide it); {_NOT_EXPORTABLE}"
-        )
-    if isinstance(trunk.span, ChunkSpan) and trunk.span.shifted and trunk.depth % 2:
-        raise fields.refusal(f"chunk_midpoint_shift needs an even depth, it is {trunk.depth}; {_NOT_EXPORTABLE}")
-    return trunk
-
-
-def parse_config(document: Any, source: str = CONFIG_FILE) -> tuple[SameConfig, bool]:
-    """Read a `model_config.json` of either nesting.
-
-    Every field of the autoencoder counts; those of the other parts of a full checkpoint are not read.
-
-    Args:
-        document: the parsed JSON.
-        source: the file that it was read from, for messages.
-
-    Returns:
-        The configuration, and whether it lay inside a full Stable Audio 3 configuration.
-
-    Raises:
-        CheckpointError: a field is missing, of the wrong type, or asks for what is not implemented.
-    """
-    top = _Fields(document, "config", source)
-    outer = top.sub("model")
-    nested = "pretransform" in outer._values and "encoder" not in outer._values  # noqa: SLF001
-    if nested:
-        wrapped = outer.sub("pretransform")
-        # The full model divides latents by it.
-        wrapped.require("scale", 1, 1)
-        model = wrapped.sub("config")
-    else:
-        model = outer
-    sample_rate = top.take_size("sample_rate")
-
-    channels = model.take_size("io_channels")
-    top.require("audio_channels", channels, channels)
-    patched = model.typed("pretransform", "patched")
-    patch = patched.take_size("patch_size")
-    patched.require("channels", channels)
-    patched.finish()
-    latent_width = model.take_size("latent_dim")
-
-    encoder = _parse_trunk(model.typed("encoder", "same"), patch * channels, latent_width, decoder=False)
-    decoder_fields = model.typed("decoder", "same")
-    soft_clip = decoder_fields.take("soft_clip", bool, False)
-    decoder = _parse_trunk(decoder_fields, patch * channels, latent_width, decoder=True)
-
-    bottleneck = model.typed("bottleneck", "softnorm")
-    bottleneck.require("dim", latent_width)
-    bottleneck.require("noise_augment_dim", 0, 0)
-    bottleneck.require("auto_scale", True)
-    bottleneck.ignore("noise_regularize", "freeze", "momentum")
-    bottleneck.finish()
-
-    config = SameConfig(sample_rate, channels, patch, latent_width, encoder, decoder, soft_clip)
-    model.require("downsampling_ratio", config.hop)
-    model.ignore("in_channels", "out_channels")
-    model.finish()
-    if encoder.stride != decoder.stride:
-        raise top.refusal(
-            f"strides {encoder.stride} (encoder) and {decoder.stride} (decoder) differ, which is not implemented; "
-            f"{_NOT_EXPORTABLE}"
-        )
-    return config, nested
 
 
 # ---------------------------------------------------------------------------------------------- tensors
@@ -460,7 +117,7 @@ def _check_shapes(found: Mapping[str, tuple[int, ...]], config: SameConfig, sour
     expected = tensor_shapes(config)
     for key, shape in expected.items():
         if key not in found:
-            raise CheckpointError(f"{source}: tensor {key} {list(shape)} is missing; {_DAMAGED}")
+            raise CheckpointError(f"{source}: tensor {key} {list(shape)} is missing; download the checkpoint again")
         if found[key] != shape:
             raise CheckpointError(
                 f"{source}: tensor {key} has shape {list(found[key])}, the configuration asks for {list(shape)}; "
@@ -469,7 +126,7 @@ def _check_shapes(found: Mapping[str, tuple[int, ...]], config: SameConfig, sour
     extra = sorted(found.keys() - expected.keys())
     if extra:
         raise CheckpointError(
-            f"{source}: tensor {extra[0]} is not part of a SAME autoencoder ({len(extra)} such), and nothing is "
+            f"{source}: tensor {extra[0][:200]} is not part of a SAME autoencoder ({len(extra)} such), and nothing is "
             "ignored; pass the autoencoder's own checkpoint"
         )
 
@@ -478,7 +135,7 @@ def _read_config(path: Path) -> Any:
     try:
         return json.loads(read_regular(path).decode())
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); {_DAMAGED}") from None
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download the checkpoint again") from None
 
 
 def load(model: str, weights: str = HUB, revision: str | None = None) -> Checkpoint:
@@ -518,7 +175,7 @@ def load_source(source: Mapping[str, Any]) -> Checkpoint:
     try:
         loader = loaders[source["kind"]]
         inspect.signature(loader).bind(**arguments)
-        check_kinds(arguments, dict.fromkeys(("folder", "name", "revision"), str) | {"seed": int})
+        check_kinds(arguments, dict.fromkeys(("folder", "name", "revision", "weights"), str) | {"seed": int})
     except (KeyError, TypeError):
         raise CheckpointError(f"a checkpoint source {dict(source)!r} is not known; export the model again") from None
     return loader(**arguments)
@@ -579,11 +236,12 @@ def _read_tensors(
     name = utf8_path(path)
     try:
         with safe_open(name, framework="pt") as file:
-            keys = {
-                published_key(key.removeprefix(prefix)): key
-                for key in file.keys()  # noqa: SIM118 the file is no mapping
-                if key.startswith(prefix)
-            }
+            keys = _autoencoder_keys(
+                {key: published_key(key) for key in file.keys()},  # noqa: SIM118 the file is no mapping
+                tensor_shapes(config).keys(),
+                prefix,
+                str(path),
+            )
             found = {bare: tuple(file.get_slice(key).get_shape()) for bare, key in keys.items()}
             shapes = {key: shape for key, shape in tensor_shapes(config).items() if _is_derived(key)}
             _check_shapes(shapes | found, config, str(path))
@@ -599,9 +257,51 @@ def _read_tensors(
         # Half-precision checkpoints hold them rounded; anything further off is another model.
         if key in tensors and not tensors[key].allclose(tensor, rtol=0.01):
             raise CheckpointError(
-                f"{path}: tensor {key} is not what its formula gives, which is not implemented; {_DAMAGED}"
+                f"{path}: tensor {key} is not what its formula gives, which is not implemented; "
+                "download the checkpoint again"
             )
     return tensors | derived
+
+
+def _autoencoder_keys(names: Mapping[str, str], expected: AbstractSet[str], prefix: str, source: str) -> dict[str, str]:
+    """Find the tensors of the autoencoder among all tensors of a file.
+
+    A name that is not in the model is tried again with one of its components (any but the first) left out, as the
+    reference does.
+
+    Args:
+        names: the published name, with its prefix, of each key of the file.
+        expected: the tensors of the model, without prefix.
+        prefix: what the autoencoder's names begin with.
+        source: the file, for messages.
+
+    Returns:
+        Name without prefix -> key of the file. Names that begin with `prefix` and match nothing are among them.
+
+    Raises:
+        CheckpointError: two keys match the same tensor.
+    """
+    model = {prefix + name for name in expected}
+    missing = model.difference(names.values())
+    # Longer names cannot match; trying each component of a name of any length takes a time that grows with its square.
+    most = max((name.count(".") + 2 for name in missing), default=0)
+    matched: dict[str, str] = {}
+    for key, name in names.items():
+        if name in model or name.count(".") >= most:
+            continue
+        parts = name.split(".")
+        candidates = (".".join(parts[:i] + parts[i + 1 :]) for i in range(1, len(parts)))
+        match = next((candidate for candidate in candidates if candidate in missing), None)
+        if match in matched:
+            raise CheckpointError(
+                f"{source}: tensors {matched[match]} and {key} can both be {match}; pass the checkpoint as it was "
+                "published"
+            )
+        if match is not None:
+            matched[match] = key
+    taken = set(matched.values())
+    own = {name: key for key, name in names.items() if name.startswith(prefix) and key not in taken}
+    return {name.removeprefix(prefix): key for name, key in (own | matched).items()}
 
 
 def _derived_tensors(config: SameConfig) -> dict[str, torch.Tensor]:
@@ -628,51 +328,59 @@ def _is_derived(key: str) -> bool:
 def _check_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
     for key, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{source}: tensor {key} holds NaN or infinity; {_DAMAGED}")
+            raise CheckpointError(f"{source}: tensor {key} holds NaN or infinity; download the checkpoint again")
 
 
 # ---------------------------------------------------------------------------------------------- random weights
 
 
 def published_config(name: str) -> dict[str, Any]:
-    """The `model_config.json` of a model, with the published field names.
+    """Return the `model_config.json` of a model as it is published, in the standalone nesting.
+
+    `same-s` is the published file of SAME-S. The file of SAME-L itself is not known here; `same-l` has the fields that
+    the full checkpoint `stable-audio-3-medium` publishes for it.
 
     Args:
         name: `same-s` or `same-l` at their real sizes; `tiny-s` or `tiny-l`, 2 M parameters of the same kinds.
     """
-    kind = name[-1:]
     if name not in ("same-s", "same-l", "tiny-s", "tiny-l"):
         raise CheckpointError(f"no random weights for {name!r}; choose same-s, same-l, tiny-s or tiny-l")
-    tiny = name.startswith("tiny")
-    latent, depth = (32, 4) if tiny else (256, 6 if kind == "s" else 12)
+    small, tiny = name.endswith("s"), name.startswith("tiny")
+    latent, depth = (32, 4) if tiny else (256, 6 if small else 12)
     trunk: dict[str, Any] = {
-        "channels": 32 if tiny else (128 if kind == "s" else 256),
+        "channels": 32 if tiny else (128 if small else 256),
         "c_mults": [4 if tiny else 6],
         "strides": [16],
         "latent_dim": latent,
         "transformer_depths": [depth],
-        "checkpointing": False,
         "differential": True,
-        "dyt": True,
         "dim_heads": 64,
-        "ff_mult": 3,
         "variable_stride": True,
     }
+    encoder: dict[str, Any]
     decoder: dict[str, Any]
-    if kind == "s":
-        trunk |= {"chunk_size": 32, "chunk_midpoint_shift": True}
+    if small:
+        block_type = "same"
+        trunk |= {"checkpointing": False, "dyt": True, "chunk_size": 32, "chunk_midpoint_shift": True}
+        encoder = {"mask_noise": 0.0}
         decoder = {"sinusoidal_blocks": [0], "conv_mapping": True, "mask_noise": 0.01}
     else:
-        trunk |= {"sliding_window": [1, 1]}
-        decoder = {"sinusoidal_blocks": [3 if tiny else 8], "mask_noise": 0.1}
+        block_type = "taae_v2"
+        trunk |= {"conformer": False, "layer_scale": False, "conv_bias": False, "enable_inner_layer_dropout": False}
+        trunk |= {"mapping_style": "none", "sliding_window": [1, 1], "use_dilated_conv": False, "use_flash": True}
+        trunk |= {"use_snake": False}
+        encoder = {"checkpointing": True, "mask_noise": 0.001}
+        decoder = {"checkpointing": False, "sinusoidal_blocks": [3 if tiny else 8], "mask_noise": 0.1}
+    block = {"type": block_type, "requires_grad": False}
     return {
         "model_type": "autoencoder",
+        "sample_size": 24576,
         "sample_rate": 44100,
         "audio_channels": 2,
         "model": {
             "pretransform": {"type": "patched", "config": {"patch_size": 256, "channels": 2}},
-            "encoder": {"type": "same", "config": {"in_channels": 512, "mask_noise": 0.0, **trunk}},
-            "decoder": {"type": "same", "config": {"out_channels": 512, **decoder, **trunk}},
+            "encoder": block | {"config": {"in_channels": 512, **trunk, **encoder}},
+            "decoder": block | {"config": {"out_channels": 512, **trunk, **decoder}},
             "bottleneck": {
                 "type": "softnorm",
                 "config": {
@@ -732,13 +440,6 @@ def random_checkpoint(name: str, seed: int = 0) -> Checkpoint:
     return Checkpoint(name, config, tensors, source, checkpoint_digest(config, tensors))
 
 
-def rotary_frequencies(rotated: int) -> Any:
-    """Angular frequencies of rotary embedding, base 10000: `[rotated / 2]`, radians per token (RoFormer, eq. 15)."""
-    import numpy as np  # noqa: PLC0415
-
-    return 1.0 / 10000 ** (np.arange(0, rotated, 2) / rotated)
-
-
 def save_folder(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     """Write a checkpoint folder in the published format."""
     from safetensors.torch import save_file  # noqa: PLC0415
@@ -757,55 +458,46 @@ def hub_repository(name: str) -> str:
     Raises:
         CheckpointError: it is neither.
     """
-    repository = HUB_REPOSITORIES.get(name, name)
+    repository = hub.HUB_REPOSITORIES.get(name, name)
     if repository.count("/") != 1:
-        known = ", ".join([*HUB_REPOSITORIES, *BUNDLED_FOLDERS])
+        known = ", ".join([*hub.HUB_REPOSITORIES, *BUNDLED_FOLDERS])
         raise CheckpointError(
             f"{name!r} is no published model ({known}), no hub repository owner/name and no folder; pass one of these"
         )
     return repository
 
 
-def load_hub(name: str, revision: str | None = None) -> Checkpoint:
+def load_hub(name: str, revision: str | None = None, weights: str | None = None) -> Checkpoint:
     """Load a published checkpoint through `huggingface_hub`, from its cache where it is there.
+
+    A checkpoint in the cache that cannot be used is passed over with a warning if there is another.
 
     Args:
         name: `same-s`, `same-l`, or any hub repository `owner/name`, a full Stable Audio 3 one too.
-        revision: branch, tag or commit; the repository's default branch unless given.
+        revision: branch, tag or commit; unless given, the pinned revision of a known repository, and the default branch
+            of others.
+        weights: what is known of the weights from an earlier load. Unless given, the files of a known repository are
+            hashed to tell whether they are the published ones.
 
     Raises:
         CheckpointError: unknown name, no network and no cache, no access, or an unusable checkpoint.
     """
     repository = hub_repository(name)
-    short = name.rsplit("/", 1)[-1].lower()
-    # Random weights have the sizes of published models.
-    sized = short if short in HUB_REPOSITORIES else "same-s"
-    try:
-        found, folder = _fetch(repository, CONTAINING_REPOSITORIES.get(name, ()), revision)
-    except Exception as error:  # noqa: BLE001 the hub's client raises errors of several libraries; each becomes one line
-        raise CheckpointError(
-            f"{repository} cannot be fetched from the hub ({first_line(error)}); check the network, the name and "
-            f"your login, or export a folder with its {CONFIG_FILE} and {WEIGHTS_FILE}: samekit export {short} "
-            f"--weights DIR (make export MODEL={short} WEIGHTS=DIR), or random weights: samekit export {sized} "
-            f"--weights random (make export MODEL={sized} WEIGHTS=random)"
-        ) from None
-    loaded = load_folder(folder, short)
-    # A snapshot's folder is named after its commit, which pins what was exported.
-    source = {"kind": HUB, "name": found, "revision": folder.name}
-    return dataclasses.replace(loaded, source=source)
-
-
-def _fetch(repository: str, containing: Iterable[str], revision: str | None) -> tuple[str, Path]:
-    """A repository and its snapshot folder: from the cache, else from the cache of another, else from the network."""
-    from huggingface_hub import snapshot_download  # noqa: PLC0415
-    from huggingface_hub.errors import LocalEntryNotFoundError  # noqa: PLC0415
-
-    files = [CONFIG_FILE, WEIGHTS_FILE]
-    for candidate in (repository, *(() if revision else containing)):
-        with contextlib.suppress(LocalEntryNotFoundError):
-            folder = Path(snapshot_download(candidate, revision=revision, allow_patterns=files, local_files_only=True))
-            if all((folder / file).is_file() for file in files):
-                return candidate, folder
-    # The client may try for half a minute before it says anything.
-    logger.warning("fetching %s from the hub", repository)
-    return repository, Path(snapshot_download(repository, revision=revision, allow_patterns=files))
+    failures: list[CheckpointError] = []
+    for found, folder in hub.snapshots(repository, hub.CONTAINING_REPOSITORIES.get(name, ()), revision):
+        if failures:
+            logger.warning("passed over in the hub's cache: %s", failures[-1])
+        try:
+            loaded = load_folder(folder, name.rsplit("/", 1)[-1].lower())
+        except CheckpointError as error:
+            failures.append(error)
+            continue
+        # A snapshot's folder is named after its commit, which pins what was exported.
+        source = {"kind": HUB, "name": found, "revision": folder.name}
+        described = weights or hub.describe_weights(found, folder)
+        if described:
+            source["weights"] = described
+        if described and described not in (weights, hub.PUBLISHED_WEIGHTS):
+            logger.warning("%s, revision %s: %s", found, folder.name, described)
+        return dataclasses.replace(loaded, source=source)
+    raise failures[0]

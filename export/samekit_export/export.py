@@ -25,7 +25,7 @@ from samekit.store import (
     staging_folder,
 )
 from samekit.tensorrt_store import BUILDS_FOLDER, is_builds_own, remove_stale_builds
-from samekit_export.checkpoint import ChunkSpan
+from samekit_export.config import ChunkSpan
 from samekit_export.graph import GRAPH_REVISION, GraphDecoder, GraphEncoder
 from samekit_export.int8 import quantize_
 from samekit_export.model import Same
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from samekit.spec import GraphFile
-    from samekit_export.checkpoint import Checkpoint, TrunkConfig
+    from samekit_export.checkpoint import Checkpoint
+    from samekit_export.config import TrunkConfig
 
 GRAPHS: dict[str, type[GraphEncoder | GraphDecoder]] = {ENCODER: GraphEncoder, DECODER: GraphDecoder}
 """What is exported of each half."""

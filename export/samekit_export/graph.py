@@ -35,13 +35,13 @@ from torch.nn import functional
 
 from samekit.errors import CheckpointError
 from samekit.spec import DECODER, ENCODER
-from samekit_export.checkpoint import BandSpan, rotary_frequencies
+from samekit_export.config import BandSpan, rotary_frequencies
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Self
 
-    from samekit_export.checkpoint import SameConfig, TrunkConfig
+    from samekit_export.config import SameConfig, TrunkConfig
     from samekit_export.model import Block, DynamicTanh, Same, Trunk
 
 GRAPH_REVISION = 1

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from samekit_export.checkpoint import BandSpan, ChunkSpan, rotary_frequencies
+from samekit_export.config import BandSpan, ChunkSpan, rotary_frequencies
 
 if TYPE_CHECKING:
-    from samekit_export.checkpoint import Checkpoint, SameConfig, TrunkConfig
+    from samekit_export.checkpoint import Checkpoint
+    from samekit_export.config import SameConfig, TrunkConfig
 
 
 class DynamicTanh(nn.Module):

@@ -339,11 +339,14 @@ def export(
     from samekit_export.checkpoint import load  # noqa: PLC0415
     from samekit_export.export import check_precisions  # noqa: PLC0415
     from samekit_export.export import export as run  # noqa: PLC0415
+    from samekit_export.hub import PUBLISHED_WEIGHTS  # noqa: PLC0415
 
     # Before gigabytes are downloaded.
     precisions = check_precisions(precision.split(","))
     _say(f"loading {model}")
     checkpoint = load(model, weights, revision)
+    if checkpoint.source.get("weights") == PUBLISHED_WEIGHTS:
+        _say(f"{PUBLISHED_WEIGHTS} of {checkpoint.source['name']}, revision {checkpoint.source['revision']}")
     engine = run(checkpoint, out, precisions, force=force, report=_say)
     if tensorrt != "off":
         from samekit_export.to_tensorrt import add_engines  # noqa: PLC0415

@@ -104,8 +104,9 @@ class EngineSpec:
 
     @property
     def origin(self) -> str:
-        """`source` for messages."""
-        return ", ".join(f"{key} {value}" for key, value in self.source.items())
+        """`source` for messages; what is known of the weights stands at its end."""
+        fields = [f"{key} {value}" for key, value in self.source.items() if key != "weights"]
+        return ", ".join([*fields, *(str(self.source[key]) for key in ("weights",) if key in self.source)])
 
     def samples(self, latents: int) -> int:
         """Samples that so many latents stand for."""

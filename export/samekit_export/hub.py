@@ -1,0 +1,276 @@
+"""The repositories that hold published weights, and their files: from the hub's cache, or downloaded."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from samekit.errors import CheckpointError
+from samekit_export.config import CONFIG_FILE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_FILE = "model.safetensors"
+"""Name of the published weights."""
+
+FILES = (CONFIG_FILE, WEIGHTS_FILE)
+"""What is read of a repository, and all that is downloaded of it."""
+
+PUBLISHED_WEIGHTS = "published weights"
+"""What is said of files that have the published digests."""
+
+HUB_REPOSITORIES = {"same-s": "stabilityai/SAME-S", "same-l": "stabilityai/SAME-L"}
+"""Where the published weights of a name are."""
+
+CONTAINING_REPOSITORIES = {
+    "same-s": tuple(f"stabilityai/stable-audio-3-small-{kind}" for kind in ("music", "sfx", "music-base", "sfx-base")),
+    "same-l": ("stabilityai/stable-audio-3-medium", "stabilityai/stable-audio-3-medium-base"),
+}
+"""Full checkpoints that contain the same autoencoder; who has one in the cache need not download the other."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A revision of a repository whose files are known."""
+
+    revision: str
+    """Commit."""
+    sizes: dict[str, int]
+    """Bytes of each file."""
+    digests: dict[str, str]
+    """SHA-256 of each file."""
+
+
+def _published(revision: str, config: tuple[int, str], weights: tuple[int, str]) -> Published:
+    files = dict(zip(FILES, (config, weights), strict=True))
+    sizes = {file: size for file, (size, _) in files.items()}
+    return Published(revision, sizes, {file: digest for file, (_, digest) in files.items()})
+
+
+PUBLISHED = {
+    "stabilityai/SAME-S": _published(
+        "fbeb3dcf53a326e5682f38e22e7f740202d44232",
+        (2_040, "c329dd0a6f61d0b3ea4f23930059a6c00437005692fed4310924eb286253303a"),
+        (433_007_588, "c19698ce3a0b462acb967ee495e9eb7945221f236968c50206cce8cf22b3d305"),
+    ),
+    "stabilityai/SAME-L": _published(
+        "41acf79dd242877d6499a1108ca5dba5d5eecfc5",
+        (5_915, "9ca55d03d868b8f6769cd7d678430a6b70c328db24350601903a92001bd4f9f1"),
+        (3_408_566_892, "8cf93d5345c559307fc429bde896f594516fd6a1a23014c2f6055f78d8e13378"),
+    ),
+    "stabilityai/stable-audio-3-small-music": _published(
+        "0fef1392cd842149a2b6d445e181c97608faac06",
+        (10_341, "100776f25af5aa83f70e0c6b384de6690cb4e5ad01c24f7cfbb6524d18765f06"),
+        (2_270_384_940, "da85866b11b01d0694d990785f6abbd79c8064df1b0e6f8aea52935e0ef84b64"),
+    ),
+    "stabilityai/stable-audio-3-small-sfx": _published(
+        "ae12755283df9d62ca39a9b050a39a0b607b8c20",
+        (10_454, "a8aa5d45ae3d6524d3cd4e85e0d6e7d8d401267e7c6f28214bca8aae7b77bdeb"),
+        (2_270_384_940, "ed9cf1b6172f1a8c2921a9560c21109ff3239524563ced9dce6dcdef41e2f515"),
+    ),
+    "stabilityai/stable-audio-3-medium": _published(
+        "27b5a21b791b1b033d193a9e1e3ce78493f102f9",
+        (10_360, "4f8846649df59167e1792d134acb6fc2bb7105227c5455300bad6cb107e20c88"),
+        (9_222_116_660, "48d9c65e290e7bcd5194e0633bfc2424a59ee9683f5c2d58762d997b7d8ce0b5"),
+    ),
+    "stabilityai/stable-audio-3-small-music-base": _published(
+        "eab5ceee5ad9c1ed38800aff30a8e49d1161c539",
+        (8_452, "e97f53a0882a99b0307cf7d87d63423f75925b5def5efc180d29740899c62486"),
+        (2_270_384_940, "79691fac2a08a99a229b98963f8377ddc78c16f5c63f7e3a022375c311093ab4"),
+    ),
+    "stabilityai/stable-audio-3-small-sfx-base": _published(
+        "cc5ddb990e30daa68336ac61c140c37c7033ab7c",
+        (8_476, "cecfbca43fa8ece5d1d128fba74a39594ea954b2b128048534f72665c6721165"),
+        (2_270_384_940, "0c7cddb22cd7bf5e8169c6731a9eb7690c27ef5b53e8a4f9b4b2aaf8afcdaea2"),
+    ),
+    "stabilityai/stable-audio-3-medium-base": _published(
+        "b32993f73c3bdc3864043a72d8032606bba737c8",
+        (7_842, "27e2a299f0bda6ff742d3387398f929299575642f2c6a4d4c4f94830928fd0d5"),
+        (9_222_116_660, "c443fcc4d491475064cd0ff3eb92459b1e5f5060e86d96d016f048e528e24195"),
+    ),
+}
+"""Repositories whose files are known. Without a revision, this one is taken of each."""
+
+
+def describe_weights(repository: str, folder: Path) -> str | None:
+    """Say whether the files of a known repository are the published ones; None for a repository that is not known.
+
+    Files of any size are hashed in pieces.
+    """
+    if repository not in PUBLISHED:
+        return None
+    others = []
+    for file, expected in PUBLISHED[repository].digests.items():
+        with (folder / file).open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if digest != expected:
+            others.append(f"{file} has SHA-256 {digest}")
+    return f"not the {PUBLISHED_WEIGHTS}: {' and '.join(others)}" if others else PUBLISHED_WEIGHTS
+
+
+def snapshots(repository: str, containing: tuple[str, ...], revision: str | None) -> Iterator[tuple[str, Path]]:
+    """Yield folders that hold a model's files, the best ones first; each is looked for only when it is asked for.
+
+    Without a revision these are: the pinned revision in the cache, of `repository` and then of the others; other
+    revisions in the cache whose files have the published digests; the pinned revision of `repository`, downloaded; and
+    where that fails, for example without a network, any other revision in the cache.
+
+    Args:
+        repository: the repository that was asked for.
+        containing: others that serve as well, if they are in the cache.
+        revision: a branch, tag or commit of `repository`, which then serves alone.
+
+    Yields:
+        The repository, and the snapshot's folder, which is named after its commit.
+
+    Raises:
+        CheckpointError: nothing is in the cache, and the download failed.
+    """
+    candidates = (repository, *(() if revision else containing))
+    tried: list[tuple[str, str]] = []
+    for candidate in candidates:
+        pinned = PUBLISHED[candidate].revision if candidate in PUBLISHED else None
+        folder = _cached(candidate, revision or pinned)
+        if folder:
+            tried.append((candidate, folder.name))
+            yield candidate, folder
+    others = []
+    if revision is None:
+        found = [(candidate, folder) for candidate in candidates for folder in _other_revisions(candidate)]
+        others = [(candidate, folder) for candidate, folder in found if (candidate, folder.name) not in tried]
+    for candidate, folder in list(others):
+        if _has_published_files(candidate, folder):
+            others.remove((candidate, folder))
+            yield candidate, folder
+    if repository in dict(tried):
+        # It is in the cache, and a download would leave its files as they are.
+        yield from others
+        return
+    try:
+        yield repository, _downloaded(repository, revision)
+    except CheckpointError as error:
+        if not others:
+            raise
+        logger.warning("%s", error.cause)
+        for candidate, folder in others:
+            logger.warning("taking revision %s of %s, which is in the hub's cache", folder.name, candidate)
+            yield candidate, folder
+        raise
+
+
+def _cached(repository: str, revision: str | None) -> Path | None:
+    """The folder of a revision in the cache, if both files are there."""
+    from huggingface_hub import snapshot_download  # noqa: PLC0415
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
+
+    try:
+        folder = Path(
+            snapshot_download(repository, revision=revision, allow_patterns=list(FILES), local_files_only=True)
+        )
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        return None
+    return folder if _is_complete(folder) else None
+
+
+def _is_complete(folder: Path) -> bool:
+    return all((folder / file).is_file() for file in FILES)
+
+
+def _other_revisions(repository: str) -> list[Path]:
+    """Complete snapshots of a repository in the cache, the newest first."""
+    from huggingface_hub import constants  # noqa: PLC0415
+
+    try:
+        # The documented layout of the cache; the hub's client asks for a revision's name instead.
+        snapshots_folder = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "snapshots")
+        found = [(folder.stat().st_mtime, folder) for folder in snapshots_folder.iterdir() if _is_complete(folder)]
+    except (OSError, ValueError):
+        # A name that no file system takes is a ValueError.
+        return []
+    return [folder for _, folder in sorted(found, reverse=True)]
+
+
+def _has_published_files(repository: str, folder: Path) -> bool:
+    """Whether a snapshot of another revision has the known files; only files of the right size are hashed."""
+    known = PUBLISHED.get(repository)
+    if known is None or any((folder / file).stat().st_size != size for file, size in known.sizes.items()):
+        return False
+    return describe_weights(repository, folder) == PUBLISHED_WEIGHTS
+
+
+def _downloaded(repository: str, revision: str | None) -> Path:
+    """Download a revision of a repository, of a known one the pinned revision unless another is asked for."""
+    from huggingface_hub import snapshot_download  # noqa: PLC0415
+    from huggingface_hub.errors import RevisionNotFoundError  # noqa: PLC0415
+
+    pinned = PUBLISHED[repository].revision if repository in PUBLISHED else None
+    # The client may try for half a minute before it says anything.
+    logger.warning("fetching %s from the hub", repository)
+    try:
+        try:
+            return Path(snapshot_download(repository, revision=revision or pinned, allow_patterns=list(FILES)))
+        except RevisionNotFoundError:
+            if revision or not pinned:
+                raise
+            logger.warning("%s has no revision %s any more; taking its newest one", repository, pinned)
+            return Path(snapshot_download(repository, allow_patterns=list(FILES)))
+    except Exception as error:  # noqa: BLE001 the hub's client raises errors of several libraries; each becomes one line
+        raise _failure(repository, error) from None
+
+
+def _failure(repository: str, error: Exception) -> CheckpointError:
+    """One line of what the hub said, with a cure that fits it."""
+    from huggingface_hub.errors import LocalEntryNotFoundError  # noqa: PLC0415
+
+    # The client wraps errors of connections, and some answers of the hub, in one that speaks of its cache.
+    while isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    said = str(error).strip() or type(error).__name__
+    # Too many requests: only the client's text tells how long to wait.
+    if status != 429:
+        said = getattr(error, "server_message", None) or said
+    said = " ".join(said.split())[:500]
+    short = repository.rsplit("/", 1)[-1].lower()
+    # Random weights have the sizes of published models.
+    sized = short if short in HUB_REPOSITORIES else "same-s"
+    return CheckpointError(
+        f"{repository} cannot be fetched from the hub ({said}); {_cure(repository, error, status)}, or export a folder "
+        f"with its {CONFIG_FILE} and {WEIGHTS_FILE}: samekit export {short} --weights DIR (make export MODEL={short} "
+        f"WEIGHTS=DIR), or random weights: samekit export {sized} --weights random (make export MODEL={sized} "
+        "WEIGHTS=random)"
+    )
+
+
+def _cure(repository: str, error: Exception, status: int | None) -> str:
+    """What helps against an error of the hub's client; `status` is that of the hub's answer."""
+    from huggingface_hub import errors  # noqa: PLC0415
+
+    log_in = "log in (hf auth login, or HF_TOKEN)"
+    # The first that fits: GatedRepoError is a RepositoryNotFoundError too.
+    by_kind = (
+        (errors.GatedRepoError, f"ask for access at https://huggingface.co/{repository} and {log_in}"),
+        (errors.RevisionNotFoundError, "check --revision"),
+        (errors.RepositoryNotFoundError, f"check the name, and if the repository is private, {log_in}"),
+        (errors.DisabledRepoError, "take another repository"),
+        (errors.OfflineModeIsEnabled, "unset HF_HUB_OFFLINE"),
+        (errors.HFValidationError, "check the name"),
+    )
+    for kind, cure in by_kind:
+        if isinstance(error, kind):
+            return cure
+    if status in (401, 403):
+        return "log in again with a token that may read this repository (hf auth login, or HF_TOKEN)"
+    if status == 429:
+        return "wait, and run the same command again (who is logged in may ask more often)"
+    if status is not None and status >= 500:
+        return "the hub has a fault of its own, so try again later"
+    if isinstance(error, OSError) and error.errno is not None:
+        return "check the folder of the hub's cache (HF_HOME) and its disk"
+    return "check the network and the proxy"
