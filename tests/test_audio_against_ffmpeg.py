@@ -154,7 +154,7 @@ def test_files_of_other_encoders(tmp_path, name, seconds, inputs, record_propert
 def test_files_of_libsndfile(tmp_path, kind, inputs, record_property):
     container, subtype = kind
     rates = {"WVE": 8000, "OPUS": 48_000}
-    rate = rates.get(container, rates.get(subtype, 8000 if subtype.startswith("NMS") else RATE))
+    rate = rates.get(container, rates.get(subtype, RATE))
     path = tmp_path / f"song.{container.lower()}"
     for channels in (2, 1):
         try:
