@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import signal
 import sys
 from collections import Counter
 from importlib.metadata import version
@@ -22,6 +23,10 @@ from samekit_export.to_tensorrt import add_engines
 
 # Read when huggingface_hub is imported, which happens later and only where it is needed.
 os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=os.devnull)
+
+# A shell that starts a command in the background lets it ignore Ctrl-C, and so would the processes that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # PyTorch gives most warnings once a process: whichever test came first would fail, and the others not.
 torch.set_warn_always(True)

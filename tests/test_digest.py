@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from samekit_export.checkpoint import BandSpan, ChunkSpan, SameConfig, TrunkConfig, load
+from samekit_export.checkpoint import load
+from samekit_export.config import BandSpan, ChunkSpan, SameConfig, TrunkConfig
 from samekit_export.digest import checkpoint_digest
 
 

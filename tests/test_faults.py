@@ -626,6 +626,7 @@ def test_what_is_no_file_is_refused_at_once(engine, latents, checkpoint_of, tmp_
     }[place.split("/")[0]]
     (tmp_path / "data").mkdir()
     sf.write(tmp_path / "data" / "a.wav", noise((300, 2), level=0.1), RATE)
+    (tmp_path / "data" / "a.txt").write_text("a clip", encoding="utf-8")
 
     def run():
         result = CliRunner().invoke(main, [str(argument) for argument in command])

@@ -59,6 +59,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = self.path.split("?")[0].removeprefix("/api/models").strip("/").split("/")
+        if len(path) == 2:
+            # Information about a repository, of its default branch.
+            path += ["revision", "main"]
         if len(path) < 4:
             self.answer(404)
             return
@@ -197,7 +200,8 @@ def test_the_pinned_revision_is_fetched(server, checkpoints, monkeypatch, caplog
     assert loaded.name == "same-s"
     expected = {"kind": "hub", "name": SAME_S, "revision": pin(SAME_S), "weights": "published weights"}
     assert loaded.source == expected
-    assert {revision for *_, revision in server.requests} == {pin(SAME_S)}
+    # The client also asks for the default branch, of which nothing is fetched.
+    assert {revision for _, _, kind, revision in server.requests if kind in ("resolve", "tree")} == {pin(SAME_S)}
     assert "not the published weights" not in caplog.text
     # The second time it comes from the cache, and so does what a source names.
     server.requests.clear()

@@ -43,9 +43,14 @@ def write(folder: Path) -> None:
     """
     prepare()
     pdoc.render.configure(docformat="google", footer_text=f"samekit {samekit.__version__}", show_source=False)
-    # Packages bring their modules along, but for those whose `__all__` names none.
-    names = [name for name in modules() if name.count(".") < 2 and not name.startswith("samekit_export.")]
-    pdoc.pdoc(*names, output_directory=folder)
+    # A package brings its modules along unless it has an `__all__` that leaves them out.
+    pdoc.pdoc(*[name for name in modules() if not _is_brought_along(name)], output_directory=folder)
+
+
+def _is_brought_along(name: str) -> bool:
+    """Whether pdoc adds a module with the package that it is in."""
+    package = name.rpartition(".")[0]
+    return bool(package) and not hasattr(sys.modules[package], "__all__")
 
 
 if __name__ == "__main__":

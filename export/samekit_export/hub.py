@@ -206,20 +206,26 @@ def _has_published_files(repository: str, folder: Path) -> bool:
 
 def _downloaded(repository: str, revision: str | None) -> Path:
     """Download a revision of a repository, of a known one the pinned revision unless another is asked for."""
-    from huggingface_hub import snapshot_download  # noqa: PLC0415
+    from huggingface_hub import HfApi, snapshot_download  # noqa: PLC0415
     from huggingface_hub.errors import RevisionNotFoundError  # noqa: PLC0415
+
+    def download(wanted: str | None) -> Path:
+        # This request is not repeated. For a pinned revision snapshot_download would first repeat others for 23 s
+        # without a network, and log each.
+        HfApi().model_info(repository, revision=wanted)
+        return Path(snapshot_download(repository, revision=wanted, allow_patterns=list(FILES)))
 
     pinned = PUBLISHED[repository].revision if repository in PUBLISHED else None
     # The client may try for half a minute before it says anything.
     logger.warning("fetching %s from the hub", repository)
     try:
         try:
-            return Path(snapshot_download(repository, revision=revision or pinned, allow_patterns=list(FILES)))
+            return download(revision or pinned)
         except RevisionNotFoundError:
             if revision or not pinned:
                 raise
             logger.warning("%s has no revision %s any more; taking its newest one", repository, pinned)
-            return Path(snapshot_download(repository, allow_patterns=list(FILES)))
+            return download(None)
     except Exception as error:  # noqa: BLE001 the hub's client raises errors of several libraries; each becomes one line
         raise _failure(repository, error) from None
 

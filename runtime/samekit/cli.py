@@ -127,6 +127,8 @@ def main(verbose: bool) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_PrintableFormatter("samekit: %(message)s"))
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
+    # This library has a handler of its own, so that each line would be shown twice.
+    logging.getLogger("huggingface_hub").propagate = False
 
 
 def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:

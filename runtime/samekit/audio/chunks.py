@@ -49,6 +49,7 @@ _FORMS: Final = {
     b"caff": _Form("big", b"data", 8, 4, 8, align=1, unknown=2**62),
 }
 MAGICS: Final = tuple(_FORMS)
+"""The first four bytes of these containers."""
 _MPEG_TAGS: Final = (0x50, 0x55)
 _LINEAR_TAGS: Final = (1, 3, 6, 7)
 # A hostile file may consist of empty chunks.

@@ -19,6 +19,7 @@ Piece = tuple[int, int] | bytes
 """Offset and end of a stretch of the file, or bytes in its place."""
 
 CONVERT = "convert it: ffmpeg -i IN OUT.flac"
+"""The cure for files that libsndfile does not read to their end."""
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ class AudioReader:
         rate, channels = self._decoder.layout
         frames = None if self._parts or first.starts_late else self._decoder.frames
         self.info = AudioInfo(rate, channels, frames, *self._decoder.coding)
+        """What the file says of itself."""
         if frames == 0:
             self.close()
             raise self._empty()
