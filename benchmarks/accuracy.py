@@ -15,15 +15,15 @@ import click
 import numpy as np
 from common import counts, engine_argument, finish, half_of, open_codec, plot_bars, plot_option, question
 
+from samekit.engine.spec import DECODER, ENCODER
 from samekit.errors import InputError
-from samekit.spec import DECODER, ENCODER
 from samekit_export.verify import example_input, snr_db
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from samekit.autoencoder import Autoencoder
-    from samekit.store import Engine
+    from samekit.batches import Autoencoder
+    from samekit.engine.folder import Engine
 
 LEVELS = (1.0, 0.01)
 """Times the usual level of an input."""

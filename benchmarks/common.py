@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from samekit import AutoencoderModel
-from samekit._packages import import_onnxruntime
-from samekit.backends.ort import CPU_PROVIDER, session_options
-from samekit.cli import Command
+from samekit.backends.onnxruntime import CPU_PROVIDER, session_options
+from samekit.cli.group import Command
+from samekit.engine.folder import Engine, find_engine
+from samekit.engine.spec import ENCODER
 from samekit.errors import SamekitError
-from samekit.spec import ENCODER
-from samekit.store import Engine, find_engine
+from samekit.packages import import_onnxruntime
 from samekit_export.measure import interleaved, machine, summary
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from onnxruntime import InferenceSession
 
-    from samekit.autoencoder import Autoencoder
+    from samekit.batches import Autoencoder
 
 __all__ = [
     "child",
@@ -73,7 +73,7 @@ def _engine(context: click.Context, parameter: click.Parameter, value: str) -> E
 
 
 engine_argument = click.argument("engine", callback=_engine)
-"""A model's name or its engine folder; gives a `samekit.store.Engine`."""
+"""A model's name or its engine folder; gives a `samekit.engine.folder.Engine`."""
 
 
 def _plottable(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:  # noqa: ARG001

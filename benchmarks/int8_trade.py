@@ -23,13 +23,16 @@ import numpy as np
 import torch
 from common import finish, interleaved, machine, open_session, plot_bars, plot_option, question, summary
 
-from samekit._options import MOST_THREADS
+from samekit.arguments import MOST_THREADS
 from samekit.audio import read_audio, to_channels
-from samekit.spec import DECODER, ENCODER
-from samekit_export.checkpoint import BUNDLED_FOLDERS, load, random_checkpoint
-from samekit_export.export import GRAPHS, spec_of
-from samekit_export.int8 import MEASURES, Int8Linear, Measures, prepare_, quantize_, use_
+from samekit.engine.spec import DECODER, ENCODER
+from samekit_export.checkpoint import BUNDLED_FOLDERS, load
+from samekit_export.export import GRAPHS
+from samekit_export.int8 import MEASURES, Measures, prepare_, quantize_, use_
+from samekit_export.int8_layers import Int8Linear
 from samekit_export.model import Same
+from samekit_export.model_spec import spec_of
+from samekit_export.random_weights import random_checkpoint
 from samekit_export.to_onnx import write_onnx
 from samekit_export.verify import example_input, snr_db
 

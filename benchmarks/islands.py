@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from common import finish, plot_bars, plot_option, question
 
-from samekit_export.checkpoint import random_checkpoint
-from samekit_export.graph import ISLANDS, GraphDecoder, GraphEncoder, Islands
+from samekit_export.graph import GraphDecoder, GraphEncoder
+from samekit_export.graph_layers import ISLANDS, Islands
 from samekit_export.model import Same
+from samekit_export.random_weights import random_checkpoint
 from samekit_export.verify import snr_db
 
 if TYPE_CHECKING:

@@ -27,9 +27,9 @@ from common import (
     summary,
 )
 
-from samekit.spec import DECODER, ENCODER
+from samekit.engine.spec import DECODER, ENCODER
 from samekit_export.config import BandSpan
-from samekit_export.diffusers_format import diffusers_tensor, published_key
+from samekit_export.diffusers import diffusers_tensor, published_key
 from samekit_export.verify import FLOOR_DB, example_input, snr_db
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from samekit.autoencoder import Autoencoder
-    from samekit.store import Engine
+    from samekit.batches import Autoencoder
+    from samekit.engine.folder import Engine
     from samekit_export.model import Same
 
 EAGER = "torch fp32"

@@ -33,8 +33,8 @@ from common import (
 )
 from onnx import TensorProto, helper, numpy_helper
 
-from samekit._options import MOST_THREADS
-from samekit.spec import DECODER, ENCODER, INPUT_NAMES
+from samekit.arguments import MOST_THREADS
+from samekit.engine.spec import DECODER, ENCODER, INPUT_NAMES
 from samekit_export.verify import example_input
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
     from samekit.arrays import Array
-    from samekit.store import Engine
+    from samekit.engine.folder import Engine
 
 # Rows, inner size, columns: of the size of the models' feed-forward products, and larger.
 LARGE = ((2176, 768, 4608), (2176, 1536, 9216), (4096, 4096, 4096))

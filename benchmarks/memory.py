@@ -15,16 +15,16 @@ import numpy as np
 import soundfile as sf
 from common import child, counts, engine_argument, finish, plot_lines, plot_option, question
 
-from samekit.spec import DECODER, ENCODER
+from samekit.engine.spec import DECODER, ENCODER
 
 if TYPE_CHECKING:
-    from samekit.spec import EngineSpec
-    from samekit.store import Engine
+    from samekit.engine.folder import Engine
+    from samekit.engine.spec import EngineSpec
 
 # Reports the peak of its own memory in KiB, from Linux: what `getrusage` gives begins with the parent's peak.
 PEAK = """
 import sys
-from samekit.cli import main
+from samekit.cli.main import main
 main(sys.argv[1:], standalone_mode=False)
 print(*(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """

@@ -17,7 +17,7 @@ import soundfile as sf
 from common import child, engine_argument, finish, plot_bars, plot_option, question, summary
 
 if TYPE_CHECKING:
-    from samekit.store import Engine
+    from samekit.engine.folder import Engine
 
 
 # Runs in a process of its own, as opening warms up what the next opening finds.

@@ -21,11 +21,12 @@ import soundfile as sf
 from common import engine_argument, finish, plot_bars, plot_option, question
 
 from samekit import AutoencoderModel
-from samekit.dataset import SAMPLE_SIZE, PreEncodeOptions, pre_encode
+from samekit.dataset.options import SAMPLE_SIZE, PreEncodeOptions
+from samekit.dataset.run import pre_encode
 from samekit_export.verify import FLOOR_DB, snr_db
 
 if TYPE_CHECKING:
-    from samekit.store import Engine
+    from samekit.engine.folder import Engine
 
 RATE = 44_100
 OURS, BARE, REFERENCE = "samekit pre-encode", "bare encoder", "reference's way"

@@ -28,12 +28,12 @@ from pre_encode import write_dataset
 
 from samekit import AutoencoderModel
 from samekit.backends.cpu import available_cpus
-from samekit.dataset import pre_encode
-from samekit.distributed import RayEncoder, RayOptions
+from samekit.dataset.ray import RayEncoder, RayOptions
+from samekit.dataset.run import pre_encode
 
 if TYPE_CHECKING:
-    from samekit.encoder import Encoder
-    from samekit.store import Engine
+    from samekit.dataset.executor import Encoder
+    from samekit.engine.folder import Engine
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -26,14 +26,14 @@ from common import (
     summary,
 )
 
-from samekit._options import MOST_THREADS
-from samekit.spec import DECODER, ENCODER
+from samekit.arguments import MOST_THREADS
+from samekit.engine.spec import DECODER, ENCODER
 from samekit_export.verify import example_input
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from samekit.store import Engine
+    from samekit.engine.folder import Engine
 
 
 @question

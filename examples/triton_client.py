@@ -17,10 +17,10 @@ import tritonclient.grpc as triton
 
 from samekit import AutoencoderModel
 from samekit.backends.base import Backend
-from samekit.cli import Command
+from samekit.cli.group import Command
+from samekit.engine.spec import ENCODER, INPUT_NAMES, EngineSpec, other
 from samekit.errors import BackendError
-from samekit.spec import ENCODER, INPUT_NAMES, EngineSpec, other
-from samekit.triton import facts_of, model_name
+from samekit.serving.triton import facts_of, model_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable

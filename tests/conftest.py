@@ -15,10 +15,11 @@ import torch
 from helpers import EACH_BACKEND, FAULTS, INPUTS, KINDS, SUMMARY, WRONG, seeded
 
 from samekit import AutoencoderModel
-from samekit.store import Engine
-from samekit_export.checkpoint import load, published_config, save_folder
+from samekit.engine.folder import Engine
+from samekit_export.checkpoint import load, save_folder
 from samekit_export.export import export
 from samekit_export.model import Same
+from samekit_export.random_weights import published_config
 from samekit_export.to_tensorrt import add_engines
 
 # Read when huggingface_hub is imported, which happens later and only where it is needed.

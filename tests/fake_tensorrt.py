@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from samekit.fingerprint import PROFILES, TENSORRT
-from samekit.spec import INPUT_NAMES, other
+from samekit.engine.spec import INPUT_NAMES, other
+from samekit.tensorrt.fingerprint import PROFILES, TENSORRT
 
 # A stream is a number; TensorRT would synchronise the device on the default one, 0.
 STREAM = 7

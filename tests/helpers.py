@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from samekit.backends.base import Backend
-from samekit.spec import DECODER, ENCODER, EngineSpec
+from samekit.engine.spec import DECODER, ENCODER, EngineSpec
 from samekit_export import checkpoint
-from samekit_export.checkpoint import published_config, random_checkpoint
+from samekit_export.random_weights import published_config, random_checkpoint
 from samekit_export.verify import snr_db
 
 GOLDEN = Path(__file__).parent / "golden"

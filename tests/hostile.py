@@ -225,7 +225,7 @@ class Opener:
         from helpers import FakeBackend
 
         from samekit import AutoencoderModel
-        from samekit.cli import main
+        from samekit.cli.main import main
 
         self._valid = valid
         self._work = Path(os.environ["HOSTILE_WORK"])
@@ -249,7 +249,8 @@ class Opener:
 
     def audio(self, path):
         """As encode and the dataset read it."""
-        from samekit.dataset import PreEncodeOptions, pre_encode
+        from samekit.dataset.options import PreEncodeOptions
+        from samekit.dataset.run import pre_encode
 
         data = self._work / "data"
         shutil.rmtree(data, ignore_errors=True)
@@ -265,7 +266,8 @@ class Opener:
 
     def caption(self, path):
         """Beside a sound clip."""
-        from samekit.dataset import PreEncodeOptions, pre_encode
+        from samekit.dataset.options import PreEncodeOptions
+        from samekit.dataset.run import pre_encode
 
         data = self._fresh("clip")
         shutil.copyfile(path, data / "clip.txt")
@@ -274,8 +276,9 @@ class Opener:
 
     def npy(self, path):
         """As latents, and as the silence of a dataset."""
-        from samekit.dataset import PreEncodeOptions, pre_encode
-        from samekit.dataset_check import verify
+        from samekit.dataset.check import verify
+        from samekit.dataset.options import PreEncodeOptions
+        from samekit.dataset.run import pre_encode
 
         out = self._fresh("dataset")
         shutil.copyfile(path, out / "silence.npy")
@@ -285,7 +288,7 @@ class Opener:
 
     def latents_json(self, path):
         """Beside latents, and in a dataset."""
-        from samekit.dataset_check import verify
+        from samekit.dataset.check import verify
 
         out = self._fresh("dataset")
         shutil.copyfile(path, out / "000000000000.json")
@@ -296,8 +299,9 @@ class Opener:
 
     def manifest(self, path):
         """Checked, and gone on with."""
-        from samekit.dataset import PreEncodeOptions, pre_encode
-        from samekit.dataset_check import verify
+        from samekit.dataset.check import verify
+        from samekit.dataset.options import PreEncodeOptions
+        from samekit.dataset.run import pre_encode
         from samekit.errors import SamekitError
 
         out = self._fresh("dataset")
@@ -331,8 +335,8 @@ class Opener:
 
     def build(self, path):
         """What a TensorRT build says of itself."""
-        from samekit.store import Engine
-        from samekit.tensorrt_store import build_folders, choose_build, is_whole
+        from samekit.engine.folder import Engine
+        from samekit.tensorrt.builds import build_folders, choose_build, is_whole
 
         folder = self._fresh("engine")
         (build,) = build_folders(Engine.load(folder))
@@ -365,7 +369,7 @@ class Opener:
 
     def _checkpoint(self, folder):
         from samekit_export.checkpoint import load
-        from samekit_export.export import spec_of
+        from samekit_export.model_spec import spec_of
 
         spec_of(load(str(folder))).to_json()
 

@@ -10,10 +10,10 @@ import onnx
 from helpers import HALVES, FakeBackend, noise
 from onnx import TensorProto, helper, numpy_helper
 
-from samekit.fingerprint import fingerprint_of
-from samekit.spec import ENCODER
-from samekit.store import describe_graph
-from samekit.tensorrt_store import Build, BuiltEngine, write_document
+from samekit.engine.folder import describe_graph
+from samekit.engine.spec import ENCODER
+from samekit.tensorrt.builds import Build, BuiltEngine, write_document
+from samekit.tensorrt.fingerprint import fingerprint_of
 
 # The smallest checkpoint of the first kind, 100 kB.
 SMALL = {

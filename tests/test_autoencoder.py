@@ -27,9 +27,10 @@ from helpers import (
 
 from samekit import AutoencoderModel
 from samekit.audio import read_audio
-from samekit.autoencoder import Autoencoder, _tell_of_random_weights
+from samekit.batches import Autoencoder
+from samekit.engine.spec import ENCODER
 from samekit.errors import AudioFileError, BackendError, EngineNotFoundError, InputError, LatentsFileError, OutputError
-from samekit.spec import ENCODER
+from samekit.model import _tell_of_random_weights
 from samekit_export.verify import example_input
 
 LEAST_DB = 110
@@ -315,9 +316,7 @@ def test_prepared_audio_is_of_the_same_kind(onnx_model):
     ids=str,
 )
 def test_device_as_pytorch_names_it(monkeypatch, device, opened):
-    monkeypatch.setattr(
-        "samekit.autoencoder.open_backend", lambda *arguments: asked.append(arguments[2]) or FakeBackend()
-    )
+    monkeypatch.setattr("samekit.model.open_backend", lambda *arguments: asked.append(arguments[2]) or FakeBackend())
     asked = []
     AutoencoderModel.from_pretrained("same-s", device)
     AutoencoderModel.from_pretrained("same-s", device, device_id=opened[1])

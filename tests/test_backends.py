@@ -30,9 +30,10 @@ from helpers import (
 )
 
 from samekit import AutoencoderModel
-from samekit.backends import AUTO, BACKENDS, open_backend
 from samekit.backends.base import BackendOptions
 from samekit.backends.cpu import available_cpus
+from samekit.backends.selection import AUTO, BACKENDS, open_backend
+from samekit.engine.spec import ENCODER
 from samekit.errors import (
     BackendError,
     BackendUnavailableError,
@@ -43,7 +44,6 @@ from samekit.errors import (
     NonFiniteError,
     SamekitError,
 )
-from samekit.spec import ENCODER
 from samekit_export.verify import example_input
 
 
@@ -467,7 +467,7 @@ def test_provider_that_did_not_start(engine_of, options):
 @pytest.mark.usefixtures("build_for_gpus")
 @pytest.mark.parametrize("driver", [False, True])
 def test_provider_that_nobody_asked_for_gives_way(engine_of, monkeypatch, caplog, driver):
-    monkeypatch.setattr("samekit.backends.ort.has_driver", lambda: driver)
+    monkeypatch.setattr("samekit.backends.onnxruntime.has_driver", lambda: driver)
     backend = open_backend(engine_of("tiny-s").folder, "onnxruntime", BackendOptions())
     assert backend.device == ("cuda" if driver else "cpu")
     for _ in range(2):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from samekit.spec import ENCODER, PRECISIONS
+from samekit.engine.spec import ENCODER, PRECISIONS
 
 # Those that take an engine folder, with arguments for a short run.
 OF_ENGINES = {

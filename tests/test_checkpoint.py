@@ -14,19 +14,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from samekit.errors import CheckpointError
-from samekit_export.checkpoint import (
-    NESTED_PREFIX,
-    WEIGHTS_FILE,
-    load,
-    load_folder,
-    load_source,
-    published_config,
-    random_checkpoint,
-    save_folder,
-    tensor_shapes,
-)
+from samekit_export.checkpoint import NESTED_PREFIX, WEIGHTS_FILE, load, load_folder, load_source, save_folder
 from samekit_export.config import CONFIG_FILE, BandSpan, ChunkSpan, parse_config
 from samekit_export.hub import PUBLISHED
+from samekit_export.random_weights import published_config, random_checkpoint
+from samekit_export.tensors import tensor_shapes
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from samekit import __version__
 from samekit.audio import read_audio
-from samekit.cli import main
-from samekit_export.checkpoint import published_config
+from samekit.cli.main import main
+from samekit_export.random_weights import published_config
 
 COMMANDS = sorted(main.commands)
 SAMPLES = 70 * HOP + 1000

@@ -24,16 +24,18 @@ from click.testing import CliRunner
 from faults import KILLED, contents
 from helpers import HOP, KINDS, RATE, FakeBackend, assert_close, assert_one_line, noise
 
-from samekit import AutoencoderModel, clips
+from samekit import AutoencoderModel
 from samekit.audio import PreparedReader
-from samekit.cli import main
-from samekit.dataset import PreEncodeOptions, pre_encode
-from samekit.dataset_check import verify
-from samekit.encoder import silence_latents
+from samekit.cli.main import main
+from samekit.dataset.check import verify
+from samekit.dataset.executor import silence_latents
+from samekit.dataset.manifest import Manifest, read_manifest
+from samekit.dataset.options import PreEncodeOptions, Shard
+from samekit.dataset.pipeline import Pipeline
+from samekit.dataset.progress import describe
+from samekit.dataset.run import clip as clips
+from samekit.dataset.run import pre_encode
 from samekit.errors import BackendError, InputError, LatentsFileError, NonFiniteError, OutputError
-from samekit.manifest import Manifest, Shard, read_manifest
-from samekit.pipeline import Pipeline
-from samekit.progress import describe
 
 FAKE_HOP = 8
 EXACT_DB = 100
@@ -175,7 +177,9 @@ def test_silence_of_the_default_length_costs_a_few_latents():
 @pytest.mark.parametrize("pad", [False, True])
 def test_silence_is_encoded_once(data, out, monkeypatch, pad):
     calls = []
-    monkeypatch.setattr("samekit.encoder.silence_latents", lambda *args: calls.append(1) or silence_latents(*args))
+    monkeypatch.setattr(
+        "samekit.dataset.executor.silence_latents", lambda *args: calls.append(1) or silence_latents(*args)
+    )
     write_clips(data, 2)
     run(data, out, pad=pad, sample_size=800)
     assert len(calls) == 1
@@ -988,7 +992,7 @@ def test_full_disk_stops_with_one_line_and_can_be_resumed(data, small_disk):
 
 def kill_and_resume(engine, data, folder, kills):
     """Kill runs after random numbers of clips, then let one finish; returns how many died in the middle."""
-    command = [sys.executable, "-c", "from samekit.cli import main; main()", "pre-encode", "--threads", "1"]
+    command = [sys.executable, "-c", "from samekit.cli.main import main; main()", "pre-encode", "--threads", "1"]
     command += ["--backend", "onnxruntime", "--model", engine, "--data_dir", data, "--output_path"]
     subprocess.run([*command, folder / "whole"], check=True, capture_output=True)
     manifest, died = folder / "out" / ".samekit" / "manifest.jsonl", 0
@@ -1193,7 +1197,7 @@ def test_stop_ends_with_one_line_and_can_be_resumed(engine_of, data, tmp_path, s
     write_clips(data, 60, samples=RATE)
     # A shell's background processes ignore Ctrl-C, and so would this one.
     program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-    program += "from samekit.cli import main; main()"
+    program += "from samekit.cli.main import main; main()"
     arguments = [sys.executable, "-c", program, "pre-encode", "--threads", "1", "--backend", "onnxruntime"]
     arguments += ["--model", engine_of(KINDS[0]).folder, "--data_dir", data, "--output_path"]
     manifest = tmp_path / "out" / ".samekit" / "manifest.jsonl"
@@ -1264,7 +1268,7 @@ def test_progress_tells_speed_time_left_and_failures(data, out):
 def test_torch_is_not_imported(engine_of, data, out):
     write_clips(data, 1)
     code = (
-        "import sys; from samekit import AutoencoderModel; from samekit.dataset import pre_encode;"
+        "import sys; from samekit import AutoencoderModel; from samekit.dataset.run import pre_encode;"
         "model = AutoencoderModel.from_pretrained(sys.argv[1], 'cpu', backend='onnxruntime');"
         "pre_encode(model, sys.argv[2], sys.argv[3]);"
         "assert 'torch' not in sys.modules"
@@ -1318,7 +1322,7 @@ def test_readers_are_no_more_than_the_cores_of_this_process(data, out, monkeypat
         readers.append(arguments[4])
         return Pipeline(*arguments)
 
-    monkeypatch.setattr("samekit.encoder.Pipeline", pipeline)
+    monkeypatch.setattr("samekit.dataset.executor.Pipeline", pipeline)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5})
     run(data, out)
@@ -1346,7 +1350,14 @@ def test_ten_thousand_clips_cost_the_same_each(engine_of, data, out):
     assert report.encoded == 10_000
     early, late = times[2999] - times[999], times[9999] - times[7999]
     growth = (memory[-1] - memory[3]) / 2**20
-    command = [sys.executable, "-c", "from samekit.cli import main; main()", "pre-encode", "--backend", "onnxruntime"]
+    command = [
+        sys.executable,
+        "-c",
+        "from samekit.cli.main import main; main()",
+        "pre-encode",
+        "--backend",
+        "onnxruntime",
+    ]
     command += ["--model", engine_of(KINDS[0]).folder, "--data_dir", data, "--output_path", out]
     start = time.monotonic()
     subprocess.run(command, check=True, capture_output=True)

@@ -14,8 +14,9 @@ from faults import contents
 from helpers import KINDS, assert_one_line
 from test_dataset import command, fake_model, pair, rows_of, run, write_clip, write_clips
 
-from samekit.dataset import PreEncodeOptions, pre_encode
-from samekit.dataset_check import verify
+from samekit.dataset.check import verify
+from samekit.dataset.options import PreEncodeOptions
+from samekit.dataset.run import pre_encode
 from samekit.errors import InputError
 
 NFC, NFD = unicodedata.normalize("NFC", "Café Ångström"), unicodedata.normalize("NFD", "Café Ångström")

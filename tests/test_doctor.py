@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import samekit
 from samekit import doctor
-from samekit.cli import main
+from samekit.cli.main import main
 
 
 @pytest.fixture

@@ -28,8 +28,8 @@ from click.testing import CliRunner
 from helpers import RATE, noise, seeded
 from test_triton import stand_in
 
-from samekit.cli import main
-from samekit.spec import EngineSpec
+from samekit.cli.main import main
+from samekit.engine.spec import EngineSpec
 from samekit_export import checkpoint, hub
 
 ROOT = Path(__file__).parents[1]
@@ -250,7 +250,7 @@ def test_container_file():
     (text,) = [text for _, _, language, text in blocks() if language == "dockerfile"]
     assert set(re.findall(r"\.whl\)\[(\w+)\]", text)) <= EXTRAS
     assert 'ENTRYPOINT ["samekit"]' in text
-    assert 'samekit = "samekit.cli:main"' in PYPROJECT
+    assert 'samekit = "samekit.cli.main:main"' in PYPROJECT
     (variable,) = re.findall(r"^ENV (\w+)=/engines$", text, re.MULTILINE)
     assert f'environ.get("{variable}")' in (ROOT / "runtime/samekit/store.py").read_text(encoding="utf-8")
 
@@ -442,7 +442,7 @@ def test_messages_that_are_not_there_are_noticed(messages):
 def test_statuses_of_clips_are_those_that_there_are():
     from typing import get_args
 
-    from samekit.manifest import Status
+    from samekit.dataset.manifest import Status
 
     table = TEXTS["docs/dataset.md"].split("| status |")[1].split("\n## ")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) | {"encoded", "gone"} == set(get_args(Status))

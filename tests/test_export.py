@@ -28,15 +28,17 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from samekit.backends.base import BackendOptions
-from samekit.backends.ort import OnnxRuntimeBackend
+from samekit.backends.onnxruntime import OnnxRuntimeBackend
+from samekit.engine.folder import Engine, describe_graph
+from samekit.engine.spec import ENCODER
 from samekit.errors import EngineError, InputError, OutputError, VerificationError
-from samekit.spec import ENCODER
-from samekit.store import Engine, describe_graph
 from samekit_export import export as export_module
-from samekit_export.checkpoint import load_folder, random_checkpoint
-from samekit_export.export import export, spec_of
+from samekit_export.checkpoint import load_folder
+from samekit_export.export import export
 from samekit_export.graph import GRAPH_REVISION, GraphEncoder
 from samekit_export.model import Same
+from samekit_export.model_spec import spec_of
+from samekit_export.random_weights import random_checkpoint
 from samekit_export.to_onnx import OPSET, write_onnx
 from samekit_export.verify import FLOOR_DB, example_input, verify
 

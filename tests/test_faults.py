@@ -25,16 +25,18 @@ from faults import KILLED, contents, fill, in_a_fork, kill_at_every_step, mounte
 from helpers import RATE, FakeBackend, assert_one_line, noise, seeded
 from small import small_graph, write_engine
 
-from samekit import AutoencoderModel, _files
-from samekit import triton as triton_module
+from samekit import AutoencoderModel
 from samekit.audio import read_audio
-from samekit.cli import main
-from samekit.dataset import PreEncodeOptions, pre_encode
-from samekit.dataset_check import verify
+from samekit.cli.main import main
+from samekit.dataset.check import verify
+from samekit.dataset.options import PreEncodeOptions
+from samekit.dataset.run import pre_encode
+from samekit.engine.folder import Engine
 from samekit.errors import AudioFileError, EngineError, LatentsFileError, OutputError
-from samekit.latents import LatentsWriter
-from samekit.store import Engine
-from samekit.tensorrt_store import BuiltEngine, build_folders, is_whole, open_cache
+from samekit.files import atomic as _files
+from samekit.files.latents import LatentsWriter
+from samekit.serving import triton as triton_module
+from samekit.tensorrt.builds import BuiltEngine, build_folders, is_whole, open_cache
 from samekit_export import export as export_module
 from samekit_export import report as report_module
 from samekit_export import to_tensorrt
@@ -942,7 +944,7 @@ def test_locale_that_is_not_utf_8(engine, tmp_path):
     sf.write(name + b".wav", noise((999, 2), level=0.1), RATE, "PCM_16", format="WAV")
     script = """
 import sys
-from samekit.cli import main
+from samekit.cli.main import main
 name, engine = sys.argv[1:]
 options = ["--model", engine, "--backend", "onnxruntime", "--threads", "1"]
 for arguments in (
@@ -987,7 +989,7 @@ def test_killed_builds_of_tensorrt(engine, tmp_path):
     script = """
 import sys
 from pathlib import Path
-from samekit.store import Engine
+from samekit.engine.folder import Engine
 from samekit_export.to_tensorrt import add_engines
 add_engines(Engine.load(Path(sys.argv[1])), ["fp32"], "rtx", print)
 """

@@ -9,9 +9,9 @@ import re
 
 import pytest
 
-from samekit import _files
-from samekit._files import atomic_path, output_errors
 from samekit.errors import OutputError
+from samekit.files import atomic as _files
+from samekit.files.atomic import atomic_path, output_errors
 
 
 def test_target_changes_only_when_the_block_ends(tmp_path):

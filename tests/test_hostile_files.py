@@ -25,12 +25,14 @@ from small import SMALL, write_engine
 
 from samekit import AutoencoderModel, errors
 from samekit.audio import AudioReader
-from samekit.cli import main
-from samekit.dataset import PreEncodeOptions, pre_encode
-from samekit.dataset_check import verify
-from samekit.latents import LatentsWriter
-from samekit_export.checkpoint import published_config, save_folder
-from samekit_export.diffusers_format import CLASS_NAME
+from samekit.cli.main import main
+from samekit.dataset.check import verify
+from samekit.dataset.options import PreEncodeOptions
+from samekit.dataset.run import pre_encode
+from samekit.files.latents import LatentsWriter
+from samekit_export.checkpoint import save_folder
+from samekit_export.diffusers import CLASS_NAME
+from samekit_export.random_weights import published_config
 
 # suffix -> format and subtype of soundfile.
 _AUDIO = {

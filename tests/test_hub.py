@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from test_published import FILES as PUBLISHED_FILES
 from test_published import FOLDER, KIND, tensors, tiny
 
-from samekit.cli import main
+from samekit.cli.main import main
 from samekit.errors import CheckpointError
 from samekit_export import hub
 from samekit_export.checkpoint import load, load_source, save_folder

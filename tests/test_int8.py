@@ -20,22 +20,24 @@ from conftest import THREADS
 from helpers import HALVES, HOP, assert_close, assert_one_line, each_half, in_one_pass, noise, run_half, seeded, variant
 from onnx import TensorProto, helper
 
-from samekit.autoencoder import Autoencoder
-from samekit.backends import ort
+from samekit.backends import onnxruntime as ort
 from samekit.backends.base import BackendOptions
-from samekit.backends.ort import CPU_PROVIDER, OnnxRuntimeBackend, session_options
-from samekit.backends.tensorrt import open_tensorrt
-from samekit.cli import main
+from samekit.backends.onnxruntime import CPU_PROVIDER, OnnxRuntimeBackend, session_options
+from samekit.batches import Autoencoder
+from samekit.cli.main import main
+from samekit.engine.folder import Engine
+from samekit.engine.spec import DECODER, ENCODER
 from samekit.errors import BackendUnavailableError, CheckpointError
-from samekit.spec import DECODER, ENCODER
-from samekit.store import Engine
+from samekit.tensorrt.backend import open_tensorrt
 from samekit_export import int8, to_onnx
-from samekit_export.checkpoint import load_bundled, random_checkpoint
+from samekit_export.checkpoint import load_bundled
 from samekit_export.export import GRAPHS, export
-from samekit_export.int8 import Int8Linear, prepare_, quantize_
+from samekit_export.gptq import Compensation, to_int8
+from samekit_export.int8 import prepare_, quantize_
+from samekit_export.int8_layers import Int8Linear
 from samekit_export.model import Same
+from samekit_export.random_weights import random_checkpoint
 from samekit_export.report import measure
-from samekit_export.rounding import Compensation, to_int8
 from samekit_export.to_onnx import OPSET
 from samekit_export.verify import snr_db
 
@@ -43,7 +45,7 @@ from samekit_export.verify import snr_db
 LEAST_DB = 37
 
 # A processor that adds pairs of int8 products in 16 bits, as far as the runtime can tell.
-saturating = mock.patch("samekit.backends.ort.int8_saturates", return_value=True)
+saturating = mock.patch("samekit.backends.onnxruntime.int8_saturates", return_value=True)
 
 INT8 = BackendOptions(precision="int8", device="cpu", threads=THREADS)
 
@@ -544,6 +546,6 @@ def test_gpus_are_refused(int8_of, opener, options, message):
 
 def test_a_gpu_at_hand_is_not_used(int8_of, monkeypatch):
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", CPU_PROVIDER])
-    monkeypatch.setattr("samekit.backends.ort.has_driver", lambda: True)
+    monkeypatch.setattr("samekit.backends.onnxruntime.has_driver", lambda: True)
     with OnnxRuntimeBackend(Engine.load(int8_of("tiny-s").folder), BackendOptions(precision="int8")) as backend:
         assert backend.device == "cpu"

@@ -14,11 +14,13 @@ import pytest
 import torch
 from helpers import KINDS, assert_close, each_half, in_one_pass, seeded
 
-from samekit.spec import ENCODER
-from samekit_export.export import export, spec_of
-from samekit_export.graph import ISLANDS, GraphDecoder, GraphEncoder
+from samekit.engine.spec import ENCODER
+from samekit_export.export import export
+from samekit_export.graph import GraphDecoder, GraphEncoder
+from samekit_export.graph_layers import ISLANDS
 from samekit_export.int8 import quantize_
 from samekit_export.model import Same
+from samekit_export.model_spec import spec_of
 from samekit_export.verify import example_input, snr_db
 
 STARTS = ("encoder.layers.0.mapping.weight_g", "encoder.layers.0.mapping.bias", "decoder.layers.1.", ".new_tokens")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from samekit.errors import InputError, LatentsFileError, OutputError
-from samekit.latents import LatentsWriter, read_latents, require_replaceable
+from samekit.files.latents import LatentsWriter, read_latents, require_replaceable
 
 WIDTH = 8
 
@@ -275,7 +275,7 @@ def test_another_width_names_both(tmp_path):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_value_that_is_not_finite(tmp_path, monkeypatch, value):
-    monkeypatch.setattr("samekit.latents._CHECKED_VALUES", 16)
+    monkeypatch.setattr("samekit.files.latents._CHECKED_VALUES", 16)
     path = tmp_path / "song.npy"
     for position in ((0, 0), (WIDTH - 1, 9), (3, 4)):
         latents = latents_of(10)

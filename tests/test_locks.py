@@ -12,8 +12,8 @@ import pytest
 from faults import KILLED, in_a_fork, kill_this_process, together
 from helpers import assert_one_line
 
-from samekit._locks import LOCK_FILE, folder_lock
 from samekit.errors import OutputError
+from samekit.files.locks import LOCK_FILE, folder_lock
 
 
 @pytest.fixture

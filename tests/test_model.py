@@ -23,14 +23,15 @@ from helpers import (
 )
 
 from samekit.backends.base import BackendOptions
-from samekit.backends.eager import EagerBackend
-from samekit.chunking import ExactWindows
+from samekit.backends.pytorch import EagerBackend
+from samekit.engine.spec import DECODER, ENCODER
 from samekit.errors import CheckpointError
-from samekit.spec import DECODER, ENCODER
 from samekit.streaming import HalfRunner, WindowedRun
-from samekit_export.export import spec_of
-from samekit_export.graph import GraphDecoder, GraphEncoder, out_of_sight
+from samekit.windows import ExactWindows
+from samekit_export.graph import GraphDecoder, GraphEncoder
+from samekit_export.graph_attention import out_of_sight
 from samekit_export.model import Same, band_mask
+from samekit_export.model_spec import spec_of
 from samekit_export.verify import example_input, snr_db
 
 BAND = {

@@ -56,11 +56,13 @@ def test_wheel_says_what_it_is(wheel):
     assert "\nLicense-Expression: MIT\n" in metadata
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist: ") and "extra ==" not in line]
     assert sorted(line.split()[1].split(">")[0] for line in required) == ["click", "numpy", "soundfile", "tqdm"]
-    assert "samekit = samekit.cli:main" in wheel.read(f"{information}/entry_points.txt").decode()
+    assert "samekit = samekit.cli.main:main" in wheel.read(f"{information}/entry_points.txt").decode()
     assert f"{information}/licenses/LICENSE" in wheel.namelist()
 
 
-@pytest.mark.parametrize("module", ["samekit", "samekit.cli", "samekit.errors", "samekit.spec", "samekit.store"])
+@pytest.mark.parametrize(
+    "module", ["samekit", "samekit.cli.main", "samekit.errors", "samekit.engine.spec", "samekit.engine.folder"]
+)
 def test_import_is_light(module):
     code = f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))"
     assert {name.split(".")[0] for name in in_new_process(code)} & {*HEAVY, "samekit_export"} == set()

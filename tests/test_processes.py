@@ -181,7 +181,7 @@ def test_interrupt_while_a_package_is_imported_reaches_the_caller(engine_of, hom
 SWALLOWS = """
 import os, signal
 import samekit.doctor
-from samekit.cli import main
+from samekit.cli.main import main
 
 def examine():
     try:

@@ -14,8 +14,8 @@ import pytest
 
 PROGRAM = """
 import time
-from samekit.dataset import Progress
-from samekit.progress import Display, bar
+from samekit.dataset.report import Progress
+from samekit.dataset.progress import Display, bar
 
 with bar(total=3, unit="frame") as shown:
     for _ in range(3):

@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 
 from samekit import AutoencoderModel
 from samekit.audio import prepare, read_audio
-from samekit.dataset import PreEncodeOptions, pre_encode
-from samekit.dataset_check import verify
+from samekit.dataset.check import verify
+from samekit.dataset.options import PreEncodeOptions
+from samekit.dataset.run import pre_encode
+from samekit.engine.folder import find_engine
+from samekit.engine.spec import DECODER, ENCODER
 from samekit.errors import InputError, SamekitError
-from samekit.latents import LatentsReader, LatentsWriter, read_latents
-from samekit.spec import DECODER, ENCODER
-from samekit.store import find_engine
+from samekit.files.latents import LatentsReader, LatentsWriter, read_latents
 from samekit_export.checkpoint import load, load_source
 
 HOP, WIDTH, CHANNELS = 8, 4, 2

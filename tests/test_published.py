@@ -16,11 +16,12 @@ import torch
 from click.testing import CliRunner
 from helpers import REMOVED, edit, seeded
 
-from samekit.cli import main
+from samekit.cli.main import main
 from samekit.errors import CheckpointError
-from samekit_export.checkpoint import NESTED_PREFIX, load_folder, published_config, random_checkpoint, save_folder
+from samekit_export.checkpoint import NESTED_PREFIX, load_folder, save_folder
 from samekit_export.config import CONFIG_FILE, parse_config
 from samekit_export.export import export
+from samekit_export.random_weights import published_config, random_checkpoint
 
 FOLDER = Path(__file__).with_name("published")
 FILES = ("SAME-S", "small-music", "medium")

@@ -45,7 +45,7 @@ def documented(namespace):
 def test_every_public_module_has_a_page(pages):
     names = {str(path.relative_to(pages).with_suffix("")).replace("/", ".") for path in pages.rglob("*.html")}
     assert names == {"index", *reference.modules()}
-    assert {"samekit", "samekit.autoencoder", "samekit.backends.base", "samekit_export.export"} <= names
+    assert {"samekit", "samekit.model", "samekit.backends.base", "samekit_export.export"} <= names
     assert not [name for name in names if "._" in name]
 
 

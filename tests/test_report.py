@@ -12,8 +12,8 @@ import soundfile as sf
 from click.testing import CliRunner
 from helpers import HOP, RATE, assert_one_line, noise
 
-from samekit.backends import BACKENDS
-from samekit.cli import main
+from samekit.backends.selection import BACKENDS
+from samekit.cli.main import main
 from samekit.errors import InputError, OutputError
 from samekit_export.report import COLUMNS, measure, page_of, write_report
 

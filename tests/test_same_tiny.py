@@ -14,8 +14,8 @@ from helpers import assert_close, assert_one_line, in_one_pass
 
 from samekit import AutoencoderModel
 from samekit.audio import read_audio
+from samekit.engine.spec import PRECISIONS
 from samekit.errors import CheckpointError
-from samekit.spec import PRECISIONS
 from samekit_export.checkpoint import BUNDLED_FOLDERS, load, load_folder, load_source
 from samekit_export.export import export
 from samekit_export.model import Same

@@ -10,11 +10,11 @@ import pytest
 import torch
 from helpers import RATE, FakeBackend, assert_close, assert_one_line, each_half, noise
 
-from samekit.autoencoder import AutoencoderModel
-from samekit.chunking import ExactWindows
+from samekit.engine.spec import DECODER, ENCODER
 from samekit.errors import BackendError, InputError
-from samekit.spec import DECODER, ENCODER
+from samekit.model import AutoencoderModel
 from samekit.streaming import HalfRunner, StreamDecoder, StreamEncoder, WindowCutter, WindowedRun
+from samekit.windows import ExactWindows
 
 LEAST_DB = 110
 

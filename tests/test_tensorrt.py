@@ -40,26 +40,15 @@ from helpers import (
 )
 
 from samekit import AutoencoderModel
-from samekit.autoencoder import Autoencoder
-from samekit.backends import open_backend
 from samekit.backends.base import BackendOptions
-from samekit.backends.tensorrt import Gpu, TensorRTBackend, split
-from samekit.cli import main
+from samekit.backends.selection import open_backend
+from samekit.batches import Autoencoder
+from samekit.cli.main import main
+from samekit.engine.folder import Engine
+from samekit.engine.spec import DECODER, ENCODER, GPU_PRECISIONS
 from samekit.errors import BackendError, BackendUnavailableError, BuildError, InputError, OutputError, StaleEngineError
-from samekit.fingerprint import (
-    NARROW,
-    PORTABLE,
-    PROFILES,
-    TENSORRT,
-    TENSORRT_RTX,
-    WIDE,
-    fingerprint_of,
-    runs_on,
-)
-from samekit.spec import DECODER, ENCODER, GPU_PRECISIONS
-from samekit.store import Engine
-from samekit.tensorrt_api import import_flavour, installed_versions
-from samekit.tensorrt_store import (
+from samekit.tensorrt.backend import TensorRTBackend
+from samekit.tensorrt.builds import (
     FINGERPRINT_FILE,
     LOG_FILE,
     Build,
@@ -71,6 +60,19 @@ from samekit.tensorrt_store import (
     open_cache,
     write_document,
 )
+from samekit.tensorrt.fingerprint import (
+    NARROW,
+    PORTABLE,
+    PROFILES,
+    TENSORRT,
+    TENSORRT_RTX,
+    WIDE,
+    fingerprint_of,
+    runs_on,
+)
+from samekit.tensorrt.flavours import import_flavour, installed_versions
+from samekit.tensorrt.gpu import Gpu
+from samekit.tensorrt.runner import split
 from samekit_export import to_tensorrt
 from samekit_export.export import export
 from samekit_export.to_tensorrt import add_engines
@@ -604,7 +606,7 @@ def test_a_damaged_build_is_replaced(own_engine):
 
 
 def test_info_names_stale_engines_and_clean_removes_them(own_engine, monkeypatch):
-    monkeypatch.setattr("samekit.tensorrt_api.installed_versions", lambda: VERSIONS)
+    monkeypatch.setattr("samekit.tensorrt.flavours.installed_versions", lambda: VERSIONS)
     current = put_build(own_engine)
     elsewhere = put_build(own_engine, target="12.0")
     stale = put_build(own_engine, builder_revision=0)
@@ -864,10 +866,10 @@ def test_other_backends_take_arrays_only(engine_of):
 
 def test_no_gpu(own_engine, monkeypatch):
     put_build(own_engine)
-    monkeypatch.setattr("samekit.backends.tensorrt.has_driver", lambda: False)
+    monkeypatch.setattr("samekit.tensorrt.backend.has_driver", lambda: False)
     with pytest.raises(BackendUnavailableError, match="no NVIDIA driver, which TensorRT needs; use another"):
         open_backend(own_engine.folder, "tensorrt", BackendOptions())
-    monkeypatch.setattr("samekit.backends.tensorrt.has_driver", lambda: True)
+    monkeypatch.setattr("samekit.tensorrt.backend.has_driver", lambda: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(
         BackendUnavailableError, match="finds no CUDA device, which TensorRT needs; use another"
@@ -884,9 +886,9 @@ def test_no_gpu(own_engine, monkeypatch):
 @pytest.fixture
 def gpu_here(monkeypatch, module):
     """A machine with a GPU and TensorRT, as far as opening is concerned."""
-    monkeypatch.setattr("samekit.backends.tensorrt.Gpu", lambda _: FakeGpu(module.events))
-    monkeypatch.setattr("samekit.backends.tensorrt.installed_flavours", lambda: {TENSORRT: module})
-    monkeypatch.setattr("samekit.backends.ort.CUDA_PROVIDER", "none")
+    monkeypatch.setattr("samekit.tensorrt.gpu.Gpu", lambda _: FakeGpu(module.events))
+    monkeypatch.setattr("samekit.tensorrt.backend.installed_flavours", lambda: {TENSORRT: module})
+    monkeypatch.setattr("samekit.backends.onnxruntime.CUDA_PROVIDER", "none")
 
 
 @pytest.mark.usefixtures("gpu_here")
@@ -915,7 +917,7 @@ def test_auto_says_why_it_passed_over_a_stale_engine(own_engine, caplog):
 @pytest.mark.usefixtures("gpu_here")
 def test_no_flavour_is_installed(own_engine, monkeypatch):
     put_build(own_engine)
-    monkeypatch.setattr("samekit.backends.tensorrt.installed_flavours", dict)
+    monkeypatch.setattr("samekit.tensorrt.backend.installed_flavours", dict)
     with pytest.raises(BackendUnavailableError, match=r"run: pip install 'samekit\[gpu\]' or pip") as caught:
         open_backend(own_engine.folder, "tensorrt", BackendOptions())
     assert_one_line(caught.value)
@@ -942,7 +944,7 @@ class FakeStream:
 def test_streams_wait_for_each_other(monkeypatch):
     events = []
     callers = FakeStream(events, "caller")
-    monkeypatch.setattr("samekit.backends.tensorrt.has_driver", lambda: True)
+    monkeypatch.setattr("samekit.tensorrt.backend.has_driver", lambda: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.Stream", lambda _: FakeStream(events, "engine"))

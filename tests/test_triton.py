@@ -19,13 +19,13 @@ from google.protobuf import text_format
 from helpers import HALVES, KINDS, RATE, assert_one_line, each_half, noise, run_half
 
 from samekit import AutoencoderModel
-from samekit.cli import main
+from samekit.cli.main import main
+from samekit.engine.folder import Engine, describe_graph
+from samekit.engine.spec import DECODER, ENCODER
 from samekit.errors import BackendError, BackendUnavailableError, InputError, OutputError, StaleEngineError
-from samekit.fingerprint import TENSORRT, TENSORRT_RTX, fingerprint_of
-from samekit.spec import DECODER, ENCODER
-from samekit.store import Engine, describe_graph
-from samekit.tensorrt_store import BUILDS_FOLDER, Build, BuiltEngine, write_document
-from samekit.triton import FACTS, TritonOptions, config_text, facts_of, model_name, write_repository
+from samekit.serving.triton import FACTS, TritonOptions, config_text, facts_of, model_name, write_repository
+from samekit.tensorrt.builds import BUILDS_FOLDER, Build, BuiltEngine, write_document
+from samekit.tensorrt.fingerprint import TENSORRT, TENSORRT_RTX, fingerprint_of
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def test_repository_appears_whole_or_not_at_all(engine_of, out, monkeypatch):
             raise OSError(28, "No space left on device")
         target.write_bytes(source.read_bytes())
 
-    monkeypatch.setattr("samekit.triton.link_or_copy", fail)
+    monkeypatch.setattr("samekit.serving.triton.link_or_copy", fail)
     with pytest.raises(OutputError, match="No space left") as error:
         write_repository(engine_of("tiny-s"), out)
     assert_one_line(error.value)
@@ -230,7 +230,7 @@ def test_what_came_there_meanwhile_stays(engine_of, out, monkeypatch):
         out.mkdir(exist_ok=True)
         (out / "theirs").touch()
 
-    monkeypatch.setattr("samekit.triton.link_or_copy", copy_slowly)
+    monkeypatch.setattr("samekit.serving.triton.link_or_copy", copy_slowly)
     with pytest.raises(InputError, match="exists"):
         write_repository(engine_of("tiny-s"), out)
     assert list(out.parent.iterdir()) == [out]

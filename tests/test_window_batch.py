@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from helpers import FakeBackend
 
-from samekit.autoencoder import Autoencoder
 from samekit.backends.base import BackendOptions
+from samekit.batches import Autoencoder
+from samekit.engine.spec import DECODER
 from samekit.errors import InputError
-from samekit.spec import DECODER
 from samekit.streaming import HalfRunner
 
 

@@ -15,7 +15,7 @@ import sys
 absent = "torch onnx onnxscript safetensors huggingface_hub samekit_export tensorrt tensorrt_rtx"
 for name in absent.split():
     sys.modules[name] = None
-from samekit.cli import main
+from samekit.cli.main import main
 main(sys.argv[1:])
 """
 

@@ -12,7 +12,7 @@ import numpy as np
 import synthesis
 
 from samekit.audio import AudioWriter
-from samekit.spec import PRECISIONS
+from samekit.engine.spec import PRECISIONS
 from samekit_export.checkpoint import load
 from samekit_export.export import export
 from samekit_export.report import write_report

@@ -23,7 +23,7 @@ def modules() -> list[str]:
     for package in (samekit, samekit_export):
         within = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
         names += [package.__name__, *(module.name for module in within)]
-    return [name for name in names if "._" not in name and name != LEFT_OUT]
+    return [name for name in names if "._" not in name and not name.startswith(LEFT_OUT)]
 
 
 def prepare() -> None:

@@ -29,9 +29,11 @@ import synthesis
 import torch
 from torch import Tensor, nn
 
-from samekit_export.checkpoint import published_config, save_folder, tensor_shapes
+from samekit_export.checkpoint import save_folder
 from samekit_export.config import parse_config, rotary_frequencies
 from samekit_export.model import Same, Trunk, WeightNormConv
+from samekit_export.random_weights import published_config
+from samekit_export.tensors import tensor_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Callable

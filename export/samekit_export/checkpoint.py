@@ -11,21 +11,28 @@ import dataclasses
 import inspect
 import json
 import logging
-import math
 import os
-import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from samekit._files import named, read_regular, utf8_path
-from samekit._json import check_kinds
+from samekit.engine.spec import RANDOM
 from samekit.errors import CheckpointError
-from samekit.spec import RANDOM
-from samekit_export import diffusers_format, hub
-from samekit_export.config import CONFIG_FILE, parse_config, rotary_frequencies
+from samekit.files.json_fields import check_kinds
+from samekit.files.paths import named, read_regular, utf8_path
+from samekit_export import diffusers as diffusers_format
+from samekit_export import hub
+from samekit_export.config import CONFIG_FILE, parse_config
 from samekit_export.digest import checkpoint_digest
 from samekit_export.hub import WEIGHTS_FILE
+from samekit_export.random_weights import random_checkpoint
+from samekit_export.tensors import (
+    Checkpoint,
+    check_finite,
+    check_shapes,
+    derived_tensors,
+    is_derived,
+    tensor_shapes,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -33,7 +40,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from samekit_export.config import SameConfig, TrunkConfig
+    from samekit_export.config import SameConfig
 
 logger = logging.getLogger(__name__)
 
@@ -47,88 +54,6 @@ HUB = "hub"
 """Weights from the Hugging Face hub."""
 BUNDLED = "bundled"
 """Weights that come with samekit."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A loaded checkpoint: what it is, what it holds, where it came from."""
-
-    name: str
-    """What users call the model."""
-    config: SameConfig
-    """Every number that decides the architecture."""
-    tensors: dict[str, torch.Tensor]
-    """Float32, under the bare published keys; exactly the autoencoder's."""
-    source: dict[str, Any]
-    """Where it was read, as `load_source` takes it."""
-    sha256: str
-    """Digest of the configuration and of every tensor, see `samekit_export.digest`."""
-
-
-# ---------------------------------------------------------------------------------------------- tensors
-
-
-def tensor_shapes(config: SameConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the autoencoder: published key -> shape."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    enc, dec, latent = config.encoder, config.decoder, config.latent_width
-
-    def norm(prefix: str, width: int) -> None:
-        shapes[f"{prefix}.alpha"] = (1,)
-        shapes[f"{prefix}.gamma"] = shapes[f"{prefix}.beta"] = (width,)
-
-    def linear(prefix: str, n_out: int, n_in: int) -> None:
-        shapes[f"{prefix}.weight"] = (n_out, n_in)
-        shapes[f"{prefix}.bias"] = (n_out,)
-
-    def mapping(prefix: str, n_out: int, n_in: int, kernel: int) -> None:
-        shapes[f"{prefix}.weight_v"] = (n_out, n_in, kernel)
-        shapes[f"{prefix}.weight_g"] = (n_out, 1, 1)
-        shapes[f"{prefix}.bias"] = (n_out,)
-
-    def trunk(prefix: str, t: TrunkConfig) -> None:
-        shapes[f"{prefix}.new_tokens"] = (1, 1, t.width)
-        for i in range(t.depth):
-            block = f"{prefix}.transformers.{i}"
-            norm(f"{block}.pre_norm", t.width)
-            norm(f"{block}.ff_norm", t.width)
-            norm(f"{block}.self_attn.q_norm", t.head_width)
-            norm(f"{block}.self_attn.k_norm", t.head_width)
-            shapes[f"{block}.self_attn.to_qkv.weight"] = (5 * t.width, t.width)
-            shapes[f"{block}.self_attn.to_out.weight"] = (t.width, t.width)
-            linear(f"{block}.ff.ff.0.proj", 2 * t.inner, t.width)
-            linear(f"{block}.ff.ff.2", t.width, t.inner)
-            shapes[f"{block}.rope.inv_freq"] = (max(t.head_width // 2, 32) // 2,)
-
-    mapping("encoder.layers.0.mapping", enc.width, config.patch_width, enc.mapping_kernel)
-    trunk("encoder.layers.0", enc)
-    linear("encoder.layers.2", latent, enc.width)
-    linear("decoder.layers.1", dec.width, latent)
-    trunk("decoder.layers.3", dec)
-    mapping("decoder.layers.3.mapping", config.patch_width, dec.width, dec.mapping_kernel)
-    shapes["bottleneck.scaling_factor"] = shapes["bottleneck.bias"] = (1, latent, 1)
-    shapes["bottleneck.running_std"] = (1,)
-    shapes["bottleneck.noise_scaling_factor"] = (1, 0, 1)
-    return shapes
-
-
-def _check_shapes(found: Mapping[str, tuple[int, ...]], config: SameConfig, source: str) -> None:
-    """Refuse a missing, extra or misshaped tensor by its name."""
-    expected = tensor_shapes(config)
-    for key, shape in expected.items():
-        if key not in found:
-            raise CheckpointError(f"{source}: tensor {key} {list(shape)} is missing; download the checkpoint again")
-        if found[key] != shape:
-            raise CheckpointError(
-                f"{source}: tensor {key} has shape {list(found[key])}, the configuration asks for {list(shape)}; "
-                "take both files of one download"
-            )
-    extra = sorted(found.keys() - expected.keys())
-    if extra:
-        raise CheckpointError(
-            f"{source}: tensor {extra[0][:200]} is not part of a SAME autoencoder ({len(extra)} such), and nothing is "
-            "ignored; pass the autoencoder's own checkpoint"
-        )
 
 
 def _read_config(path: Path) -> Any:
@@ -243,16 +168,16 @@ def _read_tensors(
                 str(path),
             )
             found = {bare: tuple(file.get_slice(key).get_shape()) for bare, key in keys.items()}
-            shapes = {key: shape for key, shape in tensor_shapes(config).items() if _is_derived(key)}
-            _check_shapes(shapes | found, config, str(path))
+            shapes = {key: shape for key, shape in tensor_shapes(config).items() if is_derived(key)}
+            check_shapes(shapes | found, config, str(path))
             # Not before: a configuration may ask for tensors of any size, and only the file's are paid for.
-            derived = _derived_tensors(config)
+            derived = derived_tensors(config)
             tensors = {bare: file.get_tensor(key).float() for bare, key in keys.items()}
     except (SafetensorError, OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: not a readable safetensors file ({error}); download it again") from None
-    _check_finite(tensors, str(path))
+    check_finite(tensors, str(path))
     for key, tensor in derived.items():
         # Half-precision checkpoints hold them rounded; anything further off is another model.
         if key in tensors and not tensors[key].allclose(tensor, rtol=0.01):
@@ -302,142 +227,6 @@ def _autoencoder_keys(names: Mapping[str, str], expected: AbstractSet[str], pref
     taken = set(matched.values())
     own = {name: key for key, name in names.items() if name.startswith(prefix) and key not in taken}
     return {name.removeprefix(prefix): key for name, key in (own | matched).items()}
-
-
-def _derived_tensors(config: SameConfig) -> dict[str, torch.Tensor]:
-    """The tensors that follow from the configuration; a checkpoint may lack them."""
-    import torch  # noqa: PLC0415
-
-    return {
-        key: torch.as_tensor(rotary_frequencies(2 * shape[0]), dtype=torch.float32)
-        if key.endswith(_FREQUENCIES)
-        else torch.zeros(shape)
-        for key, shape in tensor_shapes(config).items()
-        if _is_derived(key)
-    }
-
-
-_FREQUENCIES = "rope.inv_freq"
-
-
-def _is_derived(key: str) -> bool:
-    """Whether a tensor follows from the configuration; a checkpoint may lack it."""
-    return key.endswith((_FREQUENCIES, "bottleneck.noise_scaling_factor"))
-
-
-def _check_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
-    for key, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{source}: tensor {key} holds NaN or infinity; download the checkpoint again")
-
-
-# ---------------------------------------------------------------------------------------------- random weights
-
-
-def published_config(name: str) -> dict[str, Any]:
-    """Return the `model_config.json` of a model as it is published, in the standalone nesting.
-
-    `same-s` is the published file of SAME-S. The file of SAME-L itself is not known here; `same-l` has the fields that
-    the full checkpoint `stable-audio-3-medium` publishes for it.
-
-    Args:
-        name: `same-s` or `same-l` at their real sizes; `tiny-s` or `tiny-l`, 2 M parameters of the same kinds.
-    """
-    if name not in ("same-s", "same-l", "tiny-s", "tiny-l"):
-        raise CheckpointError(f"no random weights for {name!r}; choose same-s, same-l, tiny-s or tiny-l")
-    small, tiny = name.endswith("s"), name.startswith("tiny")
-    latent, depth = (32, 4) if tiny else (256, 6 if small else 12)
-    trunk: dict[str, Any] = {
-        "channels": 32 if tiny else (128 if small else 256),
-        "c_mults": [4 if tiny else 6],
-        "strides": [16],
-        "latent_dim": latent,
-        "transformer_depths": [depth],
-        "differential": True,
-        "dim_heads": 64,
-        "variable_stride": True,
-    }
-    encoder: dict[str, Any]
-    decoder: dict[str, Any]
-    if small:
-        block_type = "same"
-        trunk |= {"checkpointing": False, "dyt": True, "chunk_size": 32, "chunk_midpoint_shift": True}
-        encoder = {"mask_noise": 0.0}
-        decoder = {"sinusoidal_blocks": [0], "conv_mapping": True, "mask_noise": 0.01}
-    else:
-        block_type = "taae_v2"
-        trunk |= {"conformer": False, "layer_scale": False, "conv_bias": False, "enable_inner_layer_dropout": False}
-        trunk |= {"mapping_style": "none", "sliding_window": [1, 1], "use_dilated_conv": False, "use_flash": True}
-        trunk |= {"use_snake": False}
-        encoder = {"checkpointing": True, "mask_noise": 0.001}
-        decoder = {"checkpointing": False, "sinusoidal_blocks": [3 if tiny else 8], "mask_noise": 0.1}
-    block = {"type": block_type, "requires_grad": False}
-    return {
-        "model_type": "autoencoder",
-        "sample_size": 24576,
-        "sample_rate": 44100,
-        "audio_channels": 2,
-        "model": {
-            "pretransform": {"type": "patched", "config": {"patch_size": 256, "channels": 2}},
-            "encoder": block | {"config": {"in_channels": 512, **trunk, **encoder}},
-            "decoder": block | {"config": {"out_channels": 512, **trunk, **decoder}},
-            "bottleneck": {
-                "type": "softnorm",
-                "config": {
-                    "dim": latent,
-                    "noise_augment_dim": 0,
-                    "noise_regularize": True,
-                    "auto_scale": True,
-                    "freeze": True,
-                },
-            },
-            "latent_dim": latent,
-            "downsampling_ratio": 4096,
-            "io_channels": 2,
-        },
-    }
-
-
-def _random_scale(key: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Mean and standard deviation that keep activations in a trained model's range and let every tensor matter."""
-    field = key.rsplit(".", 1)[-1]
-    if field == "alpha":
-        alpha = 2.0 if ("q_norm" in key or "k_norm" in key) else 1.5
-        return alpha, 0.1 * alpha
-    if field in ("gamma", "weight_g", "scaling_factor"):
-        return 1.0, 0.1
-    if field in ("beta", "bias"):
-        return 0.0, 0.1
-    if field == "new_tokens":
-        return 0.0, 0.5
-    if field == "weight_v":
-        return 0.0, 1.0
-    branch_end = key.endswith(("to_out.weight", "ff.ff.2.weight"))
-    return 0.0, (0.7 if branch_end else 1.0) / math.sqrt(shape[-1])
-
-
-def random_checkpoint(name: str, seed: int = 0) -> Checkpoint:
-    """A checkpoint with seeded random weights at the real sizes, for tests and speed work.
-
-    Every tensor is a pure function of its key, its shape and `seed` (NumPy's frozen `RandomState` stream), so the
-    same call gives the same model on every machine.
-
-    Args:
-        name: see `published_config`.
-        seed: 0 gives the weights of the golden outputs in `tests/golden`.
-    """
-    import numpy as np  # noqa: PLC0415
-    import torch  # noqa: PLC0415
-
-    config, _ = parse_config(published_config(name))
-    tensors = {**_derived_tensors(config), "bottleneck.running_std": torch.tensor([1.25])}
-    for key, shape in tensor_shapes(config).items():
-        if key not in tensors:
-            mean, std = _random_scale(key, shape)
-            generator = np.random.RandomState((zlib.crc32(key.encode()) + seed) % 2**32)
-            tensors[key] = torch.from_numpy((mean + std * generator.standard_normal(shape)).astype(np.float32))
-    source = {"kind": RANDOM, "name": name, "seed": seed}
-    return Checkpoint(name, config, tensors, source, checkpoint_digest(config, tensors))
 
 
 def save_folder(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], folder: Path) -> None:

@@ -1,7 +1,7 @@
 """The identity of a model: one SHA-256 of its configuration and its tensors.
 
 Engines, manifests and latents files record this digest, so it must not change when code is renamed or extended: see
-`samekit._json.canonical_json` for the rules.
+`samekit.engine.digest.canonical_json` for the rules.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any
 
-from samekit._json import canonical_json
+from samekit.engine.digest import canonical_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

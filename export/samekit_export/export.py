@@ -1,20 +1,13 @@
-"""Export a checkpoint to an engine folder: write graphs, verify them, commit them; see `samekit.store`."""
+"""Export a checkpoint to an engine folder: write graphs, verify them, commit them; see `samekit.engine.folder`."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from contextlib import suppress
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from samekit._files import output_errors
-from samekit._locks import LOCK_FILE, folder_lock
-from samekit._packages import import_onnxruntime
-from samekit.backends import ort
-from samekit.errors import BackendUnavailableError, InputError, OutputError, SamekitError
-from samekit.spec import DECODER, ENCODER, PRECISIONS, EngineSpec, check_file_name
-from samekit.store import (
+from samekit.backends import onnxruntime as ort
+from samekit.engine.folder import (
     Engine,
     commit_export,
     describe_graph,
@@ -24,64 +17,28 @@ from samekit.store import (
     remove_leftovers,
     staging_folder,
 )
-from samekit.tensorrt_store import BUILDS_FOLDER, is_builds_own, remove_stale_builds
-from samekit_export.config import ChunkSpan
+from samekit.engine.spec import DECODER, ENCODER, PRECISIONS, EngineSpec, check_file_name
+from samekit.errors import BackendUnavailableError, InputError, OutputError, SamekitError
+from samekit.files.atomic import output_errors
+from samekit.files.locks import LOCK_FILE, folder_lock
+from samekit.packages import import_onnxruntime
+from samekit.tensorrt.builds import BUILDS_FOLDER, is_builds_own, remove_stale_builds
 from samekit_export.graph import GRAPH_REVISION, GraphDecoder, GraphEncoder
 from samekit_export.int8 import quantize_
 from samekit_export.model import Same
-from samekit_export.to_onnx import OPSET, write_onnx
+from samekit_export.model_spec import spec_of
+from samekit_export.to_onnx import write_onnx
 from samekit_export.verify import verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from samekit.spec import GraphFile
-    from samekit_export.checkpoint import Checkpoint
-    from samekit_export.config import TrunkConfig
+    from samekit.engine.spec import GraphFile
+    from samekit_export.tensors import Checkpoint
 
 GRAPHS: dict[str, type[GraphEncoder | GraphDecoder]] = {ENCODER: GraphEncoder, DECODER: GraphDecoder}
 """What is exported of each half."""
-
-
-def _context(trunk: TrunkConfig) -> int:
-    """Latents that a trunk sees to either side of a latent, of a window that starts at a multiple of the chunk."""
-    if isinstance(trunk.span, ChunkSpan):
-        transformers = trunk.span.latents // 2 if trunk.span.shifted else 0
-    else:
-        transformers = trunk.depth * trunk.span.latents
-    # The decoder's convolution reaches one patch further, which lies in the next latent.
-    return transformers + trunk.mapping_kernel // 2
-
-
-def _chunk(trunk: TrunkConfig) -> int:
-    """Latents in a chunk; 1 for a band, which may be cut anywhere."""
-    return trunk.span.latents if isinstance(trunk.span, ChunkSpan) else 1
-
-
-def spec_of(checkpoint: Checkpoint) -> EngineSpec:
-    """The facts about a checkpoint's model, no graphs yet."""
-    config = checkpoint.config
-    return EngineSpec(
-        name=checkpoint.name,
-        sample_rate=config.sample_rate,
-        channels=config.channels,
-        hop=config.hop,
-        latent_width=config.latent_width,
-        # One for both halves, so that latents and audio can be cut at the same places.
-        alignment=math.lcm(_chunk(config.encoder), _chunk(config.decoder)),
-        contexts={ENCODER: _context(config.encoder), DECODER: _context(config.decoder)},
-        source=checkpoint.source,
-        source_sha256=checkpoint.sha256,
-        graph_revision=GRAPH_REVISION,
-        tools=_tools(),
-    )
-
-
-def _tools() -> dict[str, str]:
-    """Versions of the packages that an export runs with, for people who look into a difference."""
-    packages = ("samekit", "torch", "onnx", "onnxscript")
-    return {**{package: version(package) for package in packages}, "opset": str(OPSET)}
 
 
 def check_precisions(precisions: Sequence[str]) -> list[str]:
@@ -113,7 +70,7 @@ def export(
     Args:
         checkpoint: what to export.
         out: the folder of engine folders.
-        precisions: of `samekit.spec.PRECISIONS`.
+        precisions: of `samekit.engine.spec.PRECISIONS`.
         force: export these precisions even if they are current, and let random weights replace others.
         report: takes a line for each step.
 

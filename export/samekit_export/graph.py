@@ -24,256 +24,28 @@ Exact rewrites, all done here when the weights are loaded, in float64:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from samekit.engine.spec import DECODER, ENCODER
 from samekit.errors import CheckpointError
-from samekit.spec import DECODER, ENCODER
-from samekit_export.config import BandSpan, rotary_frequencies
+from samekit_export.graph_attention import Grid, Layout, out_of_sight
+from samekit_export.graph_layers import ISLANDS, Branch, Islands, Linear, Norm, NormedHeads, constant, to_float32_if
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Self
 
     from samekit_export.config import SameConfig, TrunkConfig
-    from samekit_export.model import Block, DynamicTanh, Same, Trunk
+    from samekit_export.model import Block, Same, Trunk
 
 GRAPH_REVISION = 1
-"""Raise it when the same weights are exported to other graphs: after a change here, in `int8.py`, `rounding.py` or
+"""Raise it when the same weights are exported to other graphs: after a change here, in `int8.py`, `gptq.py` or
 `to_onnx.py`. Engine folders of another revision are exported again."""
-
-INVISIBLE = 25.0
-"""A key whose score lies this far below every one in sight has a weight of e^-25: nothing in float32."""
-
-
-@dataclass(frozen=True)
-class Islands:
-    """Which steps of a float16 graph stay in float32.
-
-    The defaults are what `benchmarks/islands.py` shows to pay, with every operation rounded: the ends and the residual
-    stream are worth 7 dB together, each of the others less than 1 dB on random weights. Softmax is kept because trained
-    attentions cancel more than random ones.
-    """
-
-    ends: bool = True
-    """The mapping of patches and the layer at the latents: half a percent of the arithmetic."""
-    residual: bool = True
-    """The residual stream and the tanh of the norms that read it."""
-    heads: bool = False
-    """The norm of queries and keys."""
-    rotary: bool = False
-    """Rotary embedding."""
-    softmax: bool = True
-    """Both softmaxes and their difference."""
-    gate: bool = False
-    """The activation of the gate and its product with the value."""
-
-
-ISLANDS = Islands()
-"""What float16 graphs are exported with."""
-
-
-def _wide(x: Tensor, island: bool) -> Tensor:
-    """Float32 on an island, as it is elsewhere."""
-    return x.float() if island else x
-
-
-def _constant(value: Tensor | np.ndarray) -> nn.Parameter:
-    """A float32 weight of the graph, from float64."""
-    return nn.Parameter(torch.as_tensor(value).float().contiguous(), requires_grad=False)
-
-
-class Linear(nn.Module):
-    """rows @ weight + bias, from a weight `[out, in]` and perhaps a bias `[out]` in float64."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__()
-        self.weight = _constant(weight.T)
-        # A row, not a vector: TensorRT turns vectors into rows first, one layer each.
-        self.bias = None if bias is None else _constant(bias[None])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the product."""
-        return self.weight.dtype
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """`[rows, in]` to `[rows, out]`, in the dtype of the weight."""
-        rows = rows.to(self.weight.dtype)
-        return rows @ self.weight if self.bias is None else torch.addmm(self.bias, rows, self.weight)
-
-
-class Branch(Linear):
-    """The end of a residual branch: scale * residual + rows @ weight + bias."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, scale: float) -> None:
-        super().__init__(weight, bias)
-        self.scale = scale
-        self.one_step = True
-
-    def forward(self, rows: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
-        """`[rows, in]` and `[rows, out]` to `[rows, out]`, in the dtype of the residual."""
-        rows = rows.to(self.weight.dtype)
-        if self.one_step:
-            total = torch.addmm(residual, rows, self.weight, beta=self.scale)
-        else:
-            total = residual * self.scale + (rows @ self.weight).to(residual.dtype)
-        return total if self.bias is None else total + self.bias.to(total.dtype)
-
-
-class Norm(nn.Module):
-    """A norm before linear layers, of which folding left a bare tanh: `[rows, width]` to the same."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        # Perhaps a factor for each feature, `[1, width]`, that the next layers undo: see `int8.scale_features_`.
-        self.scale: nn.Parameter | None = None
-
-    def forward(self, residual: Tensor) -> Tensor:
-        """The norm of the scaled residual."""
-        x = torch.tanh(residual)
-        return x if self.scale is None else x * self.scale
-
-
-class NormedHeads(nn.Module):
-    """The queries or keys of one attention, all heads: linear layer and per-head norm, without rotary embedding."""
-
-    def __init__(self, weight: Tensor, bias: Tensor, norm: DynamicTanh, scale: float = 1.0) -> None:
-        super().__init__()
-        heads = weight.shape[0] // norm.gamma.shape[0]
-        self.linear = Linear(weight * norm.alpha.double(), bias * norm.alpha.double())
-        self.gamma = _constant(scale * norm.gamma.double().repeat(1, heads))
-        self.beta = _constant(scale * norm.beta.double().repeat(1, heads))
-
-    def forward(self, rows: Tensor, island: bool) -> Tensor:
-        """`[rows, width]` to the same, the norm in float32 if it is an island."""
-        x = self.linear(rows)
-        x = torch.tanh(_wide(x, island))
-        return x * self.gamma.to(x.dtype) + self.beta.to(x.dtype)
-
-
-class Grid:
-    """Which tokens share a group in one stretch of blocks, for `groups` groups: positions, keys in sight, masks."""
-
-    def __init__(self, layout: Layout, batch: int, groups: int) -> None:
-        self.layout = layout
-        """What is the same for every number of groups."""
-        self.batch = batch
-        """Sequences."""
-        self.groups = groups
-        """Of each sequence."""
-        self.total = batch * groups
-        """Of all sequences."""
-        # Made of a range, which takes fewer steps than an expansion to a shape.
-        self.zeros = torch.arange(self.total) * 0
-        """One for each group."""
-        self.query_positions = self.key_positions = self.positions(layout.query_positions)
-        if layout.neighbours:
-            self.key_positions = self.positions(layout.key_positions)
-            self._look_around()
-
-    def positions(self, of_token: Tensor) -> Tensor:
-        """A position for each row, from one for each token: `[rows, 1]`."""
-        return (of_token[:, None] + self.zeros).reshape(-1, 1)
-
-    def _look_around(self) -> None:
-        """Where the neighbouring groups of each group lie, and which keys do not exist at the ends of a sequence."""
-        layout = self.layout
-        group = torch.arange(self.groups)[None].expand(self.batch, -1).reshape(-1)
-        first = (torch.arange(self.batch)[:, None] * self.groups).expand(-1, self.groups).reshape(-1)
-        beside = group + layout.neighbour_offsets[:, None]
-        self.key_groups = (beside.clamp(0, self.groups - 1) + first).reshape(-1)
-        key_group = group[:, None] + layout.key_offsets
-        inside = (key_group >= 0) & (key_group < self.groups)
-        self.mask = torch.minimum(torch.where(inside, 0.0, layout.out_of_sight)[:, None, None], layout.band)
-
-    def keys(self, rows: Tensor) -> Tensor:
-        """The rows that each group's queries meet: `[keys * groups, width]`."""
-        if not self.layout.neighbours:
-            return rows
-        width = rows.shape[-1]
-        beside = rows.view(self.layout.tokens, -1, width).index_select(1, self.key_groups)
-        return beside.reshape(-1, width)
-
-    def masked(self, scores: Tensor, *, read_only: bool) -> Tensor:
-        """Scores `[groups, heads, queries, keys]` with the keys out of sight pushed down."""
-        if not self.layout.neighbours:
-            return scores
-        mask = self.mask.to(scores.dtype)
-        return scores + (mask.index_select(2, self.layout.read_tokens) if read_only else mask)
-
-
-class Layout(nn.Module):
-    """The constants of a trunk's attention: tokens of a group, positions, rotary tables, the band.
-
-    Args:
-        config: of the trunk.
-        first_read: which of a latent's tokens is the first that is read after the last block; all that follow are.
-        out_of_sight: added to the score of a key that is not to be seen.
-    """
-
-    key_positions: Tensor
-    query_positions: Tensor
-    read_positions: Tensor
-    read_tokens: Tensor
-    neighbour_offsets: Tensor
-    key_offsets: Tensor
-    band: Tensor
-    cos: Tensor
-    sin: Tensor
-
-    def __init__(self, config: TrunkConfig, first_read: int, out_of_sight: float) -> None:
-        super().__init__()
-        span = config.span
-        self.out_of_sight = out_of_sight
-        self.neighbours = span.latents if isinstance(span, BandSpan) else 0
-        self.latents = 1 if isinstance(span, BandSpan) else span.latents
-        self.tokens = self.latents * config.latent_tokens
-        self.rotated = max(config.head_width // 2, 32)
-        reach = self.neighbours * self.tokens
-        seen = 2 * self.neighbours + 1
-        # Keys are ordered token first, group second, as rows are. Positions count from the first key in sight:
-        # attention needs only their differences, and the tables stay small and exact for audio of any length.
-        key_offsets = np.tile(np.arange(seen) - self.neighbours, self.tokens)
-        key_tokens = np.repeat(np.arange(self.tokens), seen)
-        key_positions = key_offsets * self.tokens + key_tokens + reach
-        query_positions = np.arange(self.tokens) + reach
-        read = query_positions.reshape(self.latents, -1)[:, first_read:].flatten()
-        distance = np.abs(query_positions[:, None] - key_positions)
-        angles = np.outer(np.arange(seen * self.tokens), rotary_frequencies(self.rotated))
-        for name, value in {
-            "key_positions": key_positions,
-            "query_positions": query_positions,
-            "read_positions": read,
-            "read_tokens": np.arange(first_read, config.latent_tokens),
-            "neighbour_offsets": np.arange(seen) - self.neighbours,
-            "key_offsets": key_offsets,
-        }.items():
-            self.register_buffer(name, torch.as_tensor(value))
-        self.register_buffer("band", torch.as_tensor(np.where(distance <= reach, 0, out_of_sight)).float())
-        self.register_buffer("cos", torch.as_tensor(np.cos(angles)).float())
-        self.register_buffer("sin", torch.as_tensor(np.sin(angles)).float())
-
-
-def out_of_sight(trunk: Trunk) -> float:
-    """What hides a key, added to its score: no more than it takes, as its exponential should not be subnormal.
-
-    Processors take a hundred cycles for a subnormal number. A score is at most the product of the lengths of query and
-    key, and a feature of either, a tanh with gamma and beta, is at most the sum of both; rotation keeps lengths.
-    """
-
-    def length(norm: DynamicTanh) -> float:
-        return float((norm.gamma.double().abs() + norm.beta.double().abs()).norm())
-
-    attentions = [block.self_attn for block in trunk.blocks]
-    largest = max(length(a.q_norm) * length(a.k_norm) for a in attentions) * trunk.config.head_width**-0.5
-    return -(2 * largest + INVISIBLE)
 
 
 class GraphBlock(nn.Module):
@@ -339,7 +111,7 @@ class GraphBlock(nn.Module):
         residual = read(spread(residual))
         q = self._rotary(q, positions, grid).permute(1, 2, 0, 3)
         k = self._rotary(grid.keys(spread(self.k(x, islands.heads))), grid.key_positions, grid).permute(1, 2, 3, 0)
-        scores = _wide(q.to(product) @ k.to(product), islands.softmax)
+        scores = to_float32_if(q.to(product) @ k.to(product), islands.softmax)
         both = torch.softmax(grid.masked(scores, read_only=read_only), dim=-1).unflatten(1, (2, self.heads))
         weights = (both.select(1, 0) - both.select(1, 1)).to(product)
         v = self._per_head(grid.keys(spread(self.v(x))), grid).permute(1, 2, 0, 3)
@@ -356,14 +128,14 @@ class GraphBlock(nn.Module):
         """The second branch: `[rows, width]` to the same."""
         islands = self.islands
         x = self.ff_norm(residual)
-        gate = _wide(self.gate(x), islands.gate)
+        gate = to_float32_if(self.gate(x), islands.gate)
         gate = torch.sin(gate) if self.sine else functional.silu(gate)
         return self.ff(self.value(x).to(gate.dtype) * gate, residual)
 
     def _rotary(self, rows: Tensor, positions: Tensor, grid: Grid) -> Tensor:
         """Rotary embedding, then `_per_head`."""
         layout = grid.layout
-        rows = _wide(rows, self.islands.rotary)
+        rows = to_float32_if(rows, self.islands.rotary)
         # One row a sequence: ONNX Runtime wants no sequence longer than the tables.
         rotated = torch.onnx.ops.rotary_embedding(
             rows.view(-1, 2 * self.heads, 1, self.head_width),
@@ -499,7 +271,7 @@ class GraphEncoder(Graph):
         super().__init__(model.config, trunk, islands, first_read=trunk.config.stride)
         alpha = self.trunk.alpha_in
         self.mapping = Linear(trunk.mapping.weight().double()[..., 0] * alpha, trunk.mapping.bias.double() * alpha)
-        self.learned = _constant(trunk.new_tokens.double() * alpha)
+        self.learned = constant(trunk.new_tokens.double() * alpha)
         std = model.bottleneck["running_std"].double()
         scale = model.bottleneck["scaling_factor"].double().flatten() / std
         shift = model.bottleneck["bias"].double().flatten() / std
@@ -538,12 +310,12 @@ class GraphDecoder(Graph):
         alpha = self.trunk.alpha_in
         std = model.bottleneck["running_std"].double()
         self.from_latent = Linear(from_latent.weight.double() * (std * alpha), from_latent.bias.double() * alpha)
-        self.learned = _constant(trunk.new_tokens.double()[0] * alpha)
+        self.learned = constant(trunk.new_tokens.double()[0] * alpha)
         # One product serves all taps of the convolution along the patches: [kernel * patch_width, width].
         weight = trunk.mapping.weight().double().permute(2, 0, 1)
         self.kernel = weight.shape[0]
         self.mapping = Linear(weight.flatten(0, 1))
-        self.mapping_bias = _constant(trunk.mapping.bias.double())
+        self.mapping_bias = constant(trunk.mapping.bias.double())
 
     def forward(self, latents: Tensor) -> Tensor:
         """One pass over everything; any number of latents from 1."""

@@ -18,8 +18,8 @@ from torch.nn import functional
 from samekit_export.config import BandSpan, ChunkSpan, rotary_frequencies
 
 if TYPE_CHECKING:
-    from samekit_export.checkpoint import Checkpoint
     from samekit_export.config import SameConfig, TrunkConfig
+    from samekit_export.tensors import Checkpoint
 
 
 class DynamicTanh(nn.Module):

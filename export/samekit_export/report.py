@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from samekit import AutoencoderModel
-from samekit._files import atomic_path, output_errors
 from samekit.audio import AudioReader, AudioWriter, resampled_length
-from samekit.backends import AUTO, BACKENDS
+from samekit.backends.selection import AUTO, BACKENDS
 from samekit.errors import InputError, SamekitError, StaleEngineError
-from samekit.tensorrt_store import Build, build_folders
+from samekit.files.atomic import atomic_path, output_errors
+from samekit.tensorrt.builds import Build, build_folders
 from samekit_export.checkpoint import BUNDLED
 from samekit_export.measure import interleaved, machine
 from samekit_export.verify import snr_db
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from samekit.arrays import Array
-    from samekit.store import Engine
+    from samekit.engine.folder import Engine
 
 EAGER = "torch"
 """The backend that the others are compared with."""

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from samekit.spec import INPUT_NAMES, other
+from samekit.engine.spec import INPUT_NAMES, other
 from samekit_export.graph import GraphDecoder, GraphEncoder
-from samekit_export.int8 import ONNX_OPERATORS
+from samekit_export.int8_layers import ONNX_OPERATORS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -2,7 +2,7 @@
 
 TensorRT builds for the GPU of the machine that it runs on; TensorRT-RTX needs none and builds for a portable set of
 them. Networks are strongly typed: the precision is the graph's own, and nothing is recast. Both profiles of
-`samekit.fingerprint` lie in each engine.
+`samekit.tensorrt.fingerprint` lie in each engine.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from samekit._files import atomic_path, output_errors, utf8_path
-from samekit._locks import folder_lock
+from samekit.engine.folder import Engine, engine_roots
+from samekit.engine.spec import DECODER, ENCODER, GPU_PRECISIONS
 from samekit.errors import BackendUnavailableError, BuildError, InputError
-from samekit.fingerprint import PORTABLE, PROFILES, TENSORRT, TENSORRT_RTX, capability_name, fingerprint_of
-from samekit.spec import DECODER, ENCODER, GPU_PRECISIONS
-from samekit.store import Engine, engine_roots
-from samekit.tensorrt_api import import_flavour, make_logger
-from samekit.tensorrt_store import (
+from samekit.files.atomic import atomic_path, output_errors
+from samekit.files.locks import folder_lock
+from samekit.files.paths import utf8_path
+from samekit.tensorrt.builds import (
     BUILDS_FOLDER,
     FAILED_LOG_SUFFIX,
     LOG_FILE,
@@ -34,13 +33,15 @@ from samekit.tensorrt_store import (
     unfinished_builds,
     write_document,
 )
+from samekit.tensorrt.fingerprint import PORTABLE, PROFILES, TENSORRT, TENSORRT_RTX, capability_name, fingerprint_of
+from samekit.tensorrt.flavours import import_flavour, make_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
     from typing import TextIO
 
-    from samekit.fingerprint import Fingerprint
+    from samekit.tensorrt.fingerprint import Fingerprint
 
     Report = Callable[[str], object]
 
@@ -116,7 +117,7 @@ def build_engines(engine: Engine, precision: str, module: Any, target: str, repo
     Args:
         engine: a finished engine folder.
         precision: of its graphs, one of `GPU_PRECISIONS`.
-        module: `tensorrt` or `tensorrt_rtx`, see `samekit.tensorrt_api.import_flavour`.
+        module: `tensorrt` or `tensorrt_rtx`, see `samekit.tensorrt.flavours.import_flavour`.
         target: the compute capability of this machine's GPU, or `PORTABLE`.
         report: takes a line for each step.
 

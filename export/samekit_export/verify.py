@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from samekit.autoencoder import Autoencoder
 from samekit.backends.base import BackendOptions
-from samekit.backends.eager import EagerBackend
-from samekit.backends.ort import OnnxRuntimeBackend
+from samekit.backends.onnxruntime import OnnxRuntimeBackend
+from samekit.backends.pytorch import EagerBackend
+from samekit.batches import Autoencoder
+from samekit.engine.spec import DECODER, ENCODER
 from samekit.errors import NonFiniteError, VerificationError
-from samekit.spec import DECODER, ENCODER
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from samekit.arrays import Array
     from samekit.backends.base import Backend
-    from samekit.spec import EngineSpec
-    from samekit.store import Engine
+    from samekit.engine.folder import Engine
+    from samekit.engine.spec import EngineSpec
     from samekit_export.model import Same
 
 # Float32 ports reach 104 to 130 dB; below 90 dB something is wrong. Published float16 ports stand at 46 dB with trained

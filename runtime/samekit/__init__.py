@@ -15,14 +15,14 @@ __all__ = ["AutoencoderModel", "SamekitError", "__version__"]
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from samekit.autoencoder import AutoencoderModel
     from samekit.errors import SamekitError
+    from samekit.model import AutoencoderModel
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use, so that `import samekit` costs nothing that is not used."""
     if name == "AutoencoderModel":
-        from samekit.autoencoder import AutoencoderModel  # noqa: PLC0415
+        from samekit.model import AutoencoderModel  # noqa: PLC0415
 
         return AutoencoderModel
     if name == "SamekitError":

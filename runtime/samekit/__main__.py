@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from samekit.cli import main
+from samekit.cli.main import main
 
 if __name__ == "__main__":
     main(prog_name="samekit")

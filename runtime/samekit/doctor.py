@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from samekit import __version__
 from samekit.backends.base import has_driver
 from samekit.backends.cpu import available_cpus
-from samekit.backends.ort import int8_saturates
+from samekit.backends.onnxruntime import int8_saturates
+from samekit.engine.folder import Engine, engine_roots
+from samekit.engine.spec import SPEC_FILE
 from samekit.errors import SamekitError
-from samekit.spec import SPEC_FILE
-from samekit.store import Engine, engine_roots
-from samekit.tensorrt_api import INSTALL, builder_versions
-from samekit.tensorrt_store import describe_builds
+from samekit.tensorrt.builds import describe_builds
+from samekit.tensorrt.flavours import INSTALL, builder_versions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -12,8 +12,8 @@ import numpy as np
 
 from samekit.arrays import AUDIO, LATENTS, as_float32, as_one_batch, is_tensor
 from samekit.audio import StreamResampler, pad_to, to_channels
+from samekit.engine.spec import DECODER, ENCODER, other
 from samekit.errors import BackendError, InputError
-from samekit.spec import DECODER, ENCODER, other
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from samekit.arrays import Array
     from samekit.backends.base import Backend
-    from samekit.chunking import ExactWindows, Window
+    from samekit.windows import ExactWindows, Window
 
 # libsndfile's limit, so no file has more.
 _MOST_CHANNELS = 1024

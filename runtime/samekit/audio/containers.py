@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, BinaryIO, Final
 
-from samekit._files import regular_file
 from samekit.audio import chunks
 from samekit.audio.chunks import chunked_parts
 from samekit.audio.flac import flac_parts
@@ -13,6 +12,7 @@ from samekit.audio.ogg import ogg_parts
 from samekit.audio.parts import Part, cut_off
 from samekit.audio.tags import after_tags, before_tags, file_size, read_at
 from samekit.errors import AudioFileError
+from samekit.files.paths import regular_file
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from samekit._files import named, stamp
 from samekit.audio.channels import Audio, to_channels
 from samekit.audio.containers import find_parts
 from samekit.audio.decoder import Decoder
 from samekit.audio.resampler import StreamResampler, resample
 from samekit.errors import AudioFileError, InputError
+from samekit.files.paths import named, stamp
 
 if TYPE_CHECKING:
     import os

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import soundfile as sf
 
-from samekit._files import atomic_path, output_errors
 from samekit.audio.decoder import native
 from samekit.errors import InputError, OutputError
+from samekit.files.atomic import atomic_path, output_errors
 
 if TYPE_CHECKING:
     import os

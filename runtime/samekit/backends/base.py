@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from samekit._options import MOST_THREADS, check_flag, check_whole
+from samekit.arguments import MOST_THREADS, check_flag, check_whole
+from samekit.engine.spec import DECODER, ENCODER, PRECISIONS, EngineSpec, other
 from samekit.errors import BackendError, InputError, NonFiniteError
-from samekit.spec import DECODER, ENCODER, PRECISIONS, EngineSpec, other
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -1,0 +1,56 @@
+"""The facts about a model that its engine folder records: from a checkpoint to an `EngineSpec` without graphs."""
+
+from __future__ import annotations
+
+import math
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from samekit.engine.spec import DECODER, ENCODER, EngineSpec
+from samekit_export.config import ChunkSpan
+from samekit_export.graph import GRAPH_REVISION
+from samekit_export.to_onnx import OPSET
+
+if TYPE_CHECKING:
+    from samekit_export.config import TrunkConfig
+    from samekit_export.tensors import Checkpoint
+
+
+def _context(trunk: TrunkConfig) -> int:
+    """Latents that a trunk sees to either side of a latent, of a window that starts at a multiple of the chunk."""
+    if isinstance(trunk.span, ChunkSpan):
+        transformers = trunk.span.latents // 2 if trunk.span.shifted else 0
+    else:
+        transformers = trunk.depth * trunk.span.latents
+    # The decoder's convolution reaches one patch further, which lies in the next latent.
+    return transformers + trunk.mapping_kernel // 2
+
+
+def _chunk(trunk: TrunkConfig) -> int:
+    """Latents in a chunk; 1 for a band, which may be cut anywhere."""
+    return trunk.span.latents if isinstance(trunk.span, ChunkSpan) else 1
+
+
+def spec_of(checkpoint: Checkpoint) -> EngineSpec:
+    """The facts about a checkpoint's model, no graphs yet."""
+    config = checkpoint.config
+    return EngineSpec(
+        name=checkpoint.name,
+        sample_rate=config.sample_rate,
+        channels=config.channels,
+        hop=config.hop,
+        latent_width=config.latent_width,
+        # One for both halves, so that latents and audio can be cut at the same places.
+        alignment=math.lcm(_chunk(config.encoder), _chunk(config.decoder)),
+        contexts={ENCODER: _context(config.encoder), DECODER: _context(config.decoder)},
+        source=checkpoint.source,
+        source_sha256=checkpoint.sha256,
+        graph_revision=GRAPH_REVISION,
+        tools=_tools(),
+    )
+
+
+def _tools() -> dict[str, str]:
+    """Versions of the packages that an export runs with, for people who look into a difference."""
+    packages = ("samekit", "torch", "onnx", "onnxscript")
+    return {**{package: version(package) for package in packages}, "opset": str(OPSET)}

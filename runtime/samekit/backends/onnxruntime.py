@@ -1,0 +1,287 @@
+"""ONNX Runtime: the embedded default on any CPU, and a way onto NVIDIA GPUs through its CUDA and TensorRT providers."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import shlex
+import threading
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from samekit.backends.base import Backend, BackendOptions, has_driver, keep_for_ever
+from samekit.backends.cpu import available_cpus
+from samekit.engine.spec import DECODER, GPU_PRECISIONS, INPUT_NAMES
+from samekit.errors import BackendError, BackendUnavailableError, EngineError, OutputError, first_line
+from samekit.files.paths import utf8_path
+from samekit.packages import import_onnxruntime
+from samekit.tensorrt.builds import open_cache
+from samekit.tensorrt.fingerprint import NARROW
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from samekit.arrays import Array
+    from samekit.engine.folder import Engine
+
+logger = logging.getLogger(__name__)
+
+CPU_PROVIDER = "CPUExecutionProvider"
+"""ONNX Runtime's name for the CPU."""
+CUDA_PROVIDER = "CUDAExecutionProvider"
+"""Its name for NVIDIA GPUs."""
+TENSORRT_PROVIDER = "TensorrtExecutionProvider"
+"""Its name for NVIDIA GPUs through TensorRT, which compiles engines when a graph is first run."""
+
+# Packing SAME-L's weights for the CPU takes seconds, a session without it opens in 0.1 s and maps the file, but packs
+# in every call, a tenth of that time. So the first calls run on the mapped file, and whoever calls more often gets
+# packed weights; a short clip never waits for them.
+MAPPED_CALLS = 2
+"""Calls of a half that run on the mapped file, before its weights are packed."""
+
+# Of ONNX Runtime's log.
+_FATAL = 4
+
+# A graph of one MatMulInteger: `x`, uint8 [1, 4], times a column of four 127, int8. A test writes it anew.
+_PROBE = (
+    b'\x08\x08:\\\n\x18\n\x01x\n\x01w\x12\x01y"\rMatMulInteger\x12\x05probe*\x0f\x08\x04\x08\x01\x10\x03B\x01wJ\x04\x7f\x7f\x7f\x7f'
+    b"Z\x13\n\x01x\x12\x0e\n\x0c\x08\x02\x12\x08\n\x02\x08\x01\n\x02\x08\x04b\x13\n\x01y\x12\x0e\n\x0c\x08\x06\x12\x08\n\x02\x08\x01\n\x02\x08\x01B\x04\n\x00\x10\n"
+)
+
+
+class OnnxRuntimeBackend(Backend):
+    """Runs an engine folder's ONNX graphs; each half is opened when it is first used."""
+
+    name: ClassVar[str] = "onnxruntime"
+
+    def __init__(self, engine: Engine, options: BackendOptions) -> None:
+        super().__init__(engine.spec, options.precision, options.window_batch)
+        self._runtime = import_onnxruntime()
+        self._engine = engine
+        self._threads = options.threads or available_cpus()
+        # A missing precision or a damaged folder must show now, not at the first clip.
+        engine.check(options.precision)
+        self._gpu_is_asked_for = options.device == "cuda" or options.providers is not None
+        self._providers = self._choose_providers(options)
+        self.device_id = options.device_id
+        self.device = "cpu" if self._providers[0][0] == CPU_PROVIDER else "cuda"
+        if self._providers[0][0] == TENSORRT_PROVIDER:
+            self.longest_window = NARROW.latents[2]
+        self._sessions: dict[str, Any] = {}
+        self._calls: dict[str, int] = {}
+        self._opening = threading.Lock()
+
+    def _choose_providers(self, options: BackendOptions) -> list[tuple[str, dict[str, Any]]]:
+        """Providers with their settings, all of them known to this build."""
+        known = self._runtime.get_available_providers()
+        if options.precision not in GPU_PRECISIONS:
+            if options.device == "cuda" or options.providers not in (None, (CPU_PROVIDER,)):
+                raise BackendUnavailableError(
+                    f"{options.precision} graphs are for CPUs; choose precision fp16, or device cpu and no providers"
+                )
+            return [(CPU_PROVIDER, {})]
+        if options.providers is not None:
+            wanted = options.providers
+        elif options.device == "cuda" or (options.device is None and self._finds_cuda(known)):
+            wanted = (CUDA_PROVIDER, CPU_PROVIDER)
+        else:
+            wanted = (CPU_PROVIDER,)
+        for provider in wanted:
+            if provider not in known:
+                raise BackendUnavailableError(
+                    f"this onnxruntime has no {provider} (it has {', '.join(known)}); run: pip uninstall onnxruntime, "
+                    "then pip install onnxruntime-gpu, or choose another provider"
+                )
+        return [(provider, self._settings(provider, options.device_id)) for provider in wanted]
+
+    def _finds_cuda(self, known: Sequence[str]) -> bool:
+        """Whether this build has CUDA, and the machine what it cannot do without: builds tell of themselves only."""
+        if CUDA_PROVIDER not in known:
+            return False
+        if not has_driver():
+            logger.warning("%s needs an NVIDIA driver, and there is none: running on the CPU", CUDA_PROVIDER)
+            return False
+        return True
+
+    def _settings(self, provider: str, device_id: int) -> dict[str, Any]:
+        """What a provider is told, but for what depends on the half."""
+        if provider == CUDA_PROVIDER:
+            # TF32 is on by default and has 10 bits of mantissa.
+            return {"device_id": device_id, "use_tf32": "0"}
+        if provider == TENSORRT_PROVIDER:
+            return {"device_id": device_id, **self._engine_cache()}
+        return {}
+
+    def _engine_cache(self) -> dict[str, Any]:
+        """Where the TensorRT provider keeps engines; it adds the compute capability to their names by itself."""
+        try:
+            folder = open_cache(self._engine, self.precision, self.name, self._runtime.__version__)
+        except OutputError as error:
+            logger.warning("engines of %s are not kept: %s", TENSORRT_PROVIDER, error)
+            return {}
+        return {
+            "trt_engine_cache_enable": True,
+            "trt_engine_cache_path": str(folder),
+            "trt_timing_cache_enable": True,
+            "trt_timing_cache_path": str(folder),
+        }
+
+    def _providers_of(self, half: str) -> list[tuple[str, dict[str, Any]]]:
+        """Providers with all settings; TensorRT is told shapes, for without them every new length builds an engine."""
+        limits = dict(zip(("min", "opt", "max"), zip(NARROW.batch, NARROW.latents, strict=True), strict=True))
+        shapes = {}
+        for name, (batch, latents) in limits.items():
+            shape = "x".join(map(str, self.spec.input_shape(half, batch, latents)))
+            shapes[f"trt_profile_{name}_shapes"] = f"{INPUT_NAMES[half]}:{shape}"
+        return [
+            (provider, settings | shapes if provider == TENSORRT_PROVIDER else settings)
+            for provider, settings in self._providers
+        ]
+
+    def expect_many_calls(self, half: str) -> None:
+        """Pack the weights at the next call; packed or not, sums round differently."""
+        with self._opening:
+            self._calls[half] = max(self._calls.get(half, 0), MAPPED_CALLS)
+
+    def _session(self, half: str) -> Any:
+        """The half's session for its next call."""
+        with self._opening:
+            # Once more, so that no session outlives a `close` in another thread.
+            self._check_open()
+            calls = self._calls[half] = self._calls.get(half, 0) + 1
+            # No name may hold a session here: `_pack` frees the old one before it opens the new one.
+            if half not in self._sessions:
+                packed = calls > MAPPED_CALLS or self.device != "cpu"
+                self._sessions[half] = self._open(self._graph(half), half, packed=packed)
+            elif calls == MAPPED_CALLS + 1 and self.device == "cpu":
+                self._pack(half)
+            return self._sessions[half]
+
+    def _graph(self, half: str) -> Path:
+        """The graph of a half, if it is still that of the engine which was opened.
+
+        Raises:
+            EngineError: it is damaged, or another export has taken its place.
+        """
+        self._engine.check_not_replaced(self.precision)
+        return self._engine.graph(half, self.precision)
+
+    def _pack(self, half: str) -> None:
+        """Open a half again with packed weights, or go on with the mapped ones where its file is no longer there."""
+        try:
+            path = self._graph(half)
+        except EngineError as error:
+            logger.warning("weights of the %s are not packed, which costs a tenth of the speed: %s", half, error)
+            return
+        # Freed first: both at once would hold the weights twice.
+        del self._sessions[half]
+        self._sessions[half] = self._open(path, half, packed=True)
+
+    def _open(self, graph: Path, half: str, *, packed: bool) -> Any:
+        if (half, self.precision) == (DECODER, "int8") and int8_saturates(self._runtime):
+            # The exact products are not to be had where two steps share a weight, as in a decoder.
+            raise BackendUnavailableError(
+                "int8 decoding needs a processor with VNNI instructions, and this one has none; choose precision fp32"
+            )
+        options = session_options(self._runtime, self._threads, self.precision)
+        if self.device == "cpu":
+            # What goes wrong is raised; on GPUs its log says more.
+            options.log_severity_level = _FATAL
+        if not packed:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        path = utf8_path(graph)
+        try:
+            session = self._runtime.InferenceSession(path, options, providers=self._providers_of(half))
+        except Exception as error:  # noqa: BLE001 the runtime's exceptions share no base class
+            self._engine.check_not_replaced(self.precision)
+            raise BackendError(
+                self._refused_link(graph, half, str(error))
+                or f"{path}: ONNX Runtime {self._runtime.__version__} cannot open it ({first_line(error)}); "
+                "export it again, or update ONNX Runtime if it is older than 1.24"
+            ) from None
+        # A provider that cannot start is dropped with a warning only, and the CPU takes its place.
+        wanted = self._providers[0][0]
+        if wanted not in session.get_providers():
+            if not self._gpu_is_asked_for:
+                logger.warning("%s did not start, see ONNX Runtime's log: running on the CPU", wanted)
+                self._providers = [(CPU_PROVIDER, {})]
+                self.device = "cpu"
+                return session
+            raise BackendUnavailableError(
+                f"{wanted} did not start, see ONNX Runtime's log; install CUDA and cuDNN as its documentation says, "
+                "or choose device cpu"
+            )
+        return session
+
+    def _refused_link(self, graph: Path, half: str, error: str) -> str | None:
+        """Return a message if ONNX Runtime refused a graph because its weights are a link that leaves the folder.
+
+        Every version refuses weights whose real path lies neither in the graph's folder nor beside the graph's real
+        path. Versions 1.24.0 and 1.24.1 refuse those beside the real path too, which is how the cache of
+        `huggingface_hub` stores files; only there the error's text must tell the cause.
+        """
+        for name in self._engine.spec.graphs[self.precision][half].sizes:
+            weights = graph.with_name(name)
+            target = weights.resolve()
+            if target.is_relative_to(graph.parent.resolve()) or name == graph.name:
+                continue
+            cure = f"run: {shlex.join(['cp', '-rL', str(graph.parent), f'{graph.parent}-copy'])}, and open the copy"
+            if target.is_relative_to(graph.resolve().parent):
+                if "escapes" not in error:
+                    continue
+                cure = f"update ONNX Runtime to 1.24.2 or later, or {cure}"
+            return (
+                f"{weights}: is a link that leaves the folder ({target}), and ONNX Runtime {self._runtime.__version__} "
+                f"does not follow it; {cure}"
+            )
+        return None
+
+    def _run(self, half: str, array: Array) -> Array:
+        session = self._session(half)
+        try:
+            (result,) = session.run(None, {session.get_inputs()[0].name: array})
+        except Exception as error:  # noqa: BLE001 the runtime's exceptions share no base class
+            raise BackendError(
+                f"ONNX Runtime failed on {list(array.shape)} ({first_line(error)}); try a smaller window"
+            ) from None
+        output: Array = result
+        return output
+
+    def after_fork(self) -> None:
+        """Give up the sessions, whose threads are in the parent; the next call opens new ones."""
+        if self._sessions:
+            keep_for_ever(self._sessions)
+            self._lost_to_fork = self.device != "cpu"
+        self._sessions = {}
+        # A thread of the parent may have held the old one.
+        self._opening = threading.Lock()
+
+    def close(self) -> None:
+        """Free both sessions."""
+        with self._opening:
+            super().close()
+            self._sessions.clear()
+
+
+def session_options(runtime: Any, threads: int, precision: str) -> Any:
+    """What every session is opened with, `runtime` being ONNX Runtime."""
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Subnormal products cost hundreds of cycles each and nothing that fp32 can show. The first session of a process
+    # decides for the thread that opens it and those that this one starts, so every session asks for it.
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    if precision == "int8" and int8_saturates(runtime):
+        # Exact products of unsigned weights, at half the speed.
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
+@functools.cache
+def int8_saturates(runtime: Any) -> bool:
+    """Whether ONNX Runtime adds pairs of int8 products in 16 bits, which do not hold them: on x86 without VNNI."""
+    options = session_options(runtime, 1, "fp32")
+    session = runtime.InferenceSession(_PROBE, options, providers=[CPU_PROVIDER])
+    (total,) = session.run(None, {"x": np.full((1, 4), 255, np.uint8)})
+    return int(total.item()) != 4 * 255 * 127

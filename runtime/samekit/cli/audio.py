@@ -1,0 +1,64 @@
+"""`samekit encode` and `samekit decode`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from samekit.cli.group import say
+from samekit.cli.model_options import model_options, open_model
+from samekit.files.atomic import remove_abandoned
+
+
+@click.command()
+@click.argument("audio", type=click.Path(path_type=Path))
+@click.argument("latents", type=click.Path(path_type=Path))
+@model_options
+def encode(audio: Path, latents: Path, **options: Any) -> None:
+    """Encode an AUDIO file to a LATENTS.npy file and a .json beside it."""
+    from samekit.audio import AudioReader  # noqa: PLC0415
+    from samekit.dataset.progress import bar  # noqa: PLC0415
+    from samekit.files.latents import require_replaceable  # noqa: PLC0415
+    from samekit.files.overwriting import require_other_file  # noqa: PLC0415
+
+    # Before a model is opened, which may be downloaded.
+    with AudioReader(audio) as reader:
+        frames = reader.info.frames
+    require_other_file(latents, audio)
+    require_replaceable(latents)
+    for name in (latents.name, f"{latents.stem}.json"):
+        remove_abandoned(latents.parent, name)
+    with open_model(**options) as model, bar(total=frames, unit="frame", unit_scale=True) as shown:
+        done = model.encode_file(audio, latents, shown.update)
+    say(
+        f"{latents}: {done['latents']} latents of {model.latent_dim} from {done['samples'] / done['sample_rate']:.2f} s"
+    )
+
+
+@click.command()
+@click.argument("latents", type=click.Path(path_type=Path))
+@click.argument("audio", type=click.Path(path_type=Path))
+@click.option("--bits", default="16", show_default=True, type=click.Choice(["16", "24", "32", "float"]))
+@click.option("--clip", is_flag=True, help="Clip floating-point samples to -1 ... 1; integers always are.")
+@click.option("--force", is_flag=True, help="Replace AUDIO even if it may be the recording of these latents.")
+@model_options
+def decode(latents: Path, audio: Path, bits: str, clip: bool, force: bool, **options: Any) -> None:
+    """Decode a LATENTS.npy file to an AUDIO file, .wav or .flac."""
+    from samekit.audio import format_of  # noqa: PLC0415
+    from samekit.dataset.progress import bar  # noqa: PLC0415
+    from samekit.files.latents import LatentsReader  # noqa: PLC0415
+    from samekit.files.overwriting import require_no_recording, require_other_file  # noqa: PLC0415
+
+    # Before a model is opened, which may be downloaded.
+    reader = LatentsReader(latents)
+    subtype = "FLOAT" if bits == "float" else f"PCM_{bits}"
+    format_of(audio, subtype)
+    require_other_file(audio, latents)
+    if not force:
+        require_no_recording(audio, latents, reader.metadata)
+    remove_abandoned(audio.parent, audio.name)
+    with open_model(**options) as model, bar(total=reader.latents, unit="latent") as shown:
+        samples = model.decode_file(latents, audio, subtype, clip, shown.update, force)
+    say(f"{audio}: {samples / model.sample_rate:.2f} s at {model.sample_rate} Hz")

@@ -1,0 +1,120 @@
+"""`samekit pre-encode`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from samekit.cli.group import STOPPED, say
+from samekit.cli.model_options import backend_options, open_model
+from samekit.errors import InputError
+
+if TYPE_CHECKING:
+    from samekit.dataset.options import PreEncodeOptions
+    from samekit.dataset.ray import RayEncoder
+    from samekit.model import AutoencoderModel
+
+
+@click.command("pre-encode")
+@click.option("--model", default="same-l", show_default=True, help="A name, an engine folder or a checkpoint folder.")
+@click.option("--data_dir", "--data-dir", multiple=True, help="Folder with audio files and .txt captions; repeatable.")
+@click.option("--output_path", "--output-path", help="Folder (or URL) for the latents.")
+@click.option(
+    "--batch_size", "--batch-size", default=1, show_default=True, help="Windows encoded at once; none is padded."
+)
+@click.option("--sample_size", "--sample-size", default=12582912, show_default=True, help="Samples a clip is cut to.")
+@click.option("--model_half", "--model-half", "float16", is_flag=True, help="Encode in fp16 and write float16.")
+@click.option("--pad", is_flag=True, help="Pad every clip to --sample_size.")
+@click.option("--full", is_flag=True, help="Keep clips longer than --sample_size whole.")
+@click.option("--crop", default="start", show_default=True, type=click.Choice(["start", "random"]))
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of --crop random.")
+@click.option("--shard", metavar="I/N", default="1/1", show_default=True, help="Encode one of N parts, I from 1.")
+@click.option("--checksum", is_flag=True, help="Judge by contents whether a file has changed, not by size and time.")
+@click.option("--strict", is_flag=True, help="Exit with code 2 if a clip is bad, once the others are encoded.")
+@click.option(
+    "--reencode",
+    is_flag=True,
+    help="Encode everything again if the folder holds latents of other settings; removes those of clips that are gone.",
+)
+@click.option("--workers", "readers", default=0, help="Threads that read ahead. [default: one a core, at most 4]")
+@click.option(
+    "--ray",
+    "address",
+    metavar="[ADDRESS]",
+    is_flag=False,
+    flag_value="",
+    help="Encode on a Ray cluster: HOST:PORT, or local; without ADDRESS that of RAY_ADDRESS, else one on this machine.",
+)
+@click.option("--actors", type=click.IntRange(min=1), help="Encoders on the cluster. [default: as many as fit]")
+@click.option("--cpus-per-actor", type=click.IntRange(min=1), help="Cores, and threads, of each. [default: 1]")
+@click.option("--gpus-per-actor", type=click.FloatRange(min=0), help="GPUs of each, or a share. [default: the CPU]")
+@click.option("--verify", "verified", help="Check a folder of latents instead.")
+@backend_options
+def pre_encode(
+    model: str,
+    data_dir: tuple[str, ...],
+    output_path: str | None,
+    verified: str | None,
+    address: str | None,
+    **options: Any,
+) -> None:
+    """Encode a dataset for training: a pair of .npy and .json for each audio file with a caption.
+
+    Run it again to go on after a stop, or to encode what is new or changed.
+    """
+    if verified is not None:
+        _verify_dataset(verified)
+        return
+    if not data_dir or output_path is None:
+        raise InputError("pre-encode needs a dataset and a folder; pass --data_dir and --output_path")
+    from samekit.dataset.options import PreEncodeOptions, Shard  # noqa: PLC0415
+    from samekit.dataset.progress import Display  # noqa: PLC0415
+    from samekit.dataset.run import pre_encode as run  # noqa: PLC0415
+    from samekit.dataset.sources import require_folders  # noqa: PLC0415
+
+    backend = {name: options.pop(name) for name in ("backend", "precision", "device", "threads", "window")}
+    if options["float16"]:
+        if backend["precision"] == "int8":
+            raise InputError("--model_half means --precision fp16, not int8; pass one of them")
+        backend["precision"] = "fp16"
+    asked = {name: options.pop(name) for name in ("actors", "cpus_per_actor", "gpus_per_actor")}
+    settings = PreEncodeOptions(shard=Shard.parse(options.pop("shard")), **options)
+    # Before a model is opened, which may be downloaded.
+    require_folders(data_dir)
+    click.get_current_context().meta[STOPPED] = "stopped; run the same command again to go on"
+    with _encoder(model, backend, settings, address, asked) as encoder, Display() as display:
+        report = run(encoder, data_dir, output_path, settings, display)
+    for row in report.bad[:10]:
+        say(f"{row['status']}: {row['reason'] or row['relpath']}", err=True)
+    say(report.summary())
+    say(report.to_json())
+
+
+def _encoder(
+    model: str, backend: dict[str, Any], settings: PreEncodeOptions, address: str | None, asked: dict[str, Any]
+) -> AutoencoderModel | RayEncoder:
+    """What encodes a dataset: a model in this process, or actors on a cluster."""
+    given = {name: value for name, value in asked.items() if value is not None}
+    if address is None:
+        if given:
+            names = " ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise InputError(f"{names} is of the encoders on a Ray cluster; pass --ray too")
+        return open_model(model, **backend)
+    if settings.shard.count > 1:
+        raise InputError("--shard and --ray both split the work; pass one of them")
+    from samekit.dataset.ray import RayEncoder, RayOptions  # noqa: PLC0415
+
+    return RayEncoder(model, RayOptions(address, **given), **backend)
+
+
+def _verify_dataset(folder: str) -> None:
+    """Print every problem of a folder of latents."""
+    from samekit.dataset.check import verify as check  # noqa: PLC0415
+
+    problems = check(folder)
+    for problem in problems:
+        say(problem)
+    if problems:
+        raise InputError(f"{folder}: {len(problems)} problem{'s' * (len(problems) > 1)}; see above")
+    say(f"{folder}: sound")

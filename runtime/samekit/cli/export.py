@@ -1,0 +1,171 @@
+"""The commands that make and inspect engine folders: export, report, info, clean, verify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from samekit.cli.group import say
+from samekit.errors import BackendUnavailableError, InputError
+from samekit.files.atomic import remove_abandoned
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from samekit.engine.folder import Engine
+
+
+@click.command()
+@click.argument("model")
+@click.option("--weights", default="hub", show_default=True, help="hub, random, or a checkpoint folder.")
+@click.option("--revision", help="Branch, tag or commit on the hub.")
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    help="fp32, fp16 or int8; several separated by commas.",
+)
+@click.option("--out", default="engines", show_default=True, type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Export even if it is current, and let random weights replace others.")
+@click.option(
+    "--tensorrt",
+    default="off",
+    show_default=True,
+    type=click.Choice(["auto", "rtx", "off"]),
+    help="Build TensorRT engines too: for this GPU, else with TensorRT-RTX for many; rtx: with that.",
+)
+def export(
+    model: str, weights: str, revision: str | None, precision: str, out: Path, force: bool, tensorrt: str
+) -> None:
+    """Export MODEL (same-s, same-l, same-tiny, a checkpoint folder, or owner/name on the hub) to an engine folder."""
+    _need_export()
+    from samekit_export.checkpoint import load  # noqa: PLC0415
+    from samekit_export.export import check_precisions  # noqa: PLC0415
+    from samekit_export.export import export as run  # noqa: PLC0415
+    from samekit_export.hub import PUBLISHED_WEIGHTS  # noqa: PLC0415
+
+    # Before gigabytes are downloaded.
+    precisions = check_precisions(precision.split(","))
+    say(f"loading {model}")
+    checkpoint = load(model, weights, revision)
+    if checkpoint.source.get("weights") == PUBLISHED_WEIGHTS:
+        say(f"{PUBLISHED_WEIGHTS} of {checkpoint.source['name']}, revision {checkpoint.source['revision']}")
+    engine = run(checkpoint, out, precisions, force=force, report=say)
+    if tensorrt != "off":
+        from samekit_export.to_tensorrt import add_engines  # noqa: PLC0415
+
+        add_engines(engine, precisions, tensorrt, say)
+
+
+def _need_export() -> None:
+    """Say what to install where the export's packages are missing."""
+    from samekit.packages import import_package  # noqa: PLC0415
+
+    install = "pip install 'samekit[export]'"
+    try:
+        for package in ("torch", "safetensors", "onnx", "onnxscript"):
+            import_package(package, install)
+    except BackendUnavailableError as error:
+        raise InputError(f"this command needs packages that are missing ({error.cause}); run: {install}") from None
+
+
+@click.command()
+@click.argument("audio", metavar="IN", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help="A name or an engine folder.")
+@click.option("--out", default="report.html", show_default=True, type=click.Path(path_type=Path))
+@click.option("--seconds", default=60.0, show_default=True, help="How much of the file to take, from its start.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all cores]")
+def report(audio: Path, model: str, out: Path, seconds: float, threads: int | None) -> None:
+    """Write a page about a model on the audio file IN: players, pictures, accuracy and speed of all that runs here."""
+    _need_export()
+    from samekit.engine.folder import find_engine  # noqa: PLC0415
+    from samekit.files.overwriting import require_other_file  # noqa: PLC0415
+    from samekit_export.report import write_report  # noqa: PLC0415
+
+    require_other_file(out, audio)
+    remove_abandoned(out.parent, out.name)
+    measured = write_report(audio, find_engine(model), out, seconds=seconds, threads=threads, report=say)
+    for line in measured.table().splitlines():
+        say(line)
+    say(f"{out} is ready")
+
+
+@click.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+def info(engine: Path) -> None:
+    """Show what an ENGINE folder (or a model's name) holds."""
+    from samekit.engine.folder import find_engine  # noqa: PLC0415
+
+    found = find_engine(engine)
+    spec = found.spec
+    say(f"{spec.name} in {found.folder}")
+    say(f"  audio      {spec.sample_rate} Hz, {spec.channels} channels, {spec.hop} samples per latent")
+    say(f"  latents    {spec.latent_width} wide")
+    say(
+        f"  windows    start at multiples of {spec.alignment}; "
+        + ", ".join(f"{half} context {context}" for half, context in spec.contexts.items())
+    )
+    say(f"  source     {spec.origin}")
+    say(f"  tools      {', '.join(f'{k} {v}' for k, v in spec.tools.items())}")
+    for precision, halves in spec.graphs.items():
+        size = sum(sum(graph.sizes.values()) for graph in halves.values())
+        worst = min((case["snr_db"] for case in spec.verification.get(precision, [])), default=None)
+        against = "not verified" if worst is None else f"at least {worst} dB against eager PyTorch"
+        found.check(precision)
+        say(f"  {precision:10} {size / 1e6:.0f} MB, {against}")
+    for line in _describe_builds(found):
+        say(f"  tensorrt   {line}")
+
+
+def _describe_builds(engine: Engine) -> Iterator[str]:
+    """A line for each TensorRT build; TensorRT itself is imported only if there is one."""
+    from samekit.tensorrt.builds import build_folders, describe_builds  # noqa: PLC0415
+    from samekit.tensorrt.flavours import builder_versions  # noqa: PLC0415
+
+    if build_folders(engine):
+        yield from describe_builds(engine, builder_versions())
+
+
+@click.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+def clean(engine: Path) -> None:
+    """Remove the TensorRT engines of an ENGINE folder (or a model's name) that are stale or damaged."""
+    from samekit.engine.folder import find_engine  # noqa: PLC0415
+    from samekit.tensorrt.builds import remove_stale  # noqa: PLC0415
+    from samekit.tensorrt.flavours import builder_versions  # noqa: PLC0415
+
+    removed = remove_stale(find_engine(engine), builder_versions())
+    for folder, size in removed:
+        say(f"removed {folder}, {size / 1e6:.0f} MB")
+    if not removed:
+        say("nothing to remove")
+
+
+@click.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+def verify(engine: Path) -> None:
+    """Measure every graph of an ENGINE folder (or a model's name) against eager PyTorch again."""
+    _need_export()
+    from samekit.engine.folder import find_engine  # noqa: PLC0415
+    from samekit_export.checkpoint import load_source  # noqa: PLC0415
+    from samekit_export.model import Same  # noqa: PLC0415
+    from samekit_export.verify import verify as measure  # noqa: PLC0415
+
+    found = find_engine(engine)
+    found.check_digests()
+    checkpoint = load_source(found.spec.source)
+    if checkpoint.sha256 != found.spec.source_sha256:
+        raise InputError(f"{engine}: its checkpoint has changed since the export; export again")
+    model, unavailable = Same.from_checkpoint(checkpoint), None
+    for precision in found.spec.graphs:
+        try:
+            measure(found, model, precision, say)
+        except BackendUnavailableError as error:
+            # The others can be measured all the same.
+            unavailable = error
+            say(f"{precision}: not measured, {error}", err=True)
+    if unavailable:
+        raise InputError(f"{engine}: not every graph can be measured on this machine; verify it on another one")
+    say(f"{found.folder}: every graph computes what eager PyTorch does, within its precision's bounds")

@@ -1,0 +1,42 @@
+"""The command-line options that say which model to run, and how."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from samekit.engine.spec import PRECISIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from samekit.model import AutoencoderModel
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say which model to run, and how."""
+    model = click.option("--model", required=True, help="A name, an engine folder or a checkpoint folder.")
+    return model(backend_options(command))
+
+
+def backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say how to run a model."""
+    for option in reversed(
+        (
+            click.option("--backend", default="auto", show_default=True, help="auto, tensorrt, onnxruntime or torch."),
+            click.option("--precision", default="fp32", show_default=True, type=click.Choice(PRECISIONS)),
+            click.option("--device", type=click.Choice(["cpu", "cuda"]), help="The best there is, unless given."),
+            click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all cores]"),
+            click.option("--window", type=click.IntRange(min=1), help="Latents computed at once; bounds the memory."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def open_model(model: str, **options: Any) -> AutoencoderModel:
+    """Open the model that the options name."""
+    from samekit.model import AutoencoderModel  # noqa: PLC0415
+
+    return AutoencoderModel.from_pretrained(model, **options)

@@ -1,0 +1,31 @@
+"""Encode datasets of audio files with captions into the latents that training code reads."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from samekit.dataset.options import PreEncodeOptions, Shard
+    from samekit.dataset.ray import RayEncoder, RayOptions
+    from samekit.dataset.report import PreEncodeReport, Progress
+    from samekit.dataset.run import pre_encode
+
+__all__ = ["PreEncodeOptions", "PreEncodeReport", "Progress", "RayEncoder", "RayOptions", "Shard", "pre_encode"]
+
+_MODULES = {
+    "PreEncodeOptions": "options",
+    "PreEncodeReport": "report",
+    "Progress": "report",
+    "RayEncoder": "ray",
+    "RayOptions": "ray",
+    "Shard": "options",
+    "pre_encode": "run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,0 +1,169 @@
+"""Check a folder of pre-encoded latents: whether it holds what its manifests say, and nothing half-written."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from samekit.dataset.manifest import read_manifest
+from samekit.dataset.options import Settings, Shard
+from samekit.dataset.output import SILENCE_FILE, STATE_FOLDER
+from samekit.errors import InputError, LatentsFileError
+from samekit.files.atomic import temporary_target
+from samekit.files.latents import MODEL_DIGEST, map_array, read_latents
+from samekit.files.paths import expanded
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+    from typing import Any
+
+    from samekit.dataset.manifest import Row
+
+_FIELDS: Final[dict[str, type | tuple[type, ...]]] = {
+    "path": str,
+    "relpath": str,
+    "timestamps": list,
+    "seconds_start": int,
+    "seconds_total": int,
+    "padding_mask": list,
+    "sample_rate": int,
+    "prompt": str,
+    MODEL_DIGEST: str,
+}
+_ENCODE_AGAIN = "remove it and run pre-encode again"
+_LISTED: Final = 10
+
+
+def verify(folder: str | os.PathLike[str]) -> list[str]:
+    """Look for everything that is wrong with a folder of latents.
+
+    Every value of every file is read. Nothing may be writing into the folder meanwhile.
+
+    Args:
+        folder: the `output_path` of `pre_encode`, with all of its shards.
+
+    Returns:
+        A line for each problem, which names a cure; none if the folder is sound and complete. Of clips that are not
+        encoded yet the first ten have lines, the others share one.
+
+    Raises:
+        InputError: the folder has no manifest, or a damaged one.
+    """
+    if "://" in os.fspath(folder):
+        raise InputError(f"{folder}: only folders can be verified; copy it to one, or mount it")
+    folder = expanded(folder)
+    paths = []
+    # A folder whose name is too long has none.
+    with suppress(OSError):
+        paths = sorted((folder / STATE_FOLDER).glob("manifest*.jsonl"))
+    if not paths:
+        raise InputError(f"{folder}: has no manifest in {STATE_FOLDER}; pass the --output_path of a pre-encode run")
+    manifests = [read_manifest(path) for path in paths]
+    rows = {row.name: row for _, rows in manifests for row in rows}
+    shards = [Shard.of_manifest(path.name) for path in paths]
+    return [*_check_shards(folder, shards), *_check_files(folder, rows), *_check_manifests(folder, manifests)]
+
+
+def _check_shards(folder: Path, shards: list[Shard]) -> Iterator[str]:
+    """Parts of the dataset that were never begun."""
+    counts = sorted({shard.count for shard in shards})
+    if len(counts) > 1:
+        yield f"{folder}: was encoded in {' and in '.join(map(str, counts))} parts; encode it again into another folder"
+        return
+    begun = {shard.index for shard in shards}
+    missing = [index for index in range(1, counts[0] + 1) if index not in begun]
+    if missing:
+        first = Shard(missing[0], counts[0])
+        yield f"{folder}: {len(missing)} of {counts[0]} shards are missing; run pre-encode with --shard {first}"
+
+
+def _check_manifests(folder: Path, manifests: list[tuple[Settings, list[Row]]]) -> Iterator[str]:
+    """Every clip that is said to be encoded, every one that is not even tried, and the silence."""
+    first, _ = manifests[0]
+    waiting = [row for _, rows in manifests for row in rows if row.status is None]
+    for row in waiting[:_LISTED]:
+        yield f"{folder}: {row.relpath!r} is not encoded yet; run pre-encode again"
+    if more := len(waiting[_LISTED:]):
+        yield f"{folder}: and {more} more clips are not encoded yet; run pre-encode again"
+    for settings, rows in manifests:
+        if differences := settings.differences(first):
+            yield (
+                f"{folder}: its shards have other settings ({', '.join(differences)}); run pre-encode for every shard "
+                "with the same options and --reencode"
+            )
+        for row in rows:
+            if row.status == "encoded":
+                yield from _check_pair(folder / f"{row.name}.npy", row, settings)
+    yield from _check_silence(folder / SILENCE_FILE, first)
+
+
+def _check_files(folder: Path, rows: dict[str, Row]) -> Iterator[str]:
+    """Files that no manifest accounts for."""
+    for path in sorted((*folder.iterdir(), *(folder / STATE_FOLDER).iterdir())):
+        row = rows.get(path.stem)
+        if temporary_target(path.name):
+            yield f"{path}: was left half-written; run pre-encode again"
+        elif path.suffix in (".npy", ".json") and path.stem.isdecimal() and (row is None or row.status != "encoded"):
+            yield f"{path}: belongs to no clip; remove it"
+
+
+def _check_pair(path: Path, row: Row, settings: Settings) -> Iterator[str]:
+    """The latents and the metadata of one clip."""
+    missing = [file for file in (path, path.with_suffix(".json")) if not os.path.lexists(file)]
+    if missing:
+        yield from map(_missing, missing)
+        return
+    try:
+        latents, metadata = read_latents(path, settings.width)
+    except LatentsFileError as error:
+        yield _unreadable(error)
+        return
+    if latents.dtype != settings.dtype:
+        yield f"{path}: holds {latents.dtype} instead of {settings.dtype}; {_ENCODE_AGAIN}"
+    yield from _check_metadata(path.with_suffix(".json"), metadata, row, settings, latents.shape[-1])
+
+
+def _check_metadata(path: Path, metadata: dict[str, Any], row: Row, settings: Settings, latents: int) -> Iterator[str]:
+    """The fields that the training code reads, and the model."""
+    wrong = [name for name, kind in _FIELDS.items() if not isinstance(metadata.get(name), kind)]
+    if wrong:
+        yield f"{path}: has no usable {', '.join(wrong)}; {_ENCODE_AGAIN}"
+        return
+    if metadata[MODEL_DIGEST] != settings.model_sha256:
+        found, expected = metadata[MODEL_DIGEST][:8], settings.model_sha256[:8]
+        yield f"{path}: is of model {found!r}, the manifest says {expected!r}; {_ENCODE_AGAIN}"
+    if metadata["relpath"] != row.relpath:
+        yield f"{path}: is of {metadata['relpath']!r}, the manifest says {row.relpath!r}; {_ENCODE_AGAIN}"
+    # Compared with nothing longer than the array: the manifest may say any number.
+    kept = min(max(row.latents, 0), latents)
+    if row.latents != kept or metadata["padding_mask"] != [1] * kept + [0] * (latents - kept):
+        yield f"{path}: its padding_mask does not fit {row.latents} of {latents} latents; {_ENCODE_AGAIN}"
+
+
+def _check_silence(path: Path, settings: Settings) -> Iterator[str]:
+    """The silence latents."""
+    if not os.path.lexists(path):
+        yield _missing(path)
+        return
+    try:
+        silence = map_array(path)
+    except LatentsFileError as error:
+        yield _unreadable(error)
+        return
+    right = silence.ndim == 3 and silence.shape[:2] == (1, settings.width) and silence.dtype == settings.dtype
+    if not right or not np.isfinite(silence).all():
+        yield f"{path}: holds no silence latents of this model; {_ENCODE_AGAIN}"
+
+
+def _missing(path: Path) -> str:
+    """The next run writes what is not there."""
+    return f"{path}: is missing; run pre-encode again"
+
+
+def _unreadable(error: LatentsFileError) -> str:
+    """The cause that was found, with the cure for a file of a dataset in place of that for any other."""
+    return f"{error.cause}; {_ENCODE_AGAIN}"

@@ -1,0 +1,336 @@
+"""The encoder of a dataset as actors on a Ray cluster; Ray is imported when one is opened.
+
+    here      tasks -> batches -> at most two an actor are on their way -> outcomes -> whoever asked
+    actors    batch -> LocalEncoder -> files in the output
+
+Ray places the actors, and starts those again that die with their process or node. What such an actor had in hand goes
+to whichever is free next, so a node that never comes back holds nothing up.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+import threading
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from samekit.arguments import MOST_THREADS, check_whole
+from samekit.backends.cpu import available_cpus
+from samekit.dataset.executor import Encoder, LocalEncoder
+from samekit.dataset.ray_calls import (
+    ALL_LOST,
+    BATCHES_IN_HAND,
+    Calls,
+    Facts,
+    batches_of,
+    last_line,
+    result_of,
+    retry_until_restarted,
+)
+from samekit.errors import BackendError, InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from types import TracebackType
+    from typing import Self
+
+    from samekit.arrays import Array
+    from samekit.dataset.pipeline import Job, Outcome, Task
+
+logger = logging.getLogger(__name__)
+# What Ray is said to bear on its largest clusters.
+_MOST_ACTORS: Final = 40_000
+# Seconds that a host has to accept a connection, and a cluster to place the first actor: it may have to start a machine
+# for it.
+_CONNECT_PATIENCE: Final = 10
+_ACTOR_PATIENCE: Final = 600
+_LAST_PORT: Final = 65_535
+# Names what bounds how often Ray tries to connect.
+_TRIES: Final = "RAY_gcs_server_port_wait_time_s"
+# Calls carry names, outcomes and at most the latents of silence.
+_OBJECT_STORE_BYTES: Final = 200 * 2**20
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """Where to encode, and what each actor takes of it."""
+
+    address: str = ""
+    """`HOST:PORT` of a cluster, or `local`, which starts one for this run; empty takes that of RAY_ADDRESS, else joins
+    one that runs on this machine, else starts one."""
+    actors: int | None = None
+    """How many encoders; None takes what the cluster has room for now."""
+    cpus_per_actor: int = 1
+    """Cores of each, and threads of its encoder."""
+    gpus_per_actor: float = 0
+    """GPUs of each; less than one is a share."""
+
+    def __post_init__(self) -> None:
+        if self.actors is not None:
+            check_whole("actors", self.actors, least=1, most=_MOST_ACTORS)
+        check_whole("cpus_per_actor", self.cpus_per_actor, least=1, most=MOST_THREADS)
+        known = isinstance(self.gpus_per_actor, (int, float)) and 0 <= self.gpus_per_actor < math.inf
+        if not known or (self.gpus_per_actor > 1 and self.gpus_per_actor % 1):
+            raise InputError(f"gpus_per_actor is {self.gpus_per_actor!r}; pass a share of one GPU, or a whole number")
+
+    def fitting(self, resources: dict[str, float]) -> int:
+        """Actors for which a machine has room."""
+        room = resources.get("CPU", 0) // self.cpus_per_actor
+        if self.gpus_per_actor:
+            room = min(room, resources.get("GPU", 0) // self.gpus_per_actor)
+        return int(room)
+
+
+class _Worker:
+    """What runs in an actor: one open model, for several calls at a time.
+
+    Nothing can fail before the first call: that carries errors to who called, with their type.
+    """
+
+    def __init__(self, model: str, backend: dict[str, Any], cores: int, folder: str) -> None:
+        # Names are those of whoever plans: relative ones count from there.
+        with suppress(OSError):
+            os.chdir(folder)
+        self._model = model
+        self._backend = backend
+        self._cores = cores
+        self._opening = threading.Lock()
+        self._encoder: LocalEncoder | None = None
+
+    def _opened(self) -> LocalEncoder:
+        """The encoder, opened once."""
+        from samekit.model import AutoencoderModel  # noqa: PLC0415
+
+        with self._opening:
+            if self._encoder is None:
+                model = AutoencoderModel.from_pretrained(self._model, **self._backend)
+                self._encoder = LocalEncoder(model.autoencoder, self._cores)
+            return self._encoder
+
+    def facts(self) -> Facts:
+        """Tell what is encoded with, once that is ready."""
+        encoder = self._opened()
+        return Facts(encoder.spec, encoder.precision, encoder.windows, f"{socket.gethostname()}, {encoder.place}")
+
+    def silence(self, latents: int) -> Array:
+        """As `Encoder.silence`."""
+        return self._opened().silence(latents)
+
+    def encode(self, facts: Facts, job: Job, tasks: list[Task]) -> list[Outcome]:
+        """Encode a batch; its files are in the output when this returns."""
+        node = socket.gethostname()
+        if not facts.same(self.facts()):
+            raise InputError(f"{node}: opens {self._model} as another model than the first node; give all the same one")
+        job.output.require_reachable()
+        for folder in {task.source.path.removesuffix(task.source.relpath) for task in tasks}:
+            # Without it every clip would be reported as unreadable.
+            if not Path(folder).is_dir():
+                raise InputError(f"{folder}: is not there on {node}; share it under the same path with every node")
+        outcomes: list[Outcome] = []
+        self._opened().encode(job, tasks, outcomes.append)
+        return outcomes
+
+
+class RayEncoder(Encoder):
+    """Encodes on a cluster; a context manager that takes the actors and gives them back.
+
+    Args:
+        model: a name, an engine folder or a checkpoint folder, as every node finds it.
+        ray: where, and how many.
+        backend: arguments of `AutoencoderModel.from_pretrained`; `threads` are those of each actor. Actors that get no
+            GPU run on the CPU.
+
+    Raises:
+        InputError: actors get no GPU, and `backend` asks for one.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], ray: RayOptions | None = None, **backend: Any) -> None:
+        self._model = os.fspath(model)
+        self._options = ray or RayOptions()
+        device = backend.get("device")
+        if not self._options.gpus_per_actor:
+            # Ray hides no GPU from actors that ask for none: all of them would open on the first.
+            if str(device).startswith("cuda") or backend.get("backend") == "tensorrt":
+                raise InputError("actors get no GPU; pass --gpus-per-actor 1, or a share of one")
+            device = "cpu"
+        self._backend = backend | {"device": device, "threads": backend.get("threads") or self._options.cpus_per_actor}
+        self._ray: Any = None
+        self._actors: list[Any] = []
+        self._connected = False
+
+    def __enter__(self) -> Self:
+        """Connect, and wait for the first actor.
+
+        Raises:
+            InputError: there is no Ray, no cluster at the address, or no room on it.
+            SamekitError: what opening the model raises.
+        """
+        self._ray = _imported()
+        try:
+            self._connect()
+            self._place()
+            facts = self._first_facts()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        self._facts = facts
+        self.spec, self.precision, self.windows = facts.spec, facts.precision, facts.windows
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for actor in self._actors:
+            self._ray.kill(actor)
+        self._actors.clear()
+        if self._connected:
+            self._ray.shutdown()
+            self._connected = False
+
+    def silence(self, latents: int) -> Array:
+        """The latents of silence, `[latent_width, latents]`, from the first actor that works."""
+        # The first that answers has time; where an actor is lost, the others are asked.
+        waiting = {retry_until_restarted(actor.facts).remote(): actor for actor in self._actors}
+        lost: Exception | None = None
+        while waiting:
+            (ready, *_), _ = self._ray.wait(list(waiting), num_returns=1)
+            actor = waiting.pop(ready)
+            try:
+                array: Array = result_of(self._ray, retry_until_restarted(actor.silence).remote(latents))
+            except self._ray.exceptions.RayActorError as error:
+                lost = error
+            else:
+                return array
+        raise BackendError(ALL_LOST) from lost
+
+    def encode(self, job: Job, tasks: Sequence[Task], finished: Callable[[Outcome], None]) -> None:
+        """Encode every clip."""
+        calls = Calls(self._ray, self._actors, self._facts, job, batches_of(tasks, job.batch_size))
+        try:
+            for outcome in calls.outcomes():
+                finished(outcome)
+        except BaseException as error:
+            # Somebody who presses Ctrl-C is not made to wait.
+            calls.end(at_once=not isinstance(error, Exception))
+            raise
+
+    def _connect(self) -> None:
+        """Join a cluster, or start one."""
+        if self._ray.is_initialized():
+            return
+        address = self._options.address or os.environ.get("RAY_ADDRESS", "")
+        # What it says of actors that die, is said here.
+        quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+        try:
+            if address not in ("", "auto", "local"):
+                _require_listener(address)
+            if address != "local":
+                with _one_try():
+                    self._ray.init(address=address or "auto", **quiet)
+                self._connected = True
+                return
+        except Exception as error:  # noqa: BLE001 Ray raises no class of its own here
+            if address:
+                raise InputError(
+                    f"{address}: no Ray cluster answers ({' '.join(str(error).split())}); check HOST:PORT, or leave "
+                    "it out and unset RAY_ADDRESS to start one here"
+                ) from None
+        cores = available_cpus()
+        try:
+            self._ray.init(
+                address="local",
+                num_cpus=cores,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                **quiet,
+            )
+        except Exception as error:  # noqa: BLE001 Ray raises no class of its own here
+            raise BackendError(
+                f"Ray does not start here ({last_line(error)}); see /tmp/ray, or pass a cluster"
+            ) from None
+        self._connected = True
+        resources = self._ray.cluster_resources()
+        if self._options.fitting(resources) == 0:
+            raise InputError(
+                f"an actor of {self._options.cpus_per_actor} cores and {self._options.gpus_per_actor:g} GPUs does not "
+                f"fit on this machine ({cores} cores, {resources.get('GPU', 0):g} GPUs); pass less, or a cluster"
+            )
+
+    def _place(self) -> None:
+        """Ask for the actors."""
+        options = self._options
+        room = sum(options.fitting(node["Resources"]) for node in self._ray.nodes() if node["Alive"])
+        count = options.actors or max(1, room)
+        if count > room:
+            logger.warning("%d actors fit on the cluster now; %d more wait for room", room, count - room)
+        remote = self._ray.remote(
+            num_cpus=options.cpus_per_actor,
+            num_gpus=options.gpus_per_actor,
+            max_restarts=-1,
+            max_concurrency=BATCHES_IN_HAND,
+        )(_Worker)
+        arguments = (self._model, self._backend, options.cpus_per_actor, str(Path.cwd()))
+        self._actors = [remote.remote(*arguments) for _ in range(count)]
+
+    def _first_facts(self) -> Facts:
+        """What the first actor tells that is ready."""
+        calls = [retry_until_restarted(actor.facts).remote() for actor in self._actors]
+        done, _ = self._ray.wait(calls, num_returns=1, timeout=_ACTOR_PATIENCE)
+        if not done:
+            raise InputError(
+                f"the cluster has no room for an actor of {self._options.cpus_per_actor} cores and "
+                f"{self._options.gpus_per_actor:g} GPUs; pass less, or add a node"
+            )
+        try:
+            facts: Facts = result_of(self._ray, done[0])
+        except self._ray.exceptions.RayActorError as error:
+            raise BackendError(
+                f"no actor starts ({last_line(error)}); install the same samekit on every node"
+            ) from None
+        return facts
+
+
+def _imported() -> Any:
+    """Ray."""
+    # Unless the user wants it: nothing is sent anywhere.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray  # noqa: PLC0415
+    except ImportError as error:
+        raise InputError(f"encoding on a cluster needs Ray ({error}); run: pip install 'samekit[ray]'") from None
+    return ray
+
+
+def _require_listener(address: str) -> None:
+    """Raise if no cluster can be at an address. Ray itself would need 41 s to say so.
+
+    Whether what listens there is Ray, is for Ray to find out: a busy cluster takes its time to answer.
+
+    Raises:
+        OSError: the host is not known, or nothing listens at the port.
+        ValueError: the address names no port.
+    """
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not separator or not port.isdecimal() or int(port) > _LAST_PORT:
+        raise ValueError("it names no port")
+    # A host that does not even accept the connection in time may still be too busy.
+    with suppress(TimeoutError), socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_PATIENCE):
+        pass
+
+
+@contextmanager
+def _one_try() -> Iterator[None]:
+    """Have Ray try an address once, for 41 s; by itself it tries 20 times. Older versions know no such bound."""
+    if _TRIES in os.environ:
+        yield
+        return
+    os.environ[_TRIES] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_TRIES]

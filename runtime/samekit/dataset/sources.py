@@ -1,0 +1,328 @@
+"""Find the audio files and captions of a dataset."""
+
+from __future__ import annotations
+
+import logging
+import os
+import unicodedata
+from collections import Counter, deque
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache, cached_property, partial
+from io import TextIOWrapper
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from samekit.errors import InputError
+from samekit.files.paths import expanded, regular_file, stamp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from samekit.dataset.manifest import Stamp
+
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES: Final = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff")
+"""Files that are taken for audio."""
+# Characters of a line in a list of files: twice the longest path on Linux.
+_MOST_NAME: Final = 2**13
+# Characters of a line that a message shows.
+_SHOWN: Final = 200
+_LIST_FILE: Final = "filelist.txt"
+# Kinds of files that a message names.
+_LISTED_SUFFIXES: Final = 6
+
+
+# --- Which files there are ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """An audio file of a dataset, and the caption beside it."""
+
+    path: str
+    """The data folder as it was given, and the file below it."""
+    relpath: str
+    """The file below its data folder."""
+    audio: Stamp | None
+    """None if it is no regular file."""
+    caption: Stamp | None
+    """None if there is none."""
+    caption_name: str | None = None
+    """Name of the caption's file where it is in another Unicode normal form than the name of the audio file."""
+
+    @property
+    def caption_path(self) -> Path:
+        """Where its caption is, or would be."""
+        path = Path(self.path)
+        return path.with_name(self.caption_name) if self.caption_name else path.with_suffix(".txt")
+
+
+@dataclass
+class Found:
+    """What some data folders hold."""
+
+    sources: list[Source] = field(default_factory=list)
+    """The audio files, sorted by relpath."""
+    passed_over: Counter[str] = field(default_factory=Counter)
+    """Suffix in lower case -> how many files with it are neither audio nor the caption of an audio file."""
+    unreadable_folders: list[str] = field(default_factory=list)
+    """Folders below the data folders that the system does not let this process list, by their relpath."""
+
+    def describe_left_out(self, separator: str) -> str:
+        """Return what was passed over, for people, after a separator; nothing if nothing was."""
+        counts = sorted(self.passed_over.items(), key=lambda item: (-item[1], item[0] or "~"))
+        kinds = [f"{count} {suffix or 'without a suffix'}" for suffix, count in counts[:_LISTED_SUFFIXES]]
+        kinds += ["..."] * (len(counts) > _LISTED_SUFFIXES)
+        text = ""
+        if total := self.passed_over.total():
+            text = f"{separator}passed over {total} file{'s' * (total > 1)} ({', '.join(kinds)})"
+        if count := len(self.unreadable_folders):
+            text += f"{separator}{count} folder{'s' * (count > 1)} cannot be read"
+        return text
+
+
+def find_sources(folders: Sequence[str | os.PathLike[str]]) -> Found:
+    """Find every audio file below some folders.
+
+    A folder with a `filelist.txt` at its root is not searched: the files that it lists are taken. Elsewhere hidden
+    files and folders are passed over. Links to folders are followed, but no folder is entered twice.
+
+    Raises:
+        InputError: a folder or its list cannot be read, two files have the same relpath, there is no audio, or no
+            audio file has a caption.
+    """
+    found, sources = Found(), dict[str, Source]()
+    for folder in map(_data_folder, folders):
+        listed = _listed_files(folder)
+        for source in _walk(folder, found) if listed is None else listed:
+            if source.relpath in sources:
+                twice = f"{sources[source.relpath].path} and {source.path}"
+                raise InputError(f"{twice} have one name below their folders; rename one, or encode them apart")
+            sources[source.relpath] = source
+    where = ", ".join(map(_data_folder, folders))
+    if not sources:
+        cure = "check --data_dir"
+        if found.passed_over:
+            cure = "convert these, or check --data_dir"
+        raise InputError(f"{where}: holds no audio ({' '.join(SUFFIXES)}){found.describe_left_out(', ')}; {cure}")
+    if not any(source.caption for source in sources.values()):
+        raise InputError(
+            f"{where}: none of {len(sources)} audio files has a caption{found.describe_left_out(', ')}; "
+            "write one beside each, NAME.txt for NAME.wav"
+        )
+    found.sources = sorted(sources.values(), key=lambda source: os.fsencode(source.relpath))
+    return found
+
+
+def _data_folder(folder: str | os.PathLike[str]) -> str:
+    """Return the path of a data folder as it was given, but with `~` expanded."""
+    path = expanded(folder)
+    return str(path) if os.fspath(folder).startswith("~") else os.fspath(folder)
+
+
+def require_folders(folders: Sequence[str | os.PathLike[str]]) -> None:
+    """Refuse folders that cannot be listed.
+
+    Raises:
+        InputError: one cannot.
+    """
+    for folder in map(_data_folder, folders):
+        with _listing_errors(folder), os.scandir(folder):
+            pass
+
+
+@contextmanager
+def _listing_errors(folder: str) -> Iterator[None]:
+    """Raise what the system says of a data folder as an error about it."""
+    try:
+        yield
+    except OSError as error:
+        raise _cannot_list(folder, error) from None
+
+
+def _cannot_list(folder: str, error: OSError) -> InputError:
+    """Return the error about a data folder, or one below it, that cannot be listed."""
+    cure = "check its name and permissions"
+    if "://" in folder:
+        cure = "--data_dir takes folders only, mount it"
+    return InputError(f"{folder}: cannot be listed ({error.strerror}); {cure}")
+
+
+def _walk(top: str, found: Found) -> Iterator[Source]:
+    """Yield the audio files below a folder, and count in `found` what is passed over.
+
+    A file in a folder that links lead to as well is yielded under the path where it lies itself.
+    """
+    folders, links, seen = [(top, "")], deque[tuple[str, str]](), set()
+    while folders or links:
+        folder, below = folders.pop() if folders else links.popleft()
+        try:
+            status = Path(folder).stat()
+            entries = {entry.name: entry for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)}
+        except PermissionError as error:
+            if not below:
+                raise _cannot_list(folder, error) from None
+            logger.warning("%s: cannot be listed (%s), what it holds is left out", folder, error.strerror)
+            found.unreadable_folders.append(below)
+            continue
+        except OSError as error:
+            raise _cannot_list(folder, error) from None
+        identity = (status.st_dev, status.st_ino)
+        if identity in seen:
+            continue
+        seen.add(identity)
+        captions, others = _Names(entries), []
+        for name, entry in entries.items():
+            if name.startswith("."):
+                continue
+            if _is_folder(entry):
+                (links if entry.is_symlink() else folders).append((entry.path, str(Path(below, name))))
+            elif Path(name).suffix.lower() in SUFFIXES:
+                wanted = _caption_name(name)
+                caption = captions.find(wanted)
+                yield Source(
+                    entry.path,
+                    str(Path(below, name)),
+                    stamp(entry),
+                    stamp(entries[caption]) if caption else None,
+                    caption if caption != wanted else None,
+                )
+            else:
+                others.append(name)
+        found.passed_over.update(Path(name).suffix.lower() for name in others if name not in captions.taken)
+
+
+def _caption_name(name: str) -> str:
+    """Return the name of the caption of an audio file."""
+    return str(Path(name).with_suffix(".txt"))
+
+
+class _Names:
+    """The names in a folder, to be found in any Unicode normal form.
+
+    macOS writes names in a decomposed form (NFD). Other systems keep the form that a program gives, mostly the composed
+    one (NFC), and take both for different names.
+
+    Args:
+        names: of everything in the folder.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = set(names)
+        self.taken: set[str] = set()
+        """Names that were found."""
+
+    def find(self, name: str) -> str | None:
+        """Return the name itself if the folder has it, else its twin in another normal form, else None."""
+        found = name if name in self._names else self._composed.get(unicodedata.normalize("NFC", name))
+        if found:
+            self.taken.add(found)
+        return found
+
+    @cached_property
+    def _composed(self) -> dict[str, str]:
+        """NFC of a name -> the name."""
+        return {unicodedata.normalize("NFC", name): name for name in sorted(self._names, reverse=True)}
+
+
+def _listed_files(folder: str) -> list[Source] | None:
+    """Return the files that the list at the root of a data folder names, or None if it has no list.
+
+    As in the reference, each line is stripped and names a file, whatever its suffix. Other than there, no line may lead
+    out of the folder: somebody else's dataset must not decide which of this machine's files are read.
+
+    Raises:
+        InputError: the list cannot be read, names no file, or leads out of the folder.
+    """
+    path = Path(folder, _LIST_FILE)
+    with _listing_errors(folder):
+        if not path.exists() or path.is_dir():
+            return None
+    absolute = Path(folder).absolute()
+    roots = (absolute, Path(os.path.normpath(absolute)), absolute.resolve())
+    listing = cache(_names_in)
+    sources: dict[str, Source] = {}
+    for number, name in _list_lines(path):
+        below = _below(name, roots)
+        if below is None:
+            raise InputError(
+                f"{path}: line {number} names {name[:_SHOWN]!r}, which is no file below this folder; "
+                "remove the line, or pass that folder as another --data_dir"
+            )
+        source = _listed_source(folder, below, listing)
+        sources[source.relpath] = source
+    if not sources:
+        raise InputError(f"{path}: lists no file; remove it, or write a line for each audio file")
+    return list(sources.values())
+
+
+def _list_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a list of files that are not blank, stripped, each with its number from 1.
+
+    Raises:
+        InputError: the list cannot be read.
+    """
+    try:
+        # Names that are no text are kept as the file system gives them.
+        with regular_file(path) as file, TextIOWrapper(file, "utf-8-sig", "surrogateescape") as text:
+            for number, line in enumerate(iter(partial(text.readline, _MOST_NAME), ""), 1):
+                if name := line.strip():
+                    yield number, name
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions, or remove it") from None
+
+
+def _below(name: str, roots: Sequence[Path]) -> Path | None:
+    """Return the path below a data folder that a line of its list names; None if it leads to the folder or out of it.
+
+    Args:
+        name: relative to the folder, or an absolute path.
+        roots: the absolute path of the folder, with and without the links on the way.
+    """
+    if "\0" in name or len(name) >= _MOST_NAME - 1:
+        return None
+    path = Path(os.path.normpath(name))
+    if path.is_absolute():
+        return next((path.relative_to(root) for root in roots if root in path.parents), None)
+    return None if path.parts[:1] in ((), ("..",)) else path
+
+
+def _listed_source(folder: str, below: Path, listing: Callable[[Path], _Names]) -> Source:
+    """Return the clip of a file that a list names; names are found in any normal form."""
+    path = Path(folder)
+    if os.path.lexists(path / below):
+        path /= below
+    else:
+        for part in below.parts:
+            path /= listing(path).find(part) or part
+    wanted = _caption_name(path.name)
+    caption = wanted if os.path.lexists(path.with_name(wanted)) else listing(path.parent).find(wanted)
+    return Source(
+        str(path),
+        str(path.relative_to(folder)),
+        stamp(path),
+        stamp(path.with_name(caption)) if caption else None,
+        caption if caption != wanted else None,
+    )
+
+
+def _names_in(folder: Path) -> _Names:
+    """Return the names in a folder; none if it cannot be listed."""
+    with suppress(OSError):
+        return _Names(path.name for path in folder.iterdir())
+    return _Names(())
+
+
+def universal_newlines(text: str) -> str:
+    """Return a text with every line end as a newline, as Python reads text files."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether a name leads to a folder; a link that loops leads nowhere."""
+    with suppress(OSError):
+        return entry.is_dir()
+    return False

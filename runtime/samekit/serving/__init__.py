@@ -1,0 +1,1 @@
+"""Files for servers that run engines."""

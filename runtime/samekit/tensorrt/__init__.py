@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: the backend, builds and their fingerprints."""

@@ -1,0 +1,163 @@
+"""TensorRT and TensorRT-RTX engines on an NVIDIA GPU; PyTorch, imported here only, gives memory and streams.
+
+What goes wrong silently with TensorRT, and what stands here against it:
+
+* Work on streams is ordered: an engine's own stream waits for the caller's, and the caller's for it (`Gpu.ordered`).
+* Every call that answers whether it worked is asked (`_must`); a failed launch leaves the old output in place.
+* A shape is refused before anything runs, with what would fit (`split`); the shape that TensorRT infers for the output
+  must be ours.
+* An output is new memory each time, and the caller's own.
+* Scratch memory is what the shape at hand needs, not what the largest one would.
+* An engine is read when its half is first used.
+* A build is chosen by everything that decides about it (`samekit.tensorrt.builds`), and the GPU is asked, not guessed.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from samekit.backends.base import Backend, BackendOptions, keep_for_ever
+from samekit.engine.spec import GPU_PRECISIONS, other
+from samekit.errors import BackendUnavailableError
+from samekit.tensorrt.builds import build_folders, choose_build
+from samekit.tensorrt.fingerprint import NARROW
+from samekit.tensorrt.flavours import FLAVOURS, INSTALL, import_flavour, installed_flavours
+from samekit.tensorrt.gpu import Gpu
+from samekit.tensorrt.runner import EngineRunner, Piece, split
+
+if TYPE_CHECKING:
+    from samekit.arrays import Array
+    from samekit.engine.folder import Engine
+    from samekit.engine.spec import EngineSpec
+    from samekit.tensorrt.builds import Build
+
+logger = logging.getLogger(__name__)
+
+
+class TensorRTBackend(Backend):
+    """Runs a build's engines; each half is read when it is first used."""
+
+    name: ClassVar[str] = "tensorrt"
+    device = "cuda"
+    # Longer ones would need the wide profile, which takes no batches.
+    longest_window = NARROW.latents[2]
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        build: Build,
+        module: Any,
+        gpu: Gpu,
+        *,
+        device_id: int = 0,
+        cuda_graph: bool = False,
+        window_batch: int | None = None,
+    ) -> None:
+        super().__init__(spec, build.fingerprint.precision, window_batch)
+        self.device_id = device_id
+        self._build = build
+        self._module = module
+        self._gpu = gpu
+        self._cuda_graph = cuda_graph
+        self._runners: dict[str, EngineRunner] = {}
+        # An execution context serves one caller at a time.
+        self._busy = threading.Lock()
+
+    def _runner(self, half: str) -> EngineRunner:
+        """The half's engine, read once."""
+        # Once more, so that no engine outlives a `close` in another thread.
+        self._check_open()
+        if half not in self._runners:
+            data = self._build.read(half)
+            origin = f"{self._build.folder / self._build.engines[half].file}"
+            self._runners[half] = EngineRunner(self._module, data, origin, self._gpu, cuda_graph=self._cuda_graph)
+        return self._runners[half]
+
+    def _run(self, half: str, array: Array) -> Array:
+        # Refused before anything is copied.
+        self._pieces(half, array.shape)
+        return self._gpu.download(self._run_tensor(half, self._gpu.upload(array)))
+
+    def accepts(self, value: Any) -> bool:
+        """Whether a value is a float32 tensor on this GPU."""
+        return self._gpu.holds(value) and str(value.dtype) == "torch.float32"
+
+    def _run_tensor(self, half: str, tensor: Any) -> Any:
+        pieces = self._pieces(half, tensor.shape)
+        tensor = tensor.detach().contiguous()
+        latents = self._latents(half, tensor.shape)
+        with self._busy:
+            runner = self._runner(half)
+            outputs = []
+            for piece in pieces:
+                rows = tensor[piece.rows]
+                shape = self.spec.input_shape(other(half), rows.shape[0], latents)
+                outputs.append(runner.run(piece.profile, rows, shape))
+            return self._gpu.join(outputs)
+
+    def _latents(self, half: str, shape: Any) -> int:
+        """Length of an input in latents."""
+        return int(shape[-1]) // self.spec.layout(half)[1]
+
+    def _pieces(self, half: str, shape: Any) -> list[Piece]:
+        return split(int(shape[0]), self._latents(half, shape))
+
+    def after_fork(self) -> None:
+        """Give up what lies on the GPU: nothing of it can be used or freed in a forked process."""
+        super().after_fork()
+        keep_for_ever((self._runners, self._gpu))
+        self._runners = {}
+        # A thread of the parent may have held the old one.
+        self._busy = threading.Lock()
+
+    def close(self) -> None:
+        """Free engines, contexts and recordings."""
+        with self._busy:
+            super().close()
+            self._runners.clear()
+
+
+def open_tensorrt(engine: Engine, options: BackendOptions) -> TensorRTBackend:
+    """Open the build of an engine folder that fits this machine.
+
+    Raises:
+        BackendUnavailableError: no GPU, no TensorRT, or no engine of this precision.
+        BackendError: TensorRT or PyTorch is installed, but cannot be imported.
+        StaleEngineError: there are engines, but none that can run here.
+    """
+    if options.device == "cpu":
+        raise BackendUnavailableError("TensorRT runs on GPUs only; choose device cuda or another backend")
+    if options.precision not in GPU_PRECISIONS:
+        raise BackendUnavailableError(
+            f"TensorRT runs {' and '.join(GPU_PRECISIONS)}, {options.precision} is for CPUs; choose precision fp16, "
+            "or the onnxruntime backend on the CPU"
+        )
+    # First of all, as importing PyTorch takes seconds that "auto" should not spend in vain.
+    if not build_folders(engine):
+        raise BackendUnavailableError(
+            f"{engine.folder}: no TensorRT engine, which needs an NVIDIA GPU to run; where there is one, and TensorRT, "
+            f"run: {engine.export_command('--tensorrt', 'auto')}"
+        )
+    gpu = Gpu(options.device_id)
+    modules = installed_flavours()
+    if not modules:
+        for flavour in FLAVOURS:
+            with suppress(BackendUnavailableError):
+                # Tells what is wrong with one that is installed.
+                import_flavour(flavour)
+        raise BackendUnavailableError(f"neither flavour of TensorRT is installed; run: {' or '.join(INSTALL.values())}")
+    versions = {flavour: module.__version__ for flavour, module in modules.items()}
+    build = choose_build(engine, options.precision, gpu.capability, versions)
+    module = modules[build.fingerprint.flavour]
+    return TensorRTBackend(
+        engine.spec,
+        build,
+        module,
+        gpu,
+        device_id=options.device_id,
+        cuda_graph=options.cuda_graph,
+        window_batch=options.window_batch,
+    )

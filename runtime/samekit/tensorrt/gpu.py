@@ -1,0 +1,95 @@
+"""One CUDA device through PyTorch: memory, and the order of work on streams."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from samekit.backends.base import has_driver
+from samekit.errors import BackendUnavailableError
+from samekit.packages import import_package
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from samekit.arrays import Array
+
+
+class Gpu:
+    """One CUDA device through PyTorch: memory, and the order of work on streams."""
+
+    def __init__(self, device_id: int) -> None:
+        # Asked before PyTorch, whose import takes a second that "auto" should not spend in vain.
+        if not has_driver():
+            raise BackendUnavailableError("there is no NVIDIA driver, which TensorRT needs; use another backend")
+        torch = import_package("torch", "pip install 'samekit[gpu]'")
+        if not torch.cuda.is_available():
+            raise BackendUnavailableError("PyTorch finds no CUDA device, which TensorRT needs; use another backend")
+        if device_id >= torch.cuda.device_count():
+            raise BackendUnavailableError(
+                f"there is no GPU {device_id}, only {torch.cuda.device_count()}; choose device_id from 0"
+            )
+        self._torch = torch
+        self._device = torch.device("cuda", device_id)
+        # TensorRT synchronises the whole device when it runs on the default stream.
+        self._stream = torch.cuda.Stream(self._device)
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """Compute capability, (major, minor)."""
+        major, minor = self._torch.cuda.get_device_capability(self._device)
+        return major, minor
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value is a tensor in this device's memory."""
+        return isinstance(value, self._torch.Tensor) and value.device == self._device
+
+    def upload(self, array: Array) -> Any:
+        """A copy in device memory."""
+        # Not `from_numpy`, which warns where an array is read-only.
+        return self._torch.tensor(array, device=self._device)
+
+    def download(self, tensor: Any) -> Array:
+        """A copy in host memory; waits for everything that writes the tensor."""
+        array: Array = tensor.cpu().numpy()
+        return array
+
+    def empty(self, shape: tuple[int, ...]) -> Any:
+        """New float32 memory."""
+        return self._torch.empty(shape, dtype=self._torch.float32, device=self._device)
+
+    def scratch(self, size: int) -> Any:
+        """New bytes, aligned as TensorRT wants them: PyTorch aligns to 512."""
+        return self._torch.empty(size, dtype=self._torch.uint8, device=self._device)
+
+    def join(self, pieces: list[Any]) -> Any:
+        """Rows of a batch in one tensor."""
+        return pieces[0] if len(pieces) == 1 else self._torch.cat(pieces)
+
+    @contextmanager
+    def ordered(self) -> Iterator[int]:
+        """The handle of a stream whose work follows all of the caller's so far and precedes all that comes after.
+
+        It is one stream for all callers, and PyTorch's current one inside the block. So memory that the caller's stream
+        wrote may be read, callers with streams of their own do not meet, and memory that is freed is not handed out
+        again too early: PyTorch reuses it on the stream on which it was made.
+        """
+        torch = self._torch
+        with torch.cuda.device(self._device):
+            callers = torch.cuda.current_stream()
+            self._stream.wait_stream(callers)
+            try:
+                with torch.cuda.stream(self._stream):
+                    yield self._stream.cuda_stream
+            finally:
+                callers.wait_stream(self._stream)
+
+    def capture(self, launch: Callable[[int], None]) -> Callable[[], None]:
+        """Record what `launch(stream)` enqueues as a CUDA graph; the result enqueues it on the current stream."""
+        torch = self._torch
+        with torch.cuda.device(self._device):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self._stream):
+                launch(self._stream.cuda_stream)
+        replay: Callable[[], None] = graph.replay
+        return replay
