@@ -608,14 +608,13 @@ def test_recordings_are_not_decoded_onto(tmp_path, monkeypatch, case):
     assert Path(output).read_bytes() != before
 
 
-@pytest.mark.parametrize("field", ["source", "path", None])
+@pytest.mark.parametrize("field", ["source", "path"])
 @pytest.mark.parametrize("name", ["song.wav", "SONG.WAV"])
 def test_what_may_be_a_recording_is_not_decoded_onto(tmp_path, field, name):
-    """It has the name of one that is gone from its place, or nothing tells where the recording is."""
+    """It has the name of a recording that is gone from its place."""
     model = AutoencoderModel(FakeBackend())
     np.save(tmp_path / "song.npy", noise((4, 10)))
-    if field:
-        (tmp_path / "song.json").write_text(json.dumps({field: "/nowhere/song.wav"}), encoding="utf-8")
+    (tmp_path / "song.json").write_text(json.dumps({field: "/nowhere/song.wav"}), encoding="utf-8")
     (tmp_path / name).write_bytes(b"a recording")
     with pytest.raises(OutputError, match=r"may be the recording .*; .*force=True") as caught:
         model.decode_file(tmp_path / "song.npy", tmp_path / name)
@@ -624,6 +623,34 @@ def test_what_may_be_a_recording_is_not_decoded_onto(tmp_path, field, name):
     assert model.decode_file(tmp_path / "song.npy", tmp_path / name, force=True) == 80
     (tmp_path / "other.wav").write_bytes(b"an older output")
     assert model.decode_file(tmp_path / "song.npy", tmp_path / "other.wav") == 80
+
+
+def test_outputs_are_decoded_again(tmp_path, monkeypatch):
+    """An earlier output is replaced: one with the recording's name in another folder, and one without a recording."""
+    model = AutoencoderModel(FakeBackend())
+    for name in ("music", "out"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "music")
+    write_wav("song.wav", 1000)
+    model.encode_file("song.wav", "song.npy")
+    np.save("generated.npy", noise((4, 10)))
+    monkeypatch.chdir(tmp_path / "out")
+    for _ in range(2):
+        assert model.decode_file("../music/song.npy", "song.wav") == 1000
+        assert model.decode_file("../music/generated.npy", "generated.wav") == 80
+
+
+def test_recordings_of_latents_behind_a_link_are_not_decoded_onto(tmp_path):
+    model = AutoencoderModel(FakeBackend())
+    write_wav(tmp_path / "song.wav", 1000)
+    model.encode_file(tmp_path / "song.wav", tmp_path / "song.npy")
+    (tmp_path / "link.npy").symlink_to("song.npy")
+    before = (tmp_path / "song.wav").read_bytes()
+    with pytest.raises(OutputError, match=r"is the recording that .*"):
+        model.decode_file(tmp_path / "link.npy", tmp_path / "song.wav")
+    assert (tmp_path / "song.wav").read_bytes() == before
+    # The exact length is in the same .json.
+    assert model.decode_file(tmp_path / "link.npy", tmp_path / "other.wav") == 1000
 
 
 @pytest.mark.parametrize("source", [None, 3, "", "a\0b", "x" * 5000, "../" * 2000 + "song.wav", ["song.wav"]], ids=repr)

@@ -9,13 +9,14 @@ import shutil
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import THREADS
+from faults import in_a_fork
 from helpers import (
     BACKEND_NAMES,
     HOP,
@@ -32,6 +33,7 @@ from helpers import (
 from samekit import AutoencoderModel
 from samekit.backends.base import BackendOptions
 from samekit.backends.cpu import available_cpus
+from samekit.backends.pytorch import EagerBackend
 from samekit.backends.selection import AUTO, BACKENDS, open_backend
 from samekit.engine.spec import ENCODER
 from samekit.errors import (
@@ -293,6 +295,28 @@ def pytorch_as_set(request):
     assert pytorch_settings() == before
     # It raises where the older settings, which other programs use, contradict the newer ones.
     assert torch.backends.cudnn.allow_tf32
+
+
+class ForksMeanwhile(torch.nn.Module):
+    """A model during whose call the process is forked; keeps how the child ended."""
+
+    child = None
+
+    def encode(self, audio):
+        self.child = in_a_fork(self.check)
+        return audio[:, :1, ::4]
+
+    def check(self):
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+
+
+@pytest.mark.parametrize("pytorch_as_set", ["bfloat16 on CPUs"], indirect=True)
+def test_settings_of_pytorch_are_the_users_in_a_process_that_is_forked_meanwhile(pytorch_as_set):
+    spec, model = FakeBackend().spec, ForksMeanwhile()
+    with EagerBackend(spec, model, BackendOptions(device="cpu")) as backend, suppress(BackendError):
+        # What the model returns is of no shape that fits.
+        backend.encode(np.zeros((1, spec.channels, spec.hop), np.float32))
+    assert model.child == 0
 
 
 @pytest.mark.parametrize(("asked", "set_before", "set_after"), [(None, 8, 3), (None, 2, 2), (5, 8, 5)])

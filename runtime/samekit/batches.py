@@ -178,9 +178,13 @@ class Autoencoder:
 
     def _check_batch(self, array: Array, features: int, name: str) -> None:
         if array.ndim != 3 or array.shape[1] != features:
-            raise InputError(
-                f"{name} must be [batch, {features}, length], got {list(array.shape)}; pass one clip as array[None]"
-            )
+            if array.ndim == 2:
+                cure = "pass one clip as array[None]"
+            elif array.ndim == 3 and array.shape[2] == features:
+                cure = "transpose it: array.transpose(0, 2, 1)"
+            else:
+                cure = f"pass {name} of this model"
+            raise InputError(f"{name} must be [batch, {features}, length], got {list(array.shape)}; {cure}")
 
     def _run(self, half: str, batch: Any, chunks: tuple[int, int] | None) -> Any:
         """One half over a whole batch in memory, an array or `on_device`: exact windows, or the reference's chunks."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import os
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,6 @@ from samekit.files.latents import MODEL_DIGEST, LatentsReader, LatentsWriter, re
 from samekit.files.overwriting import require_no_recording, require_other_file
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable
     from types import TracebackType
     from typing import Self
@@ -241,7 +241,7 @@ class AutoencoderModel:
                     "model": self.spec.name,
                     MODEL_DIGEST: self.spec.source_sha256,
                     "precision": self.autoencoder.backend.precision,
-                    "source": str(audio_path),
+                    "source": os.path.abspath(audio_path),  # noqa: PTH100 links are not resolved
                     "sample_rate": self.sample_rate,
                     "samples": encoder.samples,
                     "latents": self.spec.latents(encoder.samples),

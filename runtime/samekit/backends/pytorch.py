@@ -64,7 +64,7 @@ class EagerBackend(Backend):
 
     def after_fork(self) -> None:
         """Compute in one thread: the OpenMP of PyTorch's builds hangs in a forked process that asks for more."""
-        _exact_products.reset()
+        _exact_products.after_fork()
         if self.device == "cpu":
             self._torch.set_num_threads(1)
         else:
@@ -142,13 +142,16 @@ class _ExactProducts:
     """In `torch.backends`. The settings for recurrent networks must equal those of convolutions."""
 
     def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget other threads, which a forked process does not have."""
         self._lock = threading.Lock()
         self._users = 0
         self._before: list[tuple[Any, str]] = []
+
+    def after_fork(self) -> None:
+        """Restore the user's settings in a forked process, where the threads that held them do not exist."""
+        self._lock = threading.Lock()
+        if self._users:
+            self._users = 0
+            self._restore()
 
     @contextmanager
     def held(self, torch: Any) -> Iterator[None]:
@@ -166,11 +169,15 @@ class _ExactProducts:
             with self._lock:
                 self._users -= 1
                 if self._users == 0:
-                    for place, precision in self._before:
-                        # First as one that follows a wider setting, in case it was one.
-                        place.fp32_precision = "none"
-                        if place.fp32_precision != precision:
-                            place.fp32_precision = precision
+                    self._restore()
+
+    def _restore(self) -> None:
+        """Set what the user had set."""
+        for place, precision in self._before:
+            # First as one that follows a wider setting, in case it was one.
+            place.fp32_precision = "none"
+            if place.fp32_precision != precision:
+                place.fp32_precision = precision
 
 
 _exact_products = _ExactProducts()

@@ -173,7 +173,7 @@ def read_latents(
     flat = latents.ravel(order="K")
     for start in range(0, flat.size, _CHECKED_VALUES):
         _check_finite(path, flat[start : start + _CHECKED_VALUES])
-    return latents, _read_metadata(_json_path(path))
+    return latents, _read_metadata(_metadata_path(path))
 
 
 class LatentsReader:
@@ -193,7 +193,7 @@ class LatentsReader:
         self._path = named(path)
         self._layout = _read_layout(self._path)
         self.width, self.latents = _clip_shape(self._path, self._layout.shape, width)
-        self.metadata = _read_metadata(_json_path(self._path))
+        self.metadata = _read_metadata(_metadata_path(self._path))
         """What the `.json` holds; empty if there is none."""
 
     def blocks(self, latents: int) -> Iterator[npt.NDArray[np.floating[Any]]]:
@@ -349,6 +349,14 @@ def require_replaceable(path: str | os.PathLike[str]) -> None:
 def _json_path(path: Path) -> Path:
     """Return where the metadata of a `.npy` file are."""
     return path.with_suffix(".json")
+
+
+def _metadata_path(path: Path) -> Path:
+    """Return where the metadata of latents are that are read: beside a link's target if none are beside the link."""
+    beside = _json_path(path)
+    if path.is_symlink() and not os.path.lexists(beside):
+        return _json_path(Path(os.path.realpath(path)))
+    return beside
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:

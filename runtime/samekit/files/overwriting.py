@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from samekit.errors import OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
 _SOURCE_FIELDS: Final = ("source", "path")
 """Where the `.json` beside latents names the recording: of `encode`, and of `pre-encode`."""
@@ -37,35 +36,25 @@ def require_no_recording(
         metadata: what the `.json` beside them holds.
 
     Raises:
-        OutputError: the output is there already, and it is the recording. It counts as one too if it has the name of
-            a recording that is no longer where the `.json` says, or, where no recording is named, that of the latents.
+        OutputError: the output exists and is the recording that the `.json` names, or it has the name of that
+            recording, which is not at its place any more.
     """
     output, latents = Path(audio_path), Path(latents_path)
     if not _is_there(output):
         return
     told = latents.with_suffix(".json")
     source = next((Path(value) for name in _SOURCE_FIELDS if isinstance(value := metadata.get(name), str)), None)
-    found = [] if source is None else [place for place in _places(source, latents) if _is_there(place)]
+    if source is None:
+        return
+    # Absolute in what is written today. A relative path counts from where `encode` ran, which is not recorded.
+    found = [place for place in (Path.cwd() / source, latents.absolute().parent / source) if _is_there(place)]
     if any(_is_same(output, place) for place in found):
         problem = f"is the recording that {told} names as the source of these latents"
-    elif source is not None and not found and _alike(output.name, source.name):
+    elif not found and _alike(output.name, source.name):
         problem = f"may be the recording {source}, which {told} names and which is not there"
-    elif source is None and _alike(output.stem, latents.stem):
-        problem = f"may be the recording of {latents}, and there is no .json that names another"
     else:
         return
     raise OutputError(f"{output}: {problem}; choose another name, or pass --force (from Python: force=True)")
-
-
-def _places(source: Path, latents: Path) -> Iterator[Path]:
-    """Yield where a recording may be: a relative name counts from where `encode` ran, which is not known."""
-    if source.is_absolute():
-        yield source
-        return
-    # Without resolving links, so that a name counts from every folder that it was typed in.
-    with suppress(OSError):
-        here, folder = Path.cwd(), Path(os.path.abspath(latents)).parent  # noqa: PTH100
-        yield from (base / source for base in dict.fromkeys((here, folder, *here.parents, *folder.parents)))
 
 
 def _is_there(path: Path) -> bool:
