@@ -311,7 +311,8 @@ class ForksMeanwhile(torch.nn.Module):
 
 
 @pytest.mark.parametrize("pytorch_as_set", ["bfloat16 on CPUs"], indirect=True)
-def test_settings_of_pytorch_are_the_users_in_a_process_that_is_forked_meanwhile(pytorch_as_set):
+@pytest.mark.usefixtures("pytorch_as_set")
+def test_settings_of_pytorch_are_the_users_in_a_process_that_is_forked_meanwhile():
     spec, model = FakeBackend().spec, ForksMeanwhile()
     with EagerBackend(spec, model, BackendOptions(device="cpu")) as backend, suppress(BackendError):
         # What the model returns is of no shape that fits.
