@@ -14,7 +14,7 @@ import torch
 
 from samekit.backends.base import Backend
 from samekit.engine.spec import DECODER, ENCODER, EngineSpec
-from samekit_export import checkpoint
+from samekit_export import random_weights
 from samekit_export.random_weights import published_config, random_checkpoint
 from samekit_export.verify import snr_db
 
@@ -94,7 +94,7 @@ def variant(name, changes):
     document = published_config(name)
     edit(document["model"], changes)
     document["audio_channels"] = document["model"]["io_channels"]
-    with mock.patch.object(checkpoint, "published_config", return_value=document):
+    with mock.patch.object(random_weights, "published_config", return_value=document):
         return random_checkpoint(name)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import shutil
 import subprocess
+import sys
 import types
 
 import onnxruntime
@@ -15,6 +16,8 @@ from click.testing import CliRunner
 import samekit
 from samekit import doctor
 from samekit.cli.main import main
+from samekit.errors import BackendUnavailableError
+from samekit.packages import import_package
 
 
 @pytest.fixture
@@ -68,6 +71,28 @@ def test_missing_parts_say_what_they_would_enable(monkeypatch):
     assert "onnxscript cannot be imported (No module named 'onnx_ir')" in shown
     assert "tensorrt cannot be imported (libnvinfer.so.11" in shown
     assert "; reinstall it: pip install 'samekit[gpu]'" in shown
+
+
+def test_folder_that_has_the_name_of_a_package(home, monkeypatch):
+    """Python imports any folder on its path as a namespace package; an engine folder holds one called tensorrt."""
+    (home / "packagethatnoonehas").mkdir()
+    monkeypatch.syspath_prepend(home)
+    monkeypatch.setattr(doctor, "PARTS", (doctor.Part("packagethatnoonehas", "audio", "pip install it"),))
+    assert "  packagethatnoonehas is not installed: no audio; run: pip install it" in lines()
+    with pytest.raises(BackendUnavailableError, match="packagethatnoonehas is not installed; run: pip install it"):
+        import_package("packagethatnoonehas", "pip install it")
+
+
+def test_as_a_module_inside_an_engine_folder(own_engine):
+    """`python -m` puts the working folder on the path of modules."""
+    (own_engine.folder / "tensorrt").mkdir()
+    for command in (["doctor"], ["clean", "."], ["export", "tiny-s", "--weights", "random", "--tensorrt", "auto"]):
+        program = [sys.executable, "-m", "samekit", *command]
+        if command[0] == "export":
+            program += ["--out", str(own_engine.folder.parent)]
+        done = subprocess.run(program, cwd=own_engine.folder, capture_output=True, text=True, check=False, timeout=120)
+        assert "Traceback" not in done.stderr
+        assert done.returncode == 0 or done.stderr.startswith("Error: ")
 
 
 @pytest.mark.usefixtures("home")

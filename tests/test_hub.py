@@ -6,9 +6,11 @@ import hashlib
 import json
 import logging
 import shutil
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -252,6 +254,13 @@ def test_repositories_that_are_not_known(server, checkpoints):
     assert loaded.source == {"kind": "hub", "name": "someone/My-SAME", "revision": OTHER}
 
 
+def test_without_the_hubs_client(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    done = CliRunner().invoke(main, ["export", "same-s"])
+    assert done.exit_code == 2, done.exception
+    assert done.stderr == "Error: huggingface_hub is not installed; run: pip install 'samekit[export]'\n"
+
+
 def test_a_pinned_revision_that_is_gone(server, checkpoints, caplog):
     server.repositories[SAME_S] = {OTHER: checkpoints["SAME-S"]}
     assert load("same-s").source["revision"] == OTHER
@@ -303,6 +312,33 @@ def test_another_revision_is_not_taken_before_a_download(server, checkpoints):
     cache(SAME_S, OTHER, checkpoints["SAME-S"])
     server.repositories[SAME_S] = {pin(SAME_S): checkpoints["SAME-S"]}
     assert load("same-s").source["revision"] == pin(SAME_S)
+
+
+@pytest.mark.usefixtures("offline")
+def test_files_are_hashed_once(checkpoints, monkeypatch):
+    """The weights of a full checkpoint have up to 9 GB."""
+    know(monkeypatch, MUSIC, checkpoints["small-music"])
+    cache(MUSIC, OTHER, checkpoints["small-music"])
+    with mock.patch("hashlib.file_digest", wraps=hashlib.file_digest) as hashed:
+        assert load("same-s").source["weights"] == "published weights"
+    assert hashed.call_count == len(hub.FILES)
+    # A source that says what its weights are needs no digests.
+    with mock.patch("hashlib.file_digest", wraps=hashlib.file_digest) as hashed:
+        load_source({"kind": "hub", "name": MUSIC, "revision": OTHER, "weights": "published weights"})
+    assert hashed.call_count == 0
+
+
+@pytest.mark.usefixtures("offline")
+def test_files_of_a_known_size_that_are_not_the_published_ones_are_hashed_once(checkpoints, monkeypatch, tmp_path):
+    """They are taken only where nothing else serves, and are described then."""
+    know(monkeypatch, MUSIC, checkpoints["small-music"])
+    other = shutil.copytree(checkpoints["small-music"], tmp_path / "other")
+    config = (other / "model_config.json").read_text()
+    (other / "model_config.json").write_text(config.replace("\n", " ", 1))
+    cache(MUSIC, OTHER, other)
+    with mock.patch("hashlib.file_digest", wraps=hashlib.file_digest) as hashed:
+        assert load("same-s").source["weights"].startswith("not the published weights: model_config.json has")
+    assert hashed.call_count == len(hub.FILES)
 
 
 @pytest.mark.parametrize("main_is", [True, False])

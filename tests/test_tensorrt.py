@@ -287,6 +287,19 @@ def test_versions_that_are_too_old(monkeypatch):
         BackendUnavailableError, match=r"tensorrt 10.14.1.48 is older than 10.15, .*--upgrade"
     ) as caught:
         import_flavour(TENSORRT)
+
+
+@pytest.mark.parametrize("version", [None, "", "unknown", "11"])
+def test_module_of_another_kind_in_its_place(monkeypatch, version):
+    """Python finds a file `tensorrt.py` in the working folder before the installed package."""
+    module = SimpleNamespace(__file__="/home/me/tensorrt.py")
+    if version is not None:
+        module.__version__ = version
+    monkeypatch.setitem(sys.modules, TENSORRT, module)
+    with pytest.raises(BackendError, match=r"/home/me/tensorrt\.py: has no version .*; rename it, or") as caught:
+        import_flavour(TENSORRT)
+    assert_one_line(caught.value)
+    assert TENSORRT not in installed_versions()
     assert_one_line(caught.value)
 
 

@@ -19,6 +19,7 @@ from samekit.engine.spec import RANDOM
 from samekit.errors import CheckpointError
 from samekit.files.json_fields import check_kinds
 from samekit.files.paths import named, read_regular, utf8_path
+from samekit.packages import import_package
 from samekit_export import diffusers as diffusers_format
 from samekit_export import hub
 from samekit_export.config import CONFIG_FILE, parse_config
@@ -270,10 +271,12 @@ def load_hub(name: str, revision: str | None = None, weights: str | None = None)
 
     Raises:
         CheckpointError: unknown name, no network and no cache, no access, or an unusable checkpoint.
+        BackendUnavailableError: `huggingface_hub` is not installed.
     """
     repository = hub_repository(name)
+    import_package("huggingface_hub", "pip install 'samekit[export]'")
     failures: list[CheckpointError] = []
-    for found, folder in hub.snapshots(repository, hub.CONTAINING_REPOSITORIES.get(name, ()), revision):
+    for found, folder, description in hub.snapshots(repository, hub.CONTAINING_REPOSITORIES.get(name, ()), revision):
         if failures:
             logger.warning("passed over in the hub's cache: %s", failures[-1])
         try:
@@ -283,7 +286,7 @@ def load_hub(name: str, revision: str | None = None, weights: str | None = None)
             continue
         # A snapshot's folder is named after its commit, which pins what was exported.
         source = {"kind": HUB, "name": found, "revision": folder.name}
-        described = weights or hub.describe_weights(found, folder)
+        described = weights or description or hub.describe_weights(found, folder)
         if described:
             source["weights"] = described
         if described and described not in (weights, hub.PUBLISHED_WEIGHTS):

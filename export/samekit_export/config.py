@@ -301,8 +301,8 @@ def parse_config(document: Any, source: str = CONFIG_FILE) -> tuple[SameConfig, 
     """Read a `model_config.json` of either nesting.
 
     Exactly those fields are read that the reference implementation reads, with its defaults where they are absent or
-    null. All other fields, `type` included, are logged and ignored. Beside them `audio_channels` and the `scale` of a
-    full checkpoint are read, to refuse values that contradict the model.
+    null. All other fields, `type` included, are logged and ignored. Beside them the `scale` of a full checkpoint is
+    read, to refuse values that contradict the model.
 
     Args:
         document: the parsed JSON.
@@ -327,8 +327,8 @@ def parse_config(document: Any, source: str = CONFIG_FILE) -> tuple[SameConfig, 
     sample_rate = top.take_size("sample_rate")
 
     channels = model.take_size("io_channels")
-    for fields, key in ((top, "audio_channels"), (model, "in_channels"), (model, "out_channels")):
-        fields.require(key, channels, channels)
+    for key in ("in_channels", "out_channels"):
+        model.require(key, channels, channels)
     patched = model.sub("pretransform").sub("config")
     patch = patched.take_size("patch_size")
     patched.require("channels", channels)

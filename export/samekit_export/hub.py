@@ -114,7 +114,9 @@ def describe_weights(repository: str, folder: Path) -> str | None:
     return f"not the {PUBLISHED_WEIGHTS}: {' and '.join(others)}" if others else PUBLISHED_WEIGHTS
 
 
-def snapshots(repository: str, containing: tuple[str, ...], revision: str | None) -> Iterator[tuple[str, Path]]:
+def snapshots(
+    repository: str, containing: tuple[str, ...], revision: str | None
+) -> Iterator[tuple[str, Path, str | None]]:
     """Yield folders that hold a model's files, the best ones first; each is looked for only when it is asked for.
 
     Without a revision these are: the pinned revision in the cache, of `repository` and then of the others; other
@@ -127,7 +129,8 @@ def snapshots(repository: str, containing: tuple[str, ...], revision: str | None
         revision: a branch, tag or commit of `repository`, which then serves alone.
 
     Yields:
-        The repository, and the snapshot's folder, which is named after its commit.
+        The repository, the snapshot's folder, which is named after its commit, and what `describe_weights` says of it
+        if its files were hashed to choose it.
 
     Raises:
         CheckpointError: nothing is in the cache, and the download failed.
@@ -139,28 +142,32 @@ def snapshots(repository: str, containing: tuple[str, ...], revision: str | None
         folder = _cached(candidate, revision or pinned)
         if folder:
             tried.append((candidate, folder.name))
-            yield candidate, folder
-    others = []
+            yield candidate, folder, None
+    found = []
     if revision is None:
         found = [(candidate, folder) for candidate in candidates for folder in _other_revisions(candidate)]
-        others = [(candidate, folder) for candidate, folder in found if (candidate, folder.name) not in tried]
-    for candidate, folder in list(others):
-        if _has_published_files(candidate, folder):
-            others.remove((candidate, folder))
-            yield candidate, folder
+    others = []
+    for candidate, folder in found:
+        if (candidate, folder.name) in tried:
+            continue
+        description = _describe_if_sizes_fit(candidate, folder)
+        if description == PUBLISHED_WEIGHTS:
+            yield candidate, folder, description
+        else:
+            others.append((candidate, folder, description))
     if repository in dict(tried):
         # It is in the cache, and a download would leave its files as they are.
         yield from others
         return
     try:
-        yield repository, _downloaded(repository, revision)
+        yield repository, _downloaded(repository, revision), None
     except CheckpointError as error:
         if not others:
             raise
         logger.warning("%s", error.cause)
-        for candidate, folder in others:
+        for candidate, folder, description in others:
             logger.warning("taking revision %s of %s, which is in the hub's cache", folder.name, candidate)
-            yield candidate, folder
+            yield candidate, folder, description
         raise
 
 
@@ -196,12 +203,18 @@ def _other_revisions(repository: str) -> list[Path]:
     return [folder for _, folder in sorted(found, reverse=True)]
 
 
-def _has_published_files(repository: str, folder: Path) -> bool:
-    """Whether a snapshot of another revision has the known files; only files of the right size are hashed."""
+def _describe_if_sizes_fit(repository: str, folder: Path) -> str | None:
+    """Describe the files of a snapshot if they have the published sizes; None if not, or if they cannot be read.
+
+    Hashing the files of a full checkpoint takes seconds, and files of another size cannot be the published ones.
+    """
     known = PUBLISHED.get(repository)
-    if known is None or any((folder / file).stat().st_size != size for file, size in known.sizes.items()):
-        return False
-    return describe_weights(repository, folder) == PUBLISHED_WEIGHTS
+    try:
+        if known is None or any((folder / file).stat().st_size != size for file, size in known.sizes.items()):
+            return None
+        return describe_weights(repository, folder)
+    except OSError:
+        return None
 
 
 def _downloaded(repository: str, revision: str | None) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import platform
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from samekit.backends.onnxruntime import int8_saturates
 from samekit.engine.folder import Engine, engine_roots
 from samekit.engine.spec import SPEC_FILE
 from samekit.errors import SamekitError
+from samekit.packages import import_installed
 from samekit.tensorrt.builds import describe_builds
 from samekit.tensorrt.flavours import INSTALL, builder_versions
 
@@ -89,7 +89,7 @@ def _libsndfile() -> str:
 def _describe(part: Part) -> str:
     """A package's version and what more there is to know of it, or what it would enable."""
     try:
-        module: Any = importlib.import_module(part.module)
+        module: Any = import_installed(part.module)
     except ModuleNotFoundError as error:
         if error.name != part.module:
             return f"{part.module} cannot be imported ({error}): no {part.enables}; run: {part.install}"

@@ -8,6 +8,22 @@ from typing import Any
 from samekit.errors import BackendError, BackendUnavailableError, first_line
 
 
+def import_installed(name: str) -> Any:
+    """Import a package, but no folder that only has its name.
+
+    Python imports a folder without `__init__.py` as a namespace package. `python -m` searches the working folder first,
+    and an engine folder holds a folder called `tensorrt`.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+        Exception: whatever the package raises while it is imported.
+    """
+    module = importlib.import_module(name)
+    if hasattr(module, "__path__") and getattr(module, "__file__", None) is None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    return module
+
+
 def import_package(name: str, install: str) -> Any:
     """Import an optional package.
 
@@ -24,7 +40,7 @@ def import_package(name: str, install: str) -> Any:
         KeyboardInterrupt: the import was interrupted. Extension modules turn that into an ImportError.
     """
     try:
-        return importlib.import_module(name)
+        return import_installed(name)
     except ModuleNotFoundError as error:
         if error.name and f"{name}.".startswith(f"{error.name}."):
             raise BackendUnavailableError(f"{error.name} is not installed; run: {install}") from None

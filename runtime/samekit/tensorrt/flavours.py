@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +28,16 @@ def import_flavour(flavour: str) -> Any:
 
     Raises:
         BackendUnavailableError: it is not installed, or is too old for our graphs.
-        BackendError: it is installed, but cannot be imported.
+        BackendError: it is installed, but cannot be imported; or another module has its name.
     """
     module = import_package(flavour, INSTALL[flavour])
-    found = tuple(int(part) for part in module.__version__.split(".")[:2])
-    if found < OLDEST[flavour]:
+    version = re.match(r"(\d+)\.(\d+)", str(getattr(module, "__version__", "")), re.ASCII)
+    if version is None:
+        raise BackendError(
+            f"{getattr(module, '__file__', flavour)}: has no version such as 10.15, so it is not {flavour}; rename it, "
+            "or work in another folder"
+        )
+    if (int(version[1]), int(version[2])) < OLDEST[flavour]:
         oldest = ".".join(map(str, OLDEST[flavour]))
         raise BackendUnavailableError(
             f"{flavour} {module.__version__} is older than {oldest}, the first to read our graphs; "
