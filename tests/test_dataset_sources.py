@@ -9,6 +9,7 @@ import subprocess
 import sys
 import unicodedata
 
+import numpy as np
 import pytest
 from faults import contents
 from helpers import KINDS, assert_one_line
@@ -17,7 +18,7 @@ from test_dataset import command, fake_model, pair, rows_of, run, write_clip, wr
 from samekit.dataset.check import verify
 from samekit.dataset.options import PreEncodeOptions
 from samekit.dataset.run import pre_encode
-from samekit.errors import InputError
+from samekit.errors import InputError, OutputError
 
 NFC, NFD = unicodedata.normalize("NFC", "Café Ångström"), unicodedata.normalize("NFD", "Café Ångström")
 
@@ -305,25 +306,41 @@ def test_home_folder_is_expanded(data, out, monkeypatch, tmp_path):
     assert not os.path.lexists("~")
 
 
-def test_files_that_are_links_are_written_through(data, out, tmp_path):
+def test_files_that_are_links_are_replaced(data, out, tmp_path):
+    """A dataset folder may come from anyone, so its links must not decide which files are overwritten."""
     write_clips(data, 2)
-    (tmp_path / "big").mkdir()
     out.symlink_to(tmp_path / "real")
     (tmp_path / "real").mkdir()
     run(data, out)
-    for name in ("000000000000.npy", "000000000000.json", "silence.npy"):
-        (out / name).rename(tmp_path / "big" / name)
-        (out / name).symlink_to(tmp_path / "big" / name)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    state = (".samekit/manifest.jsonl", ".samekit/manifest.jsonl.lock", ".samekit/report.json")
+    for name in ("000000000000.npy", "000000000000.json", "silence.npy", *state):
+        target = precious / name.removeprefix(".samekit/")
+        (out / name).rename(target)
+        (out / name).symlink_to(target)
+    np.save(precious / "silence.npy", np.zeros(3))
+    # The lock is held through no link; without it the run ends.
+    with pytest.raises(OutputError, match="cannot be written") as error:
+        run(data, out)
+    assert_one_line(error.value)
+    (out / ".samekit" / "manifest.jsonl.lock").unlink()
+    before = contents(precious)
     (data / "clip00000.txt").write_text("other words")
-    assert run(data, out).encoded == 1
+    write_clip(data / "new.wav", 100)
+    assert run(data, out).encoded == 2
+    assert contents(precious) == before
     assert out.is_symlink()
-    for name in ("000000000000.npy", "000000000000.json", "silence.npy"):
-        assert (out / name).is_symlink()
+    assert not any(path.is_symlink() for path in out.rglob("*"))
     assert pair(out, 0)[1]["prompt"] == "other words"
-    assert not (tmp_path / "big" / "000000000000.json").is_symlink()
-    assert sorted(path.name for path in (tmp_path / "big").iterdir()) == [
-        "000000000000.json",
-        "000000000000.npy",
-        "silence.npy",
-    ]
     assert verify(out) == []
+
+
+def test_report_that_is_a_link_to_a_device_is_replaced(data, out):
+    """Reading /dev/zero never ends."""
+    write_clips(data, 1)
+    run(data, out)
+    (out / ".samekit" / "report.json").unlink()
+    (out / ".samekit" / "report.json").symlink_to("/dev/zero")
+    run(data, out)
+    assert json.loads((out / ".samekit" / "report.json").read_text())["clips"] == 1
