@@ -262,7 +262,7 @@ def test_unreadable_folders_are_counted(data, out, monkeypatch, caplog):
 
 
 def test_name_that_no_folder_can_have(out):
-    with pytest.raises(InputError, match="cannot be listed") as caught:
+    with pytest.raises(InputError, match="cannot be read") as caught:
         run("x" * 300, out)
     assert_one_line(caught.value)
 
@@ -273,7 +273,7 @@ def test_data_folder_itself_and_failing_disks_still_stop_the_run(data, out, monk
     for name, error in (("data", PermissionError(13, "Permission denied")), ("deep", OSError(5, "Input/output error"))):
         with monkeypatch.context() as patch:
             refuse_listing(patch, {name}, error)
-            with pytest.raises(InputError, match="cannot be listed") as caught:
+            with pytest.raises(InputError, match="cannot be read") as caught:
                 run(data, out)
         assert_one_line(caught.value)
     assert not out.exists()
@@ -293,6 +293,69 @@ def test_folder_without_permissions(data, out):
     assert shown.strip() == "['lost+found']"
 
 
+RUN_WITHOUT_RIGHTS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_dataset import run
+from samekit import SamekitError
+try:
+    report = run(sys.argv[2], sys.argv[3])
+except SamekitError as error:
+    print(error)
+else:
+    print(report.unreadable_folders, [row["reason"] for row in report.bad])
+"""
+
+
+def run_without_rights(data, out):
+    """What a run prints that may do no more than an ordinary user."""
+    program = [sys.executable, "-c", RUN_WITHOUT_RIGHTS, os.path.dirname(__file__), data, out]  # noqa: PTH120
+    drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    return subprocess.run([*drop, *program], check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv, with which even root has no rights to a file")
+def test_folders_and_files_that_may_not_be_read_are_named_as_such(data, out):
+    """A folder with `chmod 744` can be listed by others, and none of its files can be opened."""
+    write_clips(data, 2)
+    write_clips(data / "deep", 1)
+    (data / "clip00001.wav").chmod(0)
+    (data / "deep").chmod(0o644)
+    shown = run_without_rights(data, out)
+    (data / "deep").chmod(0o755)
+    assert shown.startswith("['deep'] ")
+    assert "clip00001.wav: cannot be opened (Permission denied); check " in shown
+    assert "deep/" not in shown
+    data.chmod(0o644)
+    shown = run_without_rights(data, out.with_name("other"))
+    data.chmod(0o755)
+    assert shown == f"{data}: cannot be read (Permission denied); check its name and permissions"
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv, with which even root has no rights to a file")
+def test_listed_file_in_a_folder_that_may_not_be_entered(data, out):
+    write_clips(data, 1)
+    write_clips(data / "deep", 1)
+    (data / "filelist.txt").write_text("clip00000.wav\ndeep/clip00000.wav\n")
+    (data / "deep").chmod(0o644)
+    shown = run_without_rights(data, out)
+    (data / "deep").chmod(0o755)
+    assert "deep/clip00000.wav: cannot be opened (Permission denied); check the permissions of it and its fold" in shown
+
+
+def test_listed_file_that_is_not_there(data, out):
+    write_clips(data, 1)
+    (data / "lost.wav").symlink_to("nowhere")
+    (data / "pipe.wav").mkdir()
+    (data / "filelist.txt").write_text("clip00000.wav\nmissing.wav\nlost.wav\npipe.wav\n")
+    reasons = {row["relpath"]: row["reason"] for row in run(data, out).bad}
+    assert reasons == {
+        "missing.wav": f"{data / 'missing.wav'}: does not exist; copy the audio there, or remove its line from filelist.txt",
+        "lost.wav": f"{data / 'lost.wav'}: is a link to a file that does not exist; copy the audio there",
+        "pipe.wav": f"{data / 'pipe.wav'}: is no regular file; copy the audio there",
+    }
+
+
 # --- Where the latents go ---------------------------------------------------------------------------------------
 
 
@@ -304,6 +367,32 @@ def test_home_folder_is_expanded(data, out, monkeypatch, tmp_path):
     assert pair(out, 0)[1]["path"] == str(data / "clip00000.wav")
     assert verify("~/out") == []
     assert not os.path.lexists("~")
+
+
+@pytest.mark.parametrize("typed", ["~/data", "~"])
+def test_data_folder_in_the_home_folder_is_no_output(data, monkeypatch, typed):
+    """Both names lead to one folder after `~` is expanded."""
+    monkeypatch.setenv("HOME", str(data if typed == "~" else data.parent))
+    write_clips(data, 1)
+    before = contents(data)
+    with pytest.raises(InputError, match="is a --data_dir too; pass another --output_path") as error:
+        pre_encode(fake_model(), typed, typed, PreEncodeOptions())
+    assert_one_line(error.value)
+    assert contents(data) == before
+
+
+def test_files_of_a_dataset_are_never_looked_up_in_the_home_folder(data, out, monkeypatch, tmp_path):
+    """A dataset may come from anyone; only paths that the user gives have their `~` expanded."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    secret = write_clip(tmp_path / "home" / "a.wav", 100, caption="secret")
+    write_clip(data / "~" / "a.wav", 90, seed=1, caption="theirs")
+    monkeypatch.chdir(data)
+    run(".", out)
+    assert pair(out, 0)[1]["prompt"] == "theirs"
+    (data / "filelist.txt").write_text("~/a.wav\n")
+    run(".", out.with_name("listed"))
+    assert pair(out.with_name("listed"), 0)[1]["prompt"] == "theirs"
+    assert secret.exists()
 
 
 def test_files_that_are_links_are_replaced(data, out, tmp_path):

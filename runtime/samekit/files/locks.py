@@ -1,4 +1,4 @@
-"""Locks of folders: every process that writes into an engine folder or a dataset folder holds one; readers need none."""
+"""Locks of engine folders and dataset folders: a process that writes holds one, and readers need none."""
 
 from __future__ import annotations
 
