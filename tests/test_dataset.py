@@ -33,8 +33,8 @@ from samekit.dataset.manifest import Manifest, read_manifest
 from samekit.dataset.options import PreEncodeOptions, Shard
 from samekit.dataset.pipeline import Pipeline
 from samekit.dataset.progress import describe
-from samekit.dataset.run import clip as clips
 from samekit.dataset.run import pre_encode
+from samekit.dataset.sources import find_sources
 from samekit.errors import BackendError, InputError, LatentsFileError, NonFiniteError, OutputError
 
 FAKE_HOP = 8
@@ -398,9 +398,9 @@ def test_hidden_files_links_and_pipes(data, out):
 
 
 def test_dataset_without_audio_is_refused(data, out):
-    with pytest.raises(InputError, match="cannot be listed"):
+    with pytest.raises(InputError, match="cannot be read"):
         run(data, out)
-    with pytest.raises(InputError, match=r"s3://bucket/clips: cannot be listed .*takes folders only, mount it"):
+    with pytest.raises(InputError, match=r"s3://bucket/clips: cannot be read .*takes folders only, mount it"):
         run("s3://bucket/clips", out)
     data.mkdir()
     with pytest.raises(InputError, match="no audio") as error:
@@ -754,7 +754,7 @@ def test_deep_folders_and_links_in_circles(data, out):
             (folder / f"to{other}").symlink_to(data / f"l{other}")
     (data / "0 to a").symlink_to(data / "a")
     try:
-        assert [source.relpath for source in clips.find_sources([data]).sources] == ["a/clip00000.wav"]
+        assert [source.relpath for source in find_sources([data]).sources] == ["a/clip00000.wav"]
         assert run(data, out).encoded == 1
     finally:
         # Python's own way of removing them is too deep.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import unicodedata
 
+import numpy as np
 import pytest
 from faults import contents
 from helpers import KINDS, assert_one_line
@@ -17,7 +18,7 @@ from test_dataset import command, fake_model, pair, rows_of, run, write_clip, wr
 from samekit.dataset.check import verify
 from samekit.dataset.options import PreEncodeOptions
 from samekit.dataset.run import pre_encode
-from samekit.errors import InputError
+from samekit.errors import InputError, OutputError
 
 NFC, NFD = unicodedata.normalize("NFC", "Café Ångström"), unicodedata.normalize("NFD", "Café Ångström")
 
@@ -261,7 +262,7 @@ def test_unreadable_folders_are_counted(data, out, monkeypatch, caplog):
 
 
 def test_name_that_no_folder_can_have(out):
-    with pytest.raises(InputError, match="cannot be listed") as caught:
+    with pytest.raises(InputError, match="cannot be read") as caught:
         run("x" * 300, out)
     assert_one_line(caught.value)
 
@@ -272,7 +273,7 @@ def test_data_folder_itself_and_failing_disks_still_stop_the_run(data, out, monk
     for name, error in (("data", PermissionError(13, "Permission denied")), ("deep", OSError(5, "Input/output error"))):
         with monkeypatch.context() as patch:
             refuse_listing(patch, {name}, error)
-            with pytest.raises(InputError, match="cannot be listed") as caught:
+            with pytest.raises(InputError, match="cannot be read") as caught:
                 run(data, out)
         assert_one_line(caught.value)
     assert not out.exists()
@@ -292,6 +293,69 @@ def test_folder_without_permissions(data, out):
     assert shown.strip() == "['lost+found']"
 
 
+RUN_WITHOUT_RIGHTS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_dataset import run
+from samekit import SamekitError
+try:
+    report = run(sys.argv[2], sys.argv[3])
+except SamekitError as error:
+    print(error)
+else:
+    print(report.unreadable_folders, [row["reason"] for row in report.bad])
+"""
+
+
+def run_without_rights(data, out):
+    """What a run prints that may do no more than an ordinary user."""
+    program = [sys.executable, "-c", RUN_WITHOUT_RIGHTS, os.path.dirname(__file__), data, out]  # noqa: PTH120
+    drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    return subprocess.run([*drop, *program], check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv, with which even root has no rights to a file")
+def test_folders_and_files_that_may_not_be_read_are_named_as_such(data, out):
+    """A folder with `chmod 744` can be listed by others, and none of its files can be opened."""
+    write_clips(data, 2)
+    write_clips(data / "deep", 1)
+    (data / "clip00001.wav").chmod(0)
+    (data / "deep").chmod(0o644)
+    shown = run_without_rights(data, out)
+    (data / "deep").chmod(0o755)
+    assert shown.startswith("['deep'] ")
+    assert "clip00001.wav: cannot be opened (Permission denied); check " in shown
+    assert "deep/" not in shown
+    data.chmod(0o644)
+    shown = run_without_rights(data, out.with_name("other"))
+    data.chmod(0o755)
+    assert shown == f"{data}: cannot be read (Permission denied); check its name and permissions"
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv, with which even root has no rights to a file")
+def test_listed_file_in_a_folder_that_may_not_be_entered(data, out):
+    write_clips(data, 1)
+    write_clips(data / "deep", 1)
+    (data / "filelist.txt").write_text("clip00000.wav\ndeep/clip00000.wav\n")
+    (data / "deep").chmod(0o644)
+    shown = run_without_rights(data, out)
+    (data / "deep").chmod(0o755)
+    assert "deep/clip00000.wav: cannot be opened (Permission denied); check the permissions of it and its fold" in shown
+
+
+def test_listed_file_that_is_not_there(data, out):
+    write_clips(data, 1)
+    (data / "lost.wav").symlink_to("nowhere")
+    (data / "pipe.wav").mkdir()
+    (data / "filelist.txt").write_text("clip00000.wav\nmissing.wav\nlost.wav\npipe.wav\n")
+    reasons = {row["relpath"]: row["reason"] for row in run(data, out).bad}
+    assert reasons == {
+        "missing.wav": f"{data / 'missing.wav'}: does not exist; copy the audio there, or remove its line from filelist.txt",
+        "lost.wav": f"{data / 'lost.wav'}: is a link to a file that does not exist; copy the audio there",
+        "pipe.wav": f"{data / 'pipe.wav'}: is no regular file; copy the audio there",
+    }
+
+
 # --- Where the latents go ---------------------------------------------------------------------------------------
 
 
@@ -305,25 +369,67 @@ def test_home_folder_is_expanded(data, out, monkeypatch, tmp_path):
     assert not os.path.lexists("~")
 
 
-def test_files_that_are_links_are_written_through(data, out, tmp_path):
+@pytest.mark.parametrize("typed", ["~/data", "~"])
+def test_data_folder_in_the_home_folder_is_no_output(data, monkeypatch, typed):
+    """Both names lead to one folder after `~` is expanded."""
+    monkeypatch.setenv("HOME", str(data if typed == "~" else data.parent))
+    write_clips(data, 1)
+    before = contents(data)
+    with pytest.raises(InputError, match="is a --data_dir too; pass another --output_path") as error:
+        pre_encode(fake_model(), typed, typed, PreEncodeOptions())
+    assert_one_line(error.value)
+    assert contents(data) == before
+
+
+def test_files_of_a_dataset_are_never_looked_up_in_the_home_folder(data, out, monkeypatch, tmp_path):
+    """A dataset may come from anyone; only paths that the user gives have their `~` expanded."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    secret = write_clip(tmp_path / "home" / "a.wav", 100, caption="secret")
+    write_clip(data / "~" / "a.wav", 90, seed=1, caption="theirs")
+    monkeypatch.chdir(data)
+    run(".", out)
+    assert pair(out, 0)[1]["prompt"] == "theirs"
+    (data / "filelist.txt").write_text("~/a.wav\n")
+    run(".", out.with_name("listed"))
+    assert pair(out.with_name("listed"), 0)[1]["prompt"] == "theirs"
+    assert secret.exists()
+
+
+def test_files_that_are_links_are_replaced(data, out, tmp_path):
+    """A dataset folder may come from anyone, so its links must not decide which files are overwritten."""
     write_clips(data, 2)
-    (tmp_path / "big").mkdir()
     out.symlink_to(tmp_path / "real")
     (tmp_path / "real").mkdir()
     run(data, out)
-    for name in ("000000000000.npy", "000000000000.json", "silence.npy"):
-        (out / name).rename(tmp_path / "big" / name)
-        (out / name).symlink_to(tmp_path / "big" / name)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    state = (".samekit/manifest.jsonl", ".samekit/manifest.jsonl.lock", ".samekit/report.json")
+    for name in ("000000000000.npy", "000000000000.json", "silence.npy", *state):
+        target = precious / name.removeprefix(".samekit/")
+        (out / name).rename(target)
+        (out / name).symlink_to(target)
+    np.save(precious / "silence.npy", np.zeros(3))
+    # The lock is held through no link; without it the run ends.
+    with pytest.raises(OutputError, match="cannot be written") as error:
+        run(data, out)
+    assert_one_line(error.value)
+    (out / ".samekit" / "manifest.jsonl.lock").unlink()
+    before = contents(precious)
     (data / "clip00000.txt").write_text("other words")
-    assert run(data, out).encoded == 1
+    write_clip(data / "new.wav", 100)
+    assert run(data, out).encoded == 2
+    assert contents(precious) == before
     assert out.is_symlink()
-    for name in ("000000000000.npy", "000000000000.json", "silence.npy"):
-        assert (out / name).is_symlink()
+    assert not any(path.is_symlink() for path in out.rglob("*"))
     assert pair(out, 0)[1]["prompt"] == "other words"
-    assert not (tmp_path / "big" / "000000000000.json").is_symlink()
-    assert sorted(path.name for path in (tmp_path / "big").iterdir()) == [
-        "000000000000.json",
-        "000000000000.npy",
-        "silence.npy",
-    ]
     assert verify(out) == []
+
+
+def test_report_that_is_a_link_to_a_device_is_replaced(data, out):
+    """Reading /dev/zero never ends."""
+    write_clips(data, 1)
+    run(data, out)
+    (out / ".samekit" / "report.json").unlink()
+    (out / ".samekit" / "report.json").symlink_to("/dev/zero")
+    run(data, out)
+    assert json.loads((out / ".samekit" / "report.json").read_text())["clips"] == 1

@@ -424,19 +424,25 @@ def test_files_of_the_user_stay_in_an_engine_folder(exported):
     assert names(folder) == sorted([*files_of(engine), *mine])
 
 
-@pytest.mark.parametrize("name", ["encoder.fp16.onnx", "encoder.2.onnx.data", ".lock", ".spec.json.1-0123abcd.tmp"])
+@pytest.mark.parametrize(
+    "name", ["encoder.fp16.onnx", "encoder.2.onnx.data", ".lock", ".spec.json.1-0123abcd.tmp", "spec.json"]
+)
 def test_links_in_an_engine_folder_are_not_written_through(exported, tmp_path, name):
     """An engine folder may come from anyone."""
     target = tmp_path / "precious"
-    target.write_text("mine")
-    (exported / "tiny-s" / name).symlink_to(target)
+    link = exported / "tiny-s" / name
+    # Of spec.json the contents are kept, without which this would be no engine folder.
+    text = link.read_text() if link.exists() else "mine"
+    target.write_text(text)
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
     for precision in ("fp32", "fp16"):
         try:
             export(seeded("tiny-s"), exported, [precision], force=True)
         except OutputError as error:
             assert name == ".lock"
             assert_one_line(error)
-    assert target.read_text() == "mine"
+    assert target.read_text() == text
     assert Engine.load(exported / "tiny-s").check_digests() is None
 
 

@@ -170,10 +170,10 @@ def test_link_is_written_through(tmp_path, there):
     # What a killed process left is where it was writing.
     (target.parent / ".the song.wav.12-0123abcd.tmp").touch()
     _files.remove_abandoned(tmp_path, "song.wav")
-    with pytest.raises(FileNotFoundError), atomic_path(link):
+    with pytest.raises(FileNotFoundError), atomic_path(link, follow_links=True):
         (tmp_path / "nothing").read_text()
     assert list(target.parent.iterdir()) == [target] * there
-    with atomic_path(link) as temporary:
+    with atomic_path(link, follow_links=True) as temporary:
         temporary.write_text("new")
     assert link.readlink() == target
     assert target.read_text() == "new"
@@ -187,8 +187,26 @@ def test_link_that_leads_nowhere_to_write(tmp_path):
     (tmp_path / "device.wav").symlink_to(os.devnull)
     reasons = {"circle": "leads in a circle", "lost": "No such file or directory", "device": "not a regular file"}
     for name, reason in reasons.items():
-        with pytest.raises(OutputError, match=f"{reason}.*; ") as caught, atomic_path(tmp_path / f"{name}.wav"):
+        with (
+            pytest.raises(OutputError, match=f"{reason}.*; ") as caught,
+            atomic_path(tmp_path / f"{name}.wav", follow_links=True),
+        ):
             pass
         assert str(caught.value).count("\n") == 0
         assert (tmp_path / f"{name}.wav").is_symlink()
     assert not os.path.isfile(os.devnull)  # noqa: PTH113 it is no path of a test
+
+
+@pytest.mark.parametrize("target", ["precious", "nowhere", "link.json", "folder", os.devnull])
+def test_link_is_replaced_unless_links_are_to_be_followed(tmp_path, target):
+    """Folders with names of our own may come from anyone, and so may the links in them."""
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    link = tmp_path / "link.json"
+    link.symlink_to(target)
+    with atomic_path(link) as temporary:
+        temporary.write_text("new")
+    assert not link.is_symlink()
+    assert link.read_text() == "new"
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link.json", "precious"]

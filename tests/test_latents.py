@@ -23,8 +23,8 @@ def latents_of(count, seed=0):
     return np.random.RandomState(seed).standard_normal((WIDTH, count)).astype(np.float32)
 
 
-def write(path, latents, metadata=None, dtype="float32", block=7):
-    with LatentsWriter(path, WIDTH, dtype) as writer:
+def write(path, latents, metadata=None, dtype="float32", block=7, **options):
+    with LatentsWriter(path, WIDTH, dtype, **options) as writer:
         for start in range(0, latents.shape[1], block):
             writer.write(latents[:, start : start + block])
         writer.metadata.update(metadata or {})
@@ -330,12 +330,24 @@ def test_links_are_written_through(tmp_path):
     require_replaceable(tmp_path / "song.npy")
     for seed in range(2):
         latents = latents_of(5, seed)
-        write(tmp_path / "song.npy", latents, {"seed": seed})
+        write(tmp_path / "song.npy", latents, {"seed": seed}, follow_links=True)
         read, metadata = read_latents(tmp_path / "song.npy")
         assert np.array_equal(read, latents)
         assert metadata == {"seed": seed}
     assert sorted(path.name for path in big.iterdir()) == ["elsewhere.json", "elsewhere.npy"]
     assert all((tmp_path / f"song.{suffix}").is_symlink() for suffix in ("npy", "json"))
+
+
+def test_links_are_replaced_unless_they_are_to_be_followed(tmp_path):
+    """The names of a dataset's files are ours, and its folder may come from anyone."""
+    for suffix in ("npy", "json"):
+        (tmp_path / f"precious.{suffix}").write_text("mine")
+        (tmp_path / f"song.{suffix}").symlink_to(f"precious.{suffix}")
+    write(tmp_path / "song.npy", latents_of(5), {"seed": 1})
+    assert read_latents(tmp_path / "song.npy")[1] == {"seed": 1}
+    for suffix in ("npy", "json"):
+        assert (tmp_path / f"precious.{suffix}").read_text() == "mine"
+        assert not (tmp_path / f"song.{suffix}").is_symlink()
 
 
 @pytest.mark.parametrize(

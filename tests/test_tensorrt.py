@@ -504,6 +504,19 @@ def choose(engine, **changes):
     return choose_build(engine, **arguments)
 
 
+def test_fingerprint_that_is_a_link_is_replaced(own_engine, tmp_path):
+    """An engine folder may come from anyone, so its links must not decide which files are overwritten."""
+    build = put_build(own_engine)
+    path, target = build.folder / FINGERPRINT_FILE, tmp_path / "precious"
+    path.rename(target)
+    before = target.read_bytes()
+    path.symlink_to(target)
+    write_document(dataclasses.replace(build, engines={}))
+    assert target.read_bytes() == before
+    assert not path.is_symlink()
+    assert Build.load(build.folder).engines == {}
+
+
 def test_the_build_for_this_gpu_is_preferred(own_engine):
     with pytest.raises(
         BackendUnavailableError, match="no TensorRT engine of fp32; run: samekit export tiny-s"

@@ -284,7 +284,7 @@ def write_report(
     if Path(path).suffix.lower() not in (".html", ".htm"):
         raise InputError(f"{path}: a page is HTML; choose a name that ends in .html")
     # Opened first: who cannot write need not measure.
-    with atomic_path(path) as temporary:
+    with atomic_path(path, follow_links=True) as temporary:
         measured = measure(audio, engine, seconds=seconds, threads=threads, report=report)
         page = page_of(measured)
         with output_errors(path):

@@ -230,7 +230,7 @@ class AutoencoderModel:
             encoder = self.stream_encoder(reader.info.sample_rate)
             require_other_file(latents_path, audio_path)
             require_replaceable(latents_path)
-            with LatentsWriter(latents_path, self.latent_dim) as writer:
+            with LatentsWriter(latents_path, self.latent_dim, follow_links=True) as writer:
                 for block in reader:
                     # Before the stream sees it: a file's last block may be shorter than its channels are many.
                     writer.write(encoder.push(to_channels(block, self.spec.channels)))

@@ -127,7 +127,7 @@ class AudioWriter:
     @contextmanager
     def _open(self, sample_rate: int, subtype: str) -> Iterator[sf.SoundFile]:
         """Hold the temporary file open while the `with` block of the writer runs."""
-        with atomic_path(self.path) as temporary:
+        with atomic_path(self.path, follow_links=True) as temporary:
             try:
                 file = sf.SoundFile(native(temporary), "w", sample_rate, self._channels, subtype, format=self._format)
             except sf.SoundFileError as error:

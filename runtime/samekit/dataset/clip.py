@@ -191,7 +191,7 @@ class ClipReader:
         path = Path(self._source.path)
         try:
             if self._source.audio is None:
-                raise AudioFileError(f"{path}: is no regular file; copy the audio there")
+                raise AudioFileError(_why_no_audio(path))
             prompt = self._caption()
             if self._checksum:
                 self._signature = _signature(path)
@@ -328,6 +328,21 @@ def _signature(path: Path) -> tuple[int, ...]:
     """
     status = path.stat()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _why_no_audio(path: Path) -> str:
+    """Return what is wrong with an audio file that was no regular file when it was found, and the cure."""
+    try:
+        with regular_file(path):
+            return f"{path}: has changed since the dataset was searched; run pre-encode again"
+    except FileNotFoundError:
+        if path.is_symlink():
+            return f"{path}: is a link to a file that does not exist; copy the audio there"
+        return f"{path}: does not exist; copy the audio there, or remove its line from filelist.txt"
+    except PermissionError as error:
+        return f"{path}: cannot be opened ({error.strerror}); check the permissions of it and its folder"
+    except OSError:
+        return f"{path}: is no regular file; copy the audio there"
 
 
 def _opens(path: Path) -> bool:

@@ -15,8 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
@@ -25,12 +24,8 @@ from samekit.dataset.output import MOST_HEADER_BYTES, STATE_FOLDER, clip_name, i
 from samekit.errors import InputError, OutputError
 from samekit.files.atomic import atomic_path, output_errors, remove_abandoned
 from samekit.files.json_fields import check_kinds
+from samekit.files.locks import file_lock
 from samekit.files.paths import read_regular, regular_file
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -149,7 +144,7 @@ class Manifest:
         path = folder / STATE_FOLDER / shard.manifest
         with output_errors(folder):
             path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path.with_name(f"{path.name}.lock"), folder):
+        with file_lock(path.with_name(f"{path.name}.lock"), folder):
             clear_away(folder, shard)
             manifest = cls._begun(folder, shard, settings, reencode=reencode)
             try:
@@ -182,7 +177,11 @@ class Manifest:
             return manifest
         old, rows = found
         if not settings.differences(old):
-            return cls(folder, shard, old, rows)
+            manifest = cls(folder, shard, old, rows)
+            if manifest._path.is_symlink():
+                # Lines are appended to a file of this folder, never to the one that a link leads to.
+                manifest.rewrite()
+            return manifest
         if not reencode:
             _check_same(folder, settings, old)
         manifest = cls(folder, shard, settings, [Row(row.number, row.relpath) for row in rows])
@@ -238,7 +237,8 @@ class Manifest:
         header = json.dumps({"format": _FORMAT, **dataclasses.asdict(self.settings)}) + "\n"
         text = header + "".join(row.to_line() for row in self.rows.values())
         with output_errors(self._path):
-            if self._path.exists() and self._path.read_bytes() == text.encode("ascii"):
+            is_file = self._path.is_file() and not self._path.is_symlink()
+            if is_file and self._path.read_bytes() == text.encode("ascii"):
                 return
         with atomic_path(self._path) as temporary, output_errors(self._path):
             temporary.write_text(text, encoding="ascii")
@@ -323,46 +323,3 @@ def clear_away(folder: Path, shard: Shard) -> None:
     """Remove what killed processes of the same shard left half-written in its folder."""
     for place in (folder, folder / STATE_FOLDER):
         remove_abandoned(place, shard.owns)
-
-
-@contextmanager
-def locked(path: Path, folder: Path) -> Iterator[None]:
-    """Hold a lock that the system releases when this process ends, however it ends.
-
-    Args:
-        path: the lock file; it stays, empty.
-        folder: what the message names.
-
-    Raises:
-        OutputError: another process holds the lock, or the file cannot be written.
-    """
-    with ExitStack() as stack:
-        with output_errors(folder):
-            file = stack.enter_context(path.open("a+b"))
-            try:
-                _lock(file)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().decode("ascii", "replace") or "another process"
-                raise OutputError(f"{folder}: {holder} is writing there; wait for it, or pass another folder") from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()}".encode("ascii"))
-            file.flush()
-        try:
-            yield
-        finally:
-            with output_errors(folder):
-                file.truncate(0)
-
-
-def _lock(file: BinaryIO) -> None:
-    """Lock a file or raise BlockingIOError."""
-    if sys.platform == "win32":
-        try:
-            # A byte far behind the end, so that others can still read what the file holds.
-            file.seek(2**30)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError as error:
-            raise BlockingIOError from error
-    else:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

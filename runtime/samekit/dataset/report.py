@@ -94,7 +94,8 @@ def write_report(manifest: Manifest, report: PreEncodeReport) -> None:
     path = manifest.folder / STATE_FOLDER / manifest.shard.report
     text = json.dumps(fields, indent=2) + "\n"
     with output_errors(path):
-        written = path.exists() and path.read_bytes() == text.encode("ascii")
+        # Links are not followed: the folder may come from anyone, and reading a device never ends.
+        written = not path.is_symlink() and path.is_file() and path.read_bytes() == text.encode("ascii")
     if not written:
         with atomic_path(path) as temporary, output_errors(path):
             temporary.write_text(text, encoding="ascii")

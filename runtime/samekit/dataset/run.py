@@ -33,7 +33,7 @@ from samekit.dataset.sources import Found, Source, find_sources
 from samekit.errors import InputError, LatentsFileError
 from samekit.files.atomic import atomic_path, output_errors
 from samekit.files.latents import map_array
-from samekit.files.paths import stamp
+from samekit.files.paths import expanded_text, stamp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -77,6 +77,7 @@ def pre_encode(
     """
     options = options or PreEncodeOptions()
     folders = [data_dir] if isinstance(data_dir, (str, os.PathLike)) else list(data_dir)
+    folders = [expanded_text(folder) for folder in folders]
     found = find_sources(folders)
     sources = {s.relpath: s for s in found.sources if options.shard.holds(s.relpath)}
     encoder = model if isinstance(model, Encoder) else LocalEncoder(model.autoencoder)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from samekit.errors import InputError
-from samekit.files.paths import expanded, regular_file, stamp
+from samekit.files.paths import expanded_text, regular_file, stamp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -69,7 +69,7 @@ class Found:
     passed_over: Counter[str] = field(default_factory=Counter)
     """Suffix in lower case -> how many files with it are neither audio nor the caption of an audio file."""
     unreadable_folders: list[str] = field(default_factory=list)
-    """Folders below the data folders that the system does not let this process list, by their relpath."""
+    """Folders below the data folders that the system does not let this process list or enter, by their relpath."""
 
     def describe_left_out(self, separator: str) -> str:
         """Return what was passed over, for people, after a separator; nothing if nothing was."""
@@ -95,14 +95,14 @@ def find_sources(folders: Sequence[str | os.PathLike[str]]) -> Found:
             audio file has a caption.
     """
     found, sources = Found(), dict[str, Source]()
-    for folder in map(_data_folder, folders):
+    for folder in map(os.fspath, folders):
         listed = _listed_files(folder)
         for source in _walk(folder, found) if listed is None else listed:
             if source.relpath in sources:
                 twice = f"{sources[source.relpath].path} and {source.path}"
                 raise InputError(f"{twice} have one name below their folders; rename one, or encode them apart")
             sources[source.relpath] = source
-    where = ", ".join(map(_data_folder, folders))
+    where = ", ".join(map(os.fspath, folders))
     if not sources:
         cure = "check --data_dir"
         if found.passed_over:
@@ -117,19 +117,13 @@ def find_sources(folders: Sequence[str | os.PathLike[str]]) -> Found:
     return found
 
 
-def _data_folder(folder: str | os.PathLike[str]) -> str:
-    """Return the path of a data folder as it was given, but with `~` expanded."""
-    path = expanded(folder)
-    return str(path) if os.fspath(folder).startswith("~") else os.fspath(folder)
-
-
 def require_folders(folders: Sequence[str | os.PathLike[str]]) -> None:
     """Refuse folders that cannot be listed.
 
     Raises:
         InputError: one cannot.
     """
-    for folder in map(_data_folder, folders):
+    for folder in map(expanded_text, folders):
         with _listing_errors(folder), os.scandir(folder):
             pass
 
@@ -148,7 +142,7 @@ def _cannot_list(folder: str, error: OSError) -> InputError:
     cure = "check its name and permissions"
     if "://" in folder:
         cure = "--data_dir takes folders only, mount it"
-    return InputError(f"{folder}: cannot be listed ({error.strerror}); {cure}")
+    return InputError(f"{folder}: cannot be read ({error.strerror}); {cure}")
 
 
 def _walk(top: str, found: Found) -> Iterator[Source]:
@@ -160,12 +154,13 @@ def _walk(top: str, found: Found) -> Iterator[Source]:
     while folders or links:
         folder, below = folders.pop() if folders else links.popleft()
         try:
-            status = Path(folder).stat()
+            # With "/." this asks for the right to enter the folder: without it, names can be listed and no file opened.
+            status = os.stat(os.path.join(folder, "."))  # noqa: PTH116, PTH118 Path drops the "."
             entries = {entry.name: entry for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)}
         except PermissionError as error:
             if not below:
                 raise _cannot_list(folder, error) from None
-            logger.warning("%s: cannot be listed (%s), what it holds is left out", folder, error.strerror)
+            logger.warning("%s: cannot be read (%s), what it holds is left out", folder, error.strerror)
             found.unreadable_folders.append(below)
             continue
         except OSError as error:

@@ -31,15 +31,18 @@ _NAME_BYTES: Final = 200
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], *, follow_links: bool = False) -> Iterator[Path]:
     """Yield an empty temporary file beside `path`, which takes its place when the `with` block ends well.
 
     The contents are on disk (fsync) before the file is renamed, and its permissions are those that the umask
     leaves. When the block raises, the temporary file is removed, `path` stays as it was, and the exception
-    passes unchanged. If `path` is a link, the file that it leads to is created or replaced, and the link stays.
+    passes unchanged.
 
     Args:
         path: the file to create or replace; its folder must exist.
+        follow_links: what happens if `path` is a symbolic link. If true, the file that the link leads to is created or
+            replaced, and the link stays; this is for outputs that the user names. If false, the link is replaced by
+            the file, because a folder that was downloaded may hold links to any file of the user.
 
     Yields:
         The path of the temporary file, `.NAME.PID-RANDOM.tmp` in the folder of the file.
@@ -52,10 +55,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     with output_errors(path):
         # Renaming over a device such as /dev/null would replace the device. This also asks the system whether the link
         # may be followed: Linux refuses to follow links that others have placed in a folder such as /tmp.
-        if path.exists() and not path.is_file():
+        if (follow_links or not path.is_symlink()) and path.exists() and not path.is_file():
             raise OutputError(f"{path}: is not a regular file; choose another name for the output")
-        target = _link_target(path)
-        if target.is_symlink():
+        target = _link_target(path) if follow_links else path
+        if follow_links and target.is_symlink():
             raise OutputError(f"{path}: is a link that leads in a circle; remove it, or choose another name")
     path = target
     with _temporary(

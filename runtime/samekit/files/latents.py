@@ -64,13 +64,16 @@ class LatentsWriter:
         path: the `.npy` file; the `.json` gets the same name.
         width: length of one latent vector.
         dtype: of the values on disk, `float32` or `float16`.
+        follow_links: whether files that symbolic links lead to are replaced, as `atomic_path` does it.
 
     Raises:
         InputError: the suffix is not `.npy`, or the dtype is another.
         OutputError: the folder is missing, not writable or full.
     """
 
-    def __init__(self, path: str | os.PathLike[str], width: int, dtype: str = "float32") -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], width: int, dtype: str = "float32", *, follow_links: bool = False
+    ) -> None:
         self.path = Path(path)
         """The `.npy` file; not there before the `with` block ends."""
         self.metadata: dict[str, Any] = {}
@@ -78,6 +81,7 @@ class LatentsWriter:
         self.latents = 0
         """How many were written so far."""
         self._width = width
+        self._follow_links = follow_links
         _require_npy(self.path)
         if dtype not in _DTYPES:
             raise InputError(f"latents are not stored as {dtype!r}; use one of {', '.join(_DTYPES)}")
@@ -86,8 +90,8 @@ class LatentsWriter:
     def __enter__(self) -> Self:
         with ExitStack() as stack, output_errors(self.path):
             # Closed in the opposite order: the .npy takes its place first, then the .json.
-            self._json = stack.enter_context(atomic_path(_json_path(self.path)))
-            temporary = stack.enter_context(atomic_path(self.path))
+            self._json = stack.enter_context(atomic_path(_json_path(self.path), follow_links=self._follow_links))
+            temporary = stack.enter_context(atomic_path(self.path, follow_links=self._follow_links))
             self._file: BinaryIO = stack.enter_context(temporary.open("wb"))
             self._file.write(self._header())
             self._outputs = stack.pop_all()
@@ -134,8 +138,11 @@ class LatentsWriter:
         self._file.seek(0)
         self._file.write(self._header())
         self._json.write_text(text + "\n", encoding="utf-8")
-        # What a link leads to is removed, as it is replaced; the link stays.
-        Path(os.path.realpath(_json_path(self.path))).unlink(missing_ok=True)
+        old = _json_path(self.path)
+        if self._follow_links:
+            # The file that a link leads to is removed, because it is what will be replaced; the link stays.
+            old = Path(os.path.realpath(old))
+        old.unlink(missing_ok=True)
 
     def _header(self) -> bytes:
         """Return the header for the latents written so far, in version 1.0 of NumPy's format."""

@@ -1,4 +1,4 @@
-"""One lock for each engine folder: every process that writes there holds it, and readers need none."""
+"""Locks of engine folders and dataset folders: a process that writes holds one, and readers need none."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from samekit.errors import OutputError
 from samekit.files.atomic import output_errors
 
 if sys.platform == "win32":
@@ -60,16 +61,45 @@ def folder_lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextmanager
+def file_lock(path: Path, folder: Path) -> Iterator[None]:
+    """Hold the lock of a file that stays after it, empty.
+
+    The system releases the lock when the process ends, however it ends.
+
+    Args:
+        path: the lock file; its folder must exist.
+        folder: the folder that the lock is about, for messages.
+
+    Raises:
+        OutputError: another process holds the lock, the file cannot be written, or the file system has no locks.
+    """
+    with output_errors(folder):
+        descriptor = _open(path)
+    try:
+        with output_errors(folder):
+            if not _try_lock(descriptor):
+                raise OutputError(
+                    f"{folder}: {_holder(descriptor)} is writing there; wait for it, or pass another folder"
+                )
+            _write_holder(descriptor)
+        try:
+            yield
+        finally:
+            with output_errors(folder):
+                os.truncate(descriptor, 0)
+    finally:
+        os.close(descriptor)
+
+
 def _acquire(path: Path, *, wait: bool) -> int:
     """Return the descriptor of the lock file, locked if the file system can do that."""
     folder, waiting = path.parent, False
-    # Not through a link, which would make this write to a file elsewhere.
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     while True:
         with output_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                descriptor = os.open(path, flags, 0o666)
+                descriptor = _open(path)
             except FileNotFoundError:
                 # The process that held the lock has just deleted the folder.
                 continue
@@ -87,8 +117,7 @@ def _acquire(path: Path, *, wait: bool) -> int:
             return descriptor
         if locked and _is_at(descriptor, path):
             with suppress(OSError):
-                os.truncate(descriptor, 0)
-                os.write(descriptor, f"process {os.getpid()}".encode("ascii"))
+                _write_holder(descriptor)
             return descriptor
         holder = "" if locked else _holder(descriptor)
         os.close(descriptor)
@@ -100,6 +129,19 @@ def _acquire(path: Path, *, wait: bool) -> int:
             logger.warning("%s: %s is writing there; waiting until it has ended", folder, holder)
             waiting = True
         time.sleep(_POLL_SECONDS)
+
+
+def _open(path: Path) -> int:
+    """Open or create a lock file, but not through a link, which would make this write to a file elsewhere."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    return os.open(path, flags, 0o666)
+
+
+def _write_holder(descriptor: int) -> None:
+    """Write into a lock file which process holds its lock."""
+    os.truncate(descriptor, 0)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    os.write(descriptor, f"process {os.getpid()}".encode("ascii"))
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

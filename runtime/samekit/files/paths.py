@@ -115,11 +115,21 @@ def expanded(path: str | os.PathLike[str]) -> Path:
     Raises:
         InputError: no file can have this name.
     """
-    path = named(path)
-    # Without a home folder, or a user of this name, the name is taken as it is.
-    with suppress(RuntimeError):
-        return path.expanduser()
-    return path
+    text = expanded_text(path)
+    path = Path(text)
+    # Path drops the "./" of "./~", without which the name would be expanded by the next function that it is passed to.
+    return path.absolute() if text.startswith(".") and str(path).startswith("~") else path
+
+
+def expanded_text(path: str | os.PathLike[str]) -> str:
+    """Return a path with a leading `~` expanded, and else the text as it was given, which may be a model's name.
+
+    Raises:
+        InputError: no file can have this name.
+    """
+    named(path)
+    # Not Path.expanduser, which raises for users without a home folder.
+    return os.path.expanduser(os.fspath(path))  # noqa: PTH111
 
 
 def utf8_path(path: Path) -> str:
