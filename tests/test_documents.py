@@ -252,7 +252,7 @@ def test_container_file():
     assert 'ENTRYPOINT ["samekit"]' in text
     assert 'samekit = "samekit.cli.main:main"' in PYPROJECT
     (variable,) = re.findall(r"^ENV (\w+)=/engines$", text, re.MULTILINE)
-    assert f'environ.get("{variable}")' in (ROOT / "runtime/samekit/store.py").read_text(encoding="utf-8")
+    assert f'environ.get("{variable}")' in (ROOT / "runtime/samekit/engine/folder.py").read_text(encoding="utf-8")
 
 
 def run_snippet(step, _monkeypatch):

@@ -311,7 +311,6 @@ def test_killed_dataset(tmp_path, out, faults):
 @pytest.mark.parametrize("links", [True, False], ids=["linked", "copied"])
 def test_killed_repository(engine, out, monkeypatch, links, faults):
     if not links:
-        monkeypatch.setattr(_files, "link_or_copy", shutil.copyfile)
         monkeypatch.setattr(triton_module, "link_or_copy", shutil.copyfile)
     models = out / "models"
 

@@ -29,7 +29,7 @@ from samekit.engine.folder import Engine
 from samekit.engine.spec import DECODER, ENCODER
 from samekit.errors import BackendUnavailableError, CheckpointError
 from samekit.tensorrt.backend import open_tensorrt
-from samekit_export import int8, to_onnx
+from samekit_export import int8, int8_layers, to_onnx
 from samekit_export.checkpoint import load_bundled
 from samekit_export.export import GRAPHS, export
 from samekit_export.gptq import Compensation, to_int8
@@ -447,7 +447,7 @@ def test_operator_equals_onnx_runtime(tmp_path):
             dynamo=True,
             opset_version=OPSET,
             dynamic_shapes=({0: torch.export.Dim("rows")},),
-            custom_translation_table=int8.ONNX_OPERATORS,
+            custom_translation_table=int8_layers.ONNX_OPERATORS,
             verbose=False,
         )
     session = onnxruntime.InferenceSession(path, providers=[CPU_PROVIDER])

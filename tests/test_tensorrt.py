@@ -892,10 +892,10 @@ def test_other_backends_take_arrays_only(engine_of):
 
 def test_no_gpu(own_engine, monkeypatch):
     put_build(own_engine)
-    monkeypatch.setattr("samekit.tensorrt.backend.has_driver", lambda: False)
+    monkeypatch.setattr("samekit.tensorrt.gpu.has_driver", lambda: False)
     with pytest.raises(BackendUnavailableError, match="no NVIDIA driver, which TensorRT needs; use another"):
         open_backend(own_engine.folder, "tensorrt", BackendOptions())
-    monkeypatch.setattr("samekit.tensorrt.backend.has_driver", lambda: True)
+    monkeypatch.setattr("samekit.tensorrt.gpu.has_driver", lambda: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(
         BackendUnavailableError, match="finds no CUDA device, which TensorRT needs; use another"
@@ -970,7 +970,7 @@ class FakeStream:
 def test_streams_wait_for_each_other(monkeypatch):
     events = []
     callers = FakeStream(events, "caller")
-    monkeypatch.setattr("samekit.tensorrt.backend.has_driver", lambda: True)
+    monkeypatch.setattr("samekit.tensorrt.gpu.has_driver", lambda: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.Stream", lambda _: FakeStream(events, "engine"))

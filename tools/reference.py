@@ -11,6 +11,7 @@ import pdoc
 
 import samekit
 import samekit_export
+from samekit import dataset
 
 FOLDER = Path("build", "docs")
 # Its reference is `samekit COMMAND --help`.
@@ -29,8 +30,9 @@ def modules() -> list[str]:
 def prepare() -> None:
     """Import what pdoc reads from modules and does not import by itself."""
     # Names that a package imports on first use.
-    for name in samekit.__all__:
-        vars(samekit)[name] = getattr(samekit, name)
+    for package in (samekit, dataset):
+        for name in package.__all__:
+            vars(package)[name] = getattr(package, name)
     for name in modules():
         importlib.import_module(name)
 

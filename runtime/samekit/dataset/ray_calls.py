@@ -23,11 +23,12 @@ logger = logging.getLogger(__name__)
 # takes, little to encode again.
 _BATCH_CLIPS: Final = 8
 _BATCH_BYTES: Final = 2**25
-# One that is encoded, and one that is read meanwhile.
 BATCHES_IN_HAND: Final = 2
+"""Batches that an actor has at a time: it encodes one and reads the other."""
 # So often may actors die over a batch.
 _DEATHS: Final = 3
 ALL_LOST: Final = "every actor is lost, see Ray's log; run the same command again to go on"
+"""The message when no actor is left."""
 # Seconds that killed actors have to be gone.
 _END_PATIENCE: Final = 10
 
@@ -37,9 +38,13 @@ class Facts:
     """What an actor encodes with; all of it but the place must be that of the first one."""
 
     spec: EngineSpec
+    """Of the model."""
     precision: str
+    """That it computes in."""
     windows: ExactWindows
+    """How audio is cut for it."""
     place: str
+    """The machine and the device, for people."""
 
     def same(self, other: Facts) -> bool:
         """Whether the latents of both can lie in one folder."""
