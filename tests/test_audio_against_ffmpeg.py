@@ -78,10 +78,15 @@ for _suffix in ("wav", "aiff", "aifc", "au", "voc", "w64", "caf", "sph", "avr", 
     COMMANDS[f"sox.{_suffix}"] = f"sox IN -t {_suffix} OUT"
     COMMANDS[f"sox-pipe.{_suffix}"] = f"sox IN -t {_suffix} - > OUT"
 
-# libsndfile reads these without a sign of their kind, or ffmpeg does not read them.
-_UNREADABLE = ("RAW", "SD2")
+# libsndfile reads these without a sign of their kind, or ffmpeg does not read them: it takes MAT files of doubles for
+# 300 s of another format, and NMS ADPCM in WAV, whose format tag it does not know, for twice the length.
+_UNREADABLE = ("RAW", "SD2", "MAT4", "MAT5")
 KINDS = [
-    (name, sub) for name in sf.available_formats() if name not in _UNREADABLE for sub in sf.available_subtypes(name)
+    (name, sub)
+    for name in sf.available_formats()
+    if name not in _UNREADABLE
+    for sub in sf.available_subtypes(name)
+    if not sub.startswith("NMS_")
 ]
 
 
