@@ -221,9 +221,12 @@ def test_auto_passes_over_what_cannot_be_used(engine_of, caplog):
     assert "--precision fp16" in warning
 
 
-def test_auto_lists_every_refusal(engine_of):
+def test_auto_lists_every_refusal(own_engine):
+    path = own_engine.folder / "spec.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(document | {"source": {"kind": "unknown"}}), encoding="utf-8")
     with pytest.raises(BackendUnavailableError) as caught:
-        open_backend(engine_of("tiny-s").folder, AUTO, BackendOptions(precision="int8"))
+        open_backend(own_engine.folder, AUTO, BackendOptions(precision="fp16"))
     assert_one_line(caught.value)
     for name in BACKEND_NAMES:
         assert f"; {name}: " in str(caught.value)
@@ -385,7 +388,7 @@ def test_no_engine(tmp_path):
         assert_one_line(caught.value)
 
 
-@pytest.mark.parametrize("name", ["same-x", "", "a/b/c"])
+@pytest.mark.parametrize("name", ["same-x", ""])
 @pytest.mark.parametrize("backend", [AUTO, "torch"])
 def test_name_of_nothing(monkeypatch, caplog, backend, name):
     monkeypatch.setenv("SAMEKIT_CACHE", "/my/cache")
@@ -399,6 +402,35 @@ def test_name_of_nothing(monkeypatch, caplog, backend, name):
         # Nothing is advised that cannot work, whether PyTorch is here or not.
         assert "samekit export" not in message + caplog.text
         monkeypatch.setitem(sys.modules, package, None)
+
+
+@pytest.mark.parametrize("name", ["./no/where", "a/b/c"])
+def test_path_of_nothing(name):
+    with pytest.raises(EngineNotFoundError, match=f"and {name}: there is no such folder; check the path$"):
+        open_backend(name, "torch", BackendOptions())
+
+
+def test_only_the_backend_that_can_serve_is_named(engine_of, monkeypatch):
+    folder = engine_of("tiny-s").folder
+    with pytest.raises(BackendUnavailableError) as caught:
+        open_backend(folder, AUTO, BackendOptions(precision="int8"))
+    message = str(caught.value)
+    told = f"no backend can open {folder} (only onnxruntime runs int8); onnxruntime: "
+    assert message.startswith(f"{told}{folder}: no int8 graph (there is: fp32); run: samekit export ")
+    assert message.endswith(" --precision int8")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BackendUnavailableError) as caught:
+        open_backend(folder, AUTO, BackendOptions(precision="int8"))
+    assert str(caught.value).startswith(f"{told}onnxruntime is not installed; run: pip install")
+
+
+def test_gpu_without_a_driver(engine_of, checkpoint_of, monkeypatch):
+    """No backend can serve it, and installing another one would not help."""
+    monkeypatch.setattr("samekit.backends.selection.has_driver", lambda: False)
+    for model in (engine_of("tiny-s").folder, checkpoint_of("tiny-s")):
+        with pytest.raises(BackendUnavailableError) as caught:
+            open_backend(model, AUTO, BackendOptions(device="cuda"))
+        assert str(caught.value) == "device cuda needs an NVIDIA driver, and there is none; choose device cpu"
 
 
 def test_package_that_is_missing(engine_of, checkpoint_of, monkeypatch):

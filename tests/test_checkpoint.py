@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -537,7 +540,50 @@ def test_errors_of_the_hub_become_one_line(monkeypatch):
     assert "(401 Client Error Cannot access gated repo); " in refused(load, "same-l")
 
 
-@pytest.mark.parametrize("name", ["same-m", "nowhere", "a/b/c"])
+@pytest.mark.parametrize("name", ["same-m", "nowhere", ""])
 def test_names_that_are_nothing(hub, name):
     assert "is no published model (same-s, same-l, same-tiny)" in refused(load, name)
     assert hub.calls == []
+
+
+# A name on the hub begins with no dot and holds one slash (`huggingface_hub.utils.validate_repo_id`).
+@pytest.mark.parametrize("name", ["./foo", "../foo", "/foo", "~/foo", "a/b/c", ".foo"])
+def test_paths_are_not_looked_up_on_the_hub(hub, name):
+    for revision in (None, "main"):
+        assert refused(load, name, "hub", revision) == f"{name}: there is no such folder; check the path"
+    assert hub.calls == []
+
+
+@pytest.mark.parametrize("name", ["my/model.safetensors", "./my/model.safetensors"])
+def test_a_file_in_place_of_its_folder(hub, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my").mkdir()
+    (tmp_path / name).touch()
+    assert refused(load, name) == f"{name}: is no folder; pass the folder of the checkpoint"
+    assert hub.calls == []
+    # A published name is no path.
+    (tmp_path / "same-s").touch()
+    assert "cannot be fetched" in refused(load, "same-s")
+
+
+def test_known_names_in_any_case(hub, snapshot, checkpoint_of):
+    hub.online["stabilityai/SAME-S"] = snapshot
+    assert load("SAME-S").name == "same-s"
+    assert load("Tiny-S", "random").source == {"kind": "random", "name": "tiny-s", "seed": 0}
+    assert load("Same-Tiny").name == "same-tiny"
+    assert load("SAME-S", str(checkpoint_of("tiny-s"))).name == "same-s"
+    # Other names are kept as they are.
+    assert load("Mine", str(checkpoint_of("tiny-s"))).name == "Mine"
+    assert "no random weights for 'Same-M'" in refused(load, "Same-M", "random")
+
+
+@pytest.mark.parametrize("file", [CONFIG_FILE, WEIGHTS_FILE])
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv, with which root is refused like others")
+def test_files_that_may_not_be_read(folder, file):
+    """They are not damaged: a download would not help."""
+    (folder / file).chmod(0)
+    drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    program = [*drop, sys.executable, "-m", "samekit", "export", folder]
+    done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=120)
+    expected = f"Error: {folder / file}: cannot be read (Permission denied); check its permissions\n"
+    assert (done.returncode, done.stderr) == (2, expected)

@@ -342,7 +342,7 @@ def spec_with(**changes):
 
 
 BAD_ENGINES = {
-    "half-written": (lambda folder: (folder / "spec.json").unlink(), "its export was cut short"),
+    "half-written": (lambda folder: (folder / "spec.json").unlink(), "an export or a copy was cut short"),
     "graph missing": (lambda folder: (folder / "encoder.onnx").unlink(), "encoder.onnx: is missing"),
     "graph truncated": (lambda folder: (folder / "encoder.onnx").write_bytes(b"short"), "has 5 bytes instead of"),
     "spec.json truncated": (lambda folder: (folder / "spec.json").write_text('{"format": 1, "na'), "cannot be read"),

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 from helpers import HALVES, RATE, REMOVED, assert_one_line, edit, noise
 from small import write_engine
@@ -19,6 +22,8 @@ from samekit import AutoencoderModel
 from samekit.engine.folder import Engine, describe_graph, find_engine
 from samekit.engine.spec import DECODER, ENCODER, EngineSpec
 from samekit.errors import BackendError, BackendUnavailableError, EngineError, EngineNotFoundError, InputError
+from samekit_export.checkpoint import BUNDLED_FOLDERS
+from samekit_export.hub import HUB_REPOSITORIES
 
 # --- Looking up --------------------------------------------------------------------------------------------
 
@@ -64,10 +69,42 @@ def test_cache_may_lie_under_home(spec_text, monkeypatch):
 )
 def test_not_found(name):
     Path("here").mkdir()
-    cure = "check the path" if name in ("no/where", "here") else f"run: samekit export {name}"
-    with pytest.raises(EngineNotFoundError, match=f"; {cure}$") as caught:
+    cure = "check the path"
+    if name not in ("no/where", "here"):
+        known = ", ".join([*HUB_REPOSITORIES, *BUNDLED_FOLDERS])
+        cure = f"check the name (these are known: {known}), or export the folder of a checkpoint: samekit export DIR"
+    with pytest.raises(EngineNotFoundError, match=f"; {re.escape(cure)}$") as caught:
         find_engine(name)
     assert_one_line(caught.value)
+
+
+@pytest.mark.parametrize("name", ["same-s", "same-l", "same-tiny", "SAME-S"])
+def test_known_models_are_found_in_any_case(name, spec_text):
+    """What `samekit export SAME-S` writes is called same-s."""
+    with pytest.raises(EngineNotFoundError, match=f"; run: samekit export {name}$"):
+        find_engine(name)
+    folder = put(Path("engines", name.lower()), spec_text)
+    assert find_engine(name).folder == folder
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv, with which root is refused like others")
+@pytest.mark.parametrize("file", ["spec.json", "encoder.onnx", "."])
+def test_what_may_not_be_read(own_engine, file, tmp_path):
+    """Nothing is damaged, so no export is advised."""
+    np.save(tmp_path / "in.npy", noise((32, 2)))
+    (own_engine.folder / file).chmod(0)
+    drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    for command in (["decode", tmp_path / "in.npy", tmp_path / "out.wav", "--model"], ["info"], ["clean"]):
+        program = [*drop, sys.executable, "-m", "samekit", *command, own_engine.folder]
+        done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=120)
+        if command == ["clean"] and file == "encoder.onnx":
+            # It reads no graphs.
+            assert done.returncode == 0, done.stderr
+            continue
+        path = own_engine.folder / file
+        assert done.stderr == f"Error: {path}: cannot be read (Permission denied); check its permissions\n"
+        assert done.returncode == 2
+    (own_engine.folder / file).chmod(0o755)
 
 
 @pytest.mark.parametrize("cache", [None, "~nobody-of-this-name/x"])
@@ -120,11 +157,30 @@ def test_file_in_place_of_a_folder(tmp_path):
         find_engine(path)
 
 
-def test_half_written_folder(own_engine):
-    (own_engine.folder / "spec.json").unlink()
-    with pytest.raises(EngineError, match=r"no spec\.json, so its export was cut short; run: samekit export") as caught:
-        find_engine(own_engine.folder)
+@pytest.mark.parametrize(
+    ("folder", "name", "cure"),
+    [
+        ("engines/same-s", "same-s", "run: samekit export same-s --force, or copy the whole folder again"),
+        ("engines/same-s", "SAME-S", "run: samekit export same-s --force, or copy the whole folder again"),
+        ("engines/same-s", "engines/same-s", "run: samekit export same-s --force, or copy the whole folder again"),
+        ("a b/same-l", "a b/same-l", "run: samekit export same-l --force --out 'a b', or copy the whole folder again"),
+        ("engines/mine", "mine", "export the model again, or copy the whole folder again"),
+        ("engines/mine", "engines/mine", "export the model again, or copy the whole folder again"),
+        (".", ".", "export the model again, or copy the whole folder again"),
+    ],
+)
+def test_half_written_folder(folder, name, cure):
+    """The command is one that works: `samekit export mine` would not."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder, "encoder.onnx").touch()
+    with pytest.raises(EngineError) as caught:
+        find_engine(name)
+    assert str(caught.value) == f"{folder}: no spec.json, so an export or a copy was cut short; {cure}"
     assert not isinstance(caught.value, EngineNotFoundError)
+
+
+def test_folder_without_its_spec(own_engine):
+    (own_engine.folder / "spec.json").unlink()
     with pytest.raises(EngineError, match=r"no spec\.json, .*; export the model again"):
         Engine.load(own_engine.folder)
 

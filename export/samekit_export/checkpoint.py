@@ -8,6 +8,7 @@ parts of a full checkpoint are not read.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import inspect
 import json
 import logging
@@ -25,7 +26,7 @@ from samekit_export import hub
 from samekit_export.config import CONFIG_FILE, parse_config
 from samekit_export.digest import checkpoint_digest
 from samekit_export.hub import WEIGHTS_FILE
-from samekit_export.random_weights import random_checkpoint
+from samekit_export.random_weights import RANDOM_MODELS, random_checkpoint
 from samekit_export.tensors import (
     Checkpoint,
     check_finite,
@@ -68,7 +69,8 @@ def load(model: str, weights: str = HUB, revision: str | None = None) -> Checkpo
     """Load a checkpoint from wherever it is.
 
     Args:
-        model: `same-s`, `same-l`, `same-tiny`, a checkpoint folder, or a hub repository `owner/name`.
+        model: `same-s`, `same-l`, `same-tiny`, in upper or lower case; a checkpoint folder; or a hub repository
+            `owner/name`.
         weights: "hub" for the published weights (`same-tiny`'s come with samekit), "random" for seeded random ones,
             or a checkpoint folder.
         revision: branch, tag or commit on the hub.
@@ -77,7 +79,9 @@ def load(model: str, weights: str = HUB, revision: str | None = None) -> Checkpo
         CheckpointError: it is not there, damaged, or not exactly what we implement.
     """
     # Not Path.is_dir, which raises on names that no file system takes.
-    is_folder = os.path.isdir(model)  # noqa: PTH112
+    is_folder = weights == HUB and os.path.isdir(model)  # noqa: PTH112
+    if not is_folder:
+        model = known_name(model)
     if weights == HUB and not is_folder and model not in BUNDLED_FOLDERS:
         return load_hub(model, revision)
     if revision is not None:
@@ -87,6 +91,12 @@ def load(model: str, weights: str = HUB, revision: str | None = None) -> Checkpo
     if weights != HUB:
         return load_folder(Path(weights), model)
     return load_folder(model) if is_folder else load_bundled(model)
+
+
+def known_name(model: str) -> str:
+    """Return the name of a known model in lower case, and any other text as it is."""
+    known = (*hub.HUB_REPOSITORIES, *BUNDLED_FOLDERS, *RANDOM_MODELS)
+    return model.lower() if model.lower() in known else model
 
 
 def load_source(source: Mapping[str, Any]) -> Checkpoint:
@@ -116,10 +126,12 @@ def load_folder(folder: str | Path, name: str | None = None) -> Checkpoint:
         name: what to call the model; the folder's name unless given.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the checkpoint is not exactly what we implement.
+        CheckpointError: a file is missing or damaged, or may not be read, or the checkpoint is not exactly what we
+            implement.
     """
     # Not the methods of Path, which raise on names that no file system takes.
     folder = Path(os.path.realpath(named(folder)))
+    _check_permissions(folder)
     if os.path.isfile(folder / diffusers_format.WEIGHTS_FILE):  # noqa: PTH113 see above
         path = folder / diffusers_format.CONFIG_FILE
         document = diffusers_format.published_config(_read_config(path), str(path))
@@ -140,6 +152,18 @@ def load_folder(folder: str | Path, name: str | None = None) -> Checkpoint:
     name = name or folder.name
     source = {"kind": "folder", "folder": str(folder), "name": name}
     return Checkpoint(name, config, tensors, source, checkpoint_digest(config, tensors))
+
+
+def _check_permissions(folder: Path) -> None:
+    """Check that a checkpoint folder and its files may be read, as far as they are there.
+
+    Raises:
+        CheckpointError: one may not be read. The library that reads weights says that there is no such file.
+    """
+    files = (CONFIG_FILE, WEIGHTS_FILE, diffusers_format.CONFIG_FILE, diffusers_format.WEIGHTS_FILE)
+    for path, mode in ((folder, os.R_OK | os.X_OK), *((folder / file, os.R_OK) for file in files)):
+        if os.path.exists(path) and not os.access(path, mode):  # noqa: PTH110
+            raise CheckpointError(f"{path}: cannot be read ({os.strerror(errno.EACCES)}); check its permissions")
 
 
 def load_bundled(name: str) -> Checkpoint:
@@ -246,8 +270,13 @@ def hub_repository(name: str) -> str:
     """The repository `owner/name` that holds a published model, or that a name is itself; nobody is asked for it.
 
     Raises:
-        CheckpointError: it is neither.
+        CheckpointError: it is neither, or it is a path.
     """
+    if name not in hub.HUB_REPOSITORIES and os.path.isfile(name):  # noqa: PTH113 as in load
+        raise CheckpointError(f"{name}: is no folder; pass the folder of the checkpoint")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        # No name on the hub is like that (`huggingface_hub.utils.validate_repo_id`).
+        raise CheckpointError(f"{name}: there is no such folder; check the path")
     repository = hub.HUB_REPOSITORIES.get(name, name)
     if repository.count("/") != 1:
         known = ", ".join([*hub.HUB_REPOSITORIES, *BUNDLED_FOLDERS])

@@ -143,13 +143,9 @@ def snapshots(
         if folder:
             tried.append((candidate, folder.name))
             yield candidate, folder, None
-    found = []
-    if revision is None:
-        found = [(candidate, folder) for candidate in candidates for folder in _other_revisions(candidate)]
+    found = [] if revision else [(each, folder) for each in candidates for folder in _other_revisions(each)]
     others = []
-    for candidate, folder in found:
-        if (candidate, folder.name) in tried:
-            continue
+    for candidate, folder in (each for each in found if (each[0], each[1].name) not in tried):
         description = _describe_if_sizes_fit(candidate, folder)
         if description == PUBLISHED_WEIGHTS:
             yield candidate, folder, description

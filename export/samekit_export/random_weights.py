@@ -15,6 +15,10 @@ from samekit_export.tensors import Checkpoint, derived_tensors, tensor_shapes
 # ---------------------------------------------------------------------------------------------- random weights
 
 
+RANDOM_MODELS = ("same-s", "same-l", "tiny-s", "tiny-l")
+"""The models that can have random weights."""
+
+
 def published_config(name: str) -> dict[str, Any]:
     """Return the `model_config.json` of a model as it is published, in the standalone nesting.
 
@@ -24,7 +28,7 @@ def published_config(name: str) -> dict[str, Any]:
     Args:
         name: `same-s` or `same-l` at their real sizes; `tiny-s` or `tiny-l`, 2 M parameters of the same kinds.
     """
-    if name not in ("same-s", "same-l", "tiny-s", "tiny-l"):
+    if name not in RANDOM_MODELS:
         raise CheckpointError(f"no random weights for {name!r}; choose same-s, same-l, tiny-s or tiny-l")
     small, tiny = name.endswith("s"), name.startswith("tiny")
     latent, depth = (32, 4) if tiny else (256, 6 if small else 12)

@@ -88,12 +88,12 @@ def load_checkpoint(name: str, source: dict[str, Any] | None) -> Any:
     """
     install = "pip install 'samekit[export]'"
     checkpoints = import_package("samekit_export.checkpoint", install)
-    is_here = os.path.isdir(name) or name in checkpoints.BUNDLED_FOLDERS  # noqa: PTH112 see checkpoint.load
+    is_here = os.path.isdir(name) or checkpoints.known_name(name) in checkpoints.BUNDLED_FOLDERS  # noqa: PTH112 see checkpoint.load
     on_hub = source.get("kind") == "hub" if source else not is_here
     if not source and not is_here:
         # Before anything is advised for a name of nothing.
         try:
-            checkpoints.hub_repository(name)
+            checkpoints.hub_repository(checkpoints.known_name(name))
         except CheckpointError as error:
             raise EngineNotFoundError(f"no engine for {name!r} in {places()}, and {error}") from None
     # The export package imports these where it needs them, too late to say what is missing.

@@ -6,7 +6,9 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
+from samekit.backends.base import has_driver
 from samekit.engine.folder import Engine, find_engine
+from samekit.engine.spec import GPU_PRECISIONS
 from samekit.errors import (
     BackendUnavailableError,
     CheckpointError,
@@ -63,6 +65,9 @@ BACKENDS = (AUTO, *_OPENERS)
 # What "auto" does not try where the CPU was asked for.
 _GPU_ONLY = ("tensorrt",)
 
+# The only one that "auto" tries for a precision that does not run on GPUs.
+_CPU_PRECISIONS_BACKEND = "onnxruntime"
+
 
 def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOptions) -> Backend:
     """Open a model.
@@ -82,6 +87,9 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
     """
     if backend not in BACKENDS:
         raise InputError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    if backend == AUTO and options.device == "cuda" and not has_driver():
+        # Each backend would name a package to install, which does not help.
+        raise BackendUnavailableError("device cuda needs an NVIDIA driver, and there is none; choose device cpu")
     try:
         engine = find_engine(model)
     except EngineNotFoundError as error:
@@ -89,8 +97,11 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
     if backend != AUTO:
         return _reopenable(_OPENERS[backend](engine, options), engine.folder, options)
     refusals = []
+    for_cpus = options.precision not in GPU_PRECISIONS
     for name, opener in _OPENERS.items():
         if name in _GPU_ONLY and options.device == "cpu":
+            continue
+        if for_cpus and name != _CPU_PRECISIONS_BACKEND:
             continue
         try:
             opened = opener(engine, options)
@@ -107,7 +118,8 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
         return _reopenable(opened, engine.folder, options)
     # What needs a GPU comes last: it is not what most people miss.
     refusals.sort(key=lambda refusal: refusal.startswith(_GPU_ONLY))
-    raise BackendUnavailableError(f"no backend can open {engine.folder}; " + "; ".join(refusals))
+    only = f" (only {_CPU_PRECISIONS_BACKEND} runs {options.precision})" if for_cpus else ""
+    raise BackendUnavailableError(f"no backend can open {engine.folder}{only}; " + "; ".join(refusals))
 
 
 def _open_without_engine(model: str, backend: str, options: BackendOptions, error: EngineNotFoundError) -> Backend:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from samekit.engine.folder import Engine
 
 
+# Not checked here for permissions, of which click would tell in several lines.
+_ENGINE = click.Path(readable=False, path_type=Path)
+
+
 @click.command()
 @click.argument("model")
 @click.option("--weights", default="hub", show_default=True, help="hub, random, or a checkpoint folder.")
@@ -93,7 +97,7 @@ def report(audio: Path, model: str, out: Path, seconds: float, threads: int | No
 
 
 @click.command()
-@click.argument("engine", type=click.Path(path_type=Path))
+@click.argument("engine", type=_ENGINE)
 def info(engine: Path) -> None:
     """Show what an ENGINE folder (or a model's name) holds."""
     from samekit.engine.folder import find_engine  # noqa: PLC0415
@@ -129,7 +133,7 @@ def _describe_builds(engine: Engine) -> Iterator[str]:
 
 
 @click.command()
-@click.argument("engine", type=click.Path(path_type=Path))
+@click.argument("engine", type=_ENGINE)
 def clean(engine: Path) -> None:
     """Remove the TensorRT engines of an ENGINE folder (or a model's name) that are stale or damaged."""
     from samekit.engine.folder import find_engine  # noqa: PLC0415
@@ -144,7 +148,7 @@ def clean(engine: Path) -> None:
 
 
 @click.command()
-@click.argument("engine", type=click.Path(path_type=Path))
+@click.argument("engine", type=_ENGINE)
 def verify(engine: Path) -> None:
     """Measure every graph of an ENGINE folder (or a model's name) against eager PyTorch again."""
     _need_export()

@@ -16,6 +16,7 @@ leftovers, which the process that holds the lock deletes. Readers take no lock.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -31,13 +32,16 @@ from samekit.engine.spec import DECODER, ENCODER, RANDOM, SPEC_FILE, EngineSpec,
 from samekit.errors import BackendUnavailableError, EngineError, EngineNotFoundError
 from samekit.files.atomic import atomic_path, sync_files, temporary_target
 from samekit.files.locks import LOCK_FILE
-from samekit.files.paths import named, remove
+from samekit.files.paths import named, regular_file, remove
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 ENGINES_FOLDER = "engines"
 """Where names are looked up first, and where `samekit export` writes."""
+
+KNOWN_MODELS = ("same-s", "same-l", "same-tiny")
+"""The models that `samekit export` takes by name, in upper or lower case."""
 
 _STAGING_PREFIX = ".export-"
 # Half, precision unless fp32, number unless 1, and the suffix of external data.
@@ -95,7 +99,8 @@ class Engine:
 
         Raises:
             BackendUnavailableError: the folder has no graph of this precision.
-            EngineError: a file is missing or cut short, or was replaced by another export since the folder was loaded.
+            EngineError: a file is missing or cut short, may not be read, or was replaced by another export since the
+                folder was loaded.
         """
         halves = self.spec.graphs.get(precision)
         if halves is None:
@@ -107,7 +112,14 @@ class Engine:
         graph = halves[half]
         for name, size in graph.sizes.items():
             path = self.folder / name
-            found = path.stat().st_size if path.is_file() else None
+            found = None
+            try:
+                with regular_file(path) as file:
+                    found = os.fstat(file.fileno()).st_size
+            except PermissionError as error:
+                raise EngineError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+            except OSError:
+                pass
             if found != size:
                 self.check_not_replaced(precision)
                 state = "is missing" if found is None else f"has {found} bytes instead of {size}"
@@ -261,30 +273,51 @@ def find_engine(name: str | os.PathLike[str]) -> Engine:
 
     Args:
         name: an engine folder, or a model's name, looked up in `./engines` and in the user's cache
-            (`~/.cache/samekit/engines`, or the folder named by SAMEKIT_CACHE).
+            (`~/.cache/samekit/engines`, or the folder named by SAMEKIT_CACHE). Names of `KNOWN_MODELS` are looked up in
+            lower case too, as `samekit export` writes them.
 
     Raises:
         EngineNotFoundError: there is none.
-        EngineError: there is one, but it is not whole; or the folder holds engine folders, and is none.
+        EngineError: there is one, but it is incomplete or may not be read; or the folder holds engine folders, and is
+            none.
     """
-    candidates = [named(name), *(root / name for root in engine_roots())]
+    path, text = named(name), os.fspath(name)
+    names = [text, text.lower()] if text.lower() in KNOWN_MODELS else [text]
+    candidates = [path, *(root / each for root in engine_roots() for each in names)]
     for folder in candidates:
         if _found(folder, SPEC_FILE):
             return Engine.load(folder)
+    # Not the methods of Path here and below, which raise on names that no file system takes.
+    for folder in candidates:
+        if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):  # noqa: PTH112
+            raise EngineError(f"{folder}: cannot be read ({os.strerror(errno.EACCES)}); check its permissions")
     for folder in candidates:
         if _found(folder, "*.onnx"):
             raise EngineError(
-                f"{folder}: no {SPEC_FILE}, so its export was cut short; run: samekit export {name} --force"
+                f"{folder}: no {SPEC_FILE}, so an export or a copy was cut short; {_export_again(folder)}"
             )
-    inside = _found(Path(name), f"*/{SPEC_FILE}")
+    inside = _found(path, f"*/{SPEC_FILE}")
     if inside:
         engines = ", ".join(str(path.parent) for path in inside)
         raise EngineError(f"{name}: is no engine folder, it holds some; pass one of these: {engines}")
-    text = os.fspath(name)
-    # A checkpoint, or a name. Not the methods of Path, which raise on names that no file system takes.
-    exportable = _found(Path(name), "*.safetensors") or (os.path.basename(text) == text and not os.path.isdir(text))  # noqa: PTH112, PTH119
-    cure = f"run: samekit export {text}" if exportable else "check the path"
+    if text.lower() in KNOWN_MODELS or _found(path, "*.safetensors"):
+        cure = f"run: samekit export {shlex.quote(text)}"
+    elif os.path.basename(text) != text or os.path.isdir(text):  # noqa: PTH112, PTH119
+        cure = "check the path"
+    else:
+        cure = (
+            f"check the name (these are known: {', '.join(KNOWN_MODELS)}), or export the folder of a checkpoint: "
+            "samekit export DIR"
+        )
     raise EngineNotFoundError(f"no engine for {text!r} in {places()}; {cure}")
+
+
+def _export_again(folder: Path) -> str:
+    """The cure for an engine folder that does not say what was exported to it."""
+    if folder.name not in KNOWN_MODELS:
+        return "export the model again, or copy the whole folder again"
+    out = [] if folder.parent == Path(ENGINES_FOLDER) else ["--out", str(folder.parent)]
+    return f"run: {shlex.join(['samekit', 'export', folder.name, '--force', *out])}, or copy the whole folder again"
 
 
 def _found(folder: Path, pattern: str) -> Sequence[Path]:

@@ -134,7 +134,7 @@ class EngineSpec:
         """Read and check an engine folder's `spec.json`.
 
         Raises:
-            EngineError: it is missing, damaged, or of another format.
+            EngineError: it is missing, damaged, of another format, or may not be read.
         """
         path = folder / SPEC_FILE
         cure = "export the model again"
@@ -142,6 +142,8 @@ class EngineSpec:
             document = json.loads(read_regular(path).decode())
         except FileNotFoundError:
             raise EngineError(f"{folder}: no {SPEC_FILE}, so this is no finished engine folder; {cure}") from None
+        except PermissionError as error:
+            raise EngineError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
         except (OSError, ValueError, RecursionError) as error:
             raise EngineError(f"{path}: cannot be read ({error}); {cure}") from None
         if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
