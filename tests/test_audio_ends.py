@@ -335,6 +335,40 @@ def test_ogg_cut_from_a_radio_programme(read, tmp_path, subtype, rate):
     assert read(joined) == pytest.approx(280_000 - mangle.granule_of(whole[3]), abs=6000)
 
 
+@pytest.mark.parametrize("scale", [0.5, 0.34, 0])
+def test_vorbis_whose_time_stamps_count_too_little(read, scale):
+    """A decoder that stops at the last time stamp would lose the rest without an error."""
+    whole = mangle.pages(made("OGG", 280_000))
+    counted = [
+        mangle.page(one, granule=int(mangle.granule_of(one) * scale)) if mangle.granule_of(one) > 0 else one
+        for one in whole
+    ]
+    seconds = r"0\.0" if scale == 0 else rf"{280_000 * scale / RATE:.1f}"
+    cause = rf"its time stamps announce {seconds} s, and \d+ bytes follow; convert it: ffmpeg -i IN OUT\.flac"
+    assert_refused(read, b"".join(counted), cause)
+
+
+@each_length
+def test_vorbis_whose_last_time_stamp_is_zero(read, frames):
+    *whole, last = mangle.pages(made("OGG", frames))
+    assert_refused(read, b"".join([*whole, mangle.page(last, granule=0)]), r"announce 0\.0 s, and \d+ bytes follow")
+
+
+def test_opus_without_time_stamps(read):
+    whole = mangle.pages(made("OGG", 280_000, "OPUS", rate=48_000))
+    untimed = [*whole[:2], *(mangle.page(one, granule=-1) for one in whole[2:])]
+    assert_refused(read, b"".join(untimed), r"its time stamps announce \d\.\d s, and \d+ bytes follow; convert it")
+
+
+@each_ogg
+@each_length
+def test_ogg_trimmed_at_the_end(read, subtype, rate, frames):
+    """RFC 7845, 4.4, and Vorbis I, A.2: the time stamp of the last page may leave out samples of this page."""
+    data = mangle.pages(made("OGG", frames, subtype, rate=rate))
+    trimmed = mangle.granule_of(data[-1]) - 300
+    assert read(b"".join([*data[:-1], mangle.page(data[-1], granule=trimmed)])) == frames - 300
+
+
 def test_multiplexed_ogg(read):
     whole = mangle.pages(made("OGG", 60_000))
     other = [mangle.page(one, serial=7) for one in mangle.pages(made("OGG", 50_000))]

@@ -48,7 +48,7 @@ def _parts(path: Path, file: BinaryIO, end: int) -> list[Part]:
     if magic in chunks.MAGICS:
         return chunked_parts(path, file, start, end, whole_file=whole_file)
     if magic == b"OggS":
-        return ogg_parts(path, file, start, end, whole_file=whole_file)
+        return ogg_parts(path, file, start, end)
     if magic == b"fLaC":
         return flac_parts(path, file, start, end, whole_file=whole_file)
     if magic in _AU and start == 0:

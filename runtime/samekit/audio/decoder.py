@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import soundfile as sf
 
-from samekit.audio.parts import Part, PieceFile, cut_off, unknown_bytes
+from samekit.audio.parts import CONVERT, Part, PieceFile, cut_off, unknown_bytes
 from samekit.errors import AudioFileError
 
 if TYPE_CHECKING:
@@ -130,10 +130,23 @@ class Decoder:
         announced = self._part.frames if self._part.frames is not None else self.frames
         if announced is not None and not self._part.starts_late and self.frames_read < announced - self._part.slack:
             raise cut_off(self._path)
+        self.check_time_stamps()
         if self._part.check_tail and self._pieces:
             rest = self._pieces.unread()
             if rest > _BLOCK_BYTES:
                 raise unknown_bytes(self._path, rest, "after the samples that it announces")
+
+    def check_time_stamps(self) -> None:
+        """Refuse a part of which the decoder leaves bytes unread because its time stamps announce too little.
+
+        Raises:
+            AudioFileError: bytes are left.
+        """
+        rest = self._pieces.size - self._pieces.tell() if self._part.timed and self._pieces else 0
+        if rest > 0:
+            seconds = self.frames_read / self._file.samplerate
+            cause = f"its time stamps announce {seconds:.1f} s, and {rest} bytes follow"
+            raise AudioFileError(f"{self._path}: {cause}; {CONVERT}")
 
     @contextmanager
     def _held_signals(self, source: object) -> Iterator[None]:

@@ -75,7 +75,7 @@ def page_checksum(page: bytes | bytearray) -> int:
     return int(f"{reflected:032b}"[::-1], 2)
 
 
-def ogg_parts(path: Path, file: BinaryIO, start: int, end: int, *, whole_file: bool) -> list[Part]:
+def ogg_parts(path: Path, file: BinaryIO, start: int, end: int) -> list[Part]:
     """Find the audio streams of an Ogg file, which may follow each other.
 
     Args:
@@ -83,7 +83,6 @@ def ogg_parts(path: Path, file: BinaryIO, start: int, end: int, *, whole_file: b
         file: the open file.
         start: of the first page.
         end: of the file.
-        whole_file: nothing precedes `start`.
 
     Raises:
         AudioFileError: a page is damaged, missing or cut off, or two audio streams run at the same time.
@@ -114,12 +113,11 @@ def ogg_parts(path: Path, file: BinaryIO, start: int, end: int, *, whole_file: b
             raise AudioFileError(f"{path}: {cause}; take one of them: ffmpeg -i IN -map 0:a:0 OUT.flac")
         # A group without audio is left to libsndfile, which tells why it does not read it.
         for stream in streams or list(group.values())[:1]:
-            plain = whole_file and len(groups) == len(group) == 1 and last == end
-            parts.append(_part(path, file, stream, plain=plain))
+            parts.append(_part(path, file, stream))
     return parts
 
 
-def _part(path: Path, file: BinaryIO, stream: _Stream, *, plain: bool) -> Part:
+def _part(path: Path, file: BinaryIO, stream: _Stream) -> Part:
     """Return what the decoder gets to see of one stream."""
     front = front_of_ogg(path, stream.head)
     if stream.head.startswith(_FLAC):
@@ -137,9 +135,8 @@ def _part(path: Path, file: BinaryIO, stream: _Stream, *, plain: bool) -> Part:
         page[22:26] = bytes(4)
         page[22:26] = page_checksum(page).to_bytes(4, "little")
         pieces = (*pieces[:-1], (pieces[-1][0], start), bytes(page))
-    elif plain:
-        pieces = ()
-    return Part(pieces, slack=_SLACK, starts_late=stream.starts_late, front=front)
+    # libsndfile stops at the last time stamp. The pages that it leaves unread show that the time stamps are too small.
+    return Part(pieces, slack=_SLACK, starts_late=stream.starts_late, timed=True, front=front)
 
 
 def _split(file: BinaryIO, ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:

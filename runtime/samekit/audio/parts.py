@@ -36,6 +36,8 @@ class Part:
     """Read the file itself instead of the pieces if the decoder then counts `frames`."""
     starts_late: bool = False
     """The time stamps begin after zero, so that the decoder's own count is too large."""
+    timed: bool = False
+    """The decoder stops at the last time stamp, so that bytes which it leaves unread are audio that is not counted."""
     check_tail: bool = False
     """The format shows no end: whatever the decoder leaves unread must be a tag or padding."""
     front: tuple[int, int] = (0, 1)

@@ -76,8 +76,11 @@ class AudioReader:
         self.info = AudioInfo(rate, channels, frames, *self._decoder.coding)
         """What the file says of itself."""
         if frames == 0:
-            self.close()
-            raise self._empty()
+            try:
+                self._decoder.check_time_stamps()
+                raise self._empty()
+            finally:
+                self.close()
         self._block = max(1, min(block, _BLOCK_VALUES // self.info.channels))
 
     def __enter__(self) -> Self:
