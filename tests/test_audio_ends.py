@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 
 import mangle
@@ -172,6 +173,90 @@ def test_mp3_with_something_else_inside(read):
     # Less than a frame: the rest of one that was cut.
     assert read(data + data[:200]) == read(data)
     assert read(mangle.noise(300) + data, "song.mp3") == pytest.approx(read(data), abs=1152)
+
+
+def with_metadata(data, step, metadata):
+    """Return a dump of a radio stream that keeps the metadata between its bytes (ICY, as Shoutcast servers send it)."""
+    return b"".join(data[at : at + step] + metadata for at in range(0, len(data), step))
+
+
+INTERRUPTIONS = {
+    "damaged headers": lambda frames: b"".join(
+        b"\0\0" + frame[2:] if index % 10 == 5 else frame for index, frame in enumerate(frames)
+    ),
+    "cut frames": lambda frames: b"".join(
+        frame[:200] if index % 10 == 5 else frame for index, frame in enumerate(frames)
+    ),
+    "empty radio metadata": lambda frames: with_metadata(b"".join(frames), 16_000, b"\0"),
+    "radio metadata": lambda frames: with_metadata(
+        b"".join(frames), 16_000, b"\3StreamTitle='a - b';".ljust(49, b"\0")
+    ),
+}
+
+
+@pytest.mark.parametrize("interrupt", INTERRUPTIONS.values(), ids=INTERRUPTIONS)
+def test_mp3_that_is_interrupted_again_and_again(read, interrupt):
+    """Each interruption is shorter than a frame; together they would take a part of the audio without an error."""
+    frames = mangle.mpeg_frames(mp3(280_000, "CONSTANT", xing=False))
+    assert_refused(
+        read,
+        interrupt(frames),
+        r"is damaged after \d\.\d s and again after \d\.\d s .*; copy or download it again, or take what can be",
+    )
+
+
+def test_joined_mp3s_with_something_between(read):
+    """The rest of a cut frame before the next file, and padding, are no damage."""
+    data = mp3(60_000, "CONSTANT")
+    whole = read(data * 4)
+    assert read((data + data[-200:]) * 4) == pytest.approx(whole, abs=4 * 1152)
+    assert read((data + data[-200:] + mangle.id3v2()) * 4) == pytest.approx(whole, abs=4 * 1152)
+    bare = mp3(60_000, "CONSTANT", xing=False)
+    assert read((bare + bytes(500)) * 4) == pytest.approx(4 * 60_000, abs=4 * 1152 + MP3_SLACK)
+
+
+# Bit rate index of MPEG-1 layer II: kbit/s (ISO/IEC 11172-3, 2.4.2.3).
+LAYER_2_RATES = {8: 128, 12: 256}
+
+
+def mp2(indices):
+    """Return frames of MPEG-1 layer II at 44.1 kHz that hold silence, one for each bit rate index."""
+    frames = (
+        struct.pack(">I", 0xFFFD0000 | index << 12).ljust(144_000 * LAYER_2_RATES[index] // RATE, b"\0")
+        for index in indices
+    )
+    return b"".join(frames)
+
+
+def test_mp2_of_changing_bit_rate(read):
+    assert read(mp2([8] * 200), "song.mp2") == 200 * 1152
+    for indices in ([8, 12] * 100, [8] * 100 + [12] * 100):
+        assert_refused(
+            read, mp2(indices), r"MPEG layer II and changes its bit rate, .*; convert it: ffmpeg -i", "song.mp2"
+        )
+
+
+@pytest.mark.parametrize("size", [3, 60, 200])
+def test_mp3_that_is_shorter_than_a_frame(read, capfd, size):
+    data = mp3(60_000, "CONSTANT", xing=False)
+    assert_refused(
+        read, data[:size], "named as MPEG audio and holds no MPEG frame near its beginning; copy", "song.mp3"
+    )
+    assert capfd.readouterr().err == ""
+
+
+def test_mp3_of_one_frame(read, capfd):
+    frame = mangle.mpeg_frames(mp3(60_000, "CONSTANT", xing=False))[0]
+    assert 0 < read(frame, "song.mp3") <= 1152
+    assert capfd.readouterr().err == ""
+
+
+def test_many_tags_behind_many_headers_take_no_time(read):
+    """16,000 frame headers without frames, each of which the tags at the end could follow."""
+    begin = time.perf_counter()
+    with contextlib.suppress(AudioFileError):
+        read(b"\xff\xfb\x90\x00" * 16_384 + mangle.ID3V1 * 999, "song.mp3")
+    assert time.perf_counter() - begin < 5
 
 
 def in_riff(data, code=0x55, size=None):
