@@ -279,7 +279,9 @@ def test_mp3_in_riff(read, frames, xing):
 
 def test_mp3s_of_two_rates(read):
     one, other = mp3(60_000), mp3(60_000, rate=48_000)
-    assert_refused(read, one + other, r"changes after 1\.4 s from 2 channels at 44100 Hz to 2 at 48000 Hz; convert it")
+    assert_refused(
+        read, one + other, r"changes after 1\.4 s from 2 channels at 44100 Hz to 2 at 48000 Hz; split it there and"
+    )
     assert_refused(read, one + mp3(60_000, channels=1), r"changes after 1\.4 s from 2 channels")
 
 
@@ -359,7 +361,9 @@ def test_chained_ogg_of_two_kinds(read):
     one = made("OGG", 60_000)
     for other in (made("OGG", 60_000, rate=48_000), made("OGG", 60_000, channels=1)):
         assert_refused(
-            read, one + other, r"changes after 1\.4 s from 2 channels at 44100 Hz to .*; convert it: ffmpeg -i"
+            read,
+            one + other,
+            r"changes after 1\.4 s from 2 channels at 44100 Hz to .*; split it there and convert the parts",
         )
 
 
@@ -474,6 +478,16 @@ def test_flac_in_ogg(read, frames):
     assert_refused(read, data[:-10], "cut off")
 
 
+def test_flac_in_ogg_cut_from_a_programme_soon_after_its_start(read):
+    """Pages may be missing behind the headers: its times begin at 5 blocks of 4,096 samples, below 65,535."""
+    headers, *whole = mangle.pages(flac_in_ogg(made("FLAC", 60_000, "PCM_16")))
+    blocks = [one for one in whole if mangle.granule_of(one) == 0]
+    frames = whole[len(blocks) :]
+    assert read(b"".join([headers, *blocks, *frames[4:]]), "song.oga") == 60_000 - 4 * 4096
+    shifted = mangle.shifted(b"".join([headers, *whole]), 5 * 4096)
+    assert read(shifted, "song.oga") == 60_000
+
+
 # --- FLAC -------------------------------------------------------------------------------------------------------
 
 
@@ -510,6 +524,14 @@ def test_joined_flacs(read, frames):
     assert read(one + other) == frames + 50_000
     assert read(one + one) == 2 * frames
     assert read(mangle.id3v2() + one + mangle.ID3V1 + mangle.id3v2() + other + mangle.ID3V1) == frames + 50_000
+
+
+def test_many_empty_flac_streams_take_no_time(read):
+    """Each is a STREAMINFO block and an empty block of padding."""
+    data = made("FLAC", 60_000, "PCM_16")
+    begin = time.perf_counter()
+    assert_refused(read, (data[:42] + b"\x81\0\0\0") * 20_000, "holds more than 1000 FLAC streams without samples")
+    assert time.perf_counter() - begin < 5
 
 
 def test_flac_with_something_else_behind(read):
@@ -587,7 +609,30 @@ def test_chunks_behind_the_samples_of_w64(read):
 
 def test_second_chunk_of_samples(read):
     data = made("WAV", 60_000, "PCM_16")
-    assert_refused(read, data + chunk(b"data", mangle.noise(40_000)), "its samples in 2 chunks.*; convert it: ffmpeg")
+    # ffmpeg reads the last one only, and SoX the first one.
+    assert_refused(
+        read, data + chunk(b"data", mangle.noise(40_000)), "its samples in 2 chunks.*; split it, so that each"
+    )
+
+
+@pytest.mark.parametrize(
+    "trailing", [b"", chunk(b"LIST", b"INFOx"), chunk(b"odd ", bytes(5)) + chunk(b"LIST", b"INFOx")]
+)
+def test_empty_chunks_of_samples_beside_the_real_one(tmp_path, trailing):
+    data = made("WAV", 60_000, "PCM_16")
+    start, path = data.index(b"data"), tmp_path / "song.wav"
+    path.write_bytes(data)
+    expected, _ = read_audio(path)
+    empty = chunk(b"data", b"")
+    for mangled in (data[:start] + empty + data[start:] + trailing, data + empty + trailing):
+        path.write_bytes(mangled)
+        assert np.array_equal(read_audio(path)[0], expected)
+
+
+def test_wav_that_counts_one_frame_too_many(read):
+    data = made("WAV", 60_000, "PCM_16")
+    cure = r"; copy or download it again, or take what it holds: ffmpeg -i IN OUT\.flac"
+    assert_refused(read, mangle.set_size(data, b"data", 60_000 * 4 + 4), f"cut off.*{cure}")
 
 
 @pytest.mark.parametrize("container", ["WAV", "WAVEX", "AIFF", "RF64", "W64"])
@@ -606,6 +651,68 @@ def test_nothing_is_lost_in_other_containers(read, container):
     for appended, least in ((data, 120_000), (mangle.ID3V1 + bytes(5000), 60_000)):
         with contextlib.suppress(AudioFileError):
             assert read(data + appended) >= least
+
+
+def voc(*blocks):
+    """Return a VOC file (Creative Voice File, version 1.20) of these blocks, each of a type and its content."""
+    head = b"Creative Voice File\x1a" + struct.pack("<HHH", 26, 0x0114, 0x111F)
+    return head + b"".join(bytes([kind]) + len(body).to_bytes(3, "little") + body for kind, body in blocks)
+
+
+# Rate, bits, channels and coding (4: signed 16 bits) of a block of type 9.
+VOC_FORMAT = struct.pack("<IBBHI", RATE, 16, 2, 4, 0)
+
+
+def test_voc_of_several_blocks(read):
+    """FFmpeg (libavformat/vocenc.c) writes a block for each packet, of which only the first tells the coding."""
+    samples = bytes(4 * 10_000)
+    assert read(voc((9, VOC_FORMAT + samples)) + b"\0") == 10_000
+    assert read(voc((5, b"a song\0"), (9, VOC_FORMAT + samples)) + b"\0") == 10_000
+    several = r"in several blocks, and libsndfile takes the headers .*; convert it: ffmpeg -i IN OUT\.flac"
+    assert_refused(read, voc((9, VOC_FORMAT + samples), (2, samples)), several)
+    # Silence: its length and rate.
+    assert_refused(read, voc((9, VOC_FORMAT + samples), (3, b"\x10\x27\0"), (9, VOC_FORMAT + samples)), several)
+
+
+def test_voc_that_counts_wrong(read):
+    data = voc((9, VOC_FORMAT + bytes(4 * 10_000))) + b"\0"
+    assert_refused(read, data + data, r"holds \d+ bytes after the samples that it counts; split it there if files were")
+    assert_refused(read, data[:-5000], "cut off")
+    # SoX 14.4.2 counts the 8 bytes of the format that follow the rate out.
+    short = data[:27] + (len(data) - 39).to_bytes(3, "little") + data[30:]
+    assert read(short) == 10_000
+
+
+def test_stereo_8svx(read):
+    """As SoX writes it (8svx.c): a CHAN chunk of value 6, all samples of the left channel, then those of the right."""
+    data = made("SVX", 60_000, "PCM_S8", channels=1)
+    at = data.index(b"BODY")
+    for value, match in ((2, None), (6, r"8SVX with two channels one after the other; convert it: ffmpeg")):
+        stereo = data[:at] + chunk(b"CHAN", struct.pack(">I", value), ">") + data[at:]
+        if match:
+            assert_refused(read, stereo, match)
+        else:
+            assert read(stereo) == 60_000
+
+
+COUNTED = {"NIST": 2, "SDS": 1, "AVR": 2, "MPC2K": 2, "WVE": 1}
+
+
+@pytest.mark.parametrize("container", COUNTED)
+def test_header_that_counts_the_samples(read, container):
+    subtype, rate = ("ALAW", 8000) if container == "WVE" else ("PCM_16", RATE)
+    data = made(container, 60_000, subtype, rate=rate, channels=COUNTED[container])
+    assert read(data) == 60_000
+    assert read(data + mangle.ID3V1) == read(data + bytes(5000)) == 60_000
+    assert_refused(read, data[: len(data) // 2], "cut off, it announces more than it holds")
+    assert_refused(read, data[:-200], "cut off, it announces more than it holds")
+    assert_refused(read, data + mangle.noise(500), "holds 500 bytes after the samples that it counts that are neither")
+
+
+def test_au_of_a_recorder_that_was_stopped_too_early(read):
+    data = made("AU", 60_000, "PCM_16")
+    assert read(data[:8] + bytes(4) + data[12:]) == 60_000
+    assert read(data[:8] + bytes(4) + data[12:] + mangle.ID3V1) == 60_000
 
 
 # --- Channels ---------------------------------------------------------------------------------------------------
@@ -661,6 +768,9 @@ def test_left_and_right_by_the_channel_mask(tmp_path):
     for mask in (0, 0x3F, 0x7):
         path.write_bytes(with_mask(data, mask))
         assert tones(path)[:2] == [LEFT, RIGHT]
+    # The stereo downmix of FFmpeg, here before four other channels.
+    path.write_bytes(with_mask(data, 0x60000000 | 0x4 | 0x8 | 0x100 | 0x800))
+    assert tones(path)[:2] == [2000, 3000]
     # Centre, low frequencies, back left, back right and the two sides.
     path.write_bytes(with_mask(data, 0x63C))
     assert tones(path)[:2] == [CENTRE, 60]

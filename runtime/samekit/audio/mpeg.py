@@ -220,7 +220,9 @@ def _is_join(file: BinaryIO, stream: _Stream, gap: int, position: int) -> bool:
 
 def _damaged_twice(path: Path, first: float, second: float) -> AudioFileError:
     """Return the error of a stream whose frames are interrupted in several places."""
-    cause = f"is damaged after {first:.1f} s and again after {second:.1f} s (bytes between the frames are no MPEG audio)"
+    cause = (
+        f"is damaged after {first:.1f} s and again after {second:.1f} s (bytes between the frames are no MPEG audio)"
+    )
     cure = "copy or download it again, or take what can be decoded: ffmpeg -i IN OUT.flac"
     return AudioFileError(f"{path}: {cause}; {cure}")
 

@@ -44,9 +44,10 @@ class Part:
     """Which channels are left and right, if there are two or more."""
 
 
-def cut_off(path: Path) -> AudioFileError:
+def cut_off(path: Path, other_cure: str = "") -> AudioFileError:
     """Return the error of a file whose end is missing."""
-    return AudioFileError(f"{path}: is cut off, it announces more than it holds; copy or download it again")
+    cause = f"{path}: is cut off, it announces more than it holds; copy or download it again"
+    return AudioFileError(f"{cause}, or {other_cure}" if other_cure else cause)
 
 
 def unknown_bytes(path: Path, size: int, where: str) -> AudioFileError:
