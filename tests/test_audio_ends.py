@@ -607,6 +607,20 @@ def test_chunks_behind_the_samples_of_w64(read):
     assert read(data + mangle.ID3V1) == 60_000
 
 
+@pytest.mark.parametrize("rest", [b"\r\n", b"abc"])
+def test_less_than_a_frame_behind_the_samples(read, rest):
+    data = made("WAV", 60_000, "PCM_16")
+    assert read(data + rest) == 60_000
+    assert_refused(read, data + rest + b"de", r"bytes follow the samples that it announces")
+
+
+def test_place_of_damage_in_flac(read):
+    """libFLAC reports the damage for a block of the reader, which is 6 s long."""
+    data = bytearray(made("FLAC", 600_000, "PCM_16"))
+    data[len(data) * 3 // 4] ^= 0x55
+    assert_refused(read, bytes(data), r"is damaged after 5\.9 s, before 11\.9 s \(.*; copy or download it again")
+
+
 def test_second_chunk_of_samples(read):
     data = made("WAV", 60_000, "PCM_16")
     # ffmpeg reads the last one only, and SoX the first one.
@@ -862,6 +876,13 @@ def test_interrupt_while_the_decoder_reads_is_not_lost(tmp_path):
         read_often(path)
     timer.join()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("container", ["WAV", "FLAC", "MP3", "OGG", "AIFF"])
+def test_files_with_the_suffix_of_raw_samples(read, container):
+    """Some recorders and scripts name everything so; the content tells the format."""
+    data = made(container, 60_000)
+    assert read(data, "song.RAW") == read(data, "song.raw") == read(data)
 
 
 def test_files_are_read_in_any_thread(tmp_path):

@@ -112,7 +112,9 @@ def chunked_parts(path: Path, file: BinaryIO, start: int, end: int, *, whole_fil
             # Other decoders read one of them too.
             raise AudioFileError(f"{path}: {cause}; split it, so that each file has one")
         parts.extend(_file_parts(path, file, chunks, plain=whole_file and found[0].end == end))
-    if rest := unaccounted(file, found[-1].end, end):
+    rest = unaccounted(file, found[-1].end, end)
+    # Less than a frame, such as the line end that some transfers append, holds no sample.
+    if rest >= max(1, _frame_bytes(found[-1])):
         raise _too_few(path, rest, found[-1])
     return parts
 
@@ -236,7 +238,7 @@ def _file_parts(path: Path, file: BinaryIO, chunks: _Chunks, *, plain: bool) -> 
     for position in chunks.empty:
         # libsndfile may take the empty one: it is given another name.
         pieces = _replaced(pieces or ((chunks.start, chunks.end),), position, b"JUNK")
-    return [Part(pieces, _frames(chunks, code), front=_front(path, chunks))]
+    return [Part(pieces, _frames(chunks), front=_front(path, chunks))]
 
 
 def _replaced(pieces: tuple[Piece, ...], position: int, data: bytes) -> tuple[Piece, ...]:
@@ -250,17 +252,22 @@ def _replaced(pieces: tuple[Piece, ...], position: int, data: bytes) -> tuple[Pi
     return tuple(found)
 
 
-def _frames(chunks: _Chunks, code: int) -> int | None:
+def _frames(chunks: _Chunks) -> int | None:
     """Return the frames that the samples of a WAV file take; None if it is another one or they are compressed."""
+    frame = _frame_bytes(chunks)
+    return (chunks.samples[0][1] - chunks.samples[0][0]) // frame if frame and chunks.samples else None
+
+
+def _frame_bytes(chunks: _Chunks) -> int:
+    """Return the bytes of a frame of a WAV file; 0 if it is another one or its samples are compressed."""
     body = chunks.format[4:]
-    if not chunks.format.startswith(b"fmt ") or not chunks.samples or len(body) < 16:
-        return None
+    if not chunks.format.startswith(b"fmt ") or len(body) < 16:
+        return 0
+    code = int.from_bytes(body[:2], "little")
     if code == _EXTENSIBLE:
         code = int.from_bytes(body[24:26], "little")
     channels, align, bits = (int.from_bytes(body[at : at + 2], "little") for at in (2, 12, 14))
-    frame = max(align, channels * -(-bits // 8))
-    size = chunks.samples[0][1] - chunks.samples[0][0]
-    return size // frame if code in _LINEAR_TAGS and frame else None
+    return max(align, channels * -(-bits // 8)) if code in _LINEAR_TAGS else 0
 
 
 def _front(path: Path, chunks: _Chunks) -> Front:
