@@ -615,7 +615,7 @@ def test_less_than_a_frame_behind_the_samples(read, rest):
 
 
 def test_place_of_damage_in_flac(read):
-    """libFLAC reports the damage for a block of the reader, which is 6 s long."""
+    """The decoder reports damage for a block of the reader, which is 6 s long."""
     data = bytearray(made("FLAC", 600_000, "PCM_16"))
     data[len(data) * 3 // 4] ^= 0x55
     assert_refused(read, bytes(data), r"is damaged after 5\.9 s, before 11\.9 s \(.*; copy or download it again")

@@ -71,7 +71,7 @@ def _au_part(path: Path, header: bytes, end: int) -> Part:
     offset, size = (int.from_bytes(header[at : at + 4], order) for at in (4, 8))
     if size < _AU_UNKNOWN and offset + size > end:
         raise cut_off(path)
-    if size == 0 and len(header) >= 12 and offset < end:
+    if size == 0 and max(offset, 12) < end:
         # A recorder that was stopped too early leaves 0, of which libsndfile reads nothing.
         return Part(((0, 8), b"\xff\xff\xff\xff", (12, end)), check_tail=True)
     return Part(((0, end),), check_tail=True)

@@ -205,9 +205,9 @@ def _walk(path: Path, file: BinaryIO, position: int, end: int) -> list[_Stream]:
 
 
 def _is_join(file: BinaryIO, stream: _Stream, gap: int, position: int) -> bool:
-    """Whether the bytes between `gap` and a frame at `position` are what is found where files were joined.
+    """Whether files were joined between `gap` and the frame at `position`.
 
-    These are padding, the rest of a cut frame before another kind of frames or an information frame, or a tag after it.
+    Signs of a join are padding, a tag, an information frame, and frames of another kind.
     """
     between = read_at(file, gap, position - gap)
     frame = read_at(file, position, _LONGEST_FRAME)

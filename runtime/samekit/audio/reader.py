@@ -122,7 +122,7 @@ class AudioReader:
         if before != after:
             seconds = self._frames_read / self.info.sample_rate
             change = f"from {before[1]} channels at {before[0]} Hz to {after[1]} at {after[0]} Hz"
-            # ffmpeg and sox lose a part of what follows such a change in FLAC and Ogg.
+            # ffmpeg loses a part of what follows such a change in FLAC and Ogg.
             cure = "split it there and convert the parts one by one"
             raise AudioFileError(f"{self.path}: changes after {seconds:.1f} s {change}; {cure}")
 
