@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 
 import mangle
@@ -174,6 +175,90 @@ def test_mp3_with_something_else_inside(read):
     assert read(mangle.noise(300) + data, "song.mp3") == pytest.approx(read(data), abs=1152)
 
 
+def with_metadata(data, step, metadata):
+    """Return a dump of a radio stream that keeps the metadata between its bytes (ICY, as Shoutcast servers send it)."""
+    return b"".join(data[at : at + step] + metadata for at in range(0, len(data), step))
+
+
+INTERRUPTIONS = {
+    "damaged headers": lambda frames: b"".join(
+        b"\0\0" + frame[2:] if index % 10 == 5 else frame for index, frame in enumerate(frames)
+    ),
+    "cut frames": lambda frames: b"".join(
+        frame[:200] if index % 10 == 5 else frame for index, frame in enumerate(frames)
+    ),
+    "empty radio metadata": lambda frames: with_metadata(b"".join(frames), 16_000, b"\0"),
+    "radio metadata": lambda frames: with_metadata(
+        b"".join(frames), 16_000, b"\3StreamTitle='a - b';".ljust(49, b"\0")
+    ),
+}
+
+
+@pytest.mark.parametrize("interrupt", INTERRUPTIONS.values(), ids=INTERRUPTIONS)
+def test_mp3_that_is_interrupted_again_and_again(read, interrupt):
+    """Each interruption is shorter than a frame; together they would take a part of the audio without an error."""
+    frames = mangle.mpeg_frames(mp3(280_000, "CONSTANT", xing=False))
+    assert_refused(
+        read,
+        interrupt(frames),
+        r"is damaged after \d\.\d s and again after \d\.\d s .*; copy or download it again, or take what can be",
+    )
+
+
+def test_joined_mp3s_with_something_between(read):
+    """The rest of a cut frame before the next file, and padding, are no damage."""
+    data = mp3(60_000, "CONSTANT")
+    whole = read(data * 4)
+    assert read((data + data[-200:]) * 4) == pytest.approx(whole, abs=4 * 1152)
+    assert read((data + data[-200:] + mangle.id3v2()) * 4) == pytest.approx(whole, abs=4 * 1152)
+    bare = mp3(60_000, "CONSTANT", xing=False)
+    assert read((bare + bytes(500)) * 4) == pytest.approx(4 * 60_000, abs=4 * 1152 + MP3_SLACK)
+
+
+# Bit rate index of MPEG-1 layer II: kbit/s (ISO/IEC 11172-3, 2.4.2.3).
+LAYER_2_RATES = {8: 128, 12: 256}
+
+
+def mp2(indices):
+    """Return frames of MPEG-1 layer II at 44.1 kHz that hold silence, one for each bit rate index."""
+    frames = (
+        struct.pack(">I", 0xFFFD0000 | index << 12).ljust(144_000 * LAYER_2_RATES[index] // RATE, b"\0")
+        for index in indices
+    )
+    return b"".join(frames)
+
+
+def test_mp2_of_changing_bit_rate(read):
+    assert read(mp2([8] * 200), "song.mp2") == 200 * 1152
+    for indices in ([8, 12] * 100, [8] * 100 + [12] * 100):
+        assert_refused(
+            read, mp2(indices), r"MPEG layer II and changes its bit rate, .*; convert it: ffmpeg -i", "song.mp2"
+        )
+
+
+@pytest.mark.parametrize("size", [3, 60, 200])
+def test_mp3_that_is_shorter_than_a_frame(read, capfd, size):
+    data = mp3(60_000, "CONSTANT", xing=False)
+    assert_refused(
+        read, data[:size], "named as MPEG audio and holds no MPEG frame near its beginning; copy", "song.mp3"
+    )
+    assert capfd.readouterr().err == ""
+
+
+def test_mp3_of_one_frame(read, capfd):
+    frame = mangle.mpeg_frames(mp3(60_000, "CONSTANT", xing=False))[0]
+    assert 0 < read(frame, "song.mp3") <= 1152
+    assert capfd.readouterr().err == ""
+
+
+def test_many_tags_behind_many_headers_take_no_time(read):
+    """16,000 frame headers without frames, each of which the tags at the end could follow."""
+    begin = time.perf_counter()
+    with contextlib.suppress(AudioFileError):
+        read(b"\xff\xfb\x90\x00" * 16_384 + mangle.ID3V1 * 999, "song.mp3")
+    assert time.perf_counter() - begin < 5
+
+
 def in_riff(data, code=0x55, size=None):
     """Return MPEG audio in a WAV header, MPEGLAYER3WAVEFORMAT (mmreg.h)."""
     form = struct.pack("<HHIIHHHHIHHH", code, 2, RATE, 16_000, 1, 0, 12, 1, 2, 417, 1, 1393)
@@ -194,7 +279,9 @@ def test_mp3_in_riff(read, frames, xing):
 
 def test_mp3s_of_two_rates(read):
     one, other = mp3(60_000), mp3(60_000, rate=48_000)
-    assert_refused(read, one + other, r"changes after 1\.4 s from 2 channels at 44100 Hz to 2 at 48000 Hz; convert it")
+    assert_refused(
+        read, one + other, r"changes after 1\.4 s from 2 channels at 44100 Hz to 2 at 48000 Hz; split it there and"
+    )
     assert_refused(read, one + mp3(60_000, channels=1), r"changes after 1\.4 s from 2 channels")
 
 
@@ -274,7 +361,9 @@ def test_chained_ogg_of_two_kinds(read):
     one = made("OGG", 60_000)
     for other in (made("OGG", 60_000, rate=48_000), made("OGG", 60_000, channels=1)):
         assert_refused(
-            read, one + other, r"changes after 1\.4 s from 2 channels at 44100 Hz to .*; convert it: ffmpeg -i"
+            read,
+            one + other,
+            r"changes after 1\.4 s from 2 channels at 44100 Hz to .*; split it there and convert the parts",
         )
 
 
@@ -335,6 +424,40 @@ def test_ogg_cut_from_a_radio_programme(read, tmp_path, subtype, rate):
     assert read(joined) == pytest.approx(280_000 - mangle.granule_of(whole[3]), abs=6000)
 
 
+@pytest.mark.parametrize("scale", [0.5, 0.34, 0])
+def test_vorbis_whose_time_stamps_count_too_little(read, scale):
+    """A decoder that stops at the last time stamp would lose the rest without an error."""
+    whole = mangle.pages(made("OGG", 280_000))
+    counted = [
+        mangle.page(one, granule=int(mangle.granule_of(one) * scale)) if mangle.granule_of(one) > 0 else one
+        for one in whole
+    ]
+    seconds = r"0\.0" if scale == 0 else rf"{280_000 * scale / RATE:.1f}"
+    cause = rf"its time stamps announce {seconds} s, and \d+ bytes follow; convert it: ffmpeg -i IN OUT\.flac"
+    assert_refused(read, b"".join(counted), cause)
+
+
+@each_length
+def test_vorbis_whose_last_time_stamp_is_zero(read, frames):
+    *whole, last = mangle.pages(made("OGG", frames))
+    assert_refused(read, b"".join([*whole, mangle.page(last, granule=0)]), r"announce 0\.0 s, and \d+ bytes follow")
+
+
+def test_opus_without_time_stamps(read):
+    whole = mangle.pages(made("OGG", 280_000, "OPUS", rate=48_000))
+    untimed = [*whole[:2], *(mangle.page(one, granule=-1) for one in whole[2:])]
+    assert_refused(read, b"".join(untimed), r"its time stamps announce \d\.\d s, and \d+ bytes follow; convert it")
+
+
+@each_ogg
+@each_length
+def test_ogg_trimmed_at_the_end(read, subtype, rate, frames):
+    """RFC 7845, 4.4, and Vorbis I, A.2: the time stamp of the last page may leave out samples of this page."""
+    data = mangle.pages(made("OGG", frames, subtype, rate=rate))
+    trimmed = mangle.granule_of(data[-1]) - 300
+    assert read(b"".join([*data[:-1], mangle.page(data[-1], granule=trimmed)])) == frames - 300
+
+
 def test_multiplexed_ogg(read):
     whole = mangle.pages(made("OGG", 60_000))
     other = [mangle.page(one, serial=7) for one in mangle.pages(made("OGG", 50_000))]
@@ -353,6 +476,16 @@ def test_flac_in_ogg(read, frames):
     assert read(data, "song.oga") == frames
     assert read(data + data, "song.oga") == 2 * frames
     assert_refused(read, data[:-10], "cut off")
+
+
+def test_flac_in_ogg_cut_from_a_programme_soon_after_its_start(read):
+    """Pages may be missing behind the headers: its times begin at 5 blocks of 4,096 samples, below 65,535."""
+    headers, *whole = mangle.pages(flac_in_ogg(made("FLAC", 60_000, "PCM_16")))
+    blocks = [one for one in whole if mangle.granule_of(one) == 0]
+    frames = whole[len(blocks) :]
+    assert read(b"".join([headers, *blocks, *frames[4:]]), "song.oga") == 60_000 - 4 * 4096
+    shifted = mangle.shifted(b"".join([headers, *whole]), 5 * 4096)
+    assert read(shifted, "song.oga") == 60_000
 
 
 # --- FLAC -------------------------------------------------------------------------------------------------------
@@ -391,6 +524,14 @@ def test_joined_flacs(read, frames):
     assert read(one + other) == frames + 50_000
     assert read(one + one) == 2 * frames
     assert read(mangle.id3v2() + one + mangle.ID3V1 + mangle.id3v2() + other + mangle.ID3V1) == frames + 50_000
+
+
+def test_many_empty_flac_streams_take_no_time(read):
+    """Each is a STREAMINFO block and an empty block of padding."""
+    data = made("FLAC", 60_000, "PCM_16")
+    begin = time.perf_counter()
+    assert_refused(read, (data[:42] + b"\x81\0\0\0") * 20_000, "holds more than 1000 FLAC streams without samples")
+    assert time.perf_counter() - begin < 5
 
 
 def test_flac_with_something_else_behind(read):
@@ -466,9 +607,46 @@ def test_chunks_behind_the_samples_of_w64(read):
     assert read(data + mangle.ID3V1) == 60_000
 
 
+@pytest.mark.parametrize("rest", [b"\r\n", b"abc"])
+def test_less_than_a_frame_behind_the_samples(read, rest):
+    data = made("WAV", 60_000, "PCM_16")
+    assert read(data + rest) == 60_000
+    assert_refused(read, data + rest + b"de", r"bytes follow the samples that it announces")
+
+
+def test_place_of_damage_in_flac(read):
+    """The decoder reports damage for a block of the reader, which is 6 s long."""
+    data = bytearray(made("FLAC", 600_000, "PCM_16"))
+    data[len(data) * 3 // 4] ^= 0x55
+    assert_refused(read, bytes(data), r"is damaged after 5\.9 s, before 11\.9 s \(.*; copy or download it again")
+
+
 def test_second_chunk_of_samples(read):
     data = made("WAV", 60_000, "PCM_16")
-    assert_refused(read, data + chunk(b"data", mangle.noise(40_000)), "its samples in 2 chunks.*; convert it: ffmpeg")
+    # ffmpeg reads the last one only, and SoX the first one.
+    assert_refused(
+        read, data + chunk(b"data", mangle.noise(40_000)), "its samples in 2 chunks.*; split it, so that each"
+    )
+
+
+@pytest.mark.parametrize(
+    "trailing", [b"", chunk(b"LIST", b"INFOx"), chunk(b"odd ", bytes(5)) + chunk(b"LIST", b"INFOx")]
+)
+def test_empty_chunks_of_samples_beside_the_real_one(tmp_path, trailing):
+    data = made("WAV", 60_000, "PCM_16")
+    start, path = data.index(b"data"), tmp_path / "song.wav"
+    path.write_bytes(data)
+    expected, _ = read_audio(path)
+    empty = chunk(b"data", b"")
+    for mangled in (data[:start] + empty + data[start:] + trailing, data + empty + trailing):
+        path.write_bytes(mangled)
+        assert np.array_equal(read_audio(path)[0], expected)
+
+
+def test_wav_that_counts_one_frame_too_many(read):
+    data = made("WAV", 60_000, "PCM_16")
+    cure = r"; copy or download it again, or take what it holds: ffmpeg -i IN OUT\.flac"
+    assert_refused(read, mangle.set_size(data, b"data", 60_000 * 4 + 4), f"cut off.*{cure}")
 
 
 @pytest.mark.parametrize("container", ["WAV", "WAVEX", "AIFF", "RF64", "W64"])
@@ -487,6 +665,68 @@ def test_nothing_is_lost_in_other_containers(read, container):
     for appended, least in ((data, 120_000), (mangle.ID3V1 + bytes(5000), 60_000)):
         with contextlib.suppress(AudioFileError):
             assert read(data + appended) >= least
+
+
+def voc(*blocks):
+    """Return a VOC file (Creative Voice File, version 1.20) of these blocks, each of a type and its content."""
+    head = b"Creative Voice File\x1a" + struct.pack("<HHH", 26, 0x0114, 0x111F)
+    return head + b"".join(bytes([kind]) + len(body).to_bytes(3, "little") + body for kind, body in blocks)
+
+
+# Rate, bits, channels and coding (4: signed 16 bits) of a block of type 9.
+VOC_FORMAT = struct.pack("<IBBHI", RATE, 16, 2, 4, 0)
+
+
+def test_voc_of_several_blocks(read):
+    """FFmpeg (libavformat/vocenc.c) writes a block for each packet, of which only the first tells the coding."""
+    samples = bytes(4 * 10_000)
+    assert read(voc((9, VOC_FORMAT + samples)) + b"\0") == 10_000
+    assert read(voc((5, b"a song\0"), (9, VOC_FORMAT + samples)) + b"\0") == 10_000
+    several = r"in several blocks, and libsndfile takes the headers .*; convert it: ffmpeg -i IN OUT\.flac"
+    assert_refused(read, voc((9, VOC_FORMAT + samples), (2, samples)), several)
+    # Silence: its length and rate.
+    assert_refused(read, voc((9, VOC_FORMAT + samples), (3, b"\x10\x27\0"), (9, VOC_FORMAT + samples)), several)
+
+
+def test_voc_that_counts_wrong(read):
+    data = voc((9, VOC_FORMAT + bytes(4 * 10_000))) + b"\0"
+    assert_refused(read, data + data, r"holds \d+ bytes after the samples that it counts; split it there if files were")
+    assert_refused(read, data[:-5000], "cut off")
+    # SoX 14.4.2 counts the 8 bytes of the format that follow the rate out.
+    short = data[:27] + (len(data) - 39).to_bytes(3, "little") + data[30:]
+    assert read(short) == 10_000
+
+
+def test_stereo_8svx(read):
+    """As SoX writes it (8svx.c): a CHAN chunk of value 6, all samples of the left channel, then those of the right."""
+    data = made("SVX", 60_000, "PCM_S8", channels=1)
+    at = data.index(b"BODY")
+    for value, match in ((2, None), (6, r"8SVX with two channels one after the other; convert it: ffmpeg")):
+        stereo = data[:at] + chunk(b"CHAN", struct.pack(">I", value), ">") + data[at:]
+        if match:
+            assert_refused(read, stereo, match)
+        else:
+            assert read(stereo) == 60_000
+
+
+COUNTED = {"NIST": 2, "SDS": 1, "AVR": 2, "MPC2K": 2, "WVE": 1}
+
+
+@pytest.mark.parametrize("container", COUNTED)
+def test_header_that_counts_the_samples(read, container):
+    subtype, rate = ("ALAW", 8000) if container == "WVE" else ("PCM_16", RATE)
+    data = made(container, 60_000, subtype, rate=rate, channels=COUNTED[container])
+    assert read(data) == 60_000
+    assert read(data + mangle.ID3V1) == read(data + bytes(5000)) == 60_000
+    assert_refused(read, data[: len(data) // 2], "cut off, it announces more than it holds")
+    assert_refused(read, data[:-200], "cut off, it announces more than it holds")
+    assert_refused(read, data + mangle.noise(500), "holds 500 bytes after the samples that it counts that are neither")
+
+
+def test_au_of_a_recorder_that_was_stopped_too_early(read):
+    data = made("AU", 60_000, "PCM_16")
+    assert read(data[:8] + bytes(4) + data[12:]) == 60_000
+    assert read(data[:8] + bytes(4) + data[12:] + mangle.ID3V1) == 60_000
 
 
 # --- Channels ---------------------------------------------------------------------------------------------------
@@ -542,6 +782,9 @@ def test_left_and_right_by_the_channel_mask(tmp_path):
     for mask in (0, 0x3F, 0x7):
         path.write_bytes(with_mask(data, mask))
         assert tones(path)[:2] == [LEFT, RIGHT]
+    # The stereo downmix of FFmpeg, here before four other channels.
+    path.write_bytes(with_mask(data, 0x60000000 | 0x4 | 0x8 | 0x100 | 0x800))
+    assert tones(path)[:2] == [2000, 3000]
     # Centre, low frequencies, back left, back right and the two sides.
     path.write_bytes(with_mask(data, 0x63C))
     assert tones(path)[:2] == [CENTRE, 60]
@@ -633,6 +876,13 @@ def test_interrupt_while_the_decoder_reads_is_not_lost(tmp_path):
         read_often(path)
     timer.join()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("container", ["WAV", "FLAC", "MP3", "OGG", "AIFF"])
+def test_files_with_the_suffix_of_raw_samples(read, container):
+    """Some recorders and scripts name everything so; the content tells the format."""
+    data = made(container, 60_000)
+    assert read(data, "song.RAW") == read(data, "song.raw") == read(data)
 
 
 def test_files_are_read_in_any_thread(tmp_path):

@@ -55,6 +55,8 @@ _LINEAR_TAGS: Final = (1, 3, 6, 7)
 # A hostile file may consist of empty chunks.
 _MOST_CHUNKS: Final = 10_000
 _EXTENSIBLE: Final = 0xFFFE
+# The CHAN chunk of 8SVX: left (2) and right (4).
+_SVX_STEREO: Final = 6
 # The tail of the sub-format of Ambisonic B-format files (.amb).
 _AMBISONIC: Final = bytes.fromhex("2107d3118644c8c1ca000000")
 # Names of chunks that people's tools append. A chunk that runs over the end is known by its name alone.
@@ -78,6 +80,8 @@ class _Chunks:
     samples: list[tuple[int, int]] = field(default_factory=list)
     unknown_size: bool = False
     """The samples go on to the end of the file."""
+    empty: list[int] = field(default_factory=list)
+    """Offsets of chunks for samples that hold none, beside one that does."""
     format: bytes = b""
     layout: bytes = b""
     complete: bool = True
@@ -102,12 +106,15 @@ def chunked_parts(path: Path, file: BinaryIO, start: int, end: int, *, whole_fil
     parts = []
     for chunks in found:
         if not chunks.complete:
-            raise cut_off(path)
+            raise cut_off(path, "take what it holds: ffmpeg -i IN OUT.flac")
         if len(chunks.samples) > 1:
             cause = f"holds its samples in {len(chunks.samples)} chunks, of which libsndfile reads one"
-            raise AudioFileError(f"{path}: {cause}; {CONVERT}")
+            # Other decoders read one of them too.
+            raise AudioFileError(f"{path}: {cause}; split it, so that each file has one")
         parts.extend(_file_parts(path, file, chunks, plain=whole_file and found[0].end == end))
-    if rest := unaccounted(file, found[-1].end, end):
+    rest = unaccounted(file, found[-1].end, end)
+    # Less than a frame, such as the line end that some transfers append, holds no sample.
+    if rest >= max(1, _frame_bytes(found[-1])):
         raise _too_few(path, rest, found[-1])
     return parts
 
@@ -142,7 +149,9 @@ def _walk(file: BinaryIO, start: int, end: int) -> _Chunks:
         if form.counts_header:
             size -= header_size
         if name.startswith(form.samples):
-            stop = _samples_end(file, form, body, size, long_size, end)
+            # Beside a chunk with samples, a size of 0 is what it says.
+            known_empty = size == 0 and bool(chunks.samples)
+            stop = body if known_empty else _samples_end(file, form, body, size, long_size, end)
             chunks.complete = stop <= end
             chunks.unknown_size = stop == end and body + size != end and (size <= 0 or form.size == 8)
             chunks.samples.append((body, min(stop, end)))
@@ -156,6 +165,9 @@ def _walk(file: BinaryIO, start: int, end: int) -> _Chunks:
                 long_size = int.from_bytes(read_at(file, body + 8, 8), "little")
         position = _aligned(file, body, stop, end, form)
     chunks.end = min(position, end)
+    if any(stop > body for body, stop in chunks.samples):
+        chunks.empty = [body - header_size for body, stop in chunks.samples if stop <= body]
+        chunks.samples = [(body, stop) for body, stop in chunks.samples if stop > body]
     return chunks
 
 
@@ -188,7 +200,9 @@ def _is_chunk(file: BinaryIO, form: _Form, position: int, end: int) -> bool:
     """Whether a chunk begins here: one that people's tools append, or one that ends with the file."""
     header = read_at(file, position, form.name + form.size)
     size = int.from_bytes(header[form.name :], form.order)
-    return header[:4] in _TRAILING or (_is_name(header[:4]) and 0 <= end - position - len(header) - size < form.align)
+    if header[:4] in _TRAILING or header.startswith(form.samples):
+        return True
+    return _is_name(header[:4]) and 0 <= end - position - len(header) - size < form.align
 
 
 def _aligned(file: BinaryIO, body: int, stop: int, end: int, form: _Form) -> int:
@@ -221,20 +235,39 @@ def _file_parts(path: Path, file: BinaryIO, chunks: _Chunks, *, plain: bool) -> 
             order: Literal["little", "big"] = "little" if size_bytes == 4 else "big"
             size = (stop - body) & (1 << 8 * size_bytes) - 1
             pieces = ((chunks.start, body - size_bytes), size.to_bytes(size_bytes, order), (body, chunks.end))
-    return [Part(pieces, _frames(chunks, code), front=_front(path, chunks))]
+    for position in chunks.empty:
+        # libsndfile may take the empty one: it is given another name.
+        pieces = _replaced(pieces or ((chunks.start, chunks.end),), position, b"JUNK")
+    return [Part(pieces, _frames(chunks), front=_front(path, chunks))]
 
 
-def _frames(chunks: _Chunks, code: int) -> int | None:
+def _replaced(pieces: tuple[Piece, ...], position: int, data: bytes) -> tuple[Piece, ...]:
+    """Return the pieces with other bytes at a position of the file."""
+    found: list[Piece] = []
+    for piece in pieces:
+        if not isinstance(piece, bytes) and piece[0] <= position < piece[1]:
+            found += [(piece[0], position), data, (position + len(data), piece[1])]
+        else:
+            found.append(piece)
+    return tuple(found)
+
+
+def _frames(chunks: _Chunks) -> int | None:
     """Return the frames that the samples of a WAV file take; None if it is another one or they are compressed."""
+    frame = _frame_bytes(chunks)
+    return (chunks.samples[0][1] - chunks.samples[0][0]) // frame if frame and chunks.samples else None
+
+
+def _frame_bytes(chunks: _Chunks) -> int:
+    """Return the bytes of a frame of a WAV file; 0 if it is another one or its samples are compressed."""
     body = chunks.format[4:]
-    if not chunks.format.startswith(b"fmt ") or not chunks.samples or len(body) < 16:
-        return None
+    if not chunks.format.startswith(b"fmt ") or len(body) < 16:
+        return 0
+    code = int.from_bytes(body[:2], "little")
     if code == _EXTENSIBLE:
         code = int.from_bytes(body[24:26], "little")
     channels, align, bits = (int.from_bytes(body[at : at + 2], "little") for at in (2, 12, 14))
-    frame = max(align, channels * -(-bits // 8))
-    size = chunks.samples[0][1] - chunks.samples[0][0]
-    return size // frame if code in _LINEAR_TAGS and frame else None
+    return max(align, channels * -(-bits // 8)) if code in _LINEAR_TAGS else 0
 
 
 def _front(path: Path, chunks: _Chunks) -> Front:
@@ -245,6 +278,9 @@ def _front(path: Path, chunks: _Chunks) -> Front:
         if body[28:40] == _AMBISONIC and channels > 1:
             raise no_front(path, "holds an ambisonic sound field")
         return front_of_mask(path, int.from_bytes(body[20:24], "little"), channels)
+    if chunks.kind == b"FORM" and not kind and int.from_bytes(chunks.layout[:4], "big") == _SVX_STEREO:
+        # Amiga 8SVX: the left channel comes first as a whole, then the right one. libsndfile takes turns.
+        raise AudioFileError(f"{path}: is 8SVX with two channels one after the other; {CONVERT}")
     if kind == b"COMM":
         return front_of_core_audio(path, chunks.layout, int.from_bytes(body[:2], "big"))
     if kind == b"desc":

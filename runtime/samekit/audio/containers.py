@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, BinaryIO, Final
 
 from samekit.audio import chunks
 from samekit.audio.chunks import chunked_parts
+from samekit.audio.counted import counted_part
 from samekit.audio.flac import flac_parts
-from samekit.audio.mpeg import first_frame, mpeg_parts
+from samekit.audio.mpeg import first_frame, is_free_format, mpeg_parts
 from samekit.audio.ogg import ogg_parts
-from samekit.audio.parts import Part, cut_off
+from samekit.audio.parts import CONVERT, Part
 from samekit.audio.tags import after_tags, before_tags, file_size, read_at
 from samekit.errors import AudioFileError
 from samekit.files.paths import regular_file
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _MPEG_SUFFIXES: Final = (".mp3", ".mp2", ".mp1", ".mpga", ".mpa")
-# Of AU files: byte order by magic; a size of 0xFFFFFFFF stands for an unknown length.
-_AU: Final = {b".snd": "big", b"dns.": "little"}
-_UNKNOWN_SIZE: Final = 0x7FFFF000
 
 
 def find_parts(path: Path) -> list[Part]:
@@ -48,20 +46,21 @@ def _parts(path: Path, file: BinaryIO, end: int) -> list[Part]:
     if magic in chunks.MAGICS:
         return chunked_parts(path, file, start, end, whole_file=whole_file)
     if magic == b"OggS":
-        return ogg_parts(path, file, start, end, whole_file=whole_file)
+        return ogg_parts(path, file, start, end)
     if magic == b"fLaC":
         return flac_parts(path, file, start, end, whole_file=whole_file)
-    if magic in _AU and start == 0:
-        order = _AU[magic]
-        offset, size = (int.from_bytes(read_at(file, at, 4), order) for at in (4, 8))  # type: ignore[arg-type]
-        if size < _UNKNOWN_SIZE and offset + size > end:
-            raise cut_off(path)
-    search = start > 0 or path.suffix.lower() in _MPEG_SUFFIXES
-    first = first_frame(file, start, end, search=search)
+    if start == 0 and (counted := counted_part(path, file, end)):
+        return [counted]
+    named_mpeg = path.suffix.lower() in _MPEG_SUFFIXES
+    first = first_frame(file, start, end, search=named_mpeg or start > 0)
     if first is not None:
         # libmpg123 passes over ID3v2 tags, but not over the footer that flag 0x10 announces.
         head = read_at(file, 0, 6)
         plain = first == start and (start == 0 or (head.startswith(b"ID3") and not head[5] & 0x10))
         return mpeg_parts(path, file, first, end, whole_file=plain)
+    if named_mpeg and not is_free_format(file, start):
+        # libsndfile would call the file missing, and libmpg123 would print to the standard error.
+        cause = "is named as MPEG audio and holds no MPEG frame near its beginning"
+        raise AudioFileError(f"{path}: {cause}; copy or download it again, or {CONVERT}")
     # Many of these formats take all that follows for samples.
     return [Part(((start, before_tags(file, start, end)),), check_tail=True)]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import soundfile as sf
 
-from samekit.audio.parts import Part, PieceFile, cut_off, unknown_bytes
+from samekit.audio.parts import CONVERT, Part, PieceFile, cut_off, unknown_bytes
+from samekit.audio.tags import file_size
 from samekit.errors import AudioFileError
 
 if TYPE_CHECKING:
@@ -56,13 +57,17 @@ class Decoder:
         """Frames that were decoded so far."""
         with ExitStack() as stack:
             self._stack = stack
-            if part.prefer_file or not part.pieces:
+            # soundfile takes files with this name for samples without a header, unless it gets a file object.
+            named_raw = path.suffix.lower() == ".raw"
+            by_name = (part.prefer_file or not part.pieces) and not named_raw
+            if by_name:
                 self._file = self._open(native(path))
-            if part.pieces and not (part.prefer_file and self._counts_right()):
+            if not by_name or (part.pieces and not self._counts_right()):
                 stack.close()
                 with _decoder_errors(path, "cannot be opened", "check name and permissions"):
                     source = stack.enter_context(path.open("rb"))
-                self._pieces = PieceFile(source, part.pieces)
+                    pieces = part.pieces or ((0, file_size(source)),)
+                self._pieces = PieceFile(source, pieces)
                 self._file = self._open(self._pieces)
                 self._pieces.furthest = 0
             self._stack = stack.pop_all()
@@ -112,7 +117,8 @@ class Decoder:
         announced = self.frames
         # The decoder would drop what it decoded beyond the announced frames, and so hide that there was more.
         wanted = most if announced is None else min(most, announced - self.frames_read)
-        cause = f"is damaged after {seconds:.1f} s"
+        # The decoder does not tell where in the block.
+        cause = f"is damaged after {seconds:.1f} s, before {seconds + wanted / self._file.samplerate:.1f} s"
         with _decoder_errors(self._path, cause, "copy or download it again"), self._held_signals(self._pieces):
             frames: Audio = self._file.read(max(0, wanted), dtype="float32", always_2d=True)
         if self._pieces and self._pieces.error:
@@ -130,10 +136,23 @@ class Decoder:
         announced = self._part.frames if self._part.frames is not None else self.frames
         if announced is not None and not self._part.starts_late and self.frames_read < announced - self._part.slack:
             raise cut_off(self._path)
+        self.check_time_stamps()
         if self._part.check_tail and self._pieces:
             rest = self._pieces.unread()
             if rest > _BLOCK_BYTES:
                 raise unknown_bytes(self._path, rest, "after the samples that it announces")
+
+    def check_time_stamps(self) -> None:
+        """Refuse a part of which the decoder leaves bytes unread because its time stamps announce too little.
+
+        Raises:
+            AudioFileError: bytes are left.
+        """
+        rest = self._pieces.size - self._pieces.tell() if self._part.timed and self._pieces else 0
+        if rest > 0:
+            seconds = self.frames_read / self._file.samplerate
+            cause = f"its time stamps announce {seconds:.1f} s, and {rest} bytes follow"
+            raise AudioFileError(f"{self._path}: {cause}; {CONVERT}")
 
     @contextmanager
     def _held_signals(self, source: object) -> Iterator[None]:
@@ -171,7 +190,6 @@ def _decoder_errors(path: Path, cause: str, cure: str) -> Iterator[None]:
     """Raise the decoder's errors as an AudioFileError."""
     try:
         yield
-    # A TypeError is how soundfile refuses files named .raw.
-    except (sf.SoundFileError, TypeError, OSError) as error:
+    except (sf.SoundFileError, OSError) as error:
         reason = str(getattr(error, "error_string", None) or getattr(error, "strerror", None) or error).rstrip(".")
         raise AudioFileError(f"{path}: {cause} ({reason}); {cure}") from error

@@ -13,6 +13,7 @@ import numpy as np
 from samekit.audio.layout import Front, front_of_mask
 from samekit.audio.parts import Part, Piece, cut_off, unknown_bytes
 from samekit.audio.tags import after_tags, before_tags, is_padding, read_at
+from samekit.errors import AudioFileError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,6 +24,9 @@ _TAIL: Final = 2**14
 _BEGINNING: Final = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
 _SIGNATURE: Final = int.from_bytes(b"fLaC", "little")
 _STREAMINFO_END: Final = 42
+# A hostile file may consist of streams without frames. The header of a frame and its checksums take 8 bytes or more.
+_LEAST_FRAME: Final = 8
+_MOST_EMPTY: Final = 1000
 # A hostile file may consist of empty metadata blocks.
 _MOST_BLOCKS: Final = 10_000
 _SYNC: Final = re.compile(rb"\xff[\xf8\xf9]")
@@ -63,10 +67,15 @@ def flac_parts(path: Path, file: BinaryIO, start: int, end: int, *, whole_file: 
         AudioFileError: a stream is cut off, or something unknown follows it.
     """
     starts = [start]
+    empty = 0
     while (position := _metadata_end(file, starts[-1], end)) is not None:
         found = _find(file, position, end)
         if found is None:
             break
+        empty += found - position < _LEAST_FRAME
+        if empty > _MOST_EMPTY:
+            cause = f"holds more than {_MOST_EMPTY} FLAC streams without samples"
+            raise AudioFileError(f"{path}: {cause}; copy or download it again")
         starts.append(found)
     parts = []
     for begin, stop in zip(starts, [*starts[1:], end], strict=True):
@@ -79,15 +88,19 @@ def _find(file: BinaryIO, position: int, end: int) -> int | None:
     """Return where the next stream begins; None if none does."""
     # The file is read twice, so this must be fast: words are compared at each of four alignments.
     buffer = bytearray(_BLOCK)
+    # The first block is small: a hostile file may consist of tiny streams.
+    most = _TAIL
     while position < end:
         file.seek(position)
-        size = file.readinto(memoryview(buffer)[: min(_BLOCK, end - position)])  # type: ignore[attr-defined]
+        wanted = min(most, end - position)
+        size = file.readinto(memoryview(buffer)[:wanted])  # type: ignore[attr-defined]
         for at in sorted(_signatures(buffer, size)):
             if _BEGINNING.match(buffer, at, size):
                 return position + at
-        if size < _BLOCK:
+        if size < wanted or position + size >= end:
             return None
         position += size - 8
+        most = _BLOCK
     return None
 
 

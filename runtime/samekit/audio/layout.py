@@ -11,8 +11,10 @@ Front = tuple[int, int]
 
 # Vorbis I, 4.3.9, and RFC 7845, 5.1.1.2: with these counts the centre lies between left and right.
 _CENTRE_SECOND: Final = (3, 5, 6, 7, 8)
+# The stereo downmix of FFmpeg and Core Audio (libavutil/channel_layout.h, AV_CH_STEREO_LEFT and AV_CH_STEREO_RIGHT).
+_DOWNMIX: Final = (0x20000000, 0x40000000)
 # Left and right in a WAVEFORMATEXTENSIBLE channel mask: front, back, front of centre, side, top front, top back.
-_PAIRS: Final = ((0x1, 0x2), (0x10, 0x20), (0x40, 0x80), (0x200, 0x400), (0x1000, 0x4000), (0x8000, 0x20000))
+_PAIRS: Final = ((0x1, 0x2), (0x10, 0x20), (0x40, 0x80), (0x200, 0x400), (0x1000, 0x4000), (0x8000, 0x20000), _DOWNMIX)
 # Core Audio channel layout tags (CoreAudioBaseTypes.h), upper 16 bits: where left and right are.
 _LEFT_RIGHT_FIRST: Final = frozenset(
     (

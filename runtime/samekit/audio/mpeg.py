@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, BinaryIO, Final
 
-from samekit.audio.parts import Part, Piece, unknown_bytes
+from samekit.audio.parts import CONVERT, Part, Piece, unknown_bytes
 from samekit.audio.tags import after_tags, before_tags, read_at, unaccounted
 from samekit.errors import AudioFileError
 
@@ -31,6 +31,8 @@ _BIT_RATES: Final = {
 _ID3V1_BYTES: Final = 128
 # Bytes of the longest frame: layer II, 384 kbit/s, 32 kHz.
 _LONGEST_FRAME: Final = 1729
+# Fewer equal bytes than this between frames are not taken for padding.
+_LEAST_PADDING: Final = 16
 # Bytes that are read at a time.
 _BLOCK: Final = 2**17
 # Where the first frame is looked for.
@@ -42,6 +44,7 @@ class _Header:
     """What the four bytes of a frame header say."""
 
     size: int
+    bit_rate: int
     samples: int
     rate: int
     mono: bool
@@ -65,7 +68,7 @@ def _header(word: int) -> _Header | None:
     bits, padding = _BIT_RATES[version == 3, layer][bit_index] * 1000, word >> 9 & 1
     samples = 384 if layer == 1 else 576 if layer == 3 and version != 3 else 1152
     size = (12 * bits // rate + padding) * 4 if layer == 1 else samples // 8 * bits // rate + padding
-    return _Header(size, samples, rate, word >> 6 & 3 == 3, layer, version == 3)
+    return _Header(size, bits, samples, rate, word >> 6 & 3 == 3, layer, version == 3)
 
 
 @dataclass
@@ -77,6 +80,7 @@ class _Stream:
     info: bytes = b""
     """The frame that carries a Xing, Info or VBRI header instead of sound."""
     frames: int = 0
+    bit_rate_changes: bool = False
     last: int = 0
     """Offset of the last frame."""
     ranges: list[list[int]] = field(default_factory=list)
@@ -109,17 +113,24 @@ def first_frame(file: BinaryIO, start: int, end: int, *, search: bool) -> int | 
         search: look further than at `start` alone.
     """
     block = read_at(file, start, min(end - start, _SEARCH if search else 4))
+    tags = before_tags(file, start, end)
     at = block.find(b"\xff") if search else 0
     while 0 <= at <= len(block) - 4:
         header = _header(int.from_bytes(block[at : at + 4], "big"))
-        if header and _continues(file, header, start + at, end):
+        if header and _continues(file, header, start + at, end, tags):
             return start + at
         at = block.find(b"\xff", at + 1) if search else -1
     return None
 
 
-def _continues(file: BinaryIO, header: _Header, position: int, end: int) -> bool:
-    """Whether a frame is followed by two of its kind, by tags or by the end."""
+def is_free_format(file: BinaryIO, start: int) -> bool:
+    """Whether a frame header of free format (bit rate 0) is at `start`; such frames tell no size."""
+    word = int.from_bytes(read_at(file, start, 4), "big")
+    return word >> 12 & 15 == 0 and _header(word | 1 << 12) is not None
+
+
+def _continues(file: BinaryIO, header: _Header, position: int, end: int, tags: int) -> bool:
+    """Whether a frame is followed by two of its kind, by tags or by the end; tags at the end begin at `tags`."""
     for _ in range(2):
         position += header.size
         if position >= end - 3:
@@ -127,7 +138,7 @@ def _continues(file: BinaryIO, header: _Header, position: int, end: int) -> bool
         following = _header(int.from_bytes(read_at(file, position, 4), "big"))
         if following is None or following.kind != header.kind:
             tagged = after_tags(file, position, end) > position
-            return following is None and (tagged or before_tags(file, position, end) - position <= _LONGEST_FRAME)
+            return following is None and (tagged or tags - position <= _LONGEST_FRAME)
         header = following
     return True
 
@@ -143,7 +154,8 @@ def mpeg_parts(path: Path, file: BinaryIO, start: int, end: int, *, whole_file: 
         whole_file: nothing but tags precedes `start`, and `end` is that of the file.
 
     Raises:
-        AudioFileError: a stretch longer than a frame is neither frame nor tag, or a stream lacks its end.
+        AudioFileError: a stretch longer than a frame is neither frame nor tag, shorter ones interrupt the frames
+            twice, or a stream lacks its end.
     """
     streams = _walk(path, file, start, before_tags(file, start, end))
     # libmpg123 passes over an ID3v1 tag at the end; whatever else is there makes it complain to standard error.
@@ -161,6 +173,7 @@ def _walk(path: Path, file: BinaryIO, position: int, end: int) -> list[_Stream]:
     """Go from frame to frame."""
     streams: list[_Stream] = []
     seconds = 0.0
+    damaged_at: float | None = None
     block, begin = b"", position
     while position < end:
         at = position - begin
@@ -171,7 +184,11 @@ def _walk(path: Path, file: BinaryIO, position: int, end: int) -> list[_Stream]:
         if header is None or position + header.size > end:
             gap, position = position, _after_gap(path, file, position, end, seconds)
             block = b""
-            if streams and first_frame(file, position, end, search=False) and after_tags(file, gap, end) == gap:
+            if streams and after_tags(file, gap, end) == gap and first_frame(file, position, end, search=False):
+                if not _is_join(file, streams[-1], gap, position):
+                    if damaged_at is not None:
+                        raise _damaged_twice(path, damaged_at, seconds)
+                    damaged_at = seconds
                 # The end of the frame before the gap is missing; libmpg123 would make noise of it, and complain.
                 streams[-1].drop_last()
             continue
@@ -180,10 +197,34 @@ def _walk(path: Path, file: BinaryIO, position: int, end: int) -> list[_Stream]:
         if info or not streams or streams[-1].header.kind != header.kind:
             streams.append(_Stream(header, word, info))
         if not info:
+            streams[-1].bit_rate_changes |= header.bit_rate != streams[-1].header.bit_rate
             streams[-1].add(position, position + header.size)
             seconds += header.samples / header.rate
         position += header.size
     return [stream for stream in streams if stream.frames]
+
+
+def _is_join(file: BinaryIO, stream: _Stream, gap: int, position: int) -> bool:
+    """Whether files were joined between `gap` and the frame at `position`.
+
+    Signs of a join are padding, a tag, an information frame, and frames of another kind.
+    """
+    between = read_at(file, gap, position - gap)
+    frame = read_at(file, position, _LONGEST_FRAME)
+    header = _header(int.from_bytes(frame[:4], "big"))
+    if header is None or header.kind != stream.header.kind or _info_frame(frame[: header.size]):
+        return True
+    padding = len(between) >= _LEAST_PADDING and between.count(between[:1]) == len(between)
+    return padding or b"ID3" in between or b"TAG" in between
+
+
+def _damaged_twice(path: Path, first: float, second: float) -> AudioFileError:
+    """Return the error of a stream whose frames are interrupted in several places."""
+    cause = (
+        f"is damaged after {first:.1f} s and again after {second:.1f} s (bytes between the frames are no MPEG audio)"
+    )
+    cure = "copy or download it again, or take what can be decoded: ffmpeg -i IN OUT.flac"
+    return AudioFileError(f"{path}: {cause}; {cure}")
 
 
 def _after_gap(path: Path, file: BinaryIO, position: int, end: int, seconds: float) -> int:
@@ -233,6 +274,10 @@ def _part(path: Path, stream: _Stream, *, plain: bool) -> Part:
         held = stream.frames * stream.header.samples / stream.header.rate
         cause = f"is cut off, it announces {total:.1f} s and holds {held:.1f} s"
         raise AudioFileError(f"{path}: {cause}; copy or download it again")
+    if stream.header.layer != 3 and stream.bit_rate_changes:
+        # The length that libmpg123 estimates from the first frames is wrong, and only MP3 has a Xing header.
+        cause = f"is MPEG layer {'I' * stream.header.layer} and changes its bit rate, so libsndfile counts it wrong"
+        raise AudioFileError(f"{path}: {cause}; {CONVERT}")
     samples = stream.frames * stream.header.samples
     pieces: tuple[Piece, ...] = tuple((start, stop) for start, stop in stream.ranges)
     size = sum(stop - start for start, stop in stream.ranges)
@@ -241,7 +286,9 @@ def _part(path: Path, stream: _Stream, *, plain: bool) -> Part:
     exact = announced is not None and announced - stream.frames in (0, 1) and _size_fits(stream.info, size)
     trimmed = _trimmed(stream.info)
     slack = 2 * stream.header.samples
-    return Part(pieces, samples - trimmed, slack, prefer_file=plain and (exact or not stream.info))
+    # libmpg123 does not read a file of one frame, and complains; with a Xing frame in front it does.
+    prefer_file = plain and stream.frames > 1 and (exact or not stream.info)
+    return Part(pieces, samples - trimmed, slack, prefer_file=prefer_file)
 
 
 def _size_fits(info: bytes, size: int) -> bool:

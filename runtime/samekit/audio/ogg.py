@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Samples by which a sound stream may miss its announced length: the longest block of Vorbis.
 _SLACK: Final = 8192
-# Samples that a packet holds at most: half of two such blocks, or 120 ms of Opus at 48 kHz; FLAC takes 65,535.
+# Samples that a packet holds at most: half of two such blocks, or 120 ms of Opus at 48 kHz.
 _MOST_PACKET_SAMPLES: Final = {b"\x01vor": 8192, b"Opus": 5760}
 _AUDIO: Final = (b"\x01vorbis", b"OpusHead", b"\x7fFLAC", b"Speex   ", b"PCM     ")
 _FIRST, _LAST = 2, 4
@@ -75,7 +75,7 @@ def page_checksum(page: bytes | bytearray) -> int:
     return int(f"{reflected:032b}"[::-1], 2)
 
 
-def ogg_parts(path: Path, file: BinaryIO, start: int, end: int, *, whole_file: bool) -> list[Part]:
+def ogg_parts(path: Path, file: BinaryIO, start: int, end: int) -> list[Part]:
     """Find the audio streams of an Ogg file, which may follow each other.
 
     Args:
@@ -83,7 +83,6 @@ def ogg_parts(path: Path, file: BinaryIO, start: int, end: int, *, whole_file: b
         file: the open file.
         start: of the first page.
         end: of the file.
-        whole_file: nothing precedes `start`.
 
     Raises:
         AudioFileError: a page is damaged, missing or cut off, or two audio streams run at the same time.
@@ -106,20 +105,18 @@ def ogg_parts(path: Path, file: BinaryIO, start: int, end: int, *, whole_file: b
         last = page.end
     if unaccounted(file, last, end):
         raise unknown_bytes(path, end - last, "after its last page")
-    parts = []
+    parts: list[Part] = []
     for group in groups:
         streams = [stream for stream in group.values() if stream.is_audio]
         if len(streams) > 1:
             cause = f"holds {len(streams)} audio streams that run at the same time"
             raise AudioFileError(f"{path}: {cause}; take one of them: ffmpeg -i IN -map 0:a:0 OUT.flac")
         # A group without audio is left to libsndfile, which tells why it does not read it.
-        for stream in streams or list(group.values())[:1]:
-            plain = whole_file and len(groups) == len(group) == 1 and last == end
-            parts.append(_part(path, file, stream, plain=plain))
+        parts.extend(_part(path, file, stream) for stream in streams or list(group.values())[:1])
     return parts
 
 
-def _part(path: Path, file: BinaryIO, stream: _Stream, *, plain: bool) -> Part:
+def _part(path: Path, file: BinaryIO, stream: _Stream) -> Part:
     """Return what the decoder gets to see of one stream."""
     front = front_of_ogg(path, stream.head)
     if stream.head.startswith(_FLAC):
@@ -137,9 +134,14 @@ def _part(path: Path, file: BinaryIO, stream: _Stream, *, plain: bool) -> Part:
         page[22:26] = bytes(4)
         page[22:26] = page_checksum(page).to_bytes(4, "little")
         pieces = (*pieces[:-1], (pieces[-1][0], start), bytes(page))
-    elif plain:
-        pieces = ()
-    return Part(pieces, slack=_SLACK, starts_late=stream.starts_late, front=front)
+    # libsndfile stops at the last time stamp. The pages that it leaves unread show that the time stamps are too small.
+    return Part(pieces, slack=_SLACK, starts_late=stream.starts_late, timed=True, front=front)
+
+
+def _largest_flac_block(head: bytes) -> int:
+    """Return how many samples a FLAC frame holds at most, by the STREAMINFO in the first packet (RFC 9639, 8.2)."""
+    at = _FLAC_HEADER_BYTES + 10
+    return int.from_bytes(head[at : at + 2], "big") or 65_535
 
 
 def _split(file: BinaryIO, ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -171,7 +173,7 @@ def _append(path: Path, stream: _Stream, page: _Page) -> None:
         raise AudioFileError(f"{path}: {cause}; copy or download it again, or close the gap: ffmpeg -i IN OUT.flac")
     stream.starts_late |= gap
     if page.granule > 0:
-        most = _MOST_PACKET_SAMPLES.get(stream.head[:4], 65_535)
+        most = _MOST_PACKET_SAMPLES.get(stream.head[:4]) or _largest_flac_block(stream.head)
         stream.starts_late |= not stream.timed and page.granule > most * max(1, page.packets)
         if page.granule < stream.granule:
             cause = f"has times that go back at byte {page.start}"

@@ -36,15 +36,18 @@ class Part:
     """Read the file itself instead of the pieces if the decoder then counts `frames`."""
     starts_late: bool = False
     """The time stamps begin after zero, so that the decoder's own count is too large."""
+    timed: bool = False
+    """The decoder stops at the last time stamp, so that bytes which it leaves unread are audio that is not counted."""
     check_tail: bool = False
     """The format shows no end: whatever the decoder leaves unread must be a tag or padding."""
     front: tuple[int, int] = (0, 1)
     """Which channels are left and right, if there are two or more."""
 
 
-def cut_off(path: Path) -> AudioFileError:
+def cut_off(path: Path, other_cure: str = "") -> AudioFileError:
     """Return the error of a file whose end is missing."""
-    return AudioFileError(f"{path}: is cut off, it announces more than it holds; copy or download it again")
+    cause = f"{path}: is cut off, it announces more than it holds; copy or download it again"
+    return AudioFileError(f"{cause}, or {other_cure}" if other_cure else cause)
 
 
 def unknown_bytes(path: Path, size: int, where: str) -> AudioFileError:

@@ -76,8 +76,11 @@ class AudioReader:
         self.info = AudioInfo(rate, channels, frames, *self._decoder.coding)
         """What the file says of itself."""
         if frames == 0:
-            self.close()
-            raise self._empty()
+            try:
+                self._decoder.check_time_stamps()
+                raise self._empty()
+            finally:
+                self.close()
         self._block = max(1, min(block, _BLOCK_VALUES // self.info.channels))
 
     def __enter__(self) -> Self:
@@ -119,9 +122,9 @@ class AudioReader:
         if before != after:
             seconds = self._frames_read / self.info.sample_rate
             change = f"from {before[1]} channels at {before[0]} Hz to {after[1]} at {after[0]} Hz"
-            raise AudioFileError(
-                f"{self.path}: changes after {seconds:.1f} s {change}; convert it: ffmpeg -i IN OUT.flac"
-            )
+            # ffmpeg loses a part of what follows such a change in FLAC and Ogg.
+            cure = "split it there and convert the parts one by one"
+            raise AudioFileError(f"{self.path}: changes after {seconds:.1f} s {change}; {cure}")
 
     def _front_first(self, frames: Audio) -> Audio:
         """Put left and right before the other channels of `[samples, channels]`."""
