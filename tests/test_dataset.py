@@ -975,6 +975,14 @@ def small_disk(tmp_path):
     subprocess.run(["umount", disk], check=True)
 
 
+def test_disk_without_room_for_the_silence(data, small_disk):
+    """NumPy's own message tells no reason: "2097152 requested and 22496 written"."""
+    write_clips(data, 1)
+    with pytest.raises(OutputError, match=r"cannot be written \(No space left on device\); ") as error:
+        run(data, small_disk / "out", sample_size=400_000)
+    assert_one_line(error.value)
+
+
 def test_full_disk_stops_with_one_line_and_can_be_resumed(data, small_disk):
     write_clips(data, 60)
     out = small_disk / "out"

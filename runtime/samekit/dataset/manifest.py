@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from samekit.dataset.options import Settings, Shard
 from samekit.dataset.output import MOST_HEADER_BYTES, STATE_FOLDER, clip_name, is_clips
-from samekit.errors import InputError, OutputError
+from samekit.errors import InputError
 from samekit.files.atomic import atomic_path, output_errors, remove_abandoned
 from samekit.files.json_fields import check_kinds
 from samekit.files.locks import file_lock

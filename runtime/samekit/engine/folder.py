@@ -31,7 +31,7 @@ from samekit.engine.spec import DECODER, ENCODER, RANDOM, SPEC_FILE, EngineSpec,
 from samekit.errors import BackendUnavailableError, EngineError, EngineNotFoundError
 from samekit.files.atomic import atomic_path, sync_files, temporary_target
 from samekit.files.locks import LOCK_FILE
-from samekit.files.paths import named, remove
+from samekit.files.paths import expanded_text, remove
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -267,7 +267,8 @@ def find_engine(name: str | os.PathLike[str]) -> Engine:
         EngineNotFoundError: there is none.
         EngineError: there is one, but it is not whole; or the folder holds engine folders, and is none.
     """
-    candidates = [named(name), *(root / name for root in engine_roots())]
+    name = expanded_text(name)
+    candidates = [Path(name), *(root / name for root in engine_roots())]
     for folder in candidates:
         if _found(folder, SPEC_FILE):
             return Engine.load(folder)
