@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ def encode(audio: Path, latents: Path, **options: Any) -> None:
     from samekit.files.overwriting import require_other_file  # noqa: PLC0415
 
     # Before a model is opened, which may be downloaded.
-    if audio.is_dir():
+    if os.path.isdir(audio):  # noqa: PTH112 Path.is_dir raises for names that are too long
         command = shlex.join(["samekit", "pre-encode", "--data_dir", str(audio)])
         raise InputError(f"{audio}: is a folder; pass one audio file, or encode a dataset with: {command}")
     with AudioReader(audio) as reader:
