@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from helpers import HOP, RATE, assert_close, edit, noise
 from safetensors.torch import load_file, save_file
 
-from samekit import __version__
+from samekit import AutoencoderModel, __version__
 from samekit.audio import read_audio
 from samekit.cli.main import main
 from samekit_export.random_weights import published_config
@@ -173,6 +173,64 @@ def test_inputs_are_not_outputs(engine, song, latents):
 def test_checkpoint_folder_in_place_of_an_engine(checkpoint_of, latents, folder):
     succeeded("decode", latents, folder / "a.wav", "--model", checkpoint_of("tiny-s"))
     assert sf.info(folder / "a.wav").frames == 5 * HOP
+
+
+@pytest.mark.usefixtures("ready_graphs")
+def test_home_folder_is_expanded_in_every_path(checkpoint_of, engine, song, tmp_path, monkeypatch):
+    """Shells leave `--out=~/name` as it is, and so does Python."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    for path in (home, here):
+        path.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    shutil.copyfile(song, home / "song.wav")
+    shutil.copytree(checkpoint_of("tiny-s"), home / "checkpoint")
+    shutil.copytree(engine, home / "engine")
+    succeeded("export", "~/checkpoint", "--out=~/of-a-folder")
+    succeeded("export", "mine", "--weights=~/checkpoint", "--out=~/of-weights")
+    options = ("--model=~/engine", "--backend=onnxruntime", "--threads=1")
+    succeeded("encode", "~/song.wav", "~/song.npy", *options)
+    succeeded("decode", "~/song.npy", "~/decoded.wav", *options)
+    succeeded("triton", "~/models", "--model=~/engine")
+    succeeded("info", "~/engine")
+    succeeded("clean", "~/engine")
+    with AutoencoderModel.from_pretrained("~/engine", backend="onnxruntime", threads=1) as model:
+        model.encode_file("~/song.wav", "~/again.npy")
+        model.decode_file("~/again.npy", "~/again.wav")
+    assert (home / "again.npy").read_bytes() == (home / "song.npy").read_bytes()
+    assert (home / "again.wav").read_bytes() == (home / "decoded.wav").read_bytes()
+    made = {"of-a-folder", "of-weights", "song.npy", "song.json", "models", "again.npy", "again.wav", "decoded.wav"}
+    assert made <= {path.name for path in home.iterdir()}
+    assert list(here.iterdir()) == []
+    # With ./ before it, the name is that of a folder here.
+    (here / "~").mkdir()
+    succeeded("encode", "~/song.wav", "./~/here.npy", *options)
+    assert sorted(path.name for path in (here / "~").iterdir()) == ["here.json", "here.npy"]
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv, with which even root has no rights to a file")
+@pytest.mark.parametrize("command", ["encode", "report", "decode"])
+def test_file_that_may_not_be_read(song, folder, command):
+    path = song.with_suffix(".npy") if command == "decode" else song
+    path.touch()
+    path.chmod(0)
+    arguments = {"report": [path, "--out", folder / "a.html"], "decode": [path, folder / "a.wav"]}
+    arguments = arguments.get(command, [path, folder / "a.npy"])
+    drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    program = [*drop, sys.executable, "-m", "samekit", command, *map(str, arguments), "--model", "x"]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    if command == "report":
+        # The model is looked for first.
+        assert done.stderr.startswith("Error: no engine for 'x'")
+    else:
+        assert done.stderr == f"Error: {path}: cannot be opened (Permission denied); check name and permissions\n"
+
+
+def test_folder_in_place_of_an_audio_file(song, folder):
+    line = refused("encode", song.parent, folder / "a.npy", "--model", "nothing")
+    command = f"samekit pre-encode --data_dir {song.parent}"
+    assert line == f"Error: {song.parent}: is a folder; pass one audio file, or encode a dataset with: {command}"
 
 
 def test_model_by_name(engine, latents, folder, monkeypatch):

@@ -975,6 +975,14 @@ def small_disk(tmp_path):
     subprocess.run(["umount", disk], check=True)
 
 
+def test_disk_without_room_for_the_silence(data, small_disk):
+    """NumPy's own message tells no reason: "2097152 requested and 22496 written"."""
+    write_clips(data, 1)
+    with pytest.raises(OutputError, match=r"cannot be written \(No space left on device\); ") as error:
+        run(data, small_disk / "out", sample_size=400_000)
+    assert_one_line(error.value)
+
+
 def test_full_disk_stops_with_one_line_and_can_be_resumed(data, small_disk):
     write_clips(data, 60)
     out = small_disk / "out"
@@ -1091,7 +1099,7 @@ def damage_width(path):
 
 
 def damage_length(path):
-    np.save(path, np.zeros((4, 14), np.float32))
+    np.save(path, np.ones((4, 14), np.float32))
 
 
 def damage_fields(path):
@@ -1143,6 +1151,74 @@ def test_what_verify_says_is_a_cure(data, out, clips):
     else:
         assert report.encoded == len(damages)
         assert contents(out) == whole
+
+
+EDITS = {
+    "prompt": ["", " ", None],
+    "seconds_total": [7, 0, -1, True, 10**400],
+    "seconds_start": [9, -1],
+    "timestamps": [[0.0, 0.5], [0.1, 1.0], [0, 0], [1.0, 0.0], [0.0], ["a", "b"], [math.nan, 1.0], [0.0, 1e-320], []],
+    "sample_rate": [48000, 22050, 0, -44100, True, 10**400],
+}
+
+
+@pytest.mark.parametrize("field", EDITS)
+@pytest.mark.parametrize("kind", ["start", "random", "full", "pad"])
+def test_verify_finds_every_edited_field(data, out, field, kind):
+    """A clip that is shorter than `sample_size`, and one that is longer and has a whole number of seconds."""
+    write_clip(data / "short.wav", 4000)
+    write_clip(data / "other.wav", 4001)
+    write_clip(data / "long.wav", 2 * RATE, seed=1)
+    options = {"start": {}, "random": {"crop": "random", "seed": 1}, "full": {"full": True}, "pad": {"pad": True}}
+    run(data, out, sample_size=RATE // 2, **options[kind])
+    assert verify(out) == []
+    for path in sorted(out.glob("0*.json")):
+        sound = path.read_text()
+        for value in EDITS[field]:
+            path.write_text(json.dumps(json.loads(sound) | {field: value}))
+            (problem,) = verify(out)
+            assert problem.startswith(f"{path}: "), value
+            assert problem.endswith("; remove it and run pre-encode again")
+        path.write_text(sound)
+    assert verify(out) == []
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf, 1e300, 10**400, 0.30001])
+def test_verify_with_any_number_of_seconds_in_the_manifest(data, out, seconds):
+    write_clips(data, 1)
+    run(data, out)
+    path = out / ".samekit" / "manifest.jsonl"
+    header, line = path.read_text().splitlines()
+    path.write_text(f"{header}\n{json.dumps(json.loads(line) | {'seconds': seconds})}\n")
+    (problem,) = verify(out)
+    assert problem.startswith(f"{out / '000000000000.json'}: ")
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_verify_finds_latents_that_are_all_zero(data, out, pad):
+    """As a file system leaves a file whose contents were lost, after its size was set."""
+    write_clips(data, 1)
+    run(data, out, sample_size=800, pad=pad)
+    path = out / "000000000000.npy"
+    latents = np.load(path)
+    latents[:, :13] = 0
+    np.save(path, latents)
+    (problem,) = verify(out)
+    assert problem == f"{path}: holds zeros only; remove it and run pre-encode again"
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv, with which even root has no rights to a file")
+@pytest.mark.parametrize("name", ["000000000000.npy", "000000000000.json", "silence.npy"])
+def test_verify_does_not_ask_to_remove_what_may_only_not_be_read(data, out, name):
+    write_clips(data, 1)
+    run(data, out)
+    (out / name).chmod(0)
+    drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    program = [*drop, sys.executable, "-m", "samekit", "pre-encode", "--verify", out]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    expected = f"{out / name}: cannot be opened (Permission denied); check its permissions"
+    assert done.stdout.splitlines() == [expected]
 
 
 def test_verify_counts_what_is_not_encoded_yet(data, out):

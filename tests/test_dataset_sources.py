@@ -350,7 +350,8 @@ def test_listed_file_that_is_not_there(data, out):
     (data / "filelist.txt").write_text("clip00000.wav\nmissing.wav\nlost.wav\npipe.wav\n")
     reasons = {row["relpath"]: row["reason"] for row in run(data, out).bad}
     assert reasons == {
-        "missing.wav": f"{data / 'missing.wav'}: does not exist; copy the audio there, or remove its line from filelist.txt",
+        "missing.wav": f"{data / 'missing.wav'}: does not exist; "
+        "copy the audio there, or remove its line from filelist.txt",
         "lost.wav": f"{data / 'lost.wav'}: is a link to a file that does not exist; copy the audio there",
         "pipe.wav": f"{data / 'pipe.wav'}: is no regular file; copy the audio there",
     }

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from samekit.engine.spec import RANDOM
 from samekit.errors import CheckpointError
 from samekit.files.json_fields import check_kinds
-from samekit.files.paths import named, read_regular, utf8_path
+from samekit.files.paths import expanded_text, named, read_regular, utf8_path
 from samekit.packages import import_package
 from samekit_export import diffusers as diffusers_format
 from samekit_export import hub
@@ -78,6 +78,7 @@ def load(model: str, weights: str = HUB, revision: str | None = None) -> Checkpo
     Raises:
         CheckpointError: it is not there, damaged, or not exactly what we implement.
     """
+    model, weights = expanded_text(model), expanded_text(weights)
     # Not Path.is_dir, which raises on names that no file system takes.
     is_folder = weights == HUB and os.path.isdir(model)  # noqa: PTH112
     if not is_folder:

@@ -21,6 +21,7 @@ from samekit.engine.spec import DECODER, ENCODER, PRECISIONS, EngineSpec, check_
 from samekit.errors import BackendUnavailableError, InputError, OutputError, SamekitError
 from samekit.files.atomic import output_errors
 from samekit.files.locks import LOCK_FILE, folder_lock
+from samekit.files.paths import expanded
 from samekit.packages import import_onnxruntime
 from samekit.tensorrt.builds import BUILDS_FOLDER, is_builds_own, remove_stale_builds
 from samekit_export.graph import GRAPH_REVISION, GraphDecoder, GraphEncoder
@@ -90,7 +91,7 @@ def export(
         check_file_name("name", checkpoint.name)
     except ValueError:
         raise InputError(f"no engine folder can be called {checkpoint.name!r}; pass a name without / and \\") from None
-    folder = out / checkpoint.name
+    folder = expanded(out) / checkpoint.name
     spec = spec_of(checkpoint)
     present = _present(folder)
     if present and not force and not _missing(present, spec, precisions):

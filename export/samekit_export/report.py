@@ -24,6 +24,7 @@ from samekit.audio import AudioReader, AudioWriter, resampled_length
 from samekit.backends.selection import AUTO, BACKENDS
 from samekit.errors import InputError, SamekitError, StaleEngineError
 from samekit.files.atomic import atomic_path, output_errors
+from samekit.files.paths import expanded
 from samekit.tensorrt.builds import Build, build_folders
 from samekit_export.checkpoint import BUNDLED
 from samekit_export.measure import interleaved, machine
@@ -283,6 +284,7 @@ def write_report(
         ) from None
     if Path(path).suffix.lower() not in (".html", ".htm"):
         raise InputError(f"{path}: a page is HTML; choose a name that ends in .html")
+    audio, path = expanded(audio), expanded(path)
     # Opened first: who cannot write need not measure.
     with atomic_path(path, follow_links=True) as temporary:
         measured = measure(audio, engine, seconds=seconds, threads=threads, report=report)

@@ -17,6 +17,7 @@ from samekit.batches import CHUNK_SIZE, OVERLAP, Autoencoder
 from samekit.errors import InputError, LatentsFileError
 from samekit.files.latents import MODEL_DIGEST, LatentsReader, LatentsWriter, require_replaceable
 from samekit.files.overwriting import require_no_recording, require_other_file
+from samekit.files.paths import expanded, expanded_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,7 +102,8 @@ class AutoencoderModel:
         for option in options:
             if option not in known:
                 raise InputError(f"unknown option {option!r}; choose of {', '.join((*_OPENING, *known))}")
-        model = cls(open_backend(model_name, backend, BackendOptions(precision, **_placed(device, options))), window)
+        opening = BackendOptions(precision, **_placed(device, options))
+        model = cls(open_backend(expanded_text(model_name), backend, opening), window)
         if model.spec.is_random:
             _tell_of_random_weights(model.spec.name)
         return model
@@ -226,6 +228,7 @@ class AutoencoderModel:
             NonFiniteError: the model overflowed.
             BackendError: the backend failed.
         """
+        audio_path, latents_path = expanded(audio_path), expanded(latents_path)
         with AudioReader(audio_path) as reader:
             encoder = self.stream_encoder(reader.info.sample_rate)
             require_other_file(latents_path, audio_path)
@@ -279,6 +282,7 @@ class AutoencoderModel:
             NonFiniteError: the model overflowed.
             BackendError: the backend failed.
         """
+        latents_path, audio_path = expanded(latents_path), expanded(audio_path)
         reader = LatentsReader(latents_path, self.latent_dim)
         metadata = reader.metadata
         made_by = metadata.get(MODEL_DIGEST, self.spec.source_sha256)

@@ -122,14 +122,29 @@ class AudioWriter:
         elif self._clip:
             samples = np.clip(audio, -1, 1)
         with output_errors(self.path, sf.SoundFileError):
-            self._file.write(samples.T)
+            try:
+                self._file.write(samples.T)
+            except sf.SoundFileError:
+                self._raise_system_error(samples.nbytes)
+                raise
+
+    def _raise_system_error(self, size: int) -> None:
+        """Raise what the system says of a write to the unfinished file, as libsndfile does not tell.
+
+        Raises:
+            OSError: the system does not take as many bytes, for example because the disk is full.
+        """
+        with self._temporary.open("ab") as file:
+            file.write(bytes(size))
 
     @contextmanager
     def _open(self, sample_rate: int, subtype: str) -> Iterator[sf.SoundFile]:
         """Hold the temporary file open while the `with` block of the writer runs."""
-        with atomic_path(self.path, follow_links=True) as temporary:
+        with atomic_path(self.path, follow_links=True) as self._temporary:
             try:
-                file = sf.SoundFile(native(temporary), "w", sample_rate, self._channels, subtype, format=self._format)
+                file = sf.SoundFile(
+                    native(self._temporary), "w", sample_rate, self._channels, subtype, format=self._format
+                )
             except sf.SoundFileError as error:
                 layout = f"{self._channels} channels at {sample_rate} Hz"
                 raise InputError(f"{self.path}: {self._format} cannot hold {layout}; change them") from error

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+import os
+import shlex
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from samekit.cli.group import say
+from samekit.cli.group import UserPath, say
 from samekit.cli.model_options import model_options, open_model
+from samekit.errors import InputError
 from samekit.files.atomic import remove_abandoned
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @click.command()
-@click.argument("audio", type=click.Path(path_type=Path))
-@click.argument("latents", type=click.Path(path_type=Path))
+@click.argument("audio", type=UserPath())
+@click.argument("latents", type=UserPath())
 @model_options
 def encode(audio: Path, latents: Path, **options: Any) -> None:
     """Encode an AUDIO file to a LATENTS.npy file and a .json beside it."""
@@ -24,6 +29,9 @@ def encode(audio: Path, latents: Path, **options: Any) -> None:
     from samekit.files.overwriting import require_other_file  # noqa: PLC0415
 
     # Before a model is opened, which may be downloaded.
+    if os.path.isdir(audio):  # noqa: PTH112 Path.is_dir raises for names that are too long
+        command = shlex.join(["samekit", "pre-encode", "--data_dir", str(audio)])
+        raise InputError(f"{audio}: is a folder; pass one audio file, or encode a dataset with: {command}")
     with AudioReader(audio) as reader:
         frames = reader.info.frames
     require_other_file(latents, audio)
@@ -38,8 +46,8 @@ def encode(audio: Path, latents: Path, **options: Any) -> None:
 
 
 @click.command()
-@click.argument("latents", type=click.Path(path_type=Path))
-@click.argument("audio", type=click.Path(path_type=Path))
+@click.argument("latents", type=UserPath())
+@click.argument("audio", type=UserPath())
 @click.option("--bits", default="16", show_default=True, type=click.Choice(["16", "24", "32", "float"]))
 @click.option("--clip", is_flag=True, help="Clip floating-point samples to -1 ... 1; integers always are.")
 @click.option("--force", is_flag=True, help="Replace AUDIO even if it may be the recording of these latents.")

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from samekit.cli.group import say
+from samekit.cli.group import UserPath, say
 from samekit.errors import BackendUnavailableError, InputError
 from samekit.files.atomic import remove_abandoned
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from samekit.engine.folder import Engine
-
-
-# Not checked here for permissions, of which click would tell in several lines.
-_ENGINE = click.Path(readable=False, path_type=Path)
 
 
 @click.command()
@@ -31,7 +27,7 @@ _ENGINE = click.Path(readable=False, path_type=Path)
     show_default=True,
     help="fp32, fp16 or int8; several separated by commas.",
 )
-@click.option("--out", default="engines", show_default=True, type=click.Path(path_type=Path))
+@click.option("--out", default="engines", show_default=True, type=UserPath())
 @click.option("--force", is_flag=True, help="Export even if it is current, and let random weights replace others.")
 @click.option(
     "--tensorrt",
@@ -76,9 +72,9 @@ def _need_export() -> None:
 
 
 @click.command()
-@click.argument("audio", metavar="IN", type=click.Path(path_type=Path))
+@click.argument("audio", metavar="IN", type=UserPath())
 @click.option("--model", required=True, help="A name or an engine folder.")
-@click.option("--out", default="report.html", show_default=True, type=click.Path(path_type=Path))
+@click.option("--out", default="report.html", show_default=True, type=UserPath())
 @click.option("--seconds", default=60.0, show_default=True, help="How much of the file to take, from its start.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all cores]")
 def report(audio: Path, model: str, out: Path, seconds: float, threads: int | None) -> None:
@@ -97,7 +93,7 @@ def report(audio: Path, model: str, out: Path, seconds: float, threads: int | No
 
 
 @click.command()
-@click.argument("engine", type=_ENGINE)
+@click.argument("engine", type=UserPath())
 def info(engine: Path) -> None:
     """Show what an ENGINE folder (or a model's name) holds."""
     from samekit.engine.folder import find_engine  # noqa: PLC0415
@@ -133,7 +129,7 @@ def _describe_builds(engine: Engine) -> Iterator[str]:
 
 
 @click.command()
-@click.argument("engine", type=_ENGINE)
+@click.argument("engine", type=UserPath())
 def clean(engine: Path) -> None:
     """Remove the TensorRT engines of an ENGINE folder (or a model's name) that are stale or damaged."""
     from samekit.engine.folder import find_engine  # noqa: PLC0415
@@ -148,7 +144,7 @@ def clean(engine: Path) -> None:
 
 
 @click.command()
-@click.argument("engine", type=_ENGINE)
+@click.argument("engine", type=UserPath())
 def verify(engine: Path) -> None:
     """Measure every graph of an ENGINE folder (or a model's name) against eager PyTorch again."""
     _need_export()

@@ -8,11 +8,13 @@ import signal
 import sys
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from samekit.errors import SamekitError
+from samekit.files.paths import expanded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,6 +80,20 @@ class Command(click.Command):
 
 class Group(Command, click.Group):
     """Does so for all of its commands."""
+
+
+class UserPath(click.Path):
+    """A path with a leading `~` expanded, which shells leave as it is in `--option=~/name`.
+
+    Whether it can be read is found out by what opens it, in samekit's own message.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(readable=False, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path."""
+        return super().convert(expanded(value), param, ctx)
 
 
 class _Failure(click.ClickException):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from samekit.cli.group import say
+from samekit.cli.group import UserPath, say
 from samekit.engine.spec import PRECISIONS
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=UserPath())
 @click.option("--model", required=True, help="A name or an engine folder.")
 @click.option("--backend", default="onnxruntime", show_default=True, type=click.Choice(["onnxruntime", "tensorrt"]))
 @click.option("--precision", default="fp32", show_default=True, type=click.Choice(PRECISIONS))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from samekit.dataset.clip import timing
 from samekit.dataset.manifest import read_manifest
 from samekit.dataset.options import Settings, Shard
 from samekit.dataset.output import SILENCE_FILE, STATE_FOLDER
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
     from samekit.dataset.manifest import Row
 
-_FIELDS: Final[dict[str, type | tuple[type, ...]]] = {
+_FIELDS: Final[dict[str, type]] = {
     "path": str,
     "relpath": str,
     "timestamps": list,
@@ -41,7 +43,9 @@ _LISTED: Final = 10
 def verify(folder: str | os.PathLike[str]) -> list[str]:
     """Look for everything that is wrong with a folder of latents.
 
-    Every value of every file is read. Nothing may be writing into the folder meanwhile.
+    Every value of every latents file is read: all must be finite, and not all zero. Of the metadata, every field that
+    the training code reads is compared with the manifest, except for the words of the prompt. Nothing may be writing
+    into the folder meanwhile.
 
     Args:
         folder: the `output_path` of `pre_encode`, with all of its shards.
@@ -84,6 +88,7 @@ def _check_shards(folder: Path, shards: list[Shard]) -> Iterator[str]:
 def _check_manifests(folder: Path, manifests: list[tuple[Settings, list[Row]]]) -> Iterator[str]:
     """Every clip that is said to be encoded, every one that is not even tried, and the silence."""
     first, _ = manifests[0]
+    rates: dict[str, int] = {}
     waiting = [row for _, rows in manifests for row in rows if row.status is None]
     for row in waiting[:_LISTED]:
         yield f"{folder}: {row.relpath!r} is not encoded yet; run pre-encode again"
@@ -97,7 +102,12 @@ def _check_manifests(folder: Path, manifests: list[tuple[Settings, list[Row]]]) 
             )
         for row in rows:
             if row.status == "encoded":
-                yield from _check_pair(folder / f"{row.name}.npy", row, settings)
+                yield from _check_pair(folder / f"{row.name}.npy", row, settings, rates)
+    # No manifest records the model's rate, so it is taken to be the one that most clips have.
+    usual = max(Counter(rates.values()).items(), key=lambda item: item[1], default=(0, 0))[0]
+    for name, rate in rates.items():
+        if rate != usual:
+            yield f"{folder / name}.json: its sample_rate is {rate}, most clips have {usual}; {_ENCODE_AGAIN}"
     yield from _check_silence(folder / SILENCE_FILE, first)
 
 
@@ -111,8 +121,8 @@ def _check_files(folder: Path, rows: dict[str, Row]) -> Iterator[str]:
             yield f"{path}: belongs to no clip; remove it"
 
 
-def _check_pair(path: Path, row: Row, settings: Settings) -> Iterator[str]:
-    """The latents and the metadata of one clip."""
+def _check_pair(path: Path, row: Row, settings: Settings, rates: dict[str, int]) -> Iterator[str]:
+    """Check the latents and the metadata of one clip, and add its sample rate to `rates`."""
     missing = [file for file in (path, path.with_suffix(".json")) if not os.path.lexists(file)]
     if missing:
         yield from map(_missing, missing)
@@ -124,12 +134,20 @@ def _check_pair(path: Path, row: Row, settings: Settings) -> Iterator[str]:
         return
     if latents.dtype != settings.dtype:
         yield f"{path}: holds {latents.dtype} instead of {settings.dtype}; {_ENCODE_AGAIN}"
-    yield from _check_metadata(path.with_suffix(".json"), metadata, row, settings, latents.shape[-1])
+    # Latents of padding are left out, as they are the same in every clip.
+    elif not latents[:, : max(row.latents, 1)].any():
+        yield f"{path}: holds zeros only; {_ENCODE_AGAIN}"
+    problems = list(_check_metadata(path.with_suffix(".json"), metadata, row, settings, latents.shape[-1]))
+    if not problems:
+        rates[row.name] = metadata["sample_rate"]
+    yield from problems
 
 
 def _check_metadata(path: Path, metadata: dict[str, Any], row: Row, settings: Settings, latents: int) -> Iterator[str]:
     """The fields that the training code reads, and the model."""
-    wrong = [name for name, kind in _FIELDS.items() if not isinstance(metadata.get(name), kind)]
+    wrong = [name for name, kind in _FIELDS.items() if not _is_kind(metadata.get(name), kind)]
+    if not wrong and not metadata["prompt"].strip():
+        wrong = ["prompt"]
     if wrong:
         yield f"{path}: has no usable {', '.join(wrong)}; {_ENCODE_AGAIN}"
         return
@@ -142,6 +160,34 @@ def _check_metadata(path: Path, metadata: dict[str, Any], row: Row, settings: Se
     kept = min(max(row.latents, 0), latents)
     if row.latents != kept or metadata["padding_mask"] != [1] * kept + [0] * (latents - kept):
         yield f"{path}: its padding_mask does not fit {row.latents} of {latents} latents; {_ENCODE_AGAIN}"
+    if not _is_timing(metadata, row, settings):
+        yield f"{path}: its timestamps, seconds and sample_rate do not fit each other and the manifest; {_ENCODE_AGAIN}"
+
+
+def _is_kind(value: Any, kind: type) -> bool:
+    """Return whether a value from JSON is of a kind; true and false are no numbers."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _is_timing(metadata: dict[str, Any], row: Row, settings: Settings) -> bool:
+    """Return whether times and sample rate are those of a clip of which the manifest's number of seconds was kept.
+
+    The lengths in samples are computed from the fields, and the fields from these lengths again.
+    """
+    rate = metadata["sample_rate"]
+    # The values may be of any kind and size.
+    try:
+        begin, end = metadata["timestamps"]
+        kept = round(row.seconds * rate)
+        part = kept if settings.full and kept > settings.sample_size else settings.sample_size
+        whole = round(part / (end - begin))
+        offset = round(begin * whole)
+        samples = whole if kept == part else offset + kept
+        expected = timing(samples, offset, kept, rate, settings.sample_size, full=settings.full)
+        fits = 0 < kept <= part and kept / rate == row.seconds
+    except (TypeError, ValueError, ArithmeticError):
+        return False
+    return fits and all(metadata[name] == value for name, value in expected.items())
 
 
 def _check_silence(path: Path, settings: Settings) -> Iterator[str]:
@@ -166,4 +212,7 @@ def _missing(path: Path) -> str:
 
 def _unreadable(error: LatentsFileError) -> str:
     """The cause that was found, with the cure for a file of a dataset in place of that for any other."""
+    # The latents may be sound, so they are not to be removed.
+    if isinstance(error.__cause__, PermissionError):
+        return f"{error.cause}; check its permissions"
     return f"{error.cause}; {_ENCODE_AGAIN}"

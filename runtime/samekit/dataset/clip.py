@@ -144,21 +144,37 @@ class Clip:
     def metadata(self, source: Source, rules: CuttingRules) -> dict[str, Any]:
         """What the training code reads beside the latents: the fields of the reference, and the model."""
         rate = rules.spec.sample_rate
-        part = self.kept if rules.full and self.kept > rules.sample_size else rules.sample_size
-        whole = max(self.samples, part)
         padding = max(0, rules.limit - self.extent.latents) if rules.pad else 0
         return {
             "path": source.path,
             "relpath": source.relpath,
-            "timestamps": [self.offset / whole, (self.offset + part) / whole],
-            "seconds_start": self.offset // rate,
-            "seconds_total": math.ceil(self.samples / rate),
+            **timing(self.samples, self.offset, self.kept, rate, rules.sample_size, full=rules.full),
             PADDING_MASK: [1] * self.extent.latents + [0] * padding,
             "sample_rate": rate,
             "prompt": self.prompt,
             "model": rules.spec.name,
             MODEL_DIGEST: rules.spec.source_sha256,
         }
+
+
+def timing(samples: int, offset: int, kept: int, rate: int, sample_size: int, *, full: bool) -> dict[str, Any]:
+    """Return the fields of the metadata that say which part of a file was encoded.
+
+    Args:
+        samples: of the whole file.
+        offset: samples before the part that is kept.
+        kept: samples of that part.
+        rate: in Hz.
+        sample_size: samples that clips are cut to.
+        full: whether longer clips are kept whole.
+    """
+    part = kept if full and kept > sample_size else sample_size
+    whole = max(samples, part)
+    return {
+        "timestamps": [offset / whole, (offset + part) / whole],
+        "seconds_start": offset // rate,
+        "seconds_total": math.ceil(samples / rate),
+    }
 
 
 class ClipReader:

@@ -33,6 +33,7 @@ from samekit.dataset.ray_calls import (
     retry_until_restarted,
 )
 from samekit.errors import BackendError, InputError
+from samekit.files.paths import expanded_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -150,7 +151,7 @@ class RayEncoder(Encoder):
     """
 
     def __init__(self, model: str | os.PathLike[str], ray: RayOptions | None = None, **backend: Any) -> None:
-        self._model = os.fspath(model)
+        self._model = expanded_text(model)
         self._options = ray or RayOptions()
         device = backend.get("device")
         if not self._options.gpus_per_actor:

@@ -17,6 +17,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -240,7 +241,8 @@ class _Run:
         latents = self._encoder.silence(self._rules.limit)
         if missing:
             with atomic_path(path) as temporary, output_errors(path), temporary.open("wb") as file:
-                np.save(file, latents[None].astype(dtype))
+                # NumPy writes to an object of Python's through its `write`, whose errors tell that the disk is full.
+                np.save(SimpleNamespace(write=file.write), latents[None].astype(dtype))
             self._output.deliver(self._manifest.folder, SILENCE_FILE)
         return latents if needed else None
 

@@ -95,14 +95,15 @@ def find_sources(folders: Sequence[str | os.PathLike[str]]) -> Found:
             audio file has a caption.
     """
     found, sources = Found(), dict[str, Source]()
-    for folder in map(os.fspath, folders):
+    names = [os.fspath(folder) for folder in folders]
+    for folder in names:
         listed = _listed_files(folder)
         for source in _walk(folder, found) if listed is None else listed:
             if source.relpath in sources:
                 twice = f"{sources[source.relpath].path} and {source.path}"
                 raise InputError(f"{twice} have one name below their folders; rename one, or encode them apart")
             sources[source.relpath] = source
-    where = ", ".join(map(os.fspath, folders))
+    where = ", ".join(names)
     if not sources:
         cure = "check --data_dir"
         if found.passed_over:

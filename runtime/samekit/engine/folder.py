@@ -32,7 +32,7 @@ from samekit.engine.spec import DECODER, ENCODER, RANDOM, SPEC_FILE, EngineSpec,
 from samekit.errors import BackendUnavailableError, EngineError, EngineNotFoundError
 from samekit.files.atomic import atomic_path, sync_files, temporary_target
 from samekit.files.locks import LOCK_FILE
-from samekit.files.paths import named, regular_file, remove
+from samekit.files.paths import expanded_text, named, regular_file, remove
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -281,7 +281,8 @@ def find_engine(name: str | os.PathLike[str]) -> Engine:
         EngineError: there is one, but it is incomplete or may not be read; or the folder holds engine folders, and is
             none.
     """
-    path, text = named(name), os.fspath(name)
+    text = expanded_text(name)
+    path = named(text)
     names = [text, text.lower()] if text.lower() in KNOWN_MODELS else [text]
     candidates = [path, *(root / each for root in engine_roots() for each in names)]
     for folder in candidates:

@@ -20,7 +20,7 @@ from samekit.engine.spec import DECODER, ENCODER, GPU_PRECISIONS, INPUT_NAMES, P
 from samekit.errors import BackendUnavailableError, InputError, StaleEngineError
 from samekit.files.atomic import output_errors, place_folder, remove_abandoned, temporary_folder
 from samekit.files.json_fields import check_kind, check_kinds
-from samekit.files.paths import link_or_copy, named
+from samekit.files.paths import expanded, link_or_copy
 from samekit.tensorrt.builds import Build, build_command, builds_of, why_stale
 from samekit.tensorrt.fingerprint import NARROW, PROFILES, TENSORRT
 
@@ -98,7 +98,7 @@ def write_repository(engine: Engine, out: Path, options: TritonOptions | None = 
         StaleEngineError: there are TensorRT engines, but of something else.
         OutputError: the repository cannot be written.
     """
-    options, out = options or TritonOptions(), named(out)
+    options, out = options or TritonOptions(), expanded(out)
     remove_abandoned(out.parent, out.name)
     _require_new(out)
     sources = {half: _files(engine, half, options) for half in (ENCODER, DECODER)}
