@@ -151,8 +151,9 @@ class Decoder:
         rest = self._pieces.size - self._pieces.tell() if self._part.timed and self._pieces else 0
         if rest > 0:
             seconds = self.frames_read / self._file.samplerate
-            cause = f"its time stamps announce {seconds:.1f} s, and {rest} bytes follow"
-            raise AudioFileError(f"{self._path}: {cause}; {CONVERT}")
+            raise AudioFileError(
+                f"{self._path}: its time stamps announce {seconds:.1f} s, and {rest} bytes follow; {CONVERT}"
+            )
 
     @contextmanager
     def _held_signals(self, source: object) -> Iterator[None]:
