@@ -717,7 +717,8 @@ def test_header_that_counts_the_samples(read, container):
     subtype, rate = ("ALAW", 8000) if container == "WVE" else ("PCM_16", RATE)
     data = made(container, 60_000, subtype, rate=rate, channels=COUNTED[container])
     assert read(data) == 60_000
-    assert read(data + mangle.ID3V1) == read(data + bytes(5000)) == 60_000
+    assert read(data + mangle.ID3V1) == 60_000
+    assert_refused(read, data + b"\xff" * 5000, "holds 5000 bytes after the samples that it counts that are neither")
     assert_refused(read, data[: len(data) // 2], "cut off, it announces more than it holds")
     assert_refused(read, data[:-200], "cut off, it announces more than it holds")
     assert_refused(read, data + mangle.noise(500), "holds 500 bytes after the samples that it counts that are neither")

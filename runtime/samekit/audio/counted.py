@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING, BinaryIO, Final, Literal
 
 from samekit.audio.parts import CONVERT, Part, cut_off, unknown_bytes
-from samekit.audio.tags import before_tags, read_at, unaccounted
+from samekit.audio.tags import after_tags, before_tags, read_at
 from samekit.errors import AudioFileError
 
 if TYPE_CHECKING:
@@ -59,7 +59,9 @@ def counted_part(path: Path, file: BinaryIO, end: int) -> Part | None:
             continue
         if stop > end:
             raise cut_off(path)
-        if rest := unaccounted(file, stop, end):
+        # Other decoders take padding for samples, so that it is refused too.
+        following = after_tags(file, stop, end)
+        if rest := before_tags(file, following, end) - following:
             raise unknown_bytes(path, rest, "after the samples that it counts")
         return Part(((0, stop),))
     return None

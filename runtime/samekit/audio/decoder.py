@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import soundfile as sf
 
-from samekit.audio.parts import CONVERT, Part, PieceFile, cut_off, unknown_bytes
+from samekit.audio.parts import Part, PieceFile, cut_off, time_stamps_too_small, unknown_bytes
 from samekit.audio.tags import file_size
 from samekit.errors import AudioFileError
 
@@ -151,8 +151,7 @@ class Decoder:
         rest = self._pieces.size - self._pieces.tell() if self._part.timed and self._pieces else 0
         if rest > 0:
             seconds = self.frames_read / self._file.samplerate
-            cause = f"its time stamps announce {seconds:.1f} s, and {rest} bytes follow"
-            raise AudioFileError(f"{self._path}: {cause}; {CONVERT}")
+            raise time_stamps_too_small(self._path, seconds, rest)
 
     @contextmanager
     def _held_signals(self, source: object) -> Iterator[None]:

@@ -55,6 +55,11 @@ def unknown_bytes(path: Path, size: int, where: str) -> AudioFileError:
     return AudioFileError(f"{path}: holds {size} bytes {where} that are neither its audio nor a tag; {CONVERT}")
 
 
+def time_stamps_too_small(path: Path, seconds: float, size: int) -> AudioFileError:
+    """Return the error of a stream that goes on after its last time stamp."""
+    return AudioFileError(f"{path}: its time stamps announce {seconds:.1f} s, and {size} bytes follow; {CONVERT}")
+
+
 class PieceFile:
     """A file of pieces, as soundfile wants its file objects. Errors of reading are kept in `error`."""
 
