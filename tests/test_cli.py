@@ -339,7 +339,7 @@ BAD_AUDIO = {
     "text": (lambda path: path.write_text("hello " * 1000), "cannot be read as audio"),
     "NaN": (with_nan, "NaN"),
     "no samples": (lambda path: sf.write(path, np.zeros((0, 2)), RATE), "holds no samples"),
-    "a folder": (lambda path: (path.unlink(), path.mkdir()), "Is a directory"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "is a folder; pass one audio file"),
 }
 
 

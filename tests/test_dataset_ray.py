@@ -28,7 +28,7 @@ from samekit.dataset.check import verify
 from samekit.dataset.options import PreEncodeOptions, Shard
 from samekit.dataset.pipeline import Task
 from samekit.dataset.ray import RayEncoder, RayOptions, _Worker
-from samekit.dataset.ray_calls import _batches, _Calls
+from samekit.dataset.ray_calls import Calls, batches_of
 from samekit.dataset.run import pre_encode
 from samekit.dataset.sources import Source
 from samekit.errors import BackendError, EngineNotFoundError, InputError, OutputError
@@ -321,10 +321,10 @@ def test_actor_killed_at_every_step(cluster, engine, model, data, out, tmp_path,
         seen.append(dict(finished_pairs(out)))
         failed(calls, actor, batch, error)
 
-    seen, failed = [], _Calls._failed
+    seen, failed = [], Calls._failed
     monkeypatch.setattr("samekit.dataset.ray._Worker", Dying)
     monkeypatch.setattr("samekit.dataset.ray_calls._DEATHS", 10**6)
-    monkeypatch.setattr(_Calls, "_failed", look)
+    monkeypatch.setattr(Calls, "_failed", look)
     with RayEncoder(engine, RayOptions(actors=1), device="cpu", backend="onnxruntime") as encoder:
         report = pre_encode(encoder, data, out)
     assert report.statuses == {"encoded": clips}
@@ -637,9 +637,9 @@ def test_actors_without_a_gpu_run_on_the_cpu():
 def test_batches_are_cut_by_number_and_by_size():
     sizes = [100] * 9 + [2**26, 100, 2**24, 2**24, 100]
     tasks = [Task(Source("x", "x", (size, 0), None), f"{index}.npy") for index, size in enumerate(sizes)]
-    lengths = [len(batch.tasks) for batch in _batches(tasks, 1)]
+    lengths = [len(batch.tasks) for batch in batches_of(tasks, 1)]
     assert lengths == [8, 2, 3, 1]
-    assert [task for batch in _batches(tasks, 3) for task in batch.tasks] == tasks
+    assert [task for batch in batches_of(tasks, 3) for task in batch.tasks] == tasks
 
 
 # --- Other places -------------------------------------------------------------------------------------------

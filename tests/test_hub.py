@@ -490,7 +490,7 @@ def test_offline_mode():
 
 
 @pytest.mark.usefixtures("offline")
-@pytest.mark.parametrize("name", ["a/b\0c", "a/..b", "a/" + "b" * 300], ids=ascii)
+@pytest.mark.parametrize("name", ["a/..b", "a/" + "b" * 300], ids=ascii)
 def test_names_that_no_repository_can_have(name):
     assert "; check the name, or export a folder" in refused(name)
 

@@ -912,7 +912,7 @@ def test_no_gpu(own_engine, monkeypatch):
 @pytest.fixture
 def gpu_here(monkeypatch, module):
     """A machine with a GPU and TensorRT, as far as opening is concerned."""
-    monkeypatch.setattr("samekit.tensorrt.gpu.Gpu", lambda _: FakeGpu(module.events))
+    monkeypatch.setattr("samekit.tensorrt.backend.Gpu", lambda _: FakeGpu(module.events))
     monkeypatch.setattr("samekit.tensorrt.backend.installed_flavours", lambda: {TENSORRT: module})
     monkeypatch.setattr("samekit.backends.onnxruntime.CUDA_PROVIDER", "none")
 
