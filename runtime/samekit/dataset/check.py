@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from samekit.dataset.clip import timing
+from samekit.dataset.file_names import SILENCE_FILE, STATE_FOLDER
 from samekit.dataset.manifest import read_manifest
 from samekit.dataset.options import Settings, Shard
-from samekit.dataset.output import SILENCE_FILE, STATE_FOLDER
 from samekit.errors import InputError, LatentsFileError
 from samekit.files.atomic import temporary_target
 from samekit.files.latents import MODEL_DIGEST, map_array, read_latents

@@ -19,8 +19,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
+from samekit.dataset.file_names import STATE_FOLDER, clip_name, is_clips
 from samekit.dataset.options import Settings, Shard
-from samekit.dataset.output import MOST_HEADER_BYTES, STATE_FOLDER, clip_name, is_clips
+from samekit.dataset.output import MOST_HEADER_BYTES
 from samekit.errors import InputError
 from samekit.files.atomic import atomic_path, output_errors, remove_abandoned
 from samekit.files.json_fields import check_kinds

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from samekit.arguments import MOST_THREADS, check_flag, check_whole
-from samekit.dataset.output import SILENCE_FILE
+from samekit.dataset.file_names import SILENCE_FILE
 from samekit.errors import InputError
 from samekit.files.json_fields import check_kinds
 

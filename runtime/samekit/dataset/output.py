@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import tempfile
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from samekit.dataset.file_names import SILENCE_FILE, STATE_FOLDER, is_clips
 from samekit.errors import InputError, OutputError, SamekitError
 from samekit.files.atomic import output_errors
 from samekit.files.paths import expanded, named
@@ -31,18 +31,11 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from samekit.dataset.options import Shard
-
-STATE_FOLDER: Final = ".samekit"
-"""Folder of manifest, lock and report, in the output."""
-SILENCE_FILE: Final = "silence.npy"
-"""The latents of silence, `[1, latent_width, latents of sample_size]`."""
 MOST_HEADER_BYTES: Final = 2**16
 """Most bytes of the first line of a manifest, which holds the settings."""
 # What a driver that is killed forgets, at most; the clips of that time are encoded again.
 _SECONDS_BETWEEN_PARTS: Final = 10.0
 _WHOLE: Final = ".whole-"
-# Of a clip's number in the names of its files.
-_DIGITS: Final = 12
 
 
 def find_output(path: str | os.PathLike[str]) -> Output:
@@ -295,16 +288,6 @@ class RemoteOutput(Output):
 
     def _read_errors(self) -> AbstractContextManager[None]:
         return output_errors(self._url, Exception, "cannot be read", "check URL, network and permissions")
-
-
-def clip_name(number: int) -> str:
-    """Name of a clip's files, without the suffix."""
-    return f"{number:0{_DIGITS}d}"
-
-
-def is_clips(name: str) -> bool:
-    """Whether a file's name is one that a run may give: any `.npy`, and `.json` after a clip's number."""
-    return name.endswith(".npy") or re.fullmatch(rf"\d{{{_DIGITS}}}\.json", name) is not None
 
 
 def _digest(manifest: bytes) -> str:

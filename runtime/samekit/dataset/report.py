@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from samekit.dataset.output import STATE_FOLDER
+from samekit.dataset.file_names import STATE_FOLDER
 from samekit.dataset.sources import Found
 from samekit.files.atomic import atomic_path, output_errors
 

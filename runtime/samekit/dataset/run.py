@@ -25,9 +25,10 @@ import numpy as np
 from samekit.backends.cpu import available_cpus
 from samekit.dataset.clip import CuttingRules, digest_of, expected_latents
 from samekit.dataset.executor import Encoder, LocalEncoder, default_readers
+from samekit.dataset.file_names import SILENCE_FILE, STATE_FOLDER
 from samekit.dataset.manifest import Manifest, Row, clear_away
 from samekit.dataset.options import PreEncodeOptions, Settings
-from samekit.dataset.output import SILENCE_FILE, STATE_FOLDER, find_output
+from samekit.dataset.output import find_output
 from samekit.dataset.pipeline import Job, Outcome, Task
 from samekit.dataset.report import PreEncodeReport, Progress, write_report
 from samekit.dataset.sources import Found, Source, find_sources
