@@ -31,7 +31,7 @@ def checkpoint_digest(config: Any, tensors: Mapping[str, torch.Tensor]) -> str:
     layout = {name: [array.dtype.name, array.shape] for name, array in arrays.items()}
     digest = hashlib.sha256(canonical_json({"configuration": config, "tensors": layout}))
     for array in arrays.values():
-        # No copy is made of what is little-endian and in C order, as tensors of a file are.
+        # Arrays that are little-endian and in C order, such as tensors from a file, are not copied.
         values = array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)
         digest.update(values.reshape(-1).view("uint8").data)
     return digest.hexdigest()

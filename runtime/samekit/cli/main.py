@@ -22,7 +22,7 @@ def main(verbose: bool) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(EscapingFormatter("samekit: %(message)s"))
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
-    # This library has a handler of its own, so that each line would be shown twice.
+    # This library installs a log handler. Without this each of its lines would be shown twice.
     logging.getLogger("huggingface_hub").propagate = False
 
 

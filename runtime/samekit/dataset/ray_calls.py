@@ -73,7 +73,7 @@ class _Actor:
 
 
 class Calls:
-    """The calls of one run that have not returned, and the batches that nobody has yet."""
+    """The pending calls of one run, and the batches that are not assigned yet."""
 
     def __init__(self, ray: Any, handles: list[Any], facts: Facts, job: Job, batches: Iterable[_Batch]) -> None:
         self._ray = ray
@@ -131,7 +131,7 @@ class Calls:
         self._calls[retry_until_restarted(actor.handle.facts).remote()] = actor, None
 
     def _deal(self) -> None:
-        """Give batches to whoever has room."""
+        """Assign waiting batches to actors that have room."""
         for actor in self._actors:
             while self._todo and actor.joined and actor.in_hand < BATCHES_IN_HAND:
                 batch = self._todo.popleft()
