@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-from common import counts, engine_argument, finish, half_of, open_codec, plot_bars, plot_option, question
+from common import call_of, counts, engine_argument, finish, open_codec, plot_bars, plot_option, question
 
-from samekit.engine.spec import DECODER, ENCODER
+from samekit.engine.spec import DECODER, ENCODER, Direction
 from samekit.errors import InputError
 from samekit_export.verify import example_input, snr_db
 
@@ -30,19 +30,19 @@ LEVELS = (1.0, 0.01)
 
 
 def measure(
-    eager: Autoencoder, tested: dict[str, Autoencoder], half: str, lengths: list[int], seeds: int
+    eager: Autoencoder, tested: dict[str, Autoencoder], direction: Direction, lengths: list[int], seeds: int
 ) -> list[dict[str, Any]]:
     """A row for each precision and input."""
     rows = []
     for latents in lengths:
         for seed in range(seeds):
-            usual = example_input(eager.spec, half, 1, latents, seed=1000 + seed)
+            usual = example_input(eager.spec, direction, 1, latents, seed=1000 + seed)
             for level in LEVELS:
                 given = usual * np.float32(level)
-                expected = half_of(eager, half)(given)
+                expected = call_of(eager, direction)(given)
                 for precision, codec in tested.items():
-                    snr = round(snr_db(expected, half_of(codec, half)(given)), 1)
-                    row = {"half": half, "latents": latents, "seed": seed, "level": level}
+                    snr = round(snr_db(expected, call_of(codec, direction)(given)), 1)
+                    row = {"direction": direction, "latents": latents, "seed": seed, "level": level}
                     rows.append({**row, "precision": precision, "snr_db": snr})
     return rows
 
@@ -63,16 +63,16 @@ def main(
         raise InputError(f"{engine.folder}: holds no graph; export the model again")
     eager = open_codec(engine.folder, "torch", "fp32", threads)
     tested = {of: open_codec(engine.folder, "onnxruntime", of, threads) for of in precisions}
-    rows = [row for half in (ENCODER, DECODER) for row in measure(eager, tested, half, latents, seeds)]
+    rows = [row for direction in (ENCODER, DECODER) for row in measure(eager, tested, direction, latents, seeds)]
     least: dict[tuple[str, str, int, float], float] = {}
     for row in rows:
-        alike = (row["half"], row["precision"], row["latents"], row["level"])
+        alike = (row["direction"], row["precision"], row["latents"], row["level"])
         least[alike] = min(row["snr_db"], least.get(alike, math.inf))
     print(f"{'':10}{'':10}{'latents':>8}{'level':>8}{'least SNR':>12}")
     panels: dict[str, dict[str, float]] = {ENCODER: {}, DECODER: {}}
-    for (half, of, length, level), snr in least.items():
-        panels[half][f"{of}, {length} latents, level {level:g}"] = snr
-        print(f"{half:10}{of:10}{length:>8}{level:>8g}{snr:>9.1f} dB")
+    for (direction, of, length, level), snr in least.items():
+        panels[direction][f"{of}, {length} latents, level {level:g}"] = snr
+        print(f"{direction:10}{of:10}{length:>8}{level:>8g}{snr:>9.1f} dB")
     if plot_path:
         plot_bars(plot_path, panels, x="SNR in dB, the least of all inputs")
     finish("accuracy", rows)

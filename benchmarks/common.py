@@ -14,7 +14,7 @@ from samekit import AutoencoderModel
 from samekit.backends.onnxruntime import CPU_PROVIDER, session_options
 from samekit.cli.group import Command
 from samekit.engine.folder import Engine, find_engine
-from samekit.engine.spec import ENCODER
+from samekit.engine.spec import ENCODER, Direction
 from samekit.errors import SamekitError
 from samekit.packages import import_onnxruntime
 from samekit_export.measure import interleaved, machine, summary
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from samekit.batches import Autoencoder
 
 __all__ = [
+    "call_of",
     "child",
     "counts",
     "engine_argument",
     "finish",
-    "half_of",
     "interleaved",
     "machine",
     "open_codec",
@@ -98,9 +98,9 @@ plot_option = click.option(
 """Where a benchmark writes its picture."""
 
 
-def half_of(codec: Autoencoder, half: str) -> Callable[[Any], Any]:
+def call_of(codec: Autoencoder, direction: Direction) -> Callable[[Any], Any]:
     """The call that users make."""
-    return codec.encode_audio if half == ENCODER else codec.decode_audio
+    return codec.encode_audio if direction == ENCODER else codec.decode_audio
 
 
 def open_codec(engine: Path, backend: str, precision: str, threads: int | None) -> Autoencoder:

@@ -3,7 +3,7 @@
 Every variant is written as an ONNX graph, of seeded random weights or of `same-tiny`'s trained ones, and run in ONNX
 Runtime, in turn with the others; the yardstick of accuracy is eager PyTorch in float32.
 
-    python benchmarks/int8_trade.py same-s --half encoder --latents 64
+    python benchmarks/int8_trade.py same-s --direction encoder --latents 64
 
 With `--threads 1` times are processor time, which other work on the machine hardly disturbs.
 """
@@ -25,10 +25,10 @@ from common import finish, interleaved, machine, open_session, plot_bars, plot_o
 
 from samekit.arguments import MOST_THREADS
 from samekit.audio import read_audio, to_channels
-from samekit.engine.spec import DECODER, ENCODER
+from samekit.engine.spec import DECODER, ENCODER, Direction
 from samekit_export.checkpoint import BUNDLED_FOLDERS, load
 from samekit_export.export import GRAPHS
-from samekit_export.int8 import MEASURES, Measures, prepare_, quantize_, use_
+from samekit_export.int8 import MEASURES, QuantizationOptions, prepare_, quantize_, use_
 from samekit_export.int8_layers import Int8Linear
 from samekit_export.model import Same
 from samekit_export.model_spec import spec_of
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
     from samekit_export.graph import GraphDecoder, GraphEncoder
 
 FLOAT32, EXPORTED, TOGETHER = "float32", "as exported", "rows not apart"
-NONE = Measures(**dict.fromkeys((field.name for field in fields(Measures)), False))
+NONE = QuantizationOptions(**dict.fromkeys((field.name for field in fields(QuantizationOptions)), False))
 
 # Variant -> what is done, and the roles that stay float32.
-VARIANTS: dict[str, tuple[Measures, tuple[str, ...]]] = {
+VARIANTS: dict[str, tuple[QuantizationOptions, tuple[str, ...]]] = {
     "every product int8": (MEASURES, ()),
     "feed-forward's end float32": (MEASURES, ("ff",)),
     "value and gate float32": (MEASURES, ("value", "gate")),
@@ -53,7 +53,7 @@ VARIANTS: dict[str, tuple[Measures, tuple[str, ...]]] = {
     "heads not rotated": (replace(MEASURES, rotate_heads=False), ()),
     "features not scaled": (replace(MEASURES, scale_features=False), ()),
     "rounded to nearest": (replace(MEASURES, compensate=False), ()),
-    TOGETHER: (replace(MEASURES, feed_apart=False), ()),
+    TOGETHER: (replace(MEASURES, split_latent_rows=False), ()),
     "none of these measures": (NONE, ()),
 }
 
@@ -78,14 +78,14 @@ def change(graph: GraphEncoder | GraphDecoder, model: Same, variant: str) -> int
     return sum(isinstance(module, Int8Linear) for module in graph.modules())
 
 
-def from_file(path: Path, model: Same, half: str, latents: int) -> np.ndarray[Any, Any]:
+def from_file(path: Path, model: Same, direction: Direction, latents: int) -> np.ndarray[Any, Any]:
     """The start of a file, or its latents."""
     config, length = model.config, latents * model.config.hop
     samples, rate = read_audio(path)
     if rate != config.sample_rate or samples.shape[1] < length:
         raise click.UsageError(f"{path}: not {length} samples at {config.sample_rate} Hz")
     clip = np.ascontiguousarray(to_channels(samples[:, :length], config.channels)[None])
-    if half == ENCODER:
+    if direction == ENCODER:
         return clip
     with torch.inference_mode():
         return model.encode(torch.from_numpy(clip)).numpy()
@@ -93,7 +93,7 @@ def from_file(path: Path, model: Same, half: str, latents: int) -> np.ndarray[An
 
 @question
 @click.argument("name", type=click.Choice(["tiny-s", "tiny-l", "same-s", "same-l", "same-tiny"]))
-@click.option("--half", default=ENCODER, show_default=True, type=click.Choice([ENCODER, DECODER]))
+@click.option("--direction", default=ENCODER, show_default=True, type=click.Choice([ENCODER, DECODER]))
 @click.option("--variants", callback=listed, help="Separated by commas. [default: all]")
 @click.option("--latents", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--audio", type=click.Path(path_type=Path, exists=True), help="Its start in place of noise.")
@@ -103,7 +103,7 @@ def from_file(path: Path, model: Same, half: str, latents: int) -> np.ndarray[An
 @plot_option
 def main(
     name: str,
-    half: str,
+    direction: Direction,
     variants: list[str],
     latents: int,
     audio: Path | None,
@@ -115,24 +115,24 @@ def main(
     """Print the table for one half of one model; the last line is JSON."""
     threads = threads or machine()["cores"]
     # The encoder feeds no rows apart.
-    chosen = [variant for variant in variants if half == DECODER or variant != TOGETHER]
+    chosen = [variant for variant in variants if direction == DECODER or variant != TOGETHER]
     if not chosen:
         raise click.UsageError(f"{TOGETHER!r} is a variant of decoders")
     torch.set_num_threads(threads)
     checkpoint = load(name) if name in BUNDLED_FOLDERS else random_checkpoint(name, seed)
     model = Same.from_checkpoint(checkpoint)
     array = (
-        from_file(audio, model, half, latents)
+        from_file(audio, model, direction, latents)
         if audio
-        else example_input(spec_of(checkpoint), half, 1, latents, seed=1)
+        else example_input(spec_of(checkpoint), direction, 1, latents, seed=1)
     )
     with torch.inference_mode():
-        run = model.encode if half == ENCODER else model.decode
+        run = model.encode if direction == ENCODER else model.decode
         expected = run(torch.from_numpy(array)).numpy()
     rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for number, variant in enumerate(chosen):
-            graph = GRAPHS[half](model)
+            graph = GRAPHS[direction](model)
             rows[variant] = {"int8_products": change(graph, model, variant)}
             write_onnx(graph, Path(folder, f"{number}.onnx"))
             print(f"  written: {variant}", flush=True)
@@ -146,7 +146,7 @@ def main(
         clock = time.process_time if threads == 1 else time.perf_counter
         for variant, times in interleaved(calls, runs, clock).items():
             rows[variant]["seconds"] = summary(times)
-    print(f"\n| {name}, {half}, {latents} latents | int8 products | SNR | fastest run |\n|---|---|---|---|")
+    print(f"\n| {name}, {direction}, {latents} latents | int8 products | SNR | fastest run |\n|---|---|---|---|")
     for variant, row in rows.items():
         print(f"| {variant} | {row['int8_products']} | {row['snr_db']} dB | {row['seconds']['min']:.3f} s |")
     if plot_path:
@@ -154,8 +154,8 @@ def main(
             "SNR in dB": {variant: row["snr_db"] for variant, row in rows.items()},
             "seconds": {variant: row["seconds"]["min"] for variant, row in rows.items()},
         }
-        plot_bars(plot_path, panels, x=f"{name}, {half}")
-    settings = {"model": name, "half": half, "latents": latents, "seed": seed, "threads": threads}
+        plot_bars(plot_path, panels, x=f"{name}, {direction}")
+    settings = {"model": name, "direction": direction, "latents": latents, "seed": seed, "threads": threads}
     finish("int8_trade", {**settings, "variants": rows})
 
 

@@ -18,7 +18,7 @@ import torch
 from common import finish, plot_bars, plot_option, question
 
 from samekit_export.graph import GraphDecoder, GraphEncoder
-from samekit_export.graph_layers import ISLANDS, Islands
+from samekit_export.graph_layers import ISLANDS, Fp32Ops
 from samekit_export.model import Same
 from samekit_export.random_weights import random_checkpoint
 from samekit_export.verify import snr_db
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
     from samekit_export.graph import Graph
 
-NAMES = [field.name for field in dataclasses.fields(Islands)]
+NAMES = [field.name for field in dataclasses.fields(Fp32Ops)]
 
 
-def variants() -> Iterator[tuple[str, Islands]]:
+def variants() -> Iterator[tuple[str, Fp32Ops]]:
     """What is exported, all islands, none, and the exported ones with one more or one less."""
     yield "exported", ISLANDS
-    yield "all", Islands(**dict.fromkeys(NAMES, True))
-    yield "none", Islands(**dict.fromkeys(NAMES, False))
+    yield "all", Fp32Ops(**dict.fromkeys(NAMES, True))
+    yield "none", Fp32Ops(**dict.fromkeys(NAMES, False))
     for name in NAMES:
         kept = getattr(ISLANDS, name)
         yield f"{'without' if kept else 'with'} {name}", dataclasses.replace(ISLANDS, **{name: not kept})
@@ -74,7 +74,7 @@ def accuracy(graph: Graph, expected: Tensor, given: Tensor) -> str:
     return f"{snr_db(expected.numpy(), out.numpy()):.1f}" if bool(out.isfinite().all()) else "refused"
 
 
-def measure(model: Same, islands: Islands, cases: dict[str, tuple[Tensor, Tensor]]) -> dict[str, list[str]]:
+def measure(model: Same, islands: Fp32Ops, cases: dict[str, tuple[Tensor, Tensor]]) -> dict[str, list[str]]:
     """Encoder and decoder of one variant on several pairs of inputs."""
     rows: dict[str, list[str]] = {case: [] for case in cases}
     # One half at a time: at full size each takes gigabytes.
@@ -115,8 +115,8 @@ def main(name: str, latents: int, seed: int, only: tuple[str, ...], worst_cases:
         print(f"| {row} | {encode} | {decode} |")
     if plot_path:
         panels = {
-            half: {row: float(cells[i]) for row, cells in rows.items() if cells[i] != "refused"}
-            for i, half in enumerate(("encode", "decode"))
+            direction: {row: float(cells[i]) for row, cells in rows.items() if cells[i] != "refused"}
+            for i, direction in enumerate(("encode", "decode"))
         }
         plot_bars(plot_path, panels, x="SNR in dB")
     finish("islands", {"model": name, "latents": latents, "seed": seed, "snr_db": rows})

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import click
 import torch
 from common import (
+    call_of,
     counts,
     engine_argument,
     finish,
-    half_of,
     interleaved,
     machine,
     open_codec,
@@ -27,7 +27,7 @@ from common import (
     summary,
 )
 
-from samekit.engine.spec import DECODER, ENCODER
+from samekit.engine.spec import DECODER, ENCODER, Direction
 from samekit_export.config import BandSpan
 from samekit_export.diffusers import diffusers_tensor, published_key
 from samekit_export.verify import FLOOR_DB, example_input, snr_db
@@ -127,14 +127,14 @@ YARDSTICKS: dict[str, Callable[[Any], None]] = {
 """What else to measure beside eager PyTorch in float32, by name: each changes an eager backend in place."""
 
 
-def measure(codecs: dict[str, Autoencoder], half: str, latents: int, runs: int) -> list[dict[str, Any]]:
+def measure(codecs: dict[str, Autoencoder], direction: Direction, latents: int, runs: int) -> list[dict[str, Any]]:
     """A row for each candidate on one length."""
     spec = codecs[EAGER].spec
-    given = example_input(spec, half, 1, latents, seed=latents)
+    given = example_input(spec, direction, 1, latents, seed=latents)
     for codec in codecs.values():
         # What a service sees: the engine would otherwise pack its weights in one of the counted runs.
-        codec.backend.expect_many_calls(half)
-    calls = {name: half_of(codec, half) for name, codec in codecs.items()}
+        codec.backend.use_packed_weights(direction)
+    calls = {name: call_of(codec, direction) for name, codec in codecs.items()}
     expected = calls[EAGER](given)
     accuracy = {name: snr_db(expected, call(given)) for name, call in calls.items()}
     times = interleaved({name: partial(call, given) for name, call in calls.items()}, runs)
@@ -146,7 +146,7 @@ def measure(codecs: dict[str, Autoencoder], half: str, latents: int, runs: int) 
         agrees = name == EAGER or accuracy[name] >= floor
         rows.append(
             {
-                "half": half,
+                "direction": direction,
                 "latents": latents,
                 "candidate": name,
                 "seconds": figures,
@@ -165,7 +165,7 @@ def show(row: dict[str, Any]) -> str:
     snr = "" if row["snr_db"] is None else f"{row['snr_db']:.1f} dB"
     seconds = row["seconds"]
     return (
-        f"{row['half']:8}{row['latents']:>6}  {row['candidate']:18}{seconds['median']:>9.3f} s "
+        f"{row['direction']:8}{row['latents']:>6}  {row['candidate']:18}{seconds['median']:>9.3f} s "
         f"({seconds['min']:.3f} ... {seconds['max']:.3f}) {ratio:>9} {snr:>9}"
     )
 
@@ -192,13 +192,13 @@ def main(
     """Print the table for one ENGINE folder; the last line is JSON."""
     codecs = open_all(engine.folder, precision.split(","), threads or machine()["cores"], list(yardsticks))
     rows = []
-    for half in (ENCODER, DECODER):
+    for direction in (ENCODER, DECODER):
         for length in latents:
-            for row in measure(codecs, half, length, runs):
+            for row in measure(codecs, direction, length, runs):
                 rows.append(row)
                 print(show(row), flush=True)
     if plot_path:
-        points = [(row["half"], row["candidate"], row["latents"], row["per_latent_ms"]) for row in rows]
+        points = [(row["direction"], row["candidate"], row["latents"], row["per_latent_ms"]) for row in rows]
         plot_lines(plot_path, points, x="latents", y="ms per latent")
     finish("latency", rows)
 

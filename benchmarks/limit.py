@@ -34,7 +34,7 @@ from common import (
 from onnx import TensorProto, helper, numpy_helper
 
 from samekit.arguments import MOST_THREADS
-from samekit.engine.spec import DECODER, ENCODER, INPUT_NAMES
+from samekit.engine.spec import DECODER, ENCODER, INPUT_NAMES, Direction
 from samekit_export.verify import example_input
 
 if TYPE_CHECKING:
@@ -133,8 +133,8 @@ def breakdown(events: Iterable[dict[str, Any]]) -> dict[str, float]:
 @click.option("--precision", default="fp32", show_default=True)
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="[default: all cores]")
 @click.option(
-    "--half",
-    "halves",
+    "--direction",
+    "directions",
     multiple=True,
     default=(ENCODER, DECODER),
     type=click.Choice((ENCODER, DECODER)),
@@ -146,41 +146,41 @@ def main(
     latents: int,
     precision: str,
     threads: int | None,
-    halves: tuple[str, ...],
+    directions: tuple[Direction, ...],
     plot_path: Path | None,
 ) -> None:
-    """Print the fraction and the breakdown for the halves of one ENGINE folder; the last line is JSON."""
+    """Print the fraction and the breakdown for the directions of one ENGINE folder; the last line is JSON."""
     threads = threads or machine()["cores"]
     engine.check(precision)
     rows: dict[str, dict[str, Any]] = {}
-    for half in halves:
-        path, given = engine.graph(half, precision), example_input(engine.spec, half, 1, latents, seed=0)
+    for direction in directions:
+        path, given = engine.graph(direction, precision), example_input(engine.spec, direction, 1, latents, seed=0)
         opened = open_session(path, threads, precision)
-        if [node.name for node in opened.get_inputs()] != [INPUT_NAMES[half]]:
-            raise click.ClickException(f"{path}: not the graph of an {half}")
+        if [node.name for node in opened.get_inputs()] != [INPUT_NAMES[direction]]:
+            raise click.ClickException(f"{path}: not the graph of an {direction}")
         seconds = fastest(opened, given)
         del opened
         events = profile(path, given, threads, precision)
-        rows[half] = {"seconds": seconds, "operations": sum(map(operations, events)), "shares": breakdown(events)}
+        rows[direction] = {"seconds": seconds, "operations": sum(map(operations, events)), "shares": breakdown(events)}
     # Last: memory that large products have used and freed makes graphs up to 8 % slower than in a fresh process.
     limit = measured_limit(precision, threads)
     print(f"large {precision} products: {limit / 1e9:.0f} GOP/s with {threads} threads")
-    for half, row in rows.items():
+    for name, row in rows.items():
         speed = row["operations"] / row["seconds"]
         row["of_limit"] = speed / limit
         print(
-            f"{half}: {row['operations'] / 1e9:.1f} giga-operations in {row['seconds']:.3f} s, "
+            f"{name}: {row['operations'] / 1e9:.1f} giga-operations in {row['seconds']:.3f} s, "
             f"{speed / 1e9:.0f} GOP/s, {row['of_limit']:.1%} of the limit"
         )
-        for name, share in list(row["shares"].items())[:12]:
-            print(f"    {share:6.1%}  {name}")
+        for step, share in list(row["shares"].items())[:12]:
+            print(f"    {share:6.1%}  {step}")
     if plot_path:
         plot_bars(
             plot_path,
-            {f"{half}, {row['of_limit']:.0%} of the limit": row["shares"] for half, row in rows.items()},
+            {f"{name}, {row['of_limit']:.0%} of the limit": row["shares"] for name, row in rows.items()},
             x="share of the time",
         )
-    results = {"limit_gops": limit / 1e9, "latents": latents, "precision": precision, **rows}
+    results: dict[str, Any] = {"limit_gops": limit / 1e9, "latents": latents, "precision": precision, **rows}
     finish("limit", results)
 
 

@@ -67,7 +67,7 @@ def main(engine: Engine, latents: list[int], precision: str, plot_path: Path | N
                 path.unlink()
             print(f"{length:>6} latents  encode {row[ENCODER]:7.0f} MiB  decode {row[DECODER]:7.0f} MiB", flush=True)
     if plot_path:
-        points = [(spec.name, half, row["latents"], peak) for row in rows for half, peak in row["peak_mib"].items()]
+        points = [(spec.name, name, row["latents"], peak) for row in rows for name, peak in row["peak_mib"].items()]
         plot_lines(plot_path, points, x="latents", y="MiB at the peak")
     finish("memory", rows)
 

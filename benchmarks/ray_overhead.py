@@ -28,11 +28,11 @@ from pre_encode import write_dataset
 
 from samekit import AutoencoderModel
 from samekit.backends.cpu import available_cpus
-from samekit.dataset.ray import RayEncoder, RayOptions
+from samekit.dataset.ray import RayExecutor, RayOptions
 from samekit.dataset.run import pre_encode
 
 if TYPE_CHECKING:
-    from samekit.dataset.executor import Encoder
+    from samekit.dataset.executor import Executor
     from samekit.engine.folder import Engine
 
 
@@ -41,10 +41,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def started(stack: ExitStack, engine: str, options: RayOptions) -> tuple[RayEncoder, float]:
+def started(stack: ExitStack, engine: str, options: RayOptions) -> tuple[RayExecutor, float]:
     """Actors that have opened the model, and the seconds that took."""
     start = time.perf_counter()
-    encoder = stack.enter_context(RayEncoder(engine, options, device="cpu", backend="onnxruntime"))
+    encoder = stack.enter_context(RayExecutor(engine, options, device="cpu", backend="onnxruntime"))
     return encoder, time.perf_counter() - start
 
 
@@ -58,7 +58,7 @@ def cpu_seconds() -> float:
     return total
 
 
-def one_run(encoder: AutoencoderModel | Encoder, data: Path, out: Path) -> tuple[float, float]:
+def one_run(encoder: AutoencoderModel | Executor, data: Path, out: Path) -> tuple[float, float]:
     """Seconds of a whole run into a new folder, and those of the cores."""
     shutil.rmtree(out, ignore_errors=True)
     cpu, start = cpu_seconds(), time.perf_counter()

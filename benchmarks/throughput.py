@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from common import (
+    call_of,
     counts,
     engine_argument,
     finish,
-    half_of,
     interleaved,
     machine,
     open_codec,
@@ -62,26 +62,28 @@ def main(
     default = open_codec(engine.folder, "onnxruntime", precision, threads or machine()["cores"])
     codecs = {window: type(default)(default.backend, window) for window in windows}
     rows: list[dict[str, Any]] = []
-    for half in (ENCODER, DECODER):
-        default.backend.expect_many_calls(half)
-        print(f"{half}: the default window is {default.windows(half).size} latents")
+    for direction in (ENCODER, DECODER):
+        default.backend.use_packed_weights(direction)
+        print(f"{direction}: the default window is {default.windows(direction).size} latents")
         for batch in batches:
-            inputs = {count: example_input(engine.spec, half, batch, count // batch, seed=batch) for count in latents}
-            calls = {(w, n): partial(half_of(codecs[w], half), inputs[n]) for w in windows for n in latents}
+            inputs = {
+                count: example_input(engine.spec, direction, batch, count // batch, seed=batch) for count in latents
+            }
+            calls = {(w, n): partial(call_of(codecs[w], direction), inputs[n]) for w in windows for n in latents}
             for (window, count), times in interleaved(calls, runs).items():
                 seconds = batch * (count // batch) * engine.spec.hop / engine.spec.sample_rate
                 speed = summary([seconds / time for time in times])
-                shape = {"half": half, "batch": batch, "window": window, "latents": count}
+                shape = {"direction": direction, "batch": batch, "window": window, "latents": count}
                 rows.append({**shape, "audio_seconds_per_second": speed})
                 print(
-                    f"{half:8} batch {batch:>3}  window {window:>5}  latents {count:>5} {speed['median']:8.2f} s/s "
+                    f"{direction} batch {batch:>3}  window {window:>5}  latents {count:>5} {speed['median']:7.2f} s/s "
                     f"({speed['min']:.2f} ... {speed['max']:.2f})",
                     flush=True,
                 )
     if plot_path:
         points = [
             (
-                row["half"],
+                row["direction"],
                 f"batch {row['batch']}, {row['latents']} latents",
                 row["window"],
                 row["audio_seconds_per_second"]["median"],

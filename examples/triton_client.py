@@ -18,7 +18,7 @@ import tritonclient.grpc as triton
 from samekit import AutoencoderModel
 from samekit.backends.base import Backend
 from samekit.cli.group import Command
-from samekit.engine.spec import ENCODER, INPUT_NAMES, EngineSpec, other
+from samekit.engine.spec import ENCODER, INPUT_NAMES, Direction, EngineSpec, opposite
 from samekit.errors import BackendError
 from samekit.serving.triton import facts_of, model_name
 
@@ -52,16 +52,16 @@ class TritonBackend(Backend):
         super().__init__(EngineSpec(**facts, source={"kind": "triton", "url": url}), precision)
         self._most = config.max_batch_size
 
-    def _run(self, half: str, array: Array) -> Array:
+    def _run(self, direction: Direction, array: Array) -> Array:
         rows = range(0, len(array), self._most)
-        return np.concatenate([self._infer(half, array[row : row + self._most]) for row in rows])
+        return np.concatenate([self._infer(direction, array[row : row + self._most]) for row in rows])
 
-    def _infer(self, half: str, array: Array) -> Array:
+    def _infer(self, direction: Direction, array: Array) -> Array:
         """One request."""
-        values = triton.InferInput(INPUT_NAMES[half], list(array.shape), "FP32")
+        values = triton.InferInput(INPUT_NAMES[direction], list(array.shape), "FP32")
         values.set_data_from_numpy(np.ascontiguousarray(array))
-        answer = self._called(self._client.infer, model_name(self.spec.name, half), [values])
-        result: Array = answer.as_numpy(INPUT_NAMES[other(half)])
+        answer = self._called(self._client.infer, model_name(self.spec.name, direction), [values])
+        result: Array = answer.as_numpy(INPUT_NAMES[opposite(direction)])
         return result
 
     def _called(self, call: Callable[..., Any], *arguments: Any) -> Any:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from samekit.engine.spec import INPUT_NAMES, other
+from samekit.engine.spec import INPUT_NAMES, opposite
 from samekit.tensorrt.fingerprint import PROFILES, TENSORRT
 
 # A stream is a number; TensorRT would synchronise the device on the default one, 0.
@@ -27,11 +27,11 @@ def floats_at(address, shape):
     return np.ctypeslib.as_array(numbers).reshape(shape)
 
 
-def computed(spec, half, array):
+def computed(spec, direction, array):
     """What the fake computes: a latent's output is the sum of its input, plus the number of the feature."""
-    latents = array.shape[2] // spec.layout(half)[1]
+    latents = array.shape[2] // spec.layout(direction)[1]
     sums = array.reshape(array.shape[0], array.shape[1], latents, -1).sum(axis=(1, 3), dtype=np.float64)
-    shape = spec.input_shape(other(half), array.shape[0], latents)
+    shape = spec.input_shape(opposite(direction), array.shape[0], latents)
     spread = np.repeat(sums[:, None], shape[2] // latents, axis=2)
     return (spread + np.arange(shape[1])[:, None]).astype(np.float32)
 
@@ -69,10 +69,10 @@ class FakeTensorRT:
 class FakeEngine:
     num_io_tensors = 2
 
-    def __init__(self, module, half):
+    def __init__(self, module, direction):
         self.module = module
-        self.half = half
-        self.names = (INPUT_NAMES[half], INPUT_NAMES[other(half)])
+        self.direction = direction
+        self.names = (INPUT_NAMES[direction], INPUT_NAMES[opposite(direction)])
 
     def get_tensor_name(self, index):
         return self.names[index]
@@ -123,7 +123,7 @@ class FakeContext:
         return self.module.works("profile")
 
     def _latents(self, shape):
-        return shape[2] // self.module.spec.layout(self.engine.half)[1]
+        return shape[2] // self.module.spec.layout(self.engine.direction)[1]
 
     def set_input_shape(self, name, shape):
         assert name == self.engine.names[0]
@@ -139,7 +139,7 @@ class FakeContext:
         assert name == self.engine.names[1]
         if not self.module.works("output shape"):
             return (1, 2, 3)
-        return self.module.spec.input_shape(other(self.engine.half), self.shape[0], self._latents(self.shape))
+        return self.module.spec.input_shape(opposite(self.engine.direction), self.shape[0], self._latents(self.shape))
 
     def update_device_memory_size_for_shapes(self):
         return 10 * self.shape[0] * self._latents(self.shape) if self.module.works("memory") else 0
@@ -162,7 +162,7 @@ class FakeContext:
             FakeContext.captured.append(weakref.ref(self))
             return True
         source, target = (self.addresses[name] for name in self.engine.names)
-        result = computed(self.module.spec, self.engine.half, floats_at(source, self.shape))
+        result = computed(self.module.spec, self.engine.direction, floats_at(source, self.shape))
         floats_at(target, result.shape)[:] = result
         return True
 

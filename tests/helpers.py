@@ -20,14 +20,14 @@ from samekit_export.verify import snr_db
 
 GOLDEN = Path(__file__).parent / "golden"
 KINDS = ("tiny-s", "tiny-l")
-HALVES = (ENCODER, DECODER)
+DIRECTIONS = (ENCODER, DECODER)
 # Every name but "auto"; a test holds this list to `samekit.backends.BACKENDS`.
 BACKEND_NAMES = ("tensorrt", "onnxruntime", "torch")
 EACH_BACKEND = [pytest.param(name, marks=pytest.mark.gpu) if name == "tensorrt" else name for name in BACKEND_NAMES]
 RATE = 44_100
 HOP = 4096
 
-each_half = pytest.mark.parametrize("half", HALVES)
+each_direction = pytest.mark.parametrize("direction", DIRECTIONS)
 
 # The same object every time: drawing millions of numbers takes a while. Its tensors are not to be changed.
 seeded = functools.cache(random_checkpoint)
@@ -62,11 +62,11 @@ def assert_close(reference, output, least_db):
     assert (measured := snr_db(reference, output)) >= least_db, f"{measured:.1f} dB"
 
 
-def run_half(codec, half, array):
+def run_direction(codec, direction, array):
     """One half of whatever encodes and decodes arrays: a backend, or what stands behind an AutoencoderModel."""
     if isinstance(codec, Backend):
-        return codec.run(half, array)
-    return codec.encode_audio(array) if half == ENCODER else codec.decode_audio(array)
+        return codec.run(direction, array)
+    return codec.encode_audio(array) if direction == ENCODER else codec.decode_audio(array)
 
 
 def in_one_pass(module, array):
@@ -78,7 +78,7 @@ def in_one_pass(module, array):
 def edit(document, changes):
     """Set fields of nested objects by dotted paths; `*` stands for encoder and decoder, REMOVED removes."""
     for pattern, value in changes.items():
-        for path in {pattern.replace("*", half) for half in HALVES}:
+        for path in {pattern.replace("*", direction) for direction in DIRECTIONS}:
             *parents, field = path.split(".")
             inner = document
             for parent in parents:
@@ -98,9 +98,9 @@ def variant(name, changes):
         return random_checkpoint(name)
 
 
-def smallest_window(spec, half):
+def smallest_window(spec, direction):
     """Latents in the smallest exact window of one half."""
-    needed = 2 * spec.contexts[half] + spec.alignment
+    needed = 2 * spec.contexts[direction] + spec.alignment
     return spec.alignment * -(-needed // spec.alignment)
 
 
@@ -132,12 +132,12 @@ class FakeBackend(Backend):
         self.answer = answer or self.zeros
         self.calls = []
 
-    def zeros(self, half, array):
+    def zeros(self, direction, array):
         """Silence, or latents of nothing."""
         batch, _, length = array.shape
-        shape = (batch, 4, length // 8) if half == ENCODER else (batch, 2, length * 8)
+        shape = (batch, 4, length // 8) if direction == ENCODER else (batch, 2, length * 8)
         return np.zeros(shape, np.float32)
 
-    def _run(self, half, array):
-        self.calls.append(array.shape[-1] // (8 if half == ENCODER else 1))
-        return self.answer(half, array)
+    def _run(self, direction, array):
+        self.calls.append(array.shape[-1] // (8 if direction == ENCODER else 1))
+        return self.answer(direction, array)

@@ -7,7 +7,7 @@ import hashlib
 
 import numpy as np
 import onnx
-from helpers import HALVES, FakeBackend, noise
+from helpers import DIRECTIONS, FakeBackend, noise
 from onnx import TensorProto, helper, numpy_helper
 
 from samekit.engine.folder import describe_graph
@@ -34,9 +34,9 @@ SMALL = {
 }
 
 
-def small_graph(half, folder, name=None, *, external=False):
+def small_graph(direction, folder, name=None, *, external=False):
     """A graph with the shapes of FakeBackend's spec; its weights may lie beside it."""
-    encoder = half == ENCODER
+    encoder = direction == ENCODER
     width_in, width_out = (16, 4) if encoder else (4, 16)
     shape_in, shape_out = (["b", 2, "n"], ["b", 4, "t"]) if encoder else (["b", 4, "t"], ["b", 2, "n"])
     constants = {
@@ -59,15 +59,15 @@ def small_graph(half, folder, name=None, *, external=False):
     ]
     graph = helper.make_graph(
         nodes,
-        half,
+        direction,
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape_in)],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape_out)],
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    path = folder / (name or f"{half}.onnx")
+    path = folder / (name or f"{direction}.onnx")
     if external:
-        location = f"{half}.onnx.data"
+        location = f"{direction}.onnx.data"
         onnx.save_model(model, path, save_as_external_data=True, location=location, size_threshold=100)
     else:
         onnx.save_model(model, path)
@@ -76,13 +76,13 @@ def small_graph(half, folder, name=None, *, external=False):
 def write_engine(folder):
     """An engine folder with small graphs and a TensorRT build."""
     folder.mkdir()
-    for half in HALVES:
-        small_graph(half, folder, external=half == ENCODER)
-    graphs = {half: describe_graph(folder, f"{half}.onnx") for half in HALVES}
+    for direction in DIRECTIONS:
+        small_graph(direction, folder, external=direction == ENCODER)
+    graphs = {direction: describe_graph(folder, f"{direction}.onnx") for direction in DIRECTIONS}
     spec = dataclasses.replace(
         FakeBackend().spec,
         graphs={"fp32": graphs},
-        verification={"fp32": [{"half": "encoder", "batch": 1, "latents": 2, "snr_db": 120.5, "max_error": 1e-6}]},
+        verification={"fp32": [{"direction": "encoder", "batch": 1, "latents": 2, "snr_db": 120.5, "max_error": 1e-6}]},
         tools={"samekit": "0.1.0"},
         source={"kind": "random", "name": "tiny-s", "seed": 0},
     )
@@ -92,9 +92,11 @@ def write_engine(folder):
     build.mkdir(parents=True)
     (build / "build.log").touch()
     engines = {}
-    for half in HALVES:
-        data = half.encode() * 100
-        (build / f"{half}.engine").write_bytes(data)
+    for direction in DIRECTIONS:
+        data = direction.encode() * 100
+        (build / f"{direction}.engine").write_bytes(data)
         digest = hashlib.sha256(data).hexdigest()
-        engines[half] = BuiltEngine(f"{half}.engine", len(data), digest, layers=9, seconds=1.5, peak_memory=None)
+        engines[direction] = BuiltEngine(
+            f"{direction}.engine", len(data), digest, layers=9, seconds=1.5, peak_memory=None
+        )
     write_document(Build(build, fingerprint, engines))

@@ -34,9 +34,9 @@ def sound(frames, channels=2, *, loud_first=True):
     time = np.arange(frames)[:, None] / RATE
     tones = 0.2 * np.sin(2 * np.pi * (300 + 200 * np.arange(channels)) * time)
     noise = np.random.RandomState(frames % 1000).standard_normal((frames, channels)) * 0.1
-    half = slice(None, frames // 2) if loud_first else slice(frames // 2, None)
+    direction = slice(None, frames // 2) if loud_first else slice(frames // 2, None)
     quiet = noise * 0.01
-    quiet[half] = noise[half]
+    quiet[direction] = noise[direction]
     return (tones + quiet).astype(np.float32)
 
 

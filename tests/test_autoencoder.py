@@ -19,9 +19,9 @@ from helpers import (
     FakeBackend,
     assert_close,
     assert_one_line,
-    each_half,
+    each_direction,
     noise,
-    run_half,
+    run_direction,
     smallest_window,
 )
 
@@ -43,39 +43,43 @@ def recorded(backend, monkeypatch):
     """The length of every call that a backend gets from now on, in latents."""
     lengths, run = [], backend._run
 
-    def record(half, array):
-        lengths.append(array.shape[-1] // (backend.spec.hop if half == ENCODER else 1))
-        return run(half, array)
+    def record(direction, array):
+        lengths.append(array.shape[-1] // (backend.spec.hop if direction == ENCODER else 1))
+        return run(direction, array)
 
     monkeypatch.setattr(backend, "_run", record)
     return lengths
 
 
-@each_half
+@each_direction
 @pytest.mark.parametrize("latents", [300, 301])
-def test_exact_windows_equal_one_pass(backend, half, latents, monkeypatch):
-    array = example_input(backend.spec, half, 1, latents, seed=latents)
-    whole = run_half(backend, half, array)
+def test_exact_windows_equal_one_pass(backend, direction, latents, monkeypatch):
+    array = example_input(backend.spec, direction, 1, latents, seed=latents)
+    whole = run_direction(backend, direction, array)
     lengths = recorded(backend, monkeypatch)
-    assert_close(whole, run_half(Autoencoder(backend, 64), half, array), LEAST_DB)
+    assert_close(whole, run_direction(Autoencoder(backend, 64), direction, array), LEAST_DB)
     assert len(lengths) >= 5
     assert max(lengths) == 64
 
 
-@each_half
+@each_direction
 @pytest.mark.parametrize("latents", [1, 2, 13, 30])
-def test_smallest_windows_equal_one_pass(backend, half, latents):
-    array = example_input(backend.spec, half, 2, latents, seed=latents)
+def test_smallest_windows_equal_one_pass(backend, direction, latents):
+    array = example_input(backend.spec, direction, 2, latents, seed=latents)
     # The decoder's window serves both halves: its context is no smaller.
     window = smallest_window(backend.spec, "decoder")
-    assert_close(run_half(backend, half, array), run_half(Autoencoder(backend, window), half, array), LEAST_DB)
+    assert_close(
+        run_direction(backend, direction, array),
+        run_direction(Autoencoder(backend, window), direction, array),
+        LEAST_DB,
+    )
 
 
-@each_half
-def test_default_window_bounds_the_memory(backend, half, monkeypatch):
-    array = example_input(backend.spec, half, 1, 600, seed=0)
+@each_direction
+def test_default_window_bounds_the_memory(backend, direction, monkeypatch):
+    array = example_input(backend.spec, direction, 1, 600, seed=0)
     lengths = recorded(backend, monkeypatch)
-    run_half(Autoencoder(backend), half, array)
+    run_direction(Autoencoder(backend), direction, array)
     assert max(lengths) <= 128
     assert sum(lengths) <= 600 * 1.2
 
@@ -87,7 +91,7 @@ def test_window_without_room(backend):
 
 
 def test_window_that_is_named_does_for_both_halves(backend):
-    least = max(smallest_window(backend.spec, half) for half in backend.spec.contexts)
+    least = max(smallest_window(backend.spec, direction) for direction in backend.spec.contexts)
     for window in range(1, least):
         with pytest.raises(InputError, match=f"pass a multiple of {backend.spec.alignment} from {least}$"):
             AutoencoderModel(backend, window=window)
@@ -256,7 +260,7 @@ ACCEPTED = {
 }
 COARSE = {
     "float16": lambda array: array.astype(np.float16),
-    "float16 tensor": lambda array: torch.from_numpy(array).half(),
+    "float16 tensor": lambda array: torch.from_numpy(array).direction(),
     "bfloat16 tensor": lambda array: torch.from_numpy(array).bfloat16(),
 }
 
@@ -695,11 +699,11 @@ def fail_on_call(backend, monkeypatch, number):
     """Let a backend fail on its call of that number, counted from 0."""
     run, calls = backend._run, []
 
-    def fail(half, array):
-        calls.append(half)
+    def fail(direction, array):
+        calls.append(direction)
         if len(calls) > number:
             raise BackendError("the power went out; try again")
-        return run(half, array)
+        return run(direction, array)
 
     monkeypatch.setattr(backend, "_run", fail)
     return calls

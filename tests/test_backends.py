@@ -24,10 +24,10 @@ from helpers import (
     FakeBackend,
     assert_close,
     assert_one_line,
-    each_half,
+    each_direction,
     in_one_pass,
     noise,
-    run_half,
+    run_direction,
 )
 
 from samekit import AutoencoderModel
@@ -74,46 +74,46 @@ REFUSED = {
 }
 
 
-@each_half
+@each_direction
 class TestContract:
     @pytest.mark.parametrize("batch", [1, 2, 3])
     @pytest.mark.parametrize("latents", range(1, 10))
-    def test_equals_eager_pytorch(self, backend, eager_of, kind, half, latents, batch):
-        array = example_input(backend.spec, half, batch, latents, seed=latents)
+    def test_equals_eager_pytorch(self, backend, eager_of, kind, direction, latents, batch):
+        array = example_input(backend.spec, direction, batch, latents, seed=latents)
         eager = eager_of(kind)
-        expected = in_one_pass(eager.encode if half == ENCODER else eager.decode, array)
-        assert_close(expected, run_half(backend, half, array), 100)
+        expected = in_one_pass(eager.encode if direction == ENCODER else eager.decode, array)
+        assert_close(expected, run_direction(backend, direction, array), 100)
 
-    def test_shapes_are_those_of_the_spec(self, backend, half):
+    def test_shapes_are_those_of_the_spec(self, backend, direction):
         spec = backend.spec
         audio, latents = (2, spec.channels, 3 * spec.hop), (2, spec.latent_width, 3)
-        before, after = (audio, latents) if half == ENCODER else (latents, audio)
-        assert run_half(backend, half, np.zeros(before, np.float32)).shape == after
+        before, after = (audio, latents) if direction == ENCODER else (latents, audio)
+        assert run_direction(backend, direction, np.zeros(before, np.float32)).shape == after
 
-    def test_results_are_the_callers_own(self, backend, half):
-        array = example_input(backend.spec, half, 1, 4, seed=0)
-        first = run_half(backend, half, array)
+    def test_results_are_the_callers_own(self, backend, direction):
+        array = example_input(backend.spec, direction, 1, 4, seed=0)
+        first = run_direction(backend, direction, array)
         kept = first.copy()
-        second = run_half(backend, half, array * 2)
+        second = run_direction(backend, direction, array * 2)
         assert np.array_equal(first, kept)
         assert not np.array_equal(second, kept)
         assert first.flags.writeable
         assert not np.shares_memory(first, second)
         assert not np.shares_memory(first, array)
 
-    def test_input_is_left_alone(self, backend, half):
-        array = example_input(backend.spec, half, 1, 3, seed=0)
+    def test_input_is_left_alone(self, backend, direction):
+        array = example_input(backend.spec, direction, 1, 3, seed=0)
         kept = array.copy()
-        run_half(backend, half, array)
+        run_direction(backend, direction, array)
         assert np.array_equal(array, kept)
 
-    def test_same_input_same_output(self, backend, half):
-        array = example_input(backend.spec, half, 1, 3, seed=0)
-        assert np.array_equal(run_half(backend, half, array), run_half(backend, half, array))
+    def test_same_input_same_output(self, backend, direction):
+        array = example_input(backend.spec, direction, 1, 3, seed=0)
+        assert np.array_equal(run_direction(backend, direction, array), run_direction(backend, direction, array))
 
     @pytest.mark.parametrize("layout", ["read-only", "reversed", "Fortran order"])
-    def test_any_memory_layout(self, backend, half, layout):
-        array = example_input(backend.spec, half, 1, 3, seed=0)
+    def test_any_memory_layout(self, backend, direction, layout):
+        array = example_input(backend.spec, direction, 1, 3, seed=0)
         if layout == "read-only":
             other = array.copy()
             other.flags.writeable = False
@@ -121,30 +121,30 @@ class TestContract:
             other = array[..., ::-1].copy()[..., ::-1]
         else:
             other = np.asfortranarray(array)
-        assert np.array_equal(run_half(backend, half, other), run_half(backend, half, array))
+        assert np.array_equal(run_direction(backend, direction, other), run_direction(backend, direction, array))
 
     @pytest.mark.parametrize("cause", REFUSED)
-    def test_what_it_does_not_take(self, backend, half, monkeypatch, cause):
+    def test_what_it_does_not_take(self, backend, direction, monkeypatch, cause):
         monkeypatch.setattr(backend, "_run", lambda *_: pytest.fail("it ran"))
-        array = REFUSED[cause](example_input(backend.spec, half, 1, 2, seed=0))
-        with pytest.raises(InputError, match=rf"the {half} takes .*, got .*\[.*\]; pass such an array$"):
-            run_half(backend, half, array)
+        array = REFUSED[cause](example_input(backend.spec, direction, 1, 2, seed=0))
+        with pytest.raises(InputError, match=rf"the {direction} takes .*, got .*\[.*\]; pass such an array$"):
+            run_direction(backend, direction, array)
 
-    def test_used_by_several_threads(self, opened, half):
-        arrays = [example_input(opened.spec, half, 1, 3, seed) for seed in range(8)]
+    def test_used_by_several_threads(self, opened, direction):
+        arrays = [example_input(opened.spec, direction, 1, 3, seed) for seed in range(8)]
         with ThreadPoolExecutor(4) as pool:
-            together = list(pool.map(lambda array: run_half(opened, half, array), arrays))
+            together = list(pool.map(lambda array: run_direction(opened, direction, array), arrays))
         for array, output in zip(arrays, together, strict=True):
-            assert_close(run_half(opened, half, array), output, 110)
+            assert_close(run_direction(opened, direction, array), output, 110)
 
-    def test_close(self, opened, half):
-        array = example_input(opened.spec, half, 1, 1, seed=0)
+    def test_close(self, opened, direction):
+        array = example_input(opened.spec, direction, 1, 1, seed=0)
         with opened as same:
             assert same is opened
-            run_half(opened, half, array)
+            run_direction(opened, direction, array)
         opened.close()
         with pytest.raises(SamekitError):
-            run_half(opened, half, array)
+            run_direction(opened, direction, array)
 
 
 def test_parts_of_a_latent_are_refused(backend, monkeypatch):
@@ -157,27 +157,27 @@ def test_parts_of_a_latent_are_refused(backend, monkeypatch):
 # --- What the base class checks of every backend -----------------------------------------------------------
 
 
-@each_half
+@each_direction
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_output_that_is_not_finite(half, value):
-    def answer(half, array):
-        output = FakeBackend().zeros(half, array)
+def test_output_that_is_not_finite(direction, value):
+    def answer(direction, array):
+        output = FakeBackend().zeros(direction, array)
         output[-1, -1, -1] = value
         return output
 
-    array = example_input(FakeBackend().spec, half, 2, 3, seed=0)
-    with pytest.raises(NonFiniteError, match=f"the fp32 {half} .fake. produced NaN or infinity") as caught:
-        run_half(FakeBackend(answer), half, array)
+    array = example_input(FakeBackend().spec, direction, 2, 3, seed=0)
+    with pytest.raises(NonFiniteError, match=f"the fp32 {direction} .fake. produced NaN or infinity") as caught:
+        run_direction(FakeBackend(answer), direction, array)
     assert_one_line(caught.value)
     with pytest.raises(NonFiniteError, match='use precision "fp32"'):
-        run_half(FakeBackend(answer, precision="fp16"), half, array)
+        run_direction(FakeBackend(answer, precision="fp16"), direction, array)
 
 
-@each_half
-def test_output_of_a_wrong_shape(half):
-    backend = FakeBackend(lambda half, array: FakeBackend().zeros(half, array)[..., 1:])
-    with pytest.raises(BackendError, match=f"the {half} returned"):
-        run_half(backend, half, example_input(backend.spec, half, 1, 3, seed=0))
+@each_direction
+def test_output_of_a_wrong_shape(direction):
+    backend = FakeBackend(lambda direction, array: FakeBackend().zeros(direction, array)[..., 1:])
+    with pytest.raises(BackendError, match=f"the {direction} returned"):
+        run_direction(backend, direction, example_input(backend.spec, direction, 1, 3, seed=0))
 
 
 # --- Choosing a backend ------------------------------------------------------------------------------------
@@ -643,10 +643,10 @@ def test_weights_are_not_held_twice_while_they_are_packed(engine_of, monkeypatch
     with open_backend(engine_of("tiny-s").folder, "onnxruntime", options) as backend:
         open_session = backend._open
 
-        def opened(graph, half, *, packed):
+        def opened(graph, direction, *, packed):
             if packed:
                 still_there.append(mapped() is not None)
-            return open_session(graph, half, packed=packed)
+            return open_session(graph, direction, packed=packed)
 
         def between():
             nonlocal mapped

@@ -116,7 +116,7 @@ def test_no_ratio_where_outputs_differ(engine_of, factor, refused):
     codecs = latency.open_all(engine_of("tiny-s").folder, ["fp32"], 1, [])
     backend = codecs["onnxruntime fp32"].backend
     original = backend._run
-    backend._run = lambda half, array: original(half, array) * np.float32(factor)
+    backend._run = lambda direction, array: original(direction, array) * np.float32(factor)
     eager, ours = latency.measure(codecs, ENCODER, latents=3, runs=1)
     assert eager["times_eager"] == 1
     assert (ours["times_eager"] is None) == refused

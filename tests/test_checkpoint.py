@@ -248,7 +248,11 @@ def test_configuration_of_something_else(folder, document):
 
 # Path from `model`, value, what the message names if it is not the field.
 NOT_IMPLEMENTED = [
-    *[(f"{half}.config.{field}", True) for half in ("encoder", "decoder") for field in ("conformer", "layer_scale")],
+    *[
+        (f"{direction}.config.{field}", True)
+        for direction in ("encoder", "decoder")
+        for field in ("conformer", "layer_scale")
+    ],
     ("encoder.config.cross_attn", True),
     ("encoder.config.feat_scale", True),
     ("encoder.config.differential", False),

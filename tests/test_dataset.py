@@ -72,17 +72,17 @@ def write_clips(folder, count, samples=100):
     return folder
 
 
-def first_samples(half, array):
+def first_samples(direction, array):
     """Latents that tell from which samples they come."""
-    del half
+    del direction
     return np.ascontiguousarray(array[:, 0].reshape(len(array), -1, FAKE_HOP)[:, :, :4].swapaxes(1, 2))
 
 
 def raising(error):
     """A backend that never answers."""
 
-    def answer(half, array):
-        del half, array
+    def answer(direction, array):
+        del direction, array
         raise error
 
     return answer
@@ -207,9 +207,9 @@ def test_no_latent_is_computed_in_vain(data, out):
 def test_batches_hold_windows_of_one_length(data, out):
     batches = []
 
-    def answer(half, array):
+    def answer(direction, array):
         batches.append((len(array), array.shape[-1] // FAKE_HOP))
-        return first_samples(half, array)
+        return first_samples(direction, array)
 
     for index in range(12):
         write_clip(data / f"{index:02d}.wav", (10, 20)[index % 2] * FAKE_HOP, seed=index)
@@ -413,10 +413,10 @@ def test_clip_that_overflows_the_model_fails_alone(data, out):
     write_clips(data, 5)
     loud = prepared(data / "clip00002.wav")[0, 0]
 
-    def answer(half, array):
+    def answer(direction, array):
         if (array[:, 0, 0] == loud).any():
             raise NonFiniteError("the encoder produced NaN; use fp32")
-        return first_samples(half, array)
+        return first_samples(direction, array)
 
     report = run(data, out, fake_model(answer), batch_size=4)
     assert [(row["relpath"], row["status"]) for row in report.bad] == [("clip00002.wav", "failed")]
@@ -429,13 +429,13 @@ def failing_at(call, value=None):
     """A backend whose latents are NaN, or this value, from a call on; the first call is the silence."""
     calls = []
 
-    def answer(half, array):
+    def answer(direction, array):
         calls.append(len(array))
         if len(calls) < call:
-            return first_samples(half, array)
+            return first_samples(direction, array)
         if value is None:
             raise NonFiniteError("the encoder produced NaN; use fp32")
-        return np.full_like(first_samples(half, array), value)
+        return np.full_like(first_samples(direction, array), value)
 
     return calls, fake_model(answer)
 
@@ -456,10 +456,10 @@ def test_clip_that_failed_takes_no_other_with_it(data, out):
     write_clips(data, 5)
     start = prepared(data / "a long.wav")[0, 0]
 
-    def answer(half, array):
+    def answer(direction, array):
         if (array[:, 0, 0] == start).any():
             raise NonFiniteError("the encoder produced NaN; use fp32")
-        return first_samples(half, array)
+        return first_samples(direction, array)
 
     report = run(data, out, fake_model(answer), batch_size=3)
     assert report.statuses == {"encoded": 5, "failed": 1}
@@ -480,11 +480,13 @@ def test_windows_behind_one_too_large_for_float16_are_not_read(data, out):
 
 def test_latents_too_large_for_float16_fail(data, out):
     write_clips(data, 2)
-    report = run(data, out, fake_model(lambda half, array: first_samples(half, array) * 1e6 + 1e6), float16=False)
-    assert report.encoded == 2
-    half = out.with_name("half")
+
+    def loud():
+        return fake_model(lambda direction, array: first_samples(direction, array) * 1e6 + 1e6)
+
+    assert run(data, out, loud(), float16=False).encoded == 2
     with pytest.warns(RuntimeWarning):
-        report = run(data, half, fake_model(lambda half, array: first_samples(half, array) * 1e6 + 1e6), float16=True)
+        report = run(data, out.with_name("float16"), loud(), float16=True)
     assert report.statuses == {"failed": 2}
 
 
@@ -565,7 +567,7 @@ def test_file_that_changes_after_it_was_read_is_encoded_again(data, out, suffix)
     write_clips(data, 2)
     path, changed = data / f"clip00001.{suffix}", []
 
-    def answer(half, array):
+    def answer(direction, array):
         if len(array[0, 0]) == 112 and not changed:
             # The second clip has 101 samples, 13 latents and one of context: it was read.
             changed.append(path.stat())
@@ -575,7 +577,7 @@ def test_file_that_changes_after_it_was_read_is_encoded_again(data, out, suffix)
                 path.write_text("caption X")
             os.utime(path, ns=(changed[0].st_atime_ns, changed[0].st_mtime_ns))
             assert path.stat().st_size == changed[0].st_size
-        return first_samples(half, array)
+        return first_samples(direction, array)
 
     (data / "clip00000.wav").unlink()
     run(data, out, fake_model(answer), checksum=True, readers=1)
@@ -592,12 +594,12 @@ def test_file_that_changes_while_it_is_read_is_tried_again(data, out):
     path = write_clip(data / "long.wav", 40 * RATE)
     changed = []
 
-    def answer(half, array):
+    def answer(direction, array):
         if len(array[0, 0]) > 112 and not changed:
             changed.append(path.stat())
             write_clip(path, 40 * RATE, seed=77)
             os.utime(path, ns=(changed[0].st_atime_ns, changed[0].st_mtime_ns))
-        return first_samples(half, array)
+        return first_samples(direction, array)
 
     report = run(data, out, fake_model(answer), checksum=True, readers=1)
     assert changed
@@ -693,10 +695,10 @@ def test_data_that_is_away_for_a_while_costs_no_latents(data, out):
     before = {name: value for name, value in contents(out).items() if name[0].isdigit()}
     model, away = fake_model(), data.with_name("away")
 
-    def leave(half, array):
+    def leave(direction, array):
         if data.exists():
             data.rename(away)
-        return first_samples(half, array)
+        return first_samples(direction, array)
 
     for path in data.glob("*.txt"):
         os.utime(path, (1, 1))
@@ -929,11 +931,11 @@ def test_error_of_the_encoder_ends_the_run_and_leaves_whole_pairs(data, out, err
     run(data, whole)
     calls = []
 
-    def answer(half, array):
+    def answer(direction, array):
         calls.append(1)
         if len(calls) == 7:
             raise error
-        return first_samples(half, array)
+        return first_samples(direction, array)
 
     with pytest.raises(type(error)):
         run(data, out, fake_model(answer))

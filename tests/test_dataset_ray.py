@@ -27,7 +27,7 @@ from samekit import AutoencoderModel
 from samekit.dataset.check import verify
 from samekit.dataset.options import PreEncodeOptions, Shard
 from samekit.dataset.pipeline import Task
-from samekit.dataset.ray import RayEncoder, RayOptions, _Worker
+from samekit.dataset.ray import RayExecutor, RayOptions, _Worker
 from samekit.dataset.ray_calls import Calls, batches_of
 from samekit.dataset.run import pre_encode
 from samekit.dataset.sources import Source
@@ -69,7 +69,7 @@ def model(engine):
 def encoder(cluster, engine):
     """Two actors."""
     del cluster
-    with RayEncoder(engine, device="cpu", backend="onnxruntime") as encoder:
+    with RayExecutor(engine, device="cpu", backend="onnxruntime") as encoder:
         yield encoder
 
 
@@ -325,7 +325,7 @@ def test_actor_killed_at_every_step(cluster, engine, model, data, out, tmp_path,
     monkeypatch.setattr("samekit.dataset.ray._Worker", Dying)
     monkeypatch.setattr("samekit.dataset.ray_calls._DEATHS", 10**6)
     monkeypatch.setattr(Calls, "_failed", look)
-    with RayEncoder(engine, RayOptions(actors=1), device="cpu", backend="onnxruntime") as encoder:
+    with RayExecutor(engine, RayOptions(actors=1), device="cpu", backend="onnxruntime") as encoder:
         report = pre_encode(encoder, data, out)
     assert report.statuses == {"encoded": clips}
     assert contents(out) == contents(alone)
@@ -376,7 +376,7 @@ def test_nobody_writes_after_an_error(cluster, engine, data, out, monkeypatch, e
         raise error
 
     monkeypatch.setattr("samekit.dataset.ray._Worker", Slow)
-    with RayEncoder(engine, device="cpu", backend="onnxruntime") as encoder:
+    with RayExecutor(engine, device="cpu", backend="onnxruntime") as encoder:
         with pytest.raises(error):
             pre_encode(encoder, data, out, progress=stop)
         found = contents(out)
@@ -577,7 +577,7 @@ def test_missing_engine_is_told_by_the_worker(cluster, data, out):
     write_clips(data, 1)
     with (
         pytest.raises(EngineNotFoundError, match="no engine for 'absent'") as error,
-        RayEncoder("absent", backend="onnxruntime"),
+        RayExecutor("absent", backend="onnxruntime"),
     ):
         pass
     assert_one_line(error.value)
@@ -590,7 +590,7 @@ def test_cluster_without_room_is_not_waited_for_for_ever(cluster, engine, monkey
     monkeypatch.setattr("samekit.dataset.ray._ACTOR_PATIENCE", 0.5)
     with (
         pytest.raises(InputError, match="no room for an actor of 64 cores") as error,
-        RayEncoder(engine, RayOptions(cpus_per_actor=64)),
+        RayExecutor(engine, RayOptions(cpus_per_actor=64)),
     ):
         pass
     assert_one_line(error.value)
@@ -623,7 +623,7 @@ def test_actors_without_a_gpu_run_on_the_cpu():
     """Ray hides no GPU from them, so all would open on the first."""
 
     def device(options, **backend):
-        return RayEncoder("same-s", options, **backend)._backend["device"]
+        return RayExecutor("same-s", options, **backend)._backend["device"]
 
     assert device(None) == device(RayOptions(), device=None) == "cpu"
     assert device(RayOptions(gpus_per_actor=1)) is device(RayOptions(gpus_per_actor=0.25), device=None) is None

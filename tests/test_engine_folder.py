@@ -15,7 +15,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from helpers import HALVES, RATE, REMOVED, assert_one_line, edit, noise
+from helpers import DIRECTIONS, RATE, REMOVED, assert_one_line, edit, noise
 from small import write_engine
 
 from samekit import AutoencoderModel
@@ -288,8 +288,8 @@ def test_graphs_outside_the_folder(own_engine, name):
 
 
 def test_graphs(own_engine):
-    for half in HALVES:
-        assert own_engine.graph(half, "fp32") == own_engine.folder / f"{half}.onnx"
+    for direction in DIRECTIONS:
+        assert own_engine.graph(direction, "fp32") == own_engine.folder / f"{direction}.onnx"
     own_engine.check_digests()
     with pytest.raises(
         BackendUnavailableError,
@@ -316,31 +316,31 @@ def test_command_that_exports_again(own_engine, folder, source, arguments):
     assert engine.export_command("--force") == f"samekit export {arguments} --force"
 
 
-@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut off", "longer", "a folder"])
-def test_graph_file_that_is_not_whole(own_engine, half, damage):
-    path = own_engine.folder / f"{half}.onnx"
+def test_graph_file_that_is_not_whole(own_engine, direction, damage):
+    path = own_engine.folder / f"{direction}.onnx"
     content = path.read_bytes()
     path.unlink()
     if damage == "a folder":
         path.mkdir()
     elif damage != "missing":
         path.write_bytes({"empty": b"", "cut off": content[:-1], "longer": content + b"\0"}[damage])
-    for check in (lambda: own_engine.graph(half, "fp32"), own_engine.check_digests):
-        with pytest.raises(EngineError, match=rf"{half}\.onnx: .*; export the model again with --force") as caught:
+    for check in (lambda: own_engine.graph(direction, "fp32"), own_engine.check_digests):
+        with pytest.raises(EngineError, match=rf"{direction}\.onnx: .*; export the model again with --force") as caught:
             check()
         assert_one_line(caught.value)
 
 
-@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("position", [0, -1])
-def test_digests_see_a_flipped_bit(own_engine, half, position):
-    path = own_engine.folder / f"{half}.onnx"
+def test_digests_see_a_flipped_bit(own_engine, direction, position):
+    path = own_engine.folder / f"{direction}.onnx"
     content = bytearray(path.read_bytes())
     content[position] ^= 1
     path.write_bytes(content)
-    own_engine.graph(half, "fp32")
-    with pytest.raises(EngineError, match=rf"{half}\.onnx: contents have changed since the export") as caught:
+    own_engine.graph(direction, "fp32")
+    with pytest.raises(EngineError, match=rf"{direction}\.onnx: contents have changed since the export") as caught:
         own_engine.check_digests()
     assert_one_line(caught.value)
 
@@ -360,7 +360,7 @@ def test_external_data_belongs_to_the_graph(tmp_path):
 def test_missing_external_data(own_engine):
     data = own_engine.folder / "decoder.onnx.data"
     data.write_bytes(b"weights")
-    graphs = {"fp32": {half: describe_graph(own_engine.folder, f"{half}.onnx") for half in HALVES}}
+    graphs = {"fp32": {direction: describe_graph(own_engine.folder, f"{direction}.onnx") for direction in DIRECTIONS}}
     engine = Engine(own_engine.folder, dataclasses.replace(own_engine.spec, graphs=graphs))
     (engine.folder / "spec.json").write_text(engine.spec.to_json())
     engine.check_digests()

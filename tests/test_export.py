@@ -12,13 +12,13 @@ import numpy as np
 import onnx
 import pytest
 from helpers import (
-    HALVES,
+    DIRECTIONS,
     HOP,
     KINDS,
     REMOVED,
     assert_close,
     assert_one_line,
-    each_half,
+    each_direction,
     edit,
     in_one_pass,
     seeded,
@@ -48,7 +48,7 @@ from samekit_export.verify import FLOOR_DB, example_input, verify
 @pytest.fixture(scope="module")
 def graph_of(engine_of):
     """A parsed graph: model and half -> ModelProto."""
-    return lambda name, half: onnx.load(engine_of(name).folder / f"{half}.onnx")
+    return lambda name, direction: onnx.load(engine_of(name).folder / f"{direction}.onnx")
 
 
 @pytest.fixture(params=KINDS)
@@ -65,31 +65,31 @@ def nodes(graph):
                 yield from nodes(inner)
 
 
-@each_half
+@each_direction
 class TestGraph:
-    def test_standard_operators_only(self, graph_of, kind, half):
-        model = graph_of(kind, half)
+    def test_standard_operators_only(self, graph_of, kind, direction):
+        model = graph_of(kind, direction)
         onnx.checker.check_model(model, full_check=True)
         assert {node.domain for node in nodes(model.graph)} == {""}
         assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
         assert not model.functions
 
-    def test_names_and_dynamic_axes(self, graph_of, kind, half):
+    def test_names_and_dynamic_axes(self, graph_of, kind, direction):
         def described(value):
             shape = [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
             return value.name, value.type.tensor_type.elem_type, shape
 
-        graph = graph_of(kind, half).graph
+        graph = graph_of(kind, direction).graph
         audio = ("audio", onnx.TensorProto.FLOAT, ["batch", 2, f"{HOP}*latents"])
         latents = ("latents", onnx.TensorProto.FLOAT, ["batch", 32, "latents"])
-        assert [described(value) for value in graph.input] == [audio if half == ENCODER else latents]
-        assert [described(value) for value in graph.output] == [latents if half == ENCODER else audio]
+        assert [described(value) for value in graph.input] == [audio if direction == ENCODER else latents]
+        assert [described(value) for value in graph.output] == [latents if direction == ENCODER else audio]
 
-    def test_every_intermediate_grows_linearly(self, graph_of, engine_of, kind, half):
-        evaluator = ReferenceEvaluator(graph_of(kind, half))
+    def test_every_intermediate_grows_linearly(self, graph_of, engine_of, kind, direction):
+        evaluator = ReferenceEvaluator(graph_of(kind, direction))
         sizes = []
         for latents in (4, 8, 12):
-            array = example_input(engine_of(kind).spec, half, 1, latents, seed=0)
+            array = example_input(engine_of(kind).spec, direction, 1, latents, seed=0)
             values = evaluator.run(None, {evaluator.input_names[0]: array}, intermediate=True)
             sizes.append({name: np.size(value) for name, value in values.items()})
         short, middle, long = sizes
@@ -98,16 +98,16 @@ class TestGraph:
         quadratic = [name for name in short if long[name] - middle[name] != middle[name] - short[name]]
         assert quadratic == []
 
-    def test_reference_evaluator_agrees(self, graph_of, engine_of, eager_of, kind, half):
+    def test_reference_evaluator_agrees(self, graph_of, engine_of, eager_of, kind, direction):
         """What the standard says the graph computes, not only what one runtime makes of it."""
-        evaluator, eager = ReferenceEvaluator(graph_of(kind, half)), eager_of(kind)
-        array = example_input(engine_of(kind).spec, half, 2, 3, seed=0)
+        evaluator, eager = ReferenceEvaluator(graph_of(kind, direction)), eager_of(kind)
+        array = example_input(engine_of(kind).spec, direction, 2, 3, seed=0)
         (output,) = evaluator.run(None, {evaluator.input_names[0]: array})
-        assert_close(in_one_pass(eager.encode if half == ENCODER else eager.decode, array), output, 100)
+        assert_close(in_one_pass(eager.encode if direction == ENCODER else eager.decode, array), output, 100)
 
-    def test_weights_are_stored_once(self, graph_of, kind, half):
-        stored = sum(np.prod(tensor.dims) for tensor in graph_of(kind, half).graph.initializer)
-        parameters = sum(tensor.numel() for key, tensor in seeded(kind).tensors.items() if key.startswith(half))
+    def test_weights_are_stored_once(self, graph_of, kind, direction):
+        stored = sum(np.prod(tensor.dims) for tensor in graph_of(kind, direction).graph.initializer)
+        parameters = sum(tensor.numel() for key, tensor in seeded(kind).tensors.items() if key.startswith(direction))
         assert 0.9 * parameters < stored < 1.2 * parameters
 
 
@@ -120,7 +120,7 @@ def test_large_weights_lie_beside_the_graph(tmp_path, monkeypatch):
     assert graph.sizes["encoder.onnx"] < graph.sizes["encoder.onnx.data"] / 4
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(graph.sizes)
 
-    spec = dataclasses.replace(spec_of(checkpoint), graphs={"fp32": dict.fromkeys(HALVES, graph)})
+    spec = dataclasses.replace(spec_of(checkpoint), graphs={"fp32": dict.fromkeys(DIRECTIONS, graph)})
     engine = Engine(tmp_path, spec)
     array = example_input(spec, ENCODER, 1, 5, seed=0)
     with OnnxRuntimeBackend(engine, BackendOptions(device="cpu")) as backend:
@@ -150,8 +150,8 @@ def test_exported_folder(engine_of, kind):
 
 def test_verification_is_recorded(engine_of, kind):
     (rows,) = engine_of(kind).spec.verification.values()
-    for half in HALVES:
-        cases = [row for row in rows if row["half"] == half]
+    for direction in DIRECTIONS:
+        cases = [row for row in rows if row["direction"] == direction]
         assert {1, 2} <= {row["latents"] for row in cases}
         assert any(row["latents"] % 2 and row["latents"] > 1 for row in cases)
         assert any(row["batch"] > 1 for row in cases)
@@ -495,19 +495,19 @@ SPOILED = {
 }
 
 
-@each_half
+@each_direction
 @pytest.mark.parametrize("cause", SPOILED)
-def test_wrong_graph_is_found_out(own_engine, eager_of, half, cause):
+def test_wrong_graph_is_found_out(own_engine, eager_of, direction, cause):
     change, match = SPOILED[cause]
-    spoil(own_engine.folder / f"{half}.onnx", change)
-    graphs = {"fp32": {name: describe_graph(own_engine.folder, f"{name}.onnx") for name in HALVES}}
+    spoil(own_engine.folder / f"{direction}.onnx", change)
+    graphs = {"fp32": {name: describe_graph(own_engine.folder, f"{name}.onnx") for name in DIRECTIONS}}
     spec = dataclasses.replace(own_engine.spec, graphs=graphs)
     (own_engine.folder / "spec.json").write_text(spec.to_json())
     spoiled = Engine(own_engine.folder, spec)
     spoiled.check_digests()
     with pytest.raises(VerificationError, match=match) as caught:
         verify(spoiled, eager_of("tiny-s"), "fp32")
-    assert f"fp32 {half}" in str(caught.value)
+    assert f"fp32 {direction}" in str(caught.value)
     assert_one_line(caught.value)
 
 

@@ -142,8 +142,8 @@ def quick_graphs(monkeypatch):
     )
     monkeypatch.setattr(export_module, "verify", lambda *_: [])
     monkeypatch.setattr(export_module.Same, "from_checkpoint", lambda _: None)
-    for half in export_module.GRAPHS:
-        monkeypatch.setitem(export_module.GRAPHS, half, lambda _: QuickGraph())
+    for direction in export_module.GRAPHS:
+        monkeypatch.setitem(export_module.GRAPHS, direction, lambda _: QuickGraph())
 
 
 class QuickGraph:
@@ -248,11 +248,11 @@ class QuickBuilder:
 def quick_halves(engine, fingerprint, module, folder, report):
     """Engines that are none."""
     del engine, fingerprint, module, report
-    for half in ("encoder", "decoder"):
-        (folder / f"{half}.engine").write_bytes(half.encode())
+    for direction in ("encoder", "decoder"):
+        (folder / f"{direction}.engine").write_bytes(direction.encode())
     (folder / "build.log").touch()
-    digests = {half: hashlib.sha256(half.encode()).hexdigest() for half in ("encoder", "decoder")}
-    return {half: BuiltEngine(f"{half}.engine", 7, digests[half], 1, 1.0, None) for half in digests}
+    digests = {direction: hashlib.sha256(direction.encode()).hexdigest() for direction in ("encoder", "decoder")}
+    return {direction: BuiltEngine(f"{direction}.engine", 7, digests[direction], 1, 1.0, None) for direction in digests}
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -534,10 +534,10 @@ def test_audio_that_changes_while_a_dataset_is_encoded(tmp_path, out, change, fa
         os.utime(data / f"{index}.wav", (1, 1))
     changed = []
 
-    def answer(half, array):
+    def answer(direction, array):
         if not changed:
             changed.append(CHANGES[change](data / "2.wav"))
-        return FakeBackend().zeros(half, array) + array[:, :1, ::8][:, :, : array.shape[-1] // 8]
+        return FakeBackend().zeros(direction, array) + array[:, :1, ::8][:, :, : array.shape[-1] // 8]
 
     model = AutoencoderModel(FakeBackend(answer))
     pre_encode(model, data, out, PreEncodeOptions(readers=1))
@@ -561,11 +561,11 @@ def test_latents_that_change_while_they_are_decoded(tmp_path, out, change, fault
         writer.write(noise((4, 100_000)))
     calls = []
 
-    def answer(half, array):
-        calls.append(half)
+    def answer(direction, array):
+        calls.append(direction)
         if len(calls) == 3:
             CHANGES[change](path)
-        return FakeBackend().zeros(half, array)
+        return FakeBackend().zeros(direction, array)
 
     def decode():
         try:
@@ -825,8 +825,8 @@ def test_sixteen_threads_share_a_model(engine):
     """Equal results, and no memory that grows with the calls."""
     clips = [noise((2, 8 * (1 + index)), index) for index in range(16)]
     with AutoencoderModel.from_pretrained(engine, backend="onnxruntime", threads=1) as model:
-        model.autoencoder.backend.expect_many_calls("encoder")
-        model.autoencoder.backend.expect_many_calls("decoder")
+        model.autoencoder.backend.use_packed_weights("encoder")
+        model.autoencoder.backend.use_packed_weights("decoder")
         expected = [model.decode(model.encode(clip, RATE)) for clip in clips]
 
         def run(index):

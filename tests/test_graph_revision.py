@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from helpers import HALVES, KINDS, seeded, variant
+from helpers import DIRECTIONS, KINDS, seeded, variant
 from onnx import numpy_helper
 from small import SMALL
 
@@ -50,10 +50,10 @@ def described(path):
     }
 
 
-def small_graph(half, precision, path):
+def small_graph(direction, precision, path):
     """Export a graph of the smallest checkpoint."""
     model = Same.from_checkpoint(variant("tiny-s", SMALL))
-    graph = GRAPHS[half](model)
+    graph = GRAPHS[direction](model)
     if precision == "fp16":
         graph.to_float16_()
     elif precision == "int8":
@@ -82,19 +82,19 @@ def assert_unchanged(golden, key, path, *, exact=True):
             assert now[field] == pytest.approx(then[field], rel=1e-6), cure
 
 
-@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_graphs_are_those_of_this_revision(golden, engine_of, kind, half):
-    assert_unchanged(golden, f"{kind} {half} fp32", engine_of(kind).folder / f"{half}.onnx")
+def test_graphs_are_those_of_this_revision(golden, engine_of, kind, direction):
+    assert_unchanged(golden, f"{kind} {direction} fp32", engine_of(kind).folder / f"{direction}.onnx")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_graphs_of_other_precisions_are_those_of_this_revision(golden, tmp_path, precision, half):
+def test_graphs_of_other_precisions_are_those_of_this_revision(golden, tmp_path, precision, direction):
     # Weights that are rounded to int8 depend on sums, which processors add in different orders.
-    path = small_graph(half, precision, tmp_path / "graph.onnx")
-    assert_unchanged(golden, f"small {half} {precision}", path, exact=precision != "int8")
+    path = small_graph(direction, precision, tmp_path / "graph.onnx")
+    assert_unchanged(golden, f"small {direction} {precision}", path, exact=precision != "int8")
 
 
 def write_golden(folder):
@@ -102,12 +102,14 @@ def write_golden(folder):
     graphs = {}
     for kind in KINDS:
         model = Same.from_checkpoint(seeded(kind))
-        for half in HALVES:
-            write_onnx(GRAPHS[half](model), folder / "graph.onnx")
-            graphs[f"{kind} {half} fp32"] = described(folder / "graph.onnx")
+        for direction in DIRECTIONS:
+            write_onnx(GRAPHS[direction](model), folder / "graph.onnx")
+            graphs[f"{kind} {direction} fp32"] = described(folder / "graph.onnx")
     for precision in ("fp16", "int8"):
-        for half in HALVES:
-            graphs[f"small {half} {precision}"] = described(small_graph(half, precision, folder / "graph.onnx"))
+        for direction in DIRECTIONS:
+            graphs[f"small {direction} {precision}"] = described(
+                small_graph(direction, precision, folder / "graph.onnx")
+            )
     document = {"revision": GRAPH_REVISION, "tools": tools(), "graphs": graphs}
     GOLDEN.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 

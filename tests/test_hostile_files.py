@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 from click.testing import CliRunner
-from helpers import HALVES, RATE, SUMMARY, FakeBackend, edit, noise, variant
+from helpers import DIRECTIONS, RATE, SUMMARY, FakeBackend, edit, noise, variant
 from onnx import TensorProto, helper
 from small import SMALL, write_engine
 
@@ -66,8 +66,8 @@ def diffusers_document():
         "ff_mult": 1,
         "sliding_window": 1,
         **{
-            f"{half}_{name}": value
-            for half in HALVES
+            f"{direction}_{name}": value
+            for direction in DIRECTIONS
             for name, value in {
                 "channels": 64,
                 "c_mults": [1],

@@ -17,7 +17,18 @@ import soundfile
 import torch
 from click.testing import CliRunner
 from conftest import THREADS
-from helpers import HALVES, HOP, assert_close, assert_one_line, each_half, in_one_pass, noise, run_half, seeded, variant
+from helpers import (
+    DIRECTIONS,
+    HOP,
+    assert_close,
+    assert_one_line,
+    each_direction,
+    in_one_pass,
+    noise,
+    run_direction,
+    seeded,
+    variant,
+)
 from onnx import TensorProto, helper
 
 from samekit.backends import onnxruntime as ort
@@ -32,7 +43,7 @@ from samekit.tensorrt.backend import open_tensorrt
 from samekit_export import int8, int8_layers, to_onnx
 from samekit_export.checkpoint import load_bundled
 from samekit_export.export import GRAPHS, export
-from samekit_export.gptq import Compensation, to_int8
+from samekit_export.gptq import GptqRounder, to_int8
 from samekit_export.int8 import prepare_, quantize_
 from samekit_export.int8_layers import Int8Linear
 from samekit_export.model import Same
@@ -68,9 +79,9 @@ def opened(int8_of, kind):
         yield backend
 
 
-def inputs(half, latents, seed, batch=1):
+def inputs(direction, latents, seed, batch=1):
     """Loud, usual and quiet noise, and a tone, none of which the export has seen."""
-    if half == ENCODER:
+    if direction == ENCODER:
         shape = (batch, 2, latents * HOP)
         seconds = np.arange(latents * HOP) / 44_100
         tone = np.broadcast_to(0.3 * np.sin(2 * np.pi * 440 * seconds), shape)
@@ -78,45 +89,45 @@ def inputs(half, latents, seed, batch=1):
     return [noise((batch, 32, latents), seed, level) for level in (1.5, 1.0, 0.5)]
 
 
-def eager(model, half, array):
+def eager(model, direction, array):
     with torch.inference_mode():
-        return (model.encode if half == ENCODER else model.decode)(torch.from_numpy(array)).numpy()
+        return (model.encode if direction == ENCODER else model.decode)(torch.from_numpy(array)).numpy()
 
 
 # --- Accuracy ----------------------------------------------------------------------------------------------
 
 
-@each_half
+@each_direction
 @pytest.mark.parametrize(("batch", "latents"), [(1, 1), (1, 7), (3, 4), (1, 40)])
-def test_accuracy(opened, eager_of, kind, half, batch, latents):
-    for array in inputs(half, latents, seed=latents + 100, batch=batch):
-        measured = snr_db(eager(eager_of(kind), half, array), run_half(opened, half, array))
+def test_accuracy(opened, eager_of, kind, direction, batch, latents):
+    for array in inputs(direction, latents, seed=latents + 100, batch=batch):
+        measured = snr_db(eager(eager_of(kind), direction, array), run_direction(opened, direction, array))
         assert LEAST_DB <= measured < 60, f"{measured:.1f} dB"
 
 
-@each_half
-def test_accuracy_of_other_weights(kind, half):
+@each_direction
+def test_accuracy_of_other_weights(kind, direction):
     model = Same.from_checkpoint(random_checkpoint(kind, seed=1))
-    graph = GRAPHS[half](model)
+    graph = GRAPHS[direction](model)
     quantize_(graph, model)
-    for array in inputs(half, 9, seed=5):
-        assert snr_db(eager(model, half, array), in_one_pass(graph, array)) >= LEAST_DB
+    for array in inputs(direction, 9, seed=5):
+        assert snr_db(eager(model, direction, array), in_one_pass(graph, array)) >= LEAST_DB
 
 
-@each_half
-def test_silence(opened, half):
-    array = np.zeros_like(inputs(half, 3, seed=0)[0])
-    assert np.isfinite(run_half(opened, half, array)).all()
+@each_direction
+def test_silence(opened, direction):
+    array = np.zeros_like(inputs(direction, 3, seed=0)[0])
+    assert np.isfinite(run_direction(opened, direction, array)).all()
 
 
-@each_half
-def test_same_windows_give_the_same_numbers(int8_of, kind, half):
-    array, outputs = inputs(half, 61, seed=3)[0], []
+@each_direction
+def test_same_windows_give_the_same_numbers(int8_of, kind, direction):
+    array, outputs = inputs(direction, 61, seed=3)[0], []
     for _ in range(2):
         with OnnxRuntimeBackend(int8_of(kind), INT8) as backend:
-            backend.expect_many_calls(half)
+            backend.use_packed_weights(direction)
             codec = Autoencoder(backend, window=24)
-            outputs += [run_half(codec, half, array), run_half(codec, half, array)]
+            outputs += [run_direction(codec, direction, array), run_direction(codec, direction, array)]
     for output in outputs[1:]:
         assert np.array_equal(output, outputs[0])
 
@@ -125,27 +136,27 @@ def test_same_windows_give_the_same_numbers(int8_of, kind, half):
 ODD = {"*.config.channels": 120, "*.config.c_mults": [1], "*.config.dim_heads": 40, "*.config.ff_mult": 3}
 
 
-@each_half
-def test_odd_widths(half):
+@each_direction
+def test_odd_widths(direction):
     model = Same.from_checkpoint(variant("tiny-l", ODD))
     assert model.config.encoder.inner % int8.INNER_ROTATION == 8
-    graph = GRAPHS[half](model)
+    graph = GRAPHS[direction](model)
     assert quantize_(graph, model) == []
     assert isinstance(graph.trunk.blocks[0].ff, Int8Linear)
-    for array in inputs(half, 9, seed=5):
-        assert snr_db(eager(model, half, array), in_one_pass(graph, array)) >= LEAST_DB
+    for array in inputs(direction, 9, seed=5):
+        assert snr_db(eager(model, direction, array), in_one_pass(graph, array)) >= LEAST_DB
 
 
-@each_half
-def test_blocks_that_add_nothing(kind, half):
+@each_direction
+def test_blocks_that_add_nothing(kind, direction):
     """All rows are zero where values are: a range of nothing, and no size to divide by."""
     model = Same.from_checkpoint(random_checkpoint(kind))
-    graph = GRAPHS[half](model)
+    graph = GRAPHS[direction](model)
     first, second = graph.trunk.blocks[:2]
     with torch.no_grad():
         for zeroed in (first.v.weight, second.value.weight, second.value.bias):
             zeroed.zero_()
-    array = inputs(half, 9, seed=5)[1]
+    array = inputs(direction, 9, seed=5)[1]
     expected = in_one_pass(graph, array)
     assert quantize_(graph, model) == []
     assert snr_db(expected, in_one_pass(graph, array)) >= LEAST_DB
@@ -188,7 +199,7 @@ def test_errors_of_weights_cancel_over_rows_that_are_correlated(features):
     weight = torch.from_numpy(noise((features, 64), seed=3, level=1))
     nearest, compensated = (
         snr_db((others @ weight).numpy(), (others @ (steps.float() * scale)).numpy())
-        for steps, scale in (to_int8(weight), to_int8(weight, Compensation(seen.T @ seen)))
+        for steps, scale in (to_int8(weight), to_int8(weight, GptqRounder(seen.T @ seen)))
     )
     assert compensated > nearest + 8
 
@@ -199,7 +210,7 @@ def test_rounding_is_the_formula(features):
     seen = correlated(features, 1)
     moment = (seen.T @ seen).double()
     weight = torch.from_numpy(noise((features, 8), seed=3, level=1))
-    steps, scale = to_int8(weight, Compensation(moment.float()))
+    steps, scale = to_int8(weight, GptqRounder(moment.float()))
     order = moment.diagonal().argsort(descending=True)
     left = (weight / scale)[order].double()
     damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(features)
@@ -223,7 +234,7 @@ def error_db(weight, output, rows):
 def test_rows_without_correlation_lose_nothing():
     rows, weight = torch.from_numpy(noise((4000, 96))), torch.from_numpy(noise((96, 64), seed=3))
     steps, scale = to_int8(weight)
-    compensated, same_scale = to_int8(weight, Compensation(rows.T @ rows))
+    compensated, same_scale = to_int8(weight, GptqRounder(rows.T @ rows))
     assert torch.equal(scale, same_scale)
     assert steps.abs().max() == 127
     assert (steps != compensated).float().mean() < 0.05
@@ -231,7 +242,7 @@ def test_rows_without_correlation_lose_nothing():
 
 def test_rows_of_zeros_are_rounded_to_nearest():
     weight = torch.from_numpy(noise((96, 64), seed=3))
-    assert torch.equal(to_int8(weight, Compensation(torch.zeros(96, 96)))[0], to_int8(weight)[0])
+    assert torch.equal(to_int8(weight, GptqRounder(torch.zeros(96, 96)))[0], to_int8(weight)[0])
 
 
 def test_learned_row_counts_as_often_as_it_is_read(eager_of, kind):
@@ -248,12 +259,12 @@ def test_learned_row_counts_as_often_as_it_is_read(eager_of, kind):
     torch.testing.assert_close(moment, (expected / expected.trace()).float(), rtol=1e-4, atol=1e-7)
 
 
-@each_half
-def test_preparing_changes_no_function(eager_of, kind, half):
+@each_direction
+def test_preparing_changes_no_function(eager_of, kind, direction):
     """Rotated heads, scaled features: the float32 products of a prepared graph give what those of the graph gave."""
-    array = inputs(half, 5, seed=1)[0]
+    array = inputs(direction, 5, seed=1)[0]
     model = eager_of(kind)
-    graph = GRAPHS[half](model)
+    graph = GRAPHS[direction](model)
     expected = in_one_pass(graph, array)
     found = prepare_(graph, model)
     assert len(found) == 28
@@ -261,11 +272,11 @@ def test_preparing_changes_no_function(eager_of, kind, half):
     assert_close(expected, in_one_pass(graph, array), 105)
 
 
-@each_half
-def test_large_features_are_made_small(half):
+@each_direction
+def test_large_features_are_made_small(direction):
     """A trained model has a few features that are far larger than the others; powers of two change no product."""
     model = Same.from_checkpoint(load_bundled("same-tiny"))
-    graph = GRAPHS[half](model)
+    graph = GRAPHS[direction](model)
     with torch.no_grad():
         given = list(int8.examples(graph, model, 24, seed=0))
         outputs = [graph(x) for x in given]
@@ -274,7 +285,7 @@ def test_large_features_are_made_small(half):
         after = int8.moments_of(graph, given)
         for x, output in zip(given, outputs, strict=True):
             assert torch.equal(graph(x), output)
-    for place in int8.READERS:
+    for place in int8.QUANTIZED_INPUTS:
         assert any(not torch.equal(before[key], scaled[key]) for key in before if key.endswith(f".{place}"))
 
     def unevenness(moment):
@@ -286,31 +297,31 @@ def test_large_features_are_made_small(half):
             assert unevenness(after[key]) < max(0.7 * unevenness(before[key]), 2)
 
 
-@each_half
-def test_trained_weights(half):
+@each_direction
+def test_trained_weights(direction):
     """Outliers of trained weights cost accuracy, not the tier: all but a few products are int8."""
     model = Same.from_checkpoint(load_bundled("same-tiny"))
-    graph = GRAPHS[half](model)
+    graph = GRAPHS[direction](model)
     kept = quantize_(graph, model)
     rounded = sum(isinstance(module, Int8Linear) for module in graph.modules())
     assert len(kept) <= rounded // 6
     hop, width = model.config.hop, model.config.latent_width
-    array = noise((1, 2, 40 * hop), seed=8) if half == ENCODER else noise((1, width, 40), seed=8, level=0.7)
-    assert snr_db(eager(model, half, array), in_one_pass(graph, array)) >= LEAST_DB
+    array = noise((1, 2, 40 * hop), seed=8) if direction == ENCODER else noise((1, width, 40), seed=8, level=0.7)
+    assert snr_db(eager(model, direction, array), in_one_pass(graph, array)) >= LEAST_DB
 
 
-@each_half
-def test_values_whose_squares_overflow(kind, half):
+@each_direction
+def test_values_whose_squares_overflow(kind, direction):
     """The same function as with small ones: what a value is multiplied by, the layer after it is divided by."""
     checkpoint = random_checkpoint(kind)
     model = Same.from_checkpoint(checkpoint)
-    graph = GRAPHS[half](model)
+    graph = GRAPHS[direction](model)
     with torch.no_grad():
         for block in graph.trunk.blocks:
             block.value.weight.mul_(2.0**70)
             block.value.bias.mul_(2.0**70)
             block.ff.weight.mul_(2.0**-70)
-    array = inputs(half, 9, seed=5)[1]
+    array = inputs(direction, 9, seed=5)[1]
     expected = in_one_pass(graph, array)
     quantize_(graph, model)
     assert snr_db(expected, in_one_pass(graph, array)) >= LEAST_DB
@@ -353,7 +364,7 @@ def graph(eager_of):
 @pytest.mark.parametrize(("target", "fewest", "most"), [(10, 0, 0), (42, 4, 27), (200, 28, 28)])
 def test_as_much_stays_float32_as_the_target_takes(graph, eager_of, target, fewest, most):
     model = eager_of("tiny-l")
-    array = next(int8.examples(graph, model, 5, int8.TRIED))
+    array = next(int8.examples(graph, model, 5, int8.EVALUATION_SEED))
     with torch.no_grad():
         wanted = graph(array).numpy()
         kept = quantize_(graph, model, target, latents=5)
@@ -362,7 +373,7 @@ def test_as_much_stays_float32_as_the_target_takes(graph, eager_of, target, fewe
     assert len(set(kept)) == len(kept) == 28 - sum(isinstance(module, Int8Linear) for module in graph.modules())
     assert snr_db(wanted, output) >= min(target, 100)
     for block in graph.trunk.blocks:
-        assert block.apart == isinstance(block.ff, Int8Linear)
+        assert block.split_latent_rows == isinstance(block.ff, Int8Linear)
 
 
 def test_no_more_stays_float32_than_that(graph, eager_of, monkeypatch):
@@ -374,7 +385,7 @@ def test_no_more_stays_float32_than_that(graph, eager_of, monkeypatch):
         tried.append((len(found) - len(int8), worst()))
 
     model, original = eager_of("tiny-l"), int8.use_
-    given = list(int8.examples(graph, model, 5, int8.TRIED))
+    given = list(int8.examples(graph, model, 5, int8.EVALUATION_SEED))
     with torch.no_grad():
         wanted = [graph(x).numpy() for x in given]
 
@@ -391,7 +402,7 @@ def test_feeding_apart_is_the_same_function(graph):
     array = noise((2, 32, 7), level=1)
     expected = in_one_pass(graph, array)
     for block in graph.trunk.blocks:
-        block.apart = True
+        block.split_latent_rows = True
     assert_close(expected, in_one_pass(graph, array), 110)
 
 
@@ -409,16 +420,16 @@ def fused_graph(path):
         return onnx.load(options.optimized_model_filepath).graph
 
 
-@each_half
-def test_graphs_are_standard_and_fuse(int8_of, kind, half):
-    path = int8_of(kind).graph(half, "int8")
+@each_direction
+def test_graphs_are_standard_and_fuse(int8_of, kind, direction):
+    path = int8_of(kind).graph(direction, "int8")
     proto = onnx.load(path)
     assert {(opset.domain, opset.version) for opset in proto.opset_import} == {("", OPSET)}
     assert {node.domain for node in proto.graph.node} == {""}
     found = Counter(node.op_type for node in proto.graph.node)
     # A block has 7 products of 4 kinds of rows, and the last one's queries are of fewer rows than its keys. All but the
     # last of a decoder feed forward twice: 3 more products of 2 kinds.
-    blocks, twice = (4, 0) if half == ENCODER else (4, 3)
+    blocks, twice = (4, 0) if direction == ENCODER else (4, 3)
     assert found["MatMulInteger"] == 7 * blocks + 3 * twice
     assert found["DynamicQuantizeLinear"] == 4 * blocks + 1 + 2 * twice
     fused = Counter(node.op_type for node in fused_graph(path).node)
@@ -431,8 +442,8 @@ def test_folder(int8_of, engine_of):
     engine.check_digests()
     assert list(engine.spec.graphs) == ["fp32", "int8"]
     assert engine.spec.graphs["fp32"] == engine_of("tiny-s").spec.graphs["fp32"]
-    for half in HALVES:
-        assert engine.graph(half, "int8").stat().st_size < 0.6 * engine.graph(half, "fp32").stat().st_size
+    for direction in DIRECTIONS:
+        assert engine.graph(direction, "int8").stat().st_size < 0.6 * engine.graph(direction, "fp32").stat().st_size
     assert min(row["snr_db"] for row in engine.spec.verification["int8"]) >= LEAST_DB
 
 
@@ -466,10 +477,10 @@ def test_saturating_processors_encode_the_same_numbers(opened, int8_of, kind):
     with saturating:
         types = {weight.data_type for weight in fused_graph(int8_of(kind).graph(ENCODER, "int8")).initializer}
         with OnnxRuntimeBackend(int8_of(kind), INT8) as backend:
-            output = run_half(backend, ENCODER, array)
+            output = run_direction(backend, ENCODER, array)
     assert onnx.TensorProto.UINT8 in types
     assert onnx.TensorProto.INT8 not in types
-    assert np.array_equal(run_half(opened, ENCODER, array), output)
+    assert np.array_equal(run_direction(opened, ENCODER, array), output)
 
 
 def test_saturating_processors_do_not_decode(int8_of, kind):
@@ -478,7 +489,7 @@ def test_saturating_processors_do_not_decode(int8_of, kind):
         OnnxRuntimeBackend(int8_of(kind), INT8) as backend,
         pytest.raises(BackendUnavailableError, match="needs a processor with VNNI") as caught,
     ):
-        run_half(backend, DECODER, inputs(DECODER, 3, seed=0)[0])
+        run_direction(backend, DECODER, inputs(DECODER, 3, seed=0)[0])
     assert_one_line(caught.value)
 
 

@@ -12,7 +12,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from helpers import KINDS, assert_close, each_half, in_one_pass, seeded
+from helpers import KINDS, assert_close, each_direction, in_one_pass, seeded
 
 from samekit.engine.spec import ENCODER
 from samekit_export.export import export
@@ -81,47 +81,47 @@ def checkpoint_of(name, stream):
     return dataclasses.replace(seeded(name), tensors=tensors, sha256=stream)
 
 
-def half_of(name, stream, half):
+def call_of(name, stream, direction):
     """A model, its eager half, the input that it is measured on, and the output that is expected of its graph."""
     checkpoint = checkpoint_of(name, stream)
     model = Same.from_checkpoint(checkpoint)
-    array = example_input(spec_of(checkpoint), half, 2, 7, seed=3)
-    return model, array, in_one_pass(model.encode if half == ENCODER else model.decode, array)
+    array = example_input(spec_of(checkpoint), direction, 2, 7, seed=3)
+    return model, array, in_one_pass(model.encode if direction == ENCODER else model.decode, array)
 
 
-def graph_of(model, half, islands=ISLANDS):
-    return (GraphEncoder if half == ENCODER else GraphDecoder)(model, islands)
+def graph_of(model, direction, islands=ISLANDS):
+    return (GraphEncoder if direction == ENCODER else GraphDecoder)(model, islands)
 
 
 @each_kind
 @each_stream
-@each_half
-def test_the_stream_is_that_large(name, stream, half):
+@each_direction
+def test_the_stream_is_that_large(name, stream, direction):
     checkpoint = checkpoint_of(name, stream)
     model, peaks = Same.from_checkpoint(checkpoint), []
-    trunk = model.encoder_parts[0] if half == ENCODER else model.decoder_parts[1]
+    trunk = model.encoder_parts[0] if direction == ENCODER else model.decoder_parts[1]
     trunk.blocks[-1].register_forward_hook(lambda _block, _inputs, output: peaks.append(float(output.abs().max())))
-    array = example_input(spec_of(checkpoint), half, 2, 7, seed=3)
-    in_one_pass(model.encode if half == ENCODER else model.decode, array)
+    array = example_input(spec_of(checkpoint), direction, 2, 7, seed=3)
+    in_one_pass(model.encode if direction == ENCODER else model.decode, array)
     assert max(peaks) >= 1000
 
 
 @each_kind
 @each_stream
-@each_half
-def test_float32(name, stream, half):
-    model, array, expected = half_of(name, stream, half)
+@each_direction
+def test_float32(name, stream, direction):
+    model, array, expected = call_of(name, stream, direction)
     assert np.isfinite(expected).all()
-    assert_close(expected, in_one_pass(graph_of(model, half), array), STREAMS[stream][1][0])
+    assert_close(expected, in_one_pass(graph_of(model, direction), array), STREAMS[stream][1][0])
 
 
 @each_kind
 @each_stream
-@each_half
-def test_float16_with_every_operation_rounded(name, stream, half):
+@each_direction
+def test_float16_with_every_operation_rounded(name, stream, direction):
     """PyTorch on a CPU rounds the result of every float16 operation, as a GPU does."""
-    model, array, expected = half_of(name, stream, half)
-    assert_close(expected, in_one_pass(graph_of(model, half).to_float16_(), array), STREAMS[stream][1][1])
+    model, array, expected = call_of(name, stream, direction)
+    assert_close(expected, in_one_pass(graph_of(model, direction).to_float16_(), array), STREAMS[stream][1][1])
 
 
 # Rounding weights to int8 takes seconds to minutes a case.
@@ -133,22 +133,22 @@ SLOW_TO_ROUND = [
 
 
 @pytest.mark.parametrize(("name", "stream"), SLOW_TO_ROUND)
-@each_half
-def test_int8(name, stream, half):
-    model, array, expected = half_of(name, stream, half)
-    graph = graph_of(model, half)
+@each_direction
+def test_int8(name, stream, direction):
+    model, array, expected = call_of(name, stream, direction)
+    graph = graph_of(model, direction)
     quantize_(graph, model)
     assert_close(expected, in_one_pass(graph, array), STREAMS[stream][1][2])
 
 
-@each_half
-def test_float16_needs_its_stream_in_float32(half, monkeypatch):
+@each_direction
+def test_float16_needs_its_stream_in_float32(direction, monkeypatch):
     """Features beyond the range of float16: that is what the island is for."""
     monkeypatch.setitem(STREAMS, "beyond float16", (functools.partial(with_outliers, size=1e6), ()))
-    model, array, expected = half_of("tiny-s", "beyond float16", half)
-    kept = in_one_pass(graph_of(model, half).to_float16_(), array)
+    model, array, expected = call_of("tiny-s", "beyond float16", direction)
+    kept = in_one_pass(graph_of(model, direction).to_float16_(), array)
     assert snr_db(expected, kept) >= 58
-    rounded = graph_of(model, half, dataclasses.replace(ISLANDS, residual=False)).to_float16_()
+    rounded = graph_of(model, direction, dataclasses.replace(ISLANDS, residual=False)).to_float16_()
     assert not np.isfinite(in_one_pass(rounded, array)).all()
 
 

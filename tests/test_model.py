@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    HALVES,
+    DIRECTIONS,
     KINDS,
     REMOVED,
     assert_close,
-    each_half,
+    each_direction,
     in_one_pass,
     noise,
-    run_half,
+    run_direction,
     seeded,
     smallest_window,
     variant,
@@ -26,10 +26,10 @@ from samekit.backends.base import BackendOptions
 from samekit.backends.pytorch import EagerBackend
 from samekit.engine.spec import DECODER, ENCODER
 from samekit.errors import CheckpointError
-from samekit.streaming import HalfRunner, WindowedRun
+from samekit.streaming import WindowedRun, WindowRunner
 from samekit.windows import ExactWindows
 from samekit_export.graph import GraphDecoder, GraphEncoder
-from samekit_export.graph_attention import out_of_sight
+from samekit_export.graph_attention import mask_value
 from samekit_export.model import Same, band_mask
 from samekit_export.model_spec import spec_of
 from samekit_export.verify import example_input, snr_db
@@ -111,53 +111,53 @@ def variant_of():
     return make
 
 
-def eager_half(model, half):
-    return model.encode if half == ENCODER else model.decode
+def eager_call(model, direction):
+    return model.encode if direction == ENCODER else model.decode
 
 
-def graph_half(model, half):
-    return GraphEncoder(model) if half == ENCODER else GraphDecoder(model)
+def graph_of(model, direction):
+    return GraphEncoder(model) if direction == ENCODER else GraphDecoder(model)
 
 
 @each_variant
-@each_half
-def test_graph_equals_eager(variant_of, name, half):
+@each_direction
+def test_graph_equals_eager(variant_of, name, direction):
     checkpoint, model = variant_of(name)
-    spec, graph = spec_of(checkpoint), graph_half(model, half)
+    spec, graph = spec_of(checkpoint), graph_of(model, direction)
     for batch, latents in ((1, 1), (1, 2), (3, 3), (2, 8), (1, 13)):
-        array = example_input(spec, half, batch, latents, seed=latents)
-        expected = in_one_pass(eager_half(model, half), array)
+        array = example_input(spec, direction, batch, latents, seed=latents)
+        expected = in_one_pass(eager_call(model, direction), array)
         assert_close(expected, in_one_pass(graph, array), 100)
         assert np.isfinite(expected).all()
 
 
-def in_windows(backend, half, plan, array):
+def in_windows(backend, direction, plan, array):
     """One half over the windows of a plan."""
-    return np.concatenate(list(WindowedRun(HalfRunner(backend, half), plan).push(array, final=True)), axis=-1)
+    return np.concatenate(list(WindowedRun(WindowRunner(backend, direction), plan).push(array, final=True)), axis=-1)
 
 
 @each_variant
-@each_half
-def test_smallest_windows_equal_one_pass(variant_of, name, half):
+@each_direction
+def test_smallest_windows_equal_one_pass(variant_of, name, direction):
     checkpoint, model = variant_of(name)
     spec = spec_of(checkpoint)
     with EagerBackend(spec, model, BackendOptions(device="cpu", threads=1)) as backend:
-        window = smallest_window(spec, half)
-        plan = ExactWindows(window, spec.contexts[half], spec.alignment)
+        window = smallest_window(spec, direction)
+        plan = ExactWindows(window, spec.contexts[direction], spec.alignment)
         for latents in (window + 1, 3 * window + 2):
-            array = example_input(spec, half, 1, latents, seed=latents)
-            assert_close(run_half(backend, half, array), in_windows(backend, half, plan, array), 110)
+            array = example_input(spec, direction, 1, latents, seed=latents)
+            assert_close(run_direction(backend, direction, array), in_windows(backend, direction, plan, array), 110)
 
 
 @pytest.mark.parametrize(("name", "less"), [("tiny-s", 1), ("tiny-l", 2)])
-@each_half
-def test_less_context_shows(variant_of, name, less, half):
+@each_direction
+def test_less_context_shows(variant_of, name, less, direction):
     checkpoint, model = variant_of(name)
     spec = spec_of(checkpoint)
     with EagerBackend(spec, model, BackendOptions(device="cpu", threads=1)) as backend:
-        plan = ExactWindows(32, spec.contexts[half] - less, spec.alignment)
-        array = example_input(spec, half, 1, 100, seed=0)
-        assert snr_db(run_half(backend, half, array), in_windows(backend, half, plan, array)) < 110
+        plan = ExactWindows(32, spec.contexts[direction] - less, spec.alignment)
+        array = example_input(spec, direction, 1, 100, seed=0)
+        assert snr_db(run_direction(backend, direction, array), in_windows(backend, direction, plan, array)) < 110
 
 
 # These leave every tensor's shape and value as it was: if the field were not honoured, so would be the output.
@@ -177,11 +177,11 @@ SAME_WEIGHTS = [
 @pytest.mark.parametrize("name", SAME_WEIGHTS)
 def test_configuration_is_honoured(variant_of, name):
     (checkpoint, changed), (original, unchanged) = variant_of(name), variant_of(VARIANTS[name][0])
-    for half in HALVES:
-        array = example_input(spec_of(checkpoint), half, 1, 8, seed=0)
-        outputs = [in_one_pass(eager_half(model, half), array) for model in (changed, unchanged)]
-        honoured = getattr(checkpoint.config, half) != getattr(original.config, half)
-        if half == DECODER:
+    for direction in DIRECTIONS:
+        array = example_input(spec_of(checkpoint), direction, 1, 8, seed=0)
+        outputs = [in_one_pass(eager_call(model, direction), array) for model in (changed, unchanged)]
+        honoured = getattr(checkpoint.config, direction) != getattr(original.config, direction)
+        if direction == DECODER:
             honoured = honoured or checkpoint.config.soft_clip
         assert np.array_equal(*outputs) != honoured
 
@@ -249,11 +249,11 @@ def test_attention(variant_of, name, groups, sees):
 
 
 @pytest.mark.parametrize("name", KINDS)
-@each_half
-def test_rows_of_a_batch_do_not_meet(variant_of, name, half):
+@each_direction
+def test_rows_of_a_batch_do_not_meet(variant_of, name, direction):
     checkpoint, model = variant_of(name)
-    graph = graph_half(model, half)
-    array = example_input(spec_of(checkpoint), half, 3, 5, seed=0)
+    graph = graph_of(model, direction)
+    array = example_input(spec_of(checkpoint), direction, 3, 5, seed=0)
     together = in_one_pass(graph, array)
     for number in range(3):
         assert_close(in_one_pass(graph, array[number : number + 1])[0], together[number], 110)
@@ -263,8 +263,8 @@ def test_rows_of_a_batch_do_not_meet(variant_of, name, half):
 def test_folding_leaves_the_model_alone(name):
     tensors = {key: tensor.clone() for key, tensor in seeded(name).tensors.items()}
     model = Same.from_checkpoint(dataclasses.replace(seeded(name), tensors=tensors))
-    for half in HALVES:
-        graph = graph_half(model, half)
+    for direction in DIRECTIONS:
+        graph = graph_of(model, direction)
         assert all(weight.dtype == torch.float32 and not weight.requires_grad for weight in graph.parameters())
     assert all(torch.equal(tensor, seeded(name).tensors[key]) for key, tensor in model.state_dict().items())
 
@@ -276,29 +276,29 @@ def with_tensors(name, change):
 
 
 @pytest.mark.parametrize("name", KINDS)
-@each_half
-def test_negative_alphas(name, half):
+@each_direction
+def test_negative_alphas(name, direction):
     checkpoint = with_tensors(name, lambda tensors: {k: -t for k, t in tensors.items() if "_norm.alpha" in k})
     model = Same.from_checkpoint(checkpoint)
-    array = example_input(spec_of(checkpoint), half, 1, 5, seed=0)
-    assert_close(in_one_pass(eager_half(model, half), array), in_one_pass(graph_half(model, half), array), 100)
+    array = example_input(spec_of(checkpoint), direction, 1, 5, seed=0)
+    assert_close(in_one_pass(eager_call(model, direction), array), in_one_pass(graph_of(model, direction), array), 100)
 
 
 @pytest.mark.parametrize("norm", ["pre_norm", "ff_norm"])
-@each_half
-def test_alpha_of_zero_cannot_be_folded(norm, half):
+@each_direction
+def test_alpha_of_zero_cannot_be_folded(norm, direction):
     checkpoint = with_tensors(
         "tiny-s", lambda tensors: {k: 0 * t for k, t in tensors.items() if f"2.{norm}.alpha" in k}
     )
     with pytest.raises(CheckpointError, match=r"alpha is \(nearly\) zero"):
-        graph_half(Same.from_checkpoint(checkpoint), half)
+        graph_of(Same.from_checkpoint(checkpoint), direction)
 
 
 def test_hidden_keys_weigh_nothing_and_are_not_subnormal():
     """Also where every key in sight has the least score that there is, and the hidden one the largest."""
     model = Same.from_checkpoint(seeded("tiny-l"))
     for trunk in (model.encoder_parts[0], model.decoder_parts[1]):
-        hides = np.float32(out_of_sight(trunk))
+        hides = np.float32(mask_value(trunk))
         features = noise((2, 10_000, trunk.config.width), level=5)
         for block in trunk.blocks:
             q, k = (
@@ -315,6 +315,8 @@ def test_sharp_attention(name):
     """Large scores make every softmax nearly one-hot, where mistakes in masks and scales show most."""
     checkpoint = with_tensors(name, lambda tensors: {k: 3 * t for k, t in tensors.items() if "q_norm.gamma" in k})
     model = Same.from_checkpoint(checkpoint)
-    for half in HALVES:
-        array = example_input(spec_of(checkpoint), half, 2, 7, seed=0)
-        assert_close(in_one_pass(eager_half(model, half), array), in_one_pass(graph_half(model, half), array), 95)
+    for direction in DIRECTIONS:
+        array = example_input(spec_of(checkpoint), direction, 2, 7, seed=0)
+        assert_close(
+            in_one_pass(eager_call(model, direction), array), in_one_pass(graph_of(model, direction), array), 95
+        )

@@ -34,25 +34,25 @@ SOME, MANY = 60, 500
 DTYPES = ("float16", "float32", "float64")
 
 
-def smeared(half, array):
+def smeared(direction, array):
     """What a model may compute: each latent of its neighbours within the context, and of where it is in its pair.
 
     So a window that is cut too tight, or out of step, shows.
     """
     batch, _, length = array.shape
-    if half == ENCODER:
+    if direction == ENCODER:
         own = array.reshape(batch, CHANNELS, length // HOP, HOP).transpose(0, 1, 3, 2).reshape(batch, -1, length // HOP)
         own = np.concatenate([own[:, :2] + own[:, 8:10], own[:, 2:4] * 2], axis=1)
     else:
         own = array
-    reach = 1 if half == ENCODER else 2
+    reach = 1 if direction == ENCODER else 2
     padded = np.pad(own, [(0, 0), (0, 0), (reach, reach)])
     sums = sum(
         padded[:, :, offset : offset + own.shape[-1]] * np.float32(0.5**offset) for offset in range(2 * reach + 1)
     )
     # A pair looks into itself only in one of the two ways, as shifted chunks do.
     sums[:, 0, 1::2] += own[:, 1, : own.shape[-1] // 2 * 2 : 2]
-    if half == ENCODER:
+    if direction == ENCODER:
         return np.ascontiguousarray(sums)
     return np.ascontiguousarray(np.repeat(sums[:, :2], HOP, axis=2) * np.tile(np.arange(HOP) + 1, length).astype("f4"))
 
@@ -62,9 +62,9 @@ def model(window=None):
     return AutoencoderModel(FakeBackend(smeared), window)
 
 
-def in_one_pass(half, batch):
+def in_one_pass(direction, batch):
     """Definition: everything at once."""
-    return smeared(half, batch)
+    return smeared(direction, batch)
 
 
 def rows(array, samples):
@@ -117,22 +117,22 @@ def assert_same(expected, result, tolerance=1e-5):
 
 
 # One for each example of a property.
-TRIED = []
+EVALUATION_SEED = []
 
 
 @pytest.fixture(params=["some", pytest.param("many", marks=pytest.mark.slow)])
 def budget(request, inputs):
     """How many examples."""
-    TRIED.clear()
+    EVALUATION_SEED.clear()
     yield SOME if request.param == "some" else MANY
-    inputs["examples of properties"] += len(TRIED)
+    inputs["examples of properties"] += len(EVALUATION_SEED)
 
 
 def check(property_, budget, *explicit, **strategies):
     """Run a property on examples."""
 
     def counted(**values):
-        TRIED.append(1)
+        EVALUATION_SEED.append(1)
         property_(**values)
 
     run = given(**strategies)(counted)

@@ -263,8 +263,8 @@ def test_default_sizes():
     document = edit(
         tiny("SAME-S"),
         {
-            f"model.{half}.config.{size}": REMOVED
-            for half in ("encoder", "decoder")
+            f"model.{direction}.config.{size}": REMOVED
+            for direction in ("encoder", "decoder")
             for size in sizes
             if size in ("channels", "dim_heads", "latent_dim")
         },

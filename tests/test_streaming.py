@@ -8,12 +8,12 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from helpers import RATE, FakeBackend, assert_close, assert_one_line, each_half, noise
+from helpers import RATE, FakeBackend, assert_close, assert_one_line, each_direction, noise
 
 from samekit.engine.spec import DECODER, ENCODER
 from samekit.errors import BackendError, InputError
 from samekit.model import AutoencoderModel
-from samekit.streaming import HalfRunner, StreamDecoder, StreamEncoder, WindowCutter, WindowedRun
+from samekit.streaming import StreamDecoder, StreamEncoder, WindowCutter, WindowedRun, WindowRunner
 from samekit.windows import ExactWindows
 
 LEAST_DB = 110
@@ -122,11 +122,11 @@ def test_decoder_keeps_its_promise_of_latency():
         assert latents - stream.latency <= given < latents
 
 
-@each_half
-def test_nothing_but_a_window_is_kept(half):
+@each_direction
+def test_nothing_but_a_window_is_kept(direction):
     backend = FakeBackend()
-    features, unit = (2, 8) if half == ENCODER else (4, 1)
-    run = WindowedRun(HalfRunner(backend, half), ExactWindows(size=200, context=2, alignment=2))
+    features, unit = (2, 8) if direction == ENCODER else (4, 1)
+    run = WindowedRun(WindowRunner(backend, direction), ExactWindows(size=200, context=2, alignment=2))
     tracemalloc.start()
     try:
         for _ in range(10):
@@ -169,26 +169,26 @@ def test_blocks_that_cannot_be_decoded(one_model, shape):
         one_model.stream_decoder().push(np.zeros(shape, np.float32))
 
 
-@pytest.mark.parametrize("half", [ENCODER, DECODER])
-def test_refused_block_does_not_end_the_stream(one_model, half):
-    stream = one_model.stream_encoder(RATE) if half == ENCODER else one_model.stream_decoder()
-    array = noise((2, 90_000)) if half == ENCODER else noise((32, 20))
-    expected = one_model.encode(array, RATE)[0] if half == ENCODER else one_model.decode(array[None])[0]
+@pytest.mark.parametrize("direction", [ENCODER, DECODER])
+def test_refused_block_does_not_end_the_stream(one_model, direction):
+    stream = one_model.stream_encoder(RATE) if direction == ENCODER else one_model.stream_decoder()
+    array = noise((2, 90_000)) if direction == ENCODER else noise((32, 20))
+    expected = one_model.encode(array, RATE)[0] if direction == ENCODER else one_model.decode(array[None])[0]
     first = stream.push(array[:, :7])
     with pytest.raises(InputError):
         stream.push(array[:, 7:9] * np.float32(np.inf))
     assert_close(expected, np.concatenate([first, stream.push(array[:, 7:]), stream.finish()], axis=-1), LEAST_DB)
 
 
-@each_half
+@each_direction
 @pytest.mark.parametrize("failing", ["push", "finish"])
-def test_failure_ends_the_stream(half, failing):
+def test_failure_ends_the_stream(direction, failing):
     def fail(*_):
         raise BackendError("the power went out; try again")
 
     backend = FakeBackend()
-    stream = StreamEncoder(backend, PLAN, RATE) if half == ENCODER else StreamDecoder(backend, PLAN)
-    block = noise((2, 8 * 20)) if half == ENCODER else noise((4, 20))
+    stream = StreamEncoder(backend, PLAN, RATE) if direction == ENCODER else StreamDecoder(backend, PLAN)
+    block = noise((2, 8 * 20)) if direction == ENCODER else noise((4, 20))
     stream.push(block)
     backend.answer = fail
     with pytest.raises(BackendError, match="the power went out"):

@@ -27,14 +27,14 @@ import torch
 from click.testing import CliRunner
 from fake_tensorrt import FakeGpu, FakeRTX, FakeTensorRT, computed
 from helpers import (
-    HALVES,
+    DIRECTIONS,
     KINDS,
     assert_close,
     assert_one_line,
-    each_half,
+    each_direction,
     in_one_pass,
     noise,
-    run_half,
+    run_direction,
     seeded,
     variant,
 )
@@ -125,7 +125,7 @@ class TestBuilding:
         assert is_whole(build.folder)
         assert build.folder.name == build.fingerprint.name
         assert build.fingerprint.name.startswith(f"tensorrt_rtx-{build.fingerprint.version}-portable-{precision}-")
-        assert set(build.engines) == set(HALVES)
+        assert set(build.engines) == set(DIRECTIONS)
         for engine in build.engines.values():
             assert engine.size == (build.folder / engine.file).stat().st_size > 1_000_000
             assert engine.seconds > 0
@@ -136,7 +136,7 @@ class TestBuilding:
 
     def test_layers_are_counted(self, build, precision):
         counts = [int(count) for count in re.findall(r"(\d+) layers after parsing", log_of(build))]
-        assert counts == [build.engines[half].layers for half in (ENCODER, DECODER)]
+        assert counts == [build.engines[direction].layers for direction in (ENCODER, DECODER)]
         # Of the encoder, 479 and 506 in fp32: a slice with a length of its own costs 24, an index 1.
         assert 0 < counts[0] < {"fp32": 520, "fp16": 600}[precision]
 
@@ -157,15 +157,15 @@ class TestBuilding:
 @pytest.mark.slow
 def test_full_size(tmp_path):
     engine = export(seeded("same-s"), tmp_path, PRECISIONS)
-    full, half = add_engines(engine, PRECISIONS, "rtx", print)
-    for build in (full, half):
+    full, direction = add_engines(engine, PRECISIONS, "rtx", print)
+    for build in (full, direction):
         assert {line.split("]")[0] for line in log_of(build).splitlines()} == {"[INFO"}
         # A graph exported as the model is written has 2,600: fewer fuse better and build faster.
         assert build.engines[ENCODER].layers < 700
-    full, half = (sum(engine.size for engine in build.engines.values()) for build in (full, half))
+    full, direction = (sum(engine.size for engine in build.engines.values()) for build in (full, direction))
     parameters = sum(tensor.numel() for tensor in seeded("same-s").tensors.values())
     assert full == pytest.approx(4 * parameters, rel=0.1)
-    assert half == pytest.approx(full / 2, rel=0.1)
+    assert direction == pytest.approx(full / 2, rel=0.1)
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_a_damaged_engine_is_built_again(own_built, monkeypatch):
         path.write_bytes(b"new")
         return BuiltEngine(path.name, 3, hashlib.sha256(b"new").hexdigest(), 1, 1.0, None)
 
-    monkeypatch.setattr(to_tensorrt._HalfBuilder, "build", build)
+    monkeypatch.setattr(to_tensorrt._EngineBuilder, "build", build)
     (again,) = add_engines(own_built, ["fp32"], "auto", lambda _: None)
     assert again.folder == folder
     assert again.read(ENCODER) == b"new"
@@ -332,7 +332,7 @@ def test_timing_cache_is_kept(engine_of, tmp_path, monkeypatch):
     def times(flavour, fits):
         """Attach and keep the cache as a build does; the contents afterwards."""
         fingerprint = fingerprint_of(engine.spec, "fp32", flavour, "11.4.0", "8.9")
-        builder = to_tensorrt._HalfBuilder(engine, ENCODER, fingerprint, module, sys.stdout)
+        builder = to_tensorrt._EngineBuilder(engine, ENCODER, fingerprint, module, sys.stdout)
         config = FakeTimingConfig(fits)
         builder._attach_timing_cache(config)
         builder._keep_timing_cache(config)
@@ -359,7 +359,7 @@ def half_builder(engine_of, tmp_path, monkeypatch):
         create_network=lambda _: network, build_serialized_network=lambda *_: b"engine"
     )
     with (tmp_path / "build.log").open("w", encoding="utf-8") as log:
-        builder = to_tensorrt._HalfBuilder(engine, ENCODER, fingerprint, module, log)
+        builder = to_tensorrt._EngineBuilder(engine, ENCODER, fingerprint, module, log)
 
         def configure(*_):
             builder._attach_timing_cache(config)
@@ -399,7 +399,7 @@ def test_disk_that_is_full_while_building(own_engine, monkeypatch):
     def build(self, path, report):  # noqa: ARG001 the signature of _HalfBuilder.build
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(to_tensorrt._HalfBuilder, "build", build)
+    monkeypatch.setattr(to_tensorrt._EngineBuilder, "build", build)
     module = FakeTensorRT(own_engine.spec)
     with pytest.raises(OutputError, match=r"tensorrt-11\.4\.0.* cannot be written \(No space left.*; choose") as caught:
         to_tensorrt.build_engines(own_engine, "fp32", module, "8.9", lambda _: None)
@@ -471,10 +471,10 @@ def test_which_gpus_a_target_covers(target, capability, runs):
     assert runs_on(target, capability) is runs
 
 
-@each_half
-def test_shapes(spec, half):
+@each_direction
+def test_shapes(spec, direction):
     shapes = {ENCODER: (2, 2, 3 * 4096), DECODER: (2, spec.latent_width, 3)}
-    assert spec.input_shape(half, 2, 3) == shapes[half]
+    assert spec.input_shape(direction, 2, 3) == shapes[direction]
 
 
 # --- The engine store -----------------------------------------------------------------------------------------
@@ -490,11 +490,11 @@ def put_build(engine, flavour=TENSORRT, target="8.9", contents=None, **changes):
     folder = engine.folder / "tensorrt" / fingerprint.name
     with new_build(folder):
         engines = {}
-        for half in HALVES:
-            data = (contents or half).encode()
-            (folder / f"{half}.engine").write_bytes(data)
+        for direction in DIRECTIONS:
+            data = (contents or direction).encode()
+            (folder / f"{direction}.engine").write_bytes(data)
             digest = hashlib.sha256(data).hexdigest()
-            engines[half] = BuiltEngine(f"{half}.engine", len(data), digest, 700, 1.5, None)
+            engines[direction] = BuiltEngine(f"{direction}.engine", len(data), digest, 700, 1.5, None)
         write_document(Build(folder, fingerprint, engines))
     return Build.load(folder)
 
@@ -699,11 +699,13 @@ def test_pieces_of_a_batch():
         split(1, 4097)
 
 
-@each_half
+@each_direction
 @pytest.mark.parametrize(("batch", "latents"), [(1, 1), (3, 5), (8, 256), (9, 2), (1, 257), (2, 300)])
-def test_every_shape_comes_out_right(opened, half, batch, latents):
-    array = noise(opened.spec.input_shape(half, batch, latents))
-    np.testing.assert_allclose(run_half(opened, half, array), computed(opened.spec, half, array), rtol=1e-5, atol=1e-4)
+def test_every_shape_comes_out_right(opened, direction, batch, latents):
+    array = noise(opened.spec.input_shape(direction, batch, latents))
+    np.testing.assert_allclose(
+        run_direction(opened, direction, array), computed(opened.spec, direction, array), rtol=1e-5, atol=1e-4
+    )
 
 
 def test_too_long_is_refused_before_anything_happens(opened, module):
@@ -952,7 +954,7 @@ def test_no_flavour_is_installed(own_engine, monkeypatch):
 def test_windows_fit_the_narrow_profile(opened):
     codec = Autoencoder(opened)
     codec._plans = Autoencoder(opened)._plans
-    assert all(codec.windows(half).size <= NARROW.latents[2] for half in HALVES)
+    assert all(codec.windows(direction).size <= NARROW.latents[2] for direction in DIRECTIONS)
 
 
 class FakeStream:
@@ -1036,7 +1038,9 @@ def test_engine_cache_of_onnxruntime(own_engine, asked_of_onnxruntime):
     build = Build.load(Path(settings["trt_engine_cache_path"]))
     assert build.folder.parent == own_engine.folder / "tensorrt"
     assert (build.fingerprint.flavour, build.engines) == ("onnxruntime", {})
-    assert build.fingerprint.onnx == {half: own_engine.spec.graphs["fp32"][half].sha256 for half in HALVES}
+    assert build.fingerprint.onnx == {
+        direction: own_engine.spec.graphs["fp32"][direction].sha256 for direction in DIRECTIONS
+    }
     assert settings["trt_profile_min_shapes"] == "latents:1x32x1"
     assert settings["trt_profile_max_shapes"] == "latents:8x32x256"
     assert asked["CUDAExecutionProvider"] == {"device_id": 1, "use_tf32": "0"}
@@ -1072,13 +1076,13 @@ class TestOnGpu:
         with open_backend(built_of(name).folder, "tensorrt", BackendOptions()) as backend:
             yield backend
 
-    @each_half
+    @each_direction
     @pytest.mark.parametrize(("batch", "latents"), [(1, 255), (1, 256), (1, 257), (9, 3), (2, 301), (1, 1292)])
-    def test_equals_eager_pytorch_in_both_profiles(self, backend, eager_of, name, half, batch, latents):
-        array = example_input(backend.spec, half, batch, latents, seed=latents)
+    def test_equals_eager_pytorch_in_both_profiles(self, backend, eager_of, name, direction, batch, latents):
+        array = example_input(backend.spec, direction, batch, latents, seed=latents)
         eager = eager_of(name)
-        reference = in_one_pass(eager.encode if half == ENCODER else eager.decode, array)
-        assert_close(reference, run_half(backend, half, array), 90)
+        reference = in_one_pass(eager.encode if direction == ENCODER else eager.decode, array)
+        assert_close(reference, run_direction(backend, direction, array), 90)
 
     def test_input_from_another_stream(self, backend, eager_of, name):
         array = example_input(backend.spec, DECODER, 4, 200, seed=0)

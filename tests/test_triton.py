@@ -16,7 +16,7 @@ import pytest
 import soundfile as sf
 from click.testing import CliRunner
 from google.protobuf import text_format
-from helpers import HALVES, KINDS, RATE, assert_one_line, each_half, noise, run_half
+from helpers import DIRECTIONS, KINDS, RATE, assert_one_line, each_direction, noise, run_direction
 
 from samekit import AutoencoderModel
 from samekit.cli.main import main
@@ -46,20 +46,22 @@ def add_build(engine, flavour=TENSORRT, version="10.15.1", target="8.9", precisi
     folder = engine.folder / BUILDS_FOLDER / fingerprint.name
     folder.mkdir(parents=True)
     engines = {}
-    for half in HALVES:
-        data = f"{half} of {target}".encode()
-        (folder / f"{half}.engine").write_bytes(data)
-        engines[half] = BuiltEngine(f"{half}.engine", len(data), hashlib.sha256(data).hexdigest(), 1, 0.0, None)
+    for direction in DIRECTIONS:
+        data = f"{direction} of {target}".encode()
+        (folder / f"{direction}.engine").write_bytes(data)
+        engines[direction] = BuiltEngine(
+            f"{direction}.engine", len(data), hashlib.sha256(data).hexdigest(), 1, 0.0, None
+        )
     write_document(Build(folder, fingerprint, engines))
     return folder
 
 
-@each_half
+@each_direction
 @pytest.mark.parametrize("name", KINDS)
-def test_configuration_agrees_with_the_graph(engine_of, out, name, half):
+def test_configuration_agrees_with_the_graph(engine_of, out, name, direction):
     engine = engine_of(name)
     write_repository(engine, out)
-    folder = out / f"{name}-{half}"
+    folder = out / f"{name}-{direction}"
     config, graph = parsed(folder), onnx.load(folder / "1" / "model.onnx", load_external_data=False).graph
     assert (config.name, config.backend, config.max_batch_size) == (folder.name, "onnxruntime", 8)
     for ours, theirs in ((config.input, graph.input), (config.output, graph.output)):
@@ -369,16 +371,16 @@ def stand_in(out):
         server.stop(None).wait()
 
 
-@each_half
-def test_client_gives_what_the_engine_gives(engine_of, out, client, server, half):
+@each_direction
+def test_client_gives_what_the_engine_gives(engine_of, out, client, server, direction):
     engine = engine_of("tiny-s")
     write_repository(engine, out, TritonOptions(max_batch=2))
-    features, unit = (2, engine.spec.hop) if half == ENCODER else (engine.spec.latent_width, 1)
+    features, unit = (2, engine.spec.hop) if direction == ENCODER else (engine.spec.latent_width, 1)
     array = noise((5, features, 9 * unit))
     with AutoencoderModel.from_pretrained(engine.folder, "cpu", backend="onnxruntime", threads=1) as local:
-        expected = run_half(local.autoencoder.backend, half, array)
+        expected = run_direction(local.autoencoder.backend, direction, array)
     with client.TritonBackend(server, "tiny-s") as backend:
-        assert np.allclose(run_half(backend, half, array), expected, atol=1e-5)
+        assert np.allclose(run_direction(backend, direction, array), expected, atol=1e-5)
 
 
 def test_client_takes_files(engine_of, out, client, server, tmp_path):

@@ -10,7 +10,7 @@ from samekit.backends.base import BackendOptions
 from samekit.batches import Autoencoder
 from samekit.engine.spec import DECODER
 from samekit.errors import InputError
-from samekit.streaming import HalfRunner
+from samekit.streaming import WindowRunner
 
 
 class CountingBackend(FakeBackend):
@@ -21,8 +21,8 @@ class CountingBackend(FakeBackend):
         self._window_batch = window_batch
         self.batches = []
 
-    def _run(self, half, array):
-        assert half == DECODER
+    def _run(self, direction, array):
+        assert direction == DECODER
         self.batches.append(array.shape[0])
         return np.repeat(array[:, :2], self.spec.hop, axis=2)
 
@@ -47,5 +47,5 @@ def test_a_batch_of_none_is_refused(window_batch):
 
 def test_no_windows_no_calls():
     backend = CountingBackend(4)
-    assert list(HalfRunner(backend, DECODER).cores([])) == []
+    assert list(WindowRunner(backend, DECODER).valid_regions([])) == []
     assert backend.batches == []

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from samekit.engine.spec import RANDOM
 from samekit.errors import CheckpointError
 from samekit.files.json_fields import check_kinds
-from samekit.files.paths import expanded_text, named, read_regular, utf8_path
+from samekit.files.paths import checked_path, expanded_text, read_regular, utf8_path
 from samekit.packages import import_package
 from samekit_export import diffusers as diffusers_format
 from samekit_export import hub
@@ -131,7 +131,7 @@ def load_folder(folder: str | Path, name: str | None = None) -> Checkpoint:
             implement.
     """
     # Not the methods of Path, which raise on names that no file system takes.
-    folder = Path(os.path.realpath(named(folder)))
+    folder = Path(os.path.realpath(checked_path(folder)))
     _check_permissions(folder)
     if os.path.isfile(folder / diffusers_format.WEIGHTS_FILE):  # noqa: PTH113 see above
         path = folder / diffusers_format.CONFIG_FILE

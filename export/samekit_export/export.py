@@ -17,7 +17,7 @@ from samekit.engine.folder import (
     remove_leftovers,
     staging_folder,
 )
-from samekit.engine.spec import DECODER, ENCODER, PRECISIONS, EngineSpec, check_file_name
+from samekit.engine.spec import DECODER, ENCODER, PRECISIONS, Direction, EngineSpec, check_file_name
 from samekit.errors import BackendUnavailableError, InputError, OutputError, SamekitError
 from samekit.files.atomic import output_errors
 from samekit.files.locks import LOCK_FILE, folder_lock
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from samekit.engine.spec import GraphFile
     from samekit_export.tensors import Checkpoint
 
-GRAPHS: dict[str, type[GraphEncoder | GraphDecoder]] = {ENCODER: GraphEncoder, DECODER: GraphDecoder}
+GRAPHS: dict[Direction, type[GraphEncoder | GraphDecoder]] = {ENCODER: GraphEncoder, DECODER: GraphDecoder}
 """What is exported of each half."""
 
 
@@ -213,16 +213,18 @@ def _add_precision(
     report: Callable[[str], object],
 ) -> EngineSpec:
     """Write and verify the graphs of one precision; returns the spec that names them."""
-    graphs = {half: _write_graph(staging / files[half], model, half, precision, report) for half in GRAPHS}
+    graphs = {d: _write_graph(staging / files[d], model, d, precision, report) for d in GRAPHS}
     spec = dataclasses.replace(spec, graphs={**spec.graphs, precision: graphs})
     cases = verify(Engine(staging, spec), model, precision, report)
     return dataclasses.replace(spec, verification={**spec.verification, precision: cases})
 
 
-def _write_graph(path: Path, model: Same, half: str, precision: str, report: Callable[[str], object]) -> GraphFile:
+def _write_graph(
+    path: Path, model: Same, direction: Direction, precision: str, report: Callable[[str], object]
+) -> GraphFile:
     """Write one graph; returns what the spec tells of it."""
     report(f"writing {path.name}")
-    graph = GRAPHS[half](model)
+    graph = GRAPHS[direction](model)
     if precision == "fp16":
         graph.to_float16_()
     elif precision == "int8":

@@ -21,7 +21,7 @@ STEPS = 127
 """Steps of int8 to either side of zero."""
 
 
-class Compensation:
+class GptqRounder:
     """How an error in the weights of one feature is made up for by those of the features not yet rounded.
 
     GPTQ's step 3: the upper Cholesky factor of the inverse second moments, features of large moments first. Serves
@@ -57,7 +57,7 @@ class Compensation:
         return steps[self._order.argsort()].to(torch.int8)
 
 
-def to_int8(weight: Tensor, compensation: Compensation | None = None) -> tuple[Tensor, Tensor]:
+def to_int8(weight: Tensor, rounder: GptqRounder | None = None) -> tuple[Tensor, Tensor]:
     """A weight `[in, out]` as int8 of the same shape and a scale `[out]`.
 
     Args:
@@ -65,6 +65,6 @@ def to_int8(weight: Tensor, compensation: Compensation | None = None) -> tuple[T
         compensation: of the rows that meet it; without, every weight is rounded to the nearest step.
     """
     scale = weight.abs().amax(dim=0).clamp(min=torch.finfo(torch.float32).tiny) / STEPS
-    if compensation is not None:
-        return compensation.rounded(weight, scale), scale
+    if rounder is not None:
+        return rounder.rounded(weight, scale), scale
     return torch.round(weight / scale).to(torch.int8), scale

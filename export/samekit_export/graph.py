@@ -31,10 +31,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from samekit.engine.spec import DECODER, ENCODER
+from samekit.engine.spec import DECODER, ENCODER, Direction
 from samekit.errors import CheckpointError
-from samekit_export.graph_attention import Grid, Layout, out_of_sight
-from samekit_export.graph_layers import ISLANDS, Branch, Islands, Linear, Norm, NormedHeads, constant, to_float32_if
+from samekit_export.graph_attention import AttentionGroups, AttentionTables, mask_value
+from samekit_export.graph_layers import ISLANDS, Branch, Fp32Ops, Linear, Norm, NormedHeads, constant, to_float32_if
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,11 +51,11 @@ GRAPH_REVISION = 1
 class GraphBlock(nn.Module):
     """One transformer block over rows; takes the residual times `alpha_in`, returns it times `alpha_out`."""
 
-    def __init__(self, block: Block, config: TrunkConfig, alpha_in: float, alpha_out: float, islands: Islands) -> None:
+    def __init__(self, block: Block, config: TrunkConfig, alpha_in: float, alpha_out: float, fp32_ops: Fp32Ops) -> None:
         super().__init__()
-        self.islands = islands
+        self.fp32_ops = fp32_ops
         # Whether the first token of each latent feeds forward apart from the others, for the sake of their ranges.
-        self.apart = False
+        self.split_latent_rows = False
         self.heads = config.heads
         self.head_width = config.head_width
         self.width = config.width
@@ -86,10 +86,10 @@ class GraphBlock(nn.Module):
     def forward(
         self,
         residual: Tensor,
-        grid: Grid,
+        grid: AttentionGroups,
         spread: Callable[[Tensor], Tensor] | None = None,
         *,
-        read_only: bool = False,
+        output_tokens_only: bool = False,
     ) -> Tensor:
         """`[rows, width]` to the same.
 
@@ -100,24 +100,26 @@ class GraphBlock(nn.Module):
             read_only: return the rows of the tokens that are read after the last block.
         """
         layout = grid.layout
-        islands, product = self.islands, self.v.dtype
+        fp32_ops, product = self.fp32_ops, self.v.dtype
         x = self.norm(residual).to(product)
         read, positions = _same, grid.query_positions
-        if read_only:
+        if output_tokens_only:
             read, positions = partial(read_rows, layout=layout), grid.positions(layout.read_positions)
         # What is not asked for is left out before the product, but rows that stand for several must be spread first.
-        q = read(spread(self.q(x, islands.heads))) if spread else self.q(read(x), islands.heads)
+        q = read(spread(self.q(x, fp32_ops.heads))) if spread else self.q(read(x), fp32_ops.heads)
         spread = spread or _same
         residual = read(spread(residual))
         q = self._rotary(q, positions, grid).permute(1, 2, 0, 3)
-        k = self._rotary(grid.keys(spread(self.k(x, islands.heads))), grid.key_positions, grid).permute(1, 2, 3, 0)
-        scores = to_float32_if(q.to(product) @ k.to(product), islands.softmax)
-        both = torch.softmax(grid.masked(scores, read_only=read_only), dim=-1).unflatten(1, (2, self.heads))
+        k = self._rotary(grid.keys(spread(self.k(x, fp32_ops.heads))), grid.key_positions, grid).permute(1, 2, 3, 0)
+        scores = to_float32_if(q.to(product) @ k.to(product), fp32_ops.softmax)
+        both = torch.softmax(grid.masked(scores, output_tokens_only=output_tokens_only), dim=-1).unflatten(
+            1, (2, self.heads)
+        )
         weights = (both.select(1, 0) - both.select(1, 1)).to(product)
         v = self._per_head(grid.keys(spread(self.v(x))), grid).permute(1, 2, 0, 3)
         heads = (weights @ v).permute(2, 0, 1, 3).reshape(-1, self.width)
         residual = self.out(heads, residual)
-        if read_only or not self.apart:
+        if output_tokens_only or not self.split_latent_rows:
             return self.feed_forward(residual)
         latents = residual.view(layout.latents, layout.tokens // layout.latents, -1, self.width)
         parts = latents.split([1, latents.shape[1] - 1], dim=1)
@@ -126,16 +128,16 @@ class GraphBlock(nn.Module):
 
     def feed_forward(self, residual: Tensor) -> Tensor:
         """The second branch: `[rows, width]` to the same."""
-        islands = self.islands
+        fp32_ops = self.fp32_ops
         x = self.ff_norm(residual)
-        gate = to_float32_if(self.gate(x), islands.gate)
+        gate = to_float32_if(self.gate(x), fp32_ops.gate)
         gate = torch.sin(gate) if self.sine else functional.silu(gate)
         return self.ff(self.value(x).to(gate.dtype) * gate, residual)
 
-    def _rotary(self, rows: Tensor, positions: Tensor, grid: Grid) -> Tensor:
+    def _rotary(self, rows: Tensor, positions: Tensor, grid: AttentionGroups) -> Tensor:
         """Rotary embedding, then `_per_head`."""
         layout = grid.layout
-        rows = to_float32_if(rows, self.islands.rotary)
+        rows = to_float32_if(rows, self.fp32_ops.rotary)
         # One row a sequence: ONNX Runtime wants no sequence longer than the tables.
         rotated = torch.onnx.ops.rotary_embedding(
             rows.view(-1, 2 * self.heads, 1, self.head_width),
@@ -146,7 +148,7 @@ class GraphBlock(nn.Module):
         )
         return self._per_head(rotated, grid)
 
-    def _per_head(self, rows: Tensor, grid: Grid) -> Tensor:
+    def _per_head(self, rows: Tensor, grid: AttentionGroups) -> Tensor:
         """Rows of one attention or of both to `[tokens, groups, heads, head_width]`."""
         return rows.reshape(-1, grid.total, rows.shape[1:].numel() // self.head_width, self.head_width)
 
@@ -166,7 +168,7 @@ def _filled(x: Tensor, dim: int, most: int, length: int) -> Tensor:
     return torch.cat([x, x.new_zeros(shape)], dim=dim).index_select(dim, torch.arange(length))
 
 
-def read_rows(rows: Tensor, layout: Layout) -> Tensor:
+def read_rows(rows: Tensor, layout: AttentionTables) -> Tensor:
     """The rows of the tokens that are read after the last block.
 
     Here too an index: a slice takes TensorRT ten times the layers.
@@ -179,11 +181,11 @@ def read_rows(rows: Tensor, layout: Layout) -> Tensor:
 class GraphTrunk(nn.Module):
     """All blocks of one direction over rows."""
 
-    def __init__(self, trunk: Trunk, islands: Islands, first_read: int) -> None:
+    def __init__(self, trunk: Trunk, fp32_ops: Fp32Ops, first_read: int) -> None:
         super().__init__()
         config = trunk.config
-        self.islands = islands
-        self.layout = Layout(config, first_read, out_of_sight(trunk))
+        self.fp32_ops = fp32_ops
+        self.layout = AttentionTables(config, first_read, mask_value(trunk))
         self.shift_at = config.depth // 2 if getattr(config.span, "shifted", False) else None
         alphas = [float(block.pre_norm.alpha) for block in trunk.blocks] + [1.0]
         for i, block in enumerate(trunk.blocks):
@@ -195,7 +197,7 @@ class GraphTrunk(nn.Module):
         self.alpha_in = alphas[0]
         self.product_dtype = torch.float32
         self.blocks = nn.ModuleList(
-            GraphBlock(block, config, alphas[i], alphas[i + 1], islands) for i, block in enumerate(trunk.blocks)
+            GraphBlock(block, config, alphas[i], alphas[i + 1], fp32_ops) for i, block in enumerate(trunk.blocks)
         )
 
     def forward(
@@ -206,13 +208,13 @@ class GraphTrunk(nn.Module):
         spread: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Rows times `alpha_in` to those of the tokens that are read; arguments as in `GraphBlock`."""
-        rows = rows.float() if self.islands.residual else rows.to(self.product_dtype)
-        grid = Grid(self.layout, batch, groups)
+        rows = rows.float() if self.fp32_ops.residual else rows.to(self.product_dtype)
+        grid = AttentionGroups(self.layout, batch, groups)
         for i, block in enumerate(self.blocks):
             if i == self.shift_at:
                 rows = self._shift(rows, batch, groups)
-                grid = Grid(self.layout, batch, groups + 1)
-            rows = block(rows, grid, spread if i == 0 else None, read_only=i == len(self.blocks) - 1)
+                grid = AttentionGroups(self.layout, batch, groups + 1)
+            rows = block(rows, grid, spread if i == 0 else None, output_tokens_only=i == len(self.blocks) - 1)
         return rows if self.shift_at is None else self._shift_back(rows, batch, groups)
 
     def _shift(self, rows: Tensor, batch: int, groups: int) -> Tensor:
@@ -234,15 +236,15 @@ class GraphTrunk(nn.Module):
 class Graph(nn.Module):
     """One half of a model, ready for export; float32 in and out."""
 
-    half_name: ClassVar[str]
+    direction: ClassVar[Direction]
     """`spec.ENCODER` or `spec.DECODER`."""
 
-    def __init__(self, config: SameConfig, trunk: Trunk, islands: Islands, first_read: int) -> None:
+    def __init__(self, config: SameConfig, trunk: Trunk, fp32_ops: Fp32Ops, first_read: int) -> None:
         super().__init__()
         self.config = config
-        self.trunk = GraphTrunk(trunk, islands, first_read)
+        self.trunk = GraphTrunk(trunk, fp32_ops, first_read)
 
-    def separate_(self) -> Self:
+    def unfuse_residual_add_(self) -> Self:
         """Keep the products that end a branch apart from the sums, as other dtypes than float32 need it; in place."""
         for module in self.modules():
             if isinstance(module, Branch):
@@ -251,9 +253,9 @@ class Graph(nn.Module):
 
     def to_float16_(self) -> Self:
         """Turn every product into float16, except on the islands; in place."""
-        self.separate_()
+        self.unfuse_residual_add_()
         self.trunk.product_dtype = torch.float16
-        rounded = self.trunk if self.trunk.islands.ends else self
+        rounded = self.trunk if self.trunk.fp32_ops.ends else self
         for module in rounded.modules():
             if isinstance(module, Linear):
                 module.half()
@@ -263,12 +265,12 @@ class Graph(nn.Module):
 class GraphEncoder(Graph):
     """Audio `[batch, channels, latents * hop]` to latents `[batch, latent_width, latents]`."""
 
-    half_name = ENCODER
+    direction = ENCODER
 
-    def __init__(self, model: Same, islands: Islands = ISLANDS) -> None:
+    def __init__(self, model: Same, fp32_ops: Fp32Ops = ISLANDS) -> None:
         trunk, to_latent = model.encoder_parts
         # A latent's patches, then its learned token.
-        super().__init__(model.config, trunk, islands, first_read=trunk.config.stride)
+        super().__init__(model.config, trunk, fp32_ops, first_read=trunk.config.stride)
         alpha = self.trunk.alpha_in
         self.mapping = Linear(trunk.mapping.weight().double()[..., 0] * alpha, trunk.mapping.bias.double() * alpha)
         self.learned = constant(trunk.new_tokens.double() * alpha)
@@ -301,12 +303,12 @@ class GraphEncoder(Graph):
 class GraphDecoder(Graph):
     """Latents `[batch, latent_width, latents]` to audio `[batch, channels, latents * hop]`."""
 
-    half_name = DECODER
+    direction = DECODER
 
-    def __init__(self, model: Same, islands: Islands = ISLANDS) -> None:
+    def __init__(self, model: Same, fp32_ops: Fp32Ops = ISLANDS) -> None:
         from_latent, trunk = model.decoder_parts
         # A latent's own token, then its patches.
-        super().__init__(model.config, trunk, islands, first_read=1)
+        super().__init__(model.config, trunk, fp32_ops, first_read=1)
         alpha = self.trunk.alpha_in
         std = model.bottleneck["running_std"].double()
         self.from_latent = Linear(from_latent.weight.double() * (std * alpha), from_latent.bias.double() * alpha)

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from samekit_export.model import DynamicTanh, Trunk
 
 
-INVISIBLE = 25.0
+MASK_MARGIN = 25.0
 """A key whose score lies this far below every one in sight has a weight of e^-25: nothing in float32."""
 
 
-class Grid:
+class AttentionGroups:
     """Which tokens share a group in one stretch of blocks, for `groups` groups: positions, keys in sight, masks."""
 
-    def __init__(self, layout: Layout, batch: int, groups: int) -> None:
+    def __init__(self, layout: AttentionTables, batch: int, groups: int) -> None:
         self.layout = layout
         """What is the same for every number of groups."""
         self.batch = batch
@@ -37,13 +37,13 @@ class Grid:
         self.query_positions = self.key_positions = self.positions(layout.query_positions)
         if layout.neighbours:
             self.key_positions = self.positions(layout.key_positions)
-            self._look_around()
+            self.gather_neighbours()
 
     def positions(self, of_token: Tensor) -> Tensor:
         """A position for each row, from one for each token: `[rows, 1]`."""
         return (of_token[:, None] + self.zeros).reshape(-1, 1)
 
-    def _look_around(self) -> None:
+    def gather_neighbours(self) -> None:
         """Where the neighbouring groups of each group lie, and which keys do not exist at the ends of a sequence."""
         layout = self.layout
         group = torch.arange(self.groups)[None].expand(self.batch, -1).reshape(-1)
@@ -52,7 +52,7 @@ class Grid:
         self.key_groups = (beside.clamp(0, self.groups - 1) + first).reshape(-1)
         key_group = group[:, None] + layout.key_offsets
         inside = (key_group >= 0) & (key_group < self.groups)
-        self.mask = torch.minimum(torch.where(inside, 0.0, layout.out_of_sight)[:, None, None], layout.band)
+        self.mask = torch.minimum(torch.where(inside, 0.0, layout.mask_value)[:, None, None], layout.band)
 
     def keys(self, rows: Tensor) -> Tensor:
         """The rows that each group's queries meet: `[keys * groups, width]`."""
@@ -62,15 +62,15 @@ class Grid:
         beside = rows.view(self.layout.tokens, -1, width).index_select(1, self.key_groups)
         return beside.reshape(-1, width)
 
-    def masked(self, scores: Tensor, *, read_only: bool) -> Tensor:
+    def masked(self, scores: Tensor, *, output_tokens_only: bool) -> Tensor:
         """Scores `[groups, heads, queries, keys]` with the keys out of sight pushed down."""
         if not self.layout.neighbours:
             return scores
         mask = self.mask.to(scores.dtype)
-        return scores + (mask.index_select(2, self.layout.read_tokens) if read_only else mask)
+        return scores + (mask.index_select(2, self.layout.read_tokens) if output_tokens_only else mask)
 
 
-class Layout(nn.Module):
+class AttentionTables(nn.Module):
     """The constants of a trunk's attention: tokens of a group, positions, rotary tables, the band.
 
     Args:
@@ -89,10 +89,10 @@ class Layout(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: TrunkConfig, first_read: int, out_of_sight: float) -> None:
+    def __init__(self, config: TrunkConfig, first_read: int, mask_value: float) -> None:
         super().__init__()
         span = config.span
-        self.out_of_sight = out_of_sight
+        self.mask_value = mask_value
         self.neighbours = span.latents if isinstance(span, BandSpan) else 0
         self.latents = 1 if isinstance(span, BandSpan) else span.latents
         self.tokens = self.latents * config.latent_tokens
@@ -117,12 +117,12 @@ class Layout(nn.Module):
             "key_offsets": key_offsets,
         }.items():
             self.register_buffer(name, torch.as_tensor(value))
-        self.register_buffer("band", torch.as_tensor(np.where(distance <= reach, 0, out_of_sight)).float())
+        self.register_buffer("band", torch.as_tensor(np.where(distance <= reach, 0, mask_value)).float())
         self.register_buffer("cos", torch.as_tensor(np.cos(angles)).float())
         self.register_buffer("sin", torch.as_tensor(np.sin(angles)).float())
 
 
-def out_of_sight(trunk: Trunk) -> float:
+def mask_value(trunk: Trunk) -> float:
     """What hides a key, added to its score: no more than it takes, as its exponential should not be subnormal.
 
     Processors take a hundred cycles for a subnormal number. A score is at most the product of the lengths of query and
@@ -134,4 +134,4 @@ def out_of_sight(trunk: Trunk) -> float:
 
     attentions = [block.self_attn for block in trunk.blocks]
     largest = max(length(a.q_norm) * length(a.k_norm) for a in attentions) * trunk.config.head_width**-0.5
-    return -(2 * largest + INVISIBLE)
+    return -(2 * largest + MASK_MARGIN)

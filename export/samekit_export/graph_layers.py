@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Islands:
+class Fp32Ops:
     """Which steps of a float16 graph stay in float32.
 
     The defaults are what `benchmarks/islands.py` shows to pay, with every operation rounded: the ends and the residual
@@ -37,7 +37,7 @@ class Islands:
     """The activation of the gate and its product with the value."""
 
 
-ISLANDS = Islands()
+ISLANDS = Fp32Ops()
 """What float16 graphs are exported with."""
 
 

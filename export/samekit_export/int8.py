@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from samekit.errors import CheckpointError
-from samekit_export.gptq import Compensation
+from samekit_export.gptq import GptqRounder
 from samekit_export.graph import GraphDecoder, GraphEncoder
 from samekit_export.graph_layers import Branch, Linear
 from samekit_export.int8_layers import Int8Branch, Int8Linear, rotated, rotation_for
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 TARGET_DB = 38.0
 """What an export aims at, on examples that nothing was fitted to; what every case must hold is `verify.FLOOR_DB`."""
 
-FITTED, TRIED = 0, 1
+CALIBRATION_SEED, EVALUATION_SEED = 0, 1
 """Seeds of `examples`: those that weights are rounded for, and those that accuracy is measured on."""
 
 FITTED_LATENTS = 24
@@ -53,7 +53,12 @@ FITTED_LATENTS = 24
 INNER_ROTATION = 16
 """Most inner activations that are rotated together. Longer blocks take longer and gain little."""
 
-READERS = {"norm": ("k.linear", "q.linear", "v"), "heads": ("out",), "ff_norm": ("value", "gate"), "inner": ("ff",)}
+QUANTIZED_INPUTS = {
+    "norm": ("k.linear", "q.linear", "v"),
+    "heads": ("out",),
+    "ff_norm": ("value", "gate"),
+    "inner": ("ff",),
+}
 """Where rows are rounded in a block, and the products that read them there; the first of them sees all rows."""
 
 FAINTEST = 1e-3
@@ -61,7 +66,7 @@ FAINTEST = 1e-3
 
 
 @dataclass(frozen=True)
-class Measures:
+class QuantizationOptions:
     """What keeps the error of int8 products small; exports take all of it, `benchmarks/int8_trade.py` measures each."""
 
     rotate_heads: bool = True
@@ -72,11 +77,11 @@ class Measures:
     """Make large features smaller."""
     compensate: bool = True
     """Round weights so that errors cancel."""
-    feed_apart: bool = True
+    split_latent_rows: bool = True
     """Give the rows of the decoder's latents a range of their own in the feed-forward."""
 
 
-MEASURES = Measures()
+MEASURES = QuantizationOptions()
 """What graphs are exported with."""
 
 
@@ -91,7 +96,7 @@ def rotate_heads_(graph: GraphEncoder | GraphDecoder) -> None:
 
 
 def moments_of(graph: GraphEncoder | GraphDecoder, inputs: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Second moments `[in, in]` of the rows at each of `READERS`, by block and name such as `11.inner`.
+    """Second moments `[in, in]` of the rows at each of `QUANTIZED_INPUTS`, by block and name such as `11.inner`.
 
     Every input counts alike, however quiet it is.
     """
@@ -113,7 +118,7 @@ def moments_of(graph: GraphEncoder | GraphDecoder, inputs: Iterable[Tensor]) -> 
 
     with ExitStack() as hooks:
         for i, block in enumerate(graph.trunk.blocks):
-            for place, readers in READERS.items():
+            for place, readers in QUANTIZED_INPUTS.items():
                 once = isinstance(graph, GraphDecoder) and (i, place) == (0, "norm")
                 hook = listen(f"{i}.{place}", graph.config.decoder.stride if once else None)
                 hooks.callback(block.get_submodule(readers[0]).register_forward_pre_hook(hook).remove)
@@ -129,7 +134,7 @@ def _check_finite(tensors: Iterable[Tensor]) -> None:
 
 
 def scale_features_(graph: GraphEncoder | GraphDecoder, moments: dict[str, Tensor]) -> None:
-    """Divide features by the root of their size at each of `READERS`, and multiply weights by it; in place.
+    """Divide features by the root of their size at each of `QUANTIZED_INPUTS`, and multiply weights by it; in place.
 
     The factors are powers of two, so that float32 products stay the same to the bit.
 
@@ -139,7 +144,7 @@ def scale_features_(graph: GraphEncoder | GraphDecoder, moments: dict[str, Tenso
     """
     block: GraphBlock
     for i, block in enumerate(graph.trunk.blocks):  # type: ignore[assignment]
-        for place, readers in READERS.items():
+        for place, readers in QUANTIZED_INPUTS.items():
             moment = moments[f"{i}.{place}"]
             size = moment.diagonal().sqrt()
             # All sizes are zero where a block adds nothing.
@@ -194,7 +199,7 @@ def products(
         rotate_inner: rotate the inner activations where they become int8.
     """
     for i, block in enumerate(graph.trunk.blocks):
-        for place, readers in READERS.items():
+        for place, readers in QUANTIZED_INPUTS.items():
             linears: list[Linear] = [block.get_submodule(reader) for reader in readers]  # type: ignore[misc]
             moment = moments.pop(f"{i}.{place}") if moments else None
             rotation = None
@@ -202,11 +207,11 @@ def products(
                 rotation = rotation_for(len(linears[0].weight), INNER_ROTATION)
                 if moment is not None:
                     moment = rotated(rotated(moment, rotation.float()).T, rotation.float())
-            compensation = None if moment is None else Compensation(moment)
+            rounder = None if moment is None else GptqRounder(moment)
             for reader, linear in zip(readers, linears, strict=True):
                 form = Int8Branch if isinstance(linear, Branch) else Int8Linear
                 parent = block.get_submodule(reader.rpartition(".")[0])
-                yield Product(i, reader, parent, linear, form(linear, compensation, rotation))  # type: ignore[arg-type]
+                yield Product(i, reader, parent, linear, form(linear, rounder, rotation))  # type: ignore[arg-type]
 
 
 def examples(graph: GraphEncoder | GraphDecoder, model: Same, latents: int, seed: int) -> Iterator[Tensor]:
@@ -243,22 +248,22 @@ def _tensor(array: Any) -> Tensor:
     return torch.from_numpy(np.asarray(array, np.float32))
 
 
-def prepare_(graph: GraphEncoder | GraphDecoder, model: Same, measures: Measures = MEASURES) -> list[Product]:
+def prepare_(graph: GraphEncoder | GraphDecoder, model: Same, options: QuantizationOptions = MEASURES) -> list[Product]:
     """Make a graph bear int8 products, with the same function still, and give both forms of each; in place."""
     with torch.no_grad():
-        if measures.rotate_heads:
+        if options.rotate_heads:
             rotate_heads_(graph)
-        moments = moments_of(graph, examples(graph, model, FITTED_LATENTS, FITTED))
-        if measures.scale_features:
+        moments = moments_of(graph, examples(graph, model, FITTED_LATENTS, CALIBRATION_SEED))
+        if options.scale_features:
             scale_features_(graph, moments)
-        return list(products(graph, moments if measures.compensate else None, rotate_inner=measures.rotate_inner))
+        return list(products(graph, moments if options.compensate else None, rotate_inner=options.rotate_inner))
 
 
 def use_(
     graph: GraphEncoder | GraphDecoder,
     found: Iterable[Product],
     int8: Collection[Product],
-    measures: Measures = MEASURES,
+    options: QuantizationOptions = MEASURES,
 ) -> None:
     """Put the int8 form of some products into a graph, and float32 of the others; in place.
 
@@ -273,7 +278,7 @@ def use_(
     if isinstance(graph, GraphDecoder):
         block: GraphBlock
         for block in graph.trunk.blocks:  # type: ignore[assignment]
-            block.apart = measures.feed_apart and isinstance(block.ff, Int8Linear)
+            block.split_latent_rows = options.split_latent_rows and isinstance(block.ff, Int8Linear)
 
 
 def quantize_(
@@ -296,28 +301,28 @@ def quantize_(
     Raises:
         CheckpointError: the model makes NaN or infinity of the examples.
     """
-    given = list(examples(graph, model, latents, TRIED))
+    given = list(examples(graph, model, latents, EVALUATION_SEED))
     # Each product alone is tried on a little only: there are dozens of them, of ten megabytes each.
-    little = next(examples(graph, model, max(1, latents // 4), TRIED))
+    probe_input = next(examples(graph, model, max(1, latents // 4), EVALUATION_SEED))
     with torch.no_grad():
         outputs = [graph(x) for x in given]
         _check_finite(outputs)
         wanted = [y.numpy() for y in outputs]
-        wanted_of_little = graph(little).numpy()
+        wanted_of_little = graph(probe_input).numpy()
         found = prepare_(graph, model)
 
         def suffices(int8: Collection[Product]) -> bool:
             use_(graph, found, int8)
             return all(snr_db(y, graph(x).numpy()) >= target_db for x, y in zip(given, wanted, strict=True))
 
-        def harm(product: Product) -> float:
+        def noise_per_weight(product: Product) -> float:
             """Noise for each weight that becomes int8."""
             use_(graph, found, [product])
-            return 10 ** (-snr_db(wanted_of_little, graph(little).numpy()) / 10) / product.int8.weight.numel()
+            return 10 ** (-snr_db(wanted_of_little, graph(probe_input).numpy()) / 10) / product.int8.weight.numel()
 
         if suffices(found):
             return []
-        by_harm = sorted(found, key=harm)
+        by_harm = sorted(found, key=noise_per_weight)
         enough, too_many = 0, len(by_harm)
         while too_many - enough > 1:
             middle = (enough + too_many) // 2

@@ -9,7 +9,7 @@ import torch
 from onnxscript import opset18
 from torch import Tensor, nn
 
-from samekit_export.gptq import Compensation, to_int8
+from samekit_export.gptq import GptqRounder, to_int8
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,13 +67,11 @@ class Int8Linear(nn.Module):
     weight: Tensor
     scale: Tensor
 
-    def __init__(
-        self, linear: Linear, compensation: Compensation | None = None, rotation: Tensor | None = None
-    ) -> None:
+    def __init__(self, linear: Linear, rounder: GptqRounder | None = None, rotation: Tensor | None = None) -> None:
         super().__init__()
         self.rotation = None if rotation is None else nn.Parameter(rotation.float(), requires_grad=False)
         weight = linear.weight if rotation is None else rotated(linear.weight.double().T, rotation).T.float()
-        weight, scale = to_int8(weight, compensation)
+        weight, scale = to_int8(weight, rounder)
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         # A vector: the fused step takes no other bias.
@@ -91,10 +89,8 @@ class Int8Linear(nn.Module):
 class Int8Branch(Int8Linear):
     """A `Branch` with an int8 product."""
 
-    def __init__(
-        self, branch: Branch, compensation: Compensation | None = None, rotation: Tensor | None = None
-    ) -> None:
-        super().__init__(branch, compensation, rotation)
+    def __init__(self, branch: Branch, rounder: GptqRounder | None = None, rotation: Tensor | None = None) -> None:
+        super().__init__(branch, rounder, rotation)
         self.residual_scale = branch.scale
 
     def forward(self, rows: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]

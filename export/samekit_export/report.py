@@ -168,9 +168,9 @@ def measure(
         samples = resampled_length(clip.shape[-1], rate, codec.sample_rate)
         times = interleaved(
             {
-                " ".join((half, *name)): call
+                " ".join((direction, *name)): call
                 for name, model in models.items()
-                for half, call in _halves(model, ready, results[name][0]).items()
+                for direction, call in _halves(model, ready, results[name][0]).items()
             },
             RUNS,
         )

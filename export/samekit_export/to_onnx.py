@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from samekit.engine.spec import INPUT_NAMES, other
+from samekit.engine.spec import INPUT_NAMES, opposite
 from samekit_export.graph import GraphDecoder, GraphEncoder
 from samekit_export.int8_layers import ONNX_OPERATORS
 
@@ -62,8 +62,8 @@ def write_onnx(graph: GraphEncoder | GraphDecoder, path: Path) -> None:
             dynamo=True,
             opset_version=OPSET,
             dynamic_shapes=({0: batch, 2: length},),
-            input_names=[INPUT_NAMES[graph.half_name]],
-            output_names=[INPUT_NAMES[other(graph.half_name)]],
+            input_names=[INPUT_NAMES[graph.direction]],
+            output_names=[INPUT_NAMES[opposite(graph.direction)]],
             verbose=False,
             custom_translation_table=ONNX_OPERATORS,
         )

@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from samekit.engine.folder import Engine, engine_roots
-from samekit.engine.spec import DECODER, ENCODER, GPU_PRECISIONS
+from samekit.engine.spec import DIRECTIONS, GPU_PRECISIONS, Direction
 from samekit.errors import BackendUnavailableError, BuildError, InputError
 from samekit.files.atomic import atomic_path, output_errors
 from samekit.files.locks import folder_lock
@@ -144,7 +144,7 @@ def build_engines(engine: Engine, precision: str, module: Any, target: str, repo
             report(f"building {folder}")
             _failed_log(folder).unlink(missing_ok=True)
             try:
-                engines = _build_halves(engine, fingerprint, module, folder, report)
+                engines = _build_engines(engine, fingerprint, module, folder, report)
             except BuildError:
                 with suppress(OSError):
                     shutil.copyfile(folder / LOG_FILE, _failed_log(folder))
@@ -168,28 +168,30 @@ def _failed_log(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}{FAILED_LOG_SUFFIX}")
 
 
-def _build_halves(
+def _build_engines(
     engine: Engine, fingerprint: Fingerprint, module: Any, folder: Path, report: Report
-) -> dict[str, BuiltEngine]:
+) -> dict[Direction, BuiltEngine]:
     """Both engines, written into a folder with the log of their building."""
     engines = {}
     with (folder / LOG_FILE).open("w", encoding="utf-8") as log:
-        for half in (ENCODER, DECODER):
-            builder = _HalfBuilder(engine, half, fingerprint, module, log)
-            engines[half] = builder.build(folder / f"{half}.engine", report)
+        for direction in DIRECTIONS:
+            builder = _EngineBuilder(engine, direction, fingerprint, module, log)
+            engines[direction] = builder.build(folder / f"{direction}.engine", report)
     return engines
 
 
-class _HalfBuilder:
+class _EngineBuilder:
     """Builds the engine of one graph."""
 
-    def __init__(self, engine: Engine, half: str, fingerprint: Fingerprint, module: Any, log: TextIO) -> None:
+    def __init__(
+        self, engine: Engine, direction: Direction, fingerprint: Fingerprint, module: Any, log: TextIO
+    ) -> None:
         self._engine = engine
-        self._half = half
+        self._direction = direction
         self._fingerprint = fingerprint
         self._module = module
         self._log = log
-        self._graph = engine.graph(half, fingerprint.precision)
+        self._graph = engine.graph(direction, fingerprint.precision)
         self._complaints: list[str] = []
         self._logger = make_logger(module, self._note)
 
@@ -266,7 +268,7 @@ class _HalfBuilder:
         for profile in PROFILES:
             shapes = zip(profile.batch, profile.latents, strict=True)
             optimisation = builder.create_optimization_profile()
-            optimisation.set_shape(name, *(spec.input_shape(self._half, *shape) for shape in shapes))
+            optimisation.set_shape(name, *(spec.input_shape(self._direction, *shape) for shape in shapes))
             if config.add_optimization_profile(optimisation) < 0:
                 raise self._failure([f"profile {profile} refused"])
         self._attach_timing_cache(config)

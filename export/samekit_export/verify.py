@@ -11,7 +11,7 @@ from samekit.backends.base import BackendOptions
 from samekit.backends.onnxruntime import OnnxRuntimeBackend
 from samekit.backends.pytorch import EagerBackend
 from samekit.batches import Autoencoder
-from samekit.engine.spec import DECODER, ENCODER
+from samekit.engine.spec import DIRECTIONS, ENCODER, Direction
 from samekit.errors import NonFiniteError, VerificationError
 
 if TYPE_CHECKING:
@@ -39,10 +39,10 @@ def snr_db(reference: Array, output: Array) -> float:
     return 20 * math.log10(signal / error) if signal else -math.inf
 
 
-def example_input(spec: EngineSpec, half: str, batch: int, latents: int, seed: int) -> Array:
+def example_input(spec: EngineSpec, direction: Direction, batch: int, latents: int, seed: int) -> Array:
     """Noise of a usual level: audio at -14 dBFS, or latents of unit variance."""
     noise = np.random.default_rng(seed)
-    if half == ENCODER:
+    if direction == ENCODER:
         return noise.standard_normal((batch, spec.channels, spec.samples(latents)), np.float32) * np.float32(0.2)
     return noise.standard_normal((batch, spec.latent_width, latents), np.float32)
 
@@ -70,14 +70,14 @@ def verify(
         OnnxRuntimeBackend(engine, options) as tested,
         EagerBackend(engine.spec, model, BackendOptions(device="cpu")) as oracle,
     ):
-        for half in (ENCODER, DECODER):
+        for direction in DIRECTIONS:
             for batch, latents, window in _cases(engine.spec):
-                row = {"half": half, "batch": batch, "latents": latents, "window": window}
-                row |= _compare(tested, oracle, half, batch, latents, window)
+                row: dict[str, Any] = {"direction": direction, "batch": batch, "latents": latents, "window": window}
+                row |= _compare(tested, oracle, direction, batch, latents, window)
                 rows.append(row)
                 if report:
                     report(
-                        f"{precision} {half}: {batch} x {latents} latents"
+                        f"{precision} {direction}: {batch} x {latents} latents"
                         f"{f' in windows of {window}' if window else ''}: {row['snr_db']:.1f} dB"
                     )
                 _judge(row, precision)
@@ -93,14 +93,14 @@ def _cases(spec: EngineSpec) -> list[tuple[int, int, int | None]]:
 
 
 def _compare(
-    tested: Backend, oracle: Backend, half: str, batch: int, latents: int, window: int | None
+    tested: Backend, oracle: Backend, direction: Direction, batch: int, latents: int, window: int | None
 ) -> dict[str, float]:
     """SNR and largest error of one case; the oracle does everything in one pass."""
-    array = example_input(tested.spec, half, batch, latents, seed=latents)
-    expected = oracle.run(half, array)
+    array = example_input(tested.spec, direction, batch, latents, seed=latents)
+    expected = oracle.run(direction, array)
     try:
         codec = Autoencoder(tested, window)
-        output = (codec.encode_audio if half == ENCODER else codec.decode_audio)(array)
+        output = (codec.encode_audio if direction == ENCODER else codec.decode_audio)(array)
     except NonFiniteError as error:
         raise VerificationError(str(error)) from None
     return {"snr_db": round(snr_db(expected, output), 2), "max_error": float(np.abs(output - expected).max())}
@@ -110,6 +110,6 @@ def _judge(row: dict[str, Any], precision: str) -> None:
     floor = FLOOR_DB[precision]
     if not row["snr_db"] >= floor:
         raise VerificationError(
-            f"the {precision} {row['half']} is {row['snr_db']} dB from eager PyTorch at {row['batch']} x "
+            f"the {precision} {row['direction']} is {row['snr_db']} dB from eager PyTorch at {row['batch']} x "
             f"{row['latents']} latents, {floor} dB is the least; do not use this graph, and please report this"
         )

@@ -28,7 +28,7 @@ def is_tensor(value: Any) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def as_float32(value: Any, name: str, *, empty: bool = False) -> Array:
+def to_float32(value: Any, name: str, *, empty: bool = False) -> Array:
     """A finite float32 NumPy array of the same values.
 
     Args:
@@ -125,10 +125,13 @@ def as_one_batch(pieces: list[Any]) -> Any:
     return sys.modules["torch"].cat(pieces) if is_tensor(pieces[0]) else np.concatenate(pieces)
 
 
-def like(array: Array, example: Any, place: str) -> Any:
-    """The array as the kind that `example` is; a tensor lands at `place`, or by `example` if PyTorch has no GPU."""
+def to_kind_of(array: Array, example: Any, torch_device: str) -> Any:
+    """Return `array` as the kind of array that `example` is.
+
+    A tensor is put on `torch_device`, or on the device of `example` if PyTorch has no GPU.
+    """
     if not is_tensor(example):
         return array
     torch = sys.modules["torch"]
-    reachable = place == "cpu" or torch.cuda.is_available()
-    return torch.from_numpy(array).to(place if reachable else example.device)
+    reachable = torch_device == "cpu" or torch.cuda.is_available()
+    return torch.from_numpy(array).to(torch_device if reachable else example.device)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from samekit.arguments import check_whole
-from samekit.arrays import AUDIO, LATENTS, as_float32, is_tensor, like, sample_rates
+from samekit.arrays import AUDIO, LATENTS, is_tensor, sample_rates, to_float32, to_kind_of
 from samekit.audio import pad_to, prepare
-from samekit.engine.spec import DECODER, ENCODER
+from samekit.engine.spec import DECODER, ENCODER, Direction
 from samekit.errors import InputError
-from samekit.streaming import HalfRunner, StreamDecoder, StreamEncoder, as_clip
+from samekit.streaming import StreamDecoder, StreamEncoder, WindowRunner, as_clip
 from samekit.windows import ExactWindows, reference_chunks
 
 if TYPE_CHECKING:
@@ -51,12 +51,12 @@ class Autoencoder:
         """Every fact about the model."""
         # The wider context first: the least window that a refusal names has to do for both halves.
         self._plans = {
-            half: ExactWindows(
+            direction: ExactWindows(
                 window or default_window(context, self.spec.alignment, backend.longest_window),
                 context,
                 self.spec.alignment,
             )
-            for half, context in sorted(self.spec.contexts.items(), key=lambda item: item[1], reverse=True)
+            for direction, context in sorted(self.spec.contexts.items(), key=lambda item: item[1], reverse=True)
         }
 
     @property
@@ -84,9 +84,9 @@ class Autoencoder:
         """Samples of the shortest audio; lengths are padded to multiples of it."""
         return self.spec.hop
 
-    def windows(self, half: str) -> ExactWindows:
+    def windows(self, direction: Direction) -> ExactWindows:
         """How sequences of a half are cut: `spec.ENCODER` or `spec.DECODER`."""
-        return self._plans[half]
+        return self._plans[direction]
 
     def preprocess_audio_for_encoder(self, audio: Any, in_sr: Any) -> Any:
         """One clip, ready for `encode_audio`.
@@ -128,7 +128,7 @@ class Autoencoder:
         batch = np.zeros((len(ready), self.io_channels, longest), np.float32)
         for row, clip in zip(batch, ready, strict=True):
             row[:, : clip.shape[-1]] = clip
-        return like(pad_to(batch, self.min_length), clips[0], self.backend.place)
+        return to_kind_of(pad_to(batch, self.min_length), clips[0], self.backend.torch_device)
 
     def encode_audio(
         self, audio: Any, chunked: bool = False, chunk_size: int = CHUNK_SIZE, overlap: int = OVERLAP
@@ -150,10 +150,10 @@ class Autoencoder:
             return self._run(
                 ENCODER, self._ready_on_device(audio, self.spec.hop), (chunk_size, overlap) if chunked else None
             )
-        array = as_float32(audio, AUDIO)
+        array = to_float32(audio, AUDIO)
         self._check_batch(array, self.io_channels, AUDIO)
         out = self._run(ENCODER, pad_to(array, self.spec.hop), (chunk_size, overlap) if chunked else None)
-        return like(out, audio, self.backend.place)
+        return to_kind_of(out, audio, self.backend.torch_device)
 
     def decode_audio(
         self, latents: Any, chunked: bool = False, chunk_size: int = CHUNK_SIZE, overlap: int = OVERLAP
@@ -171,10 +171,10 @@ class Autoencoder:
         """
         if self.on_device(latents):
             return self._run(DECODER, self._ready_on_device(latents, 1), (chunk_size, overlap) if chunked else None)
-        array = as_float32(latents, LATENTS)
+        array = to_float32(latents, LATENTS)
         self._check_batch(array, self.latent_dim, LATENTS)
         out = self._run(DECODER, array, (chunk_size, overlap) if chunked else None)
-        return like(out, latents, self.backend.place)
+        return to_kind_of(out, latents, self.backend.torch_device)
 
     def _check_batch(self, array: Array, features: int, name: str) -> None:
         if array.ndim != 3 or array.shape[1] != features:
@@ -186,15 +186,15 @@ class Autoencoder:
                 cure = f"pass {name} of this model"
             raise InputError(f"{name} must be [batch, {features}, length], got {list(array.shape)}; {cure}")
 
-    def _run(self, half: str, batch: Any, chunks: tuple[int, int] | None) -> Any:
+    def _run(self, direction: Direction, batch: Any, chunks: tuple[int, int] | None) -> Any:
         """One half over a whole batch in memory, an array or `on_device`: exact windows, or the reference's chunks."""
-        runner = HalfRunner(self.backend, half)
+        runner = WindowRunner(self.backend, direction)
         latents = batch.shape[-1] // runner.unit_in
-        windows = reference_chunks(latents, *chunks) if chunks else self._plans[half].over(latents)
+        windows = reference_chunks(latents, *chunks) if chunks else self._plans[direction].over(latents)
         shape = (batch.shape[0], runner.features_out, latents * runner.unit_out)
         out = batch.new_empty(shape) if is_tensor(batch) else np.empty(shape, np.float32)
         done = 0
-        for core in runner.cores(runner.cut(batch, windows)):
+        for core in runner.valid_regions(runner.cut(batch, windows)):
             out[:, :, done : done + core.shape[-1]] = core
             done += core.shape[-1]
         return out

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from samekit.arrays import AUDIO, LATENTS, as_float32, as_one_batch, is_tensor
+from samekit.arrays import AUDIO, LATENTS, as_one_batch, is_tensor, to_float32
 from samekit.audio import StreamResampler, pad_to, to_channels
-from samekit.engine.spec import DECODER, ENCODER, other
+from samekit.engine.spec import DECODER, ENCODER, Direction, opposite
 from samekit.errors import BackendError, InputError
 
 if TYPE_CHECKING:
@@ -30,22 +30,22 @@ _MOST_CHANNELS = 1024
 _MANY_CHANNELS = 64
 
 
-class HalfRunner:
+class WindowRunner:
     """One half of a model over windows: runs them and keeps their cores.
 
     Arrays stay arrays; tensors that the backend accepts stay tensors, where they lie.
     """
 
-    def __init__(self, backend: Backend, half: str) -> None:
+    def __init__(self, backend: Backend, direction: Direction) -> None:
         spec = backend.spec
         self._backend = backend
-        self._half = half
+        self._direction = direction
         self._most = backend.window_batch
-        _, self.unit_in = spec.layout(half)
-        self.features_out, self.unit_out = spec.layout(other(half))
+        _, self.unit_in = spec.layout(direction)
+        self.features_out, self.unit_out = spec.layout(opposite(direction))
         """Features of an output: the latents' width, or audio channels."""
 
-    def cores(self, pieces: Iterable[tuple[Window, Array]]) -> Iterator[Array]:
+    def valid_regions(self, pieces: Iterable[tuple[Window, Array]]) -> Iterator[Array]:
         """The kept part of each window's output, in order; equal windows run together where the backend wants that.
 
         Args:
@@ -73,8 +73,8 @@ class HalfRunner:
 
     def _run(self, batch: Any) -> Any:
         if is_tensor(batch):
-            return self._backend.run_tensor(self._half, batch)
-        return self._backend.run(self._half, batch)
+            return self._backend.run_tensor(self._direction, batch)
+        return self._backend.run(self._direction, batch)
 
     def cut(self, array: Array, windows: Iterable[Window]) -> Iterator[tuple[Window, Array]]:
         """Windows with their inputs, from a whole array `[batch, features, length]`."""
@@ -150,7 +150,7 @@ class WindowCutter:
 class WindowedRun:
     """Exact windows over a sequence that arrives in pieces; memory does not grow with its length."""
 
-    def __init__(self, runner: HalfRunner, plan: ExactWindows) -> None:
+    def __init__(self, runner: WindowRunner, plan: ExactWindows) -> None:
         self._runner = runner
         self._cutter = WindowCutter(plan, runner.unit_in)
 
@@ -164,7 +164,7 @@ class WindowedRun:
         Yields:
             The next values, `[batch, features_out, length]`.
         """
-        yield from self._runner.cores(self._cutter.push(array, final=final))
+        yield from self._runner.valid_regions(self._cutter.push(array, final=final))
 
 
 class StreamEncoder:
@@ -184,7 +184,7 @@ class StreamEncoder:
         self._steps = _Steps()
         self._channels = spec.channels
         self._resampler = StreamResampler(sample_rate, spec.sample_rate, spec.channels)
-        self._run = WindowedRun(HalfRunner(backend, ENCODER), plan)
+        self._run = WindowedRun(WindowRunner(backend, ENCODER), plan)
         self._hop = spec.hop
         self._width = spec.latent_width
         self._rest: Array = np.zeros((spec.channels, 0), np.float32)
@@ -239,7 +239,7 @@ class StreamDecoder:
         self.latency = plan.size + 1
         """Latents that are held back at most."""
         self._steps = _Steps()
-        self._run = WindowedRun(HalfRunner(backend, DECODER), plan)
+        self._run = WindowedRun(WindowRunner(backend, DECODER), plan)
         self._width = backend.spec.latent_width
         self._channels = backend.spec.channels
         self._received = 0
@@ -252,7 +252,7 @@ class StreamDecoder:
             NonFiniteError: the model overflowed, which ends the stream.
             BackendError: the backend failed, which ends the stream, or it had ended so.
         """
-        array = as_float32(latents, LATENTS, empty=True)
+        array = to_float32(latents, LATENTS, empty=True)
         if array.ndim != 2 or array.shape[0] != self._width:
             raise InputError(
                 f"latents must be [{self._width}, length], got {list(array.shape)}; "
@@ -283,7 +283,7 @@ def as_clip(audio: Any, *, empty: bool = False) -> Array:
     Raises:
         InputError: another rank, wrong dtype, no samples, NaN or infinity, or samples in the place of channels.
     """
-    array = as_float32(audio, AUDIO, empty=empty)
+    array = to_float32(audio, AUDIO, empty=empty)
     if array.ndim == 3 and array.shape[0] == 1:
         array = array[0]
     if array.ndim == 1:

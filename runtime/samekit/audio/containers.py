@@ -13,7 +13,7 @@ from samekit.audio.ogg import ogg_parts
 from samekit.audio.parts import CONVERT, Part
 from samekit.audio.tags import after_tags, before_tags, file_size, read_at
 from samekit.errors import AudioFileError
-from samekit.files.paths import regular_file
+from samekit.files.paths import open_regular
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +28,7 @@ def find_parts(path: Path) -> list[Part]:
         AudioFileError: the file cannot be opened, is empty, or shows that something is missing or left over.
     """
     try:
-        with regular_file(path) as file:
+        with open_regular(path) as file:
             size = file_size(file)
             if size == 0:
                 raise AudioFileError(f"{path}: is empty; copy or download it again")

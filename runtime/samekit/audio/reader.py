@@ -12,7 +12,7 @@ from samekit.audio.containers import find_parts
 from samekit.audio.decoder import Decoder
 from samekit.audio.resampler import StreamResampler, resample
 from samekit.errors import AudioFileError, InputError
-from samekit.files.paths import named, stamp
+from samekit.files.paths import checked_path, file_signature
 
 if TYPE_CHECKING:
     import os
@@ -64,10 +64,10 @@ class AudioReader:
     """
 
     def __init__(self, path: str | os.PathLike[str], block: int = BLOCK) -> None:
-        self.path = named(path)
+        self.path = checked_path(path)
         """The file."""
         self._frames_read = 0
-        self._stamp = stamp(self.path)
+        self._signature = file_signature(self.path)
         first, *self._parts = find_parts(self.path)
         self._decoder = Decoder(self.path, first)
         self._front = first.front
@@ -103,7 +103,7 @@ class AudioReader:
                 if not np.isfinite(frames).all():
                     raise AudioFileError(f"{self.path}: holds NaN or infinity; render it again without them")
                 yield np.ascontiguousarray(self._front_first(frames).T)
-            if stamp(self.path) != self._stamp:
+            if file_signature(self.path) != self._signature:
                 raise AudioFileError(f"{self.path}: was changed while it was read; read it again")
             self._decoder.check_end()
             if not self._parts:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from samekit.arguments import MOST_THREADS, check_flag, check_whole
-from samekit.engine.spec import DECODER, ENCODER, PRECISIONS, EngineSpec, other
+from samekit.engine.spec import DECODER, ENCODER, PRECISIONS, Direction, EngineSpec, opposite
 from samekit.errors import BackendError, InputError, NonFiniteError
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class Backend(ABC):
         return self._window_batch or (1 if self.device == "cpu" else 4)
 
     @property
-    def place(self) -> str:
+    def torch_device(self) -> str:
         """Where returned tensors lie, as PyTorch names it: `cpu`, or `cuda:N`."""
         return "cpu" if self.device == "cpu" else f"cuda:{self.device_id}"
 
@@ -163,23 +163,23 @@ class Backend(ABC):
         """
         return self.run(DECODER, latents)
 
-    def run(self, half: str, array: Array) -> Array:
+    def run(self, direction: Direction, array: Array) -> Array:
         """`encode` (`spec.ENCODER`) or `decode` (`spec.DECODER`)."""
         self._check_open()
-        self._check_input(half, str(array.dtype), array.shape)
-        result = self._run(half, np.ascontiguousarray(array))
-        self._check_output(half, array.shape, result.shape, finite=bool(np.isfinite(result).all()))
+        self._check_input(direction, str(array.dtype), array.shape)
+        result = self._run(direction, np.ascontiguousarray(array))
+        self._check_output(direction, array.shape, result.shape, finite=bool(np.isfinite(result).all()))
         return result
 
     def accepts(self, value: Any) -> bool:  # noqa: ARG002 most backends take none
         """Whether `run_tensor` takes a value: a float32 tensor in the memory of this backend's device."""
         return False
 
-    def run_tensor(self, half: str, tensor: Any) -> Any:
+    def run_tensor(self, direction: Direction, tensor: Any) -> Any:
         """Encode or decode a tensor that the backend `accepts`, without a copy through the host.
 
         Args:
-            half: `spec.ENCODER` or `spec.DECODER`.
+            direction: `spec.ENCODER` or `spec.DECODER`.
             tensor: of the shape that `encode` or `decode` takes.
 
         Returns:
@@ -191,12 +191,12 @@ class Backend(ABC):
             BackendError: the backend failed, is closed, or takes arrays only.
         """
         self._check_open()
-        self._check_input(half, "float32", tensor.shape)
-        result = self._run_tensor(half, tensor)
-        self._check_output(half, tensor.shape, result.shape, finite=bool(result.isfinite().all()))
+        self._check_input(direction, "float32", tensor.shape)
+        result = self._run_tensor(direction, tensor)
+        self._check_output(direction, tensor.shape, result.shape, finite=bool(result.isfinite().all()))
         return result
 
-    def _run_tensor(self, half: str, tensor: Any) -> Any:  # noqa: ARG002 as above
+    def _run_tensor(self, direction: Direction, tensor: Any) -> Any:  # noqa: ARG002 as above
         """Run a half on a checked tensor in device memory."""
         raise BackendError(f"the {self.name} backend takes NumPy arrays only; copy the tensor to the host")
 
@@ -231,33 +231,36 @@ class Backend(ABC):
             )
         return self.reopening
 
-    def _check_input(self, half: str, dtype: str, shape: Sequence[int]) -> None:
-        features, unit = self.spec.layout(half)
+    def _check_input(self, direction: Direction, dtype: str, shape: Sequence[int]) -> None:
+        features, unit = self.spec.layout(direction)
         if dtype != "float32" or len(shape) != 3 or shape[1] != features:
             raise InputError(
-                f"the {half} takes float32 [batch, {features}, length], got {dtype} {list(shape)}; pass such an array"
+                f"the {direction} takes float32 [batch, {features}, length], got {dtype} {list(shape)}; "
+                "pass such an array"
             )
         if shape[0] == 0 or shape[2] == 0 or shape[2] % unit:
             raise InputError(
-                f"the {half} takes a batch and a length of at least one latent of {unit}, got {list(shape)}; "
+                f"the {direction} takes a batch and a length of at least one latent of {unit}, got {list(shape)}; "
                 "pass such an array"
             )
 
-    def _check_output(self, half: str, before: Sequence[int], after: Sequence[int], *, finite: bool) -> None:
-        expected = self.spec.input_shape(other(half), before[0], before[2] // self.spec.layout(half)[1])
+    def _check_output(self, direction: Direction, before: Sequence[int], after: Sequence[int], *, finite: bool) -> None:
+        expected = self.spec.input_shape(opposite(direction), before[0], before[2] // self.spec.layout(direction)[1])
         if tuple(after) != expected:
-            raise BackendError(f"the {half} returned {list(after)} instead of {list(expected)}; export the model again")
+            raise BackendError(
+                f"the {direction} returned {list(after)} instead of {list(expected)}; export the model again"
+            )
         if not finite:
             cure = "check the input for extreme values"
             if self.precision != "fp32":
                 cure = 'use precision "fp32", which cannot overflow here'
-            raise NonFiniteError(f"the {self.precision} {half} ({self.name}) produced NaN or infinity; {cure}")
+            raise NonFiniteError(f"the {self.precision} {direction} ({self.name}) produced NaN or infinity; {cure}")
 
-    def expect_many_calls(self, half: str) -> None:  # noqa: B027 most backends run every call alike
+    def use_packed_weights(self, direction: Direction) -> None:  # noqa: B027 most backends run every call alike
         """Be told that a half is going to run often: from now on equal inputs give equal outputs, bit for bit."""
 
     @abstractmethod
-    def _run(self, half: str, array: Array) -> Array:
+    def _run(self, direction: Direction, array: Array) -> Array:
         """Run `spec.ENCODER` or `spec.DECODER` on a checked, contiguous array."""
 
     def close(self) -> None:

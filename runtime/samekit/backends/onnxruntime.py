@@ -12,7 +12,7 @@ import numpy as np
 
 from samekit.backends.base import Backend, BackendOptions, has_driver, keep_for_ever
 from samekit.backends.cpu import available_cpus
-from samekit.engine.spec import DECODER, GPU_PRECISIONS, INPUT_NAMES
+from samekit.engine.spec import DECODER, GPU_PRECISIONS, INPUT_NAMES, Direction
 from samekit.errors import BackendError, BackendUnavailableError, EngineError, OutputError, first_line
 from samekit.files.paths import utf8_path
 from samekit.packages import import_onnxruntime
@@ -128,59 +128,59 @@ class OnnxRuntimeBackend(Backend):
             "trt_timing_cache_path": str(folder),
         }
 
-    def _providers_of(self, half: str) -> list[tuple[str, dict[str, Any]]]:
+    def _providers_of(self, direction: Direction) -> list[tuple[str, dict[str, Any]]]:
         """Providers with all settings; TensorRT is told shapes, for without them every new length builds an engine."""
         limits = dict(zip(("min", "opt", "max"), zip(NARROW.batch, NARROW.latents, strict=True), strict=True))
         shapes = {}
         for name, (batch, latents) in limits.items():
-            shape = "x".join(map(str, self.spec.input_shape(half, batch, latents)))
-            shapes[f"trt_profile_{name}_shapes"] = f"{INPUT_NAMES[half]}:{shape}"
+            shape = "x".join(map(str, self.spec.input_shape(direction, batch, latents)))
+            shapes[f"trt_profile_{name}_shapes"] = f"{INPUT_NAMES[direction]}:{shape}"
         return [
             (provider, settings | shapes if provider == TENSORRT_PROVIDER else settings)
             for provider, settings in self._providers
         ]
 
-    def expect_many_calls(self, half: str) -> None:
+    def use_packed_weights(self, direction: Direction) -> None:
         """Pack the weights at the next call; packed or not, sums round differently."""
         with self._opening:
-            self._calls[half] = max(self._calls.get(half, 0), MAPPED_CALLS)
+            self._calls[direction] = max(self._calls.get(direction, 0), MAPPED_CALLS)
 
-    def _session(self, half: str) -> Any:
+    def _session(self, direction: Direction) -> Any:
         """The half's session for its next call."""
         with self._opening:
             # Once more, so that no session outlives a `close` in another thread.
             self._check_open()
-            calls = self._calls[half] = self._calls.get(half, 0) + 1
+            calls = self._calls[direction] = self._calls.get(direction, 0) + 1
             # No name may hold a session here: `_pack` frees the old one before it opens the new one.
-            if half not in self._sessions:
+            if direction not in self._sessions:
                 packed = calls > MAPPED_CALLS or self.device != "cpu"
-                self._sessions[half] = self._open(self._graph(half), half, packed=packed)
+                self._sessions[direction] = self._open(self._graph(direction), direction, packed=packed)
             elif calls == MAPPED_CALLS + 1 and self.device == "cpu":
-                self._pack(half)
-            return self._sessions[half]
+                self._pack(direction)
+            return self._sessions[direction]
 
-    def _graph(self, half: str) -> Path:
+    def _graph(self, direction: Direction) -> Path:
         """The graph of a half, if it is still that of the engine which was opened.
 
         Raises:
             EngineError: it is damaged, or another export has taken its place.
         """
         self._engine.check_not_replaced(self.precision)
-        return self._engine.graph(half, self.precision)
+        return self._engine.graph(direction, self.precision)
 
-    def _pack(self, half: str) -> None:
+    def _pack(self, direction: Direction) -> None:
         """Open a half again with packed weights, or go on with the mapped ones where its file is no longer there."""
         try:
-            path = self._graph(half)
+            path = self._graph(direction)
         except EngineError as error:
-            logger.warning("weights of the %s are not packed, which costs a tenth of the speed: %s", half, error)
+            logger.warning("weights of the %s are not packed, which costs a tenth of the speed: %s", direction, error)
             return
         # Freed first: both at once would hold the weights twice.
-        del self._sessions[half]
-        self._sessions[half] = self._open(path, half, packed=True)
+        del self._sessions[direction]
+        self._sessions[direction] = self._open(path, direction, packed=True)
 
-    def _open(self, graph: Path, half: str, *, packed: bool) -> Any:
-        if (half, self.precision) == (DECODER, "int8") and int8_saturates(self._runtime):
+    def _open(self, graph: Path, direction: Direction, *, packed: bool) -> Any:
+        if (direction, self.precision) == (DECODER, "int8") and int8_saturates(self._runtime):
             # The exact products are not to be had where two steps share a weight, as in a decoder.
             raise BackendUnavailableError(
                 "int8 decoding needs a processor with VNNI instructions, and this one has none; choose precision fp32"
@@ -193,11 +193,11 @@ class OnnxRuntimeBackend(Backend):
             options.add_session_config_entry("session.disable_prepacking", "1")
         path = utf8_path(graph)
         try:
-            session = self._runtime.InferenceSession(path, options, providers=self._providers_of(half))
+            session = self._runtime.InferenceSession(path, options, providers=self._providers_of(direction))
         except Exception as error:  # noqa: BLE001 the runtime's exceptions share no base class
             self._engine.check_not_replaced(self.precision)
             raise BackendError(
-                self._refused_link(graph, half, str(error))
+                self._refused_link(graph, direction, str(error))
                 or f"{path}: ONNX Runtime {self._runtime.__version__} cannot open it ({first_line(error)}); "
                 "export it again, or update ONNX Runtime if it is older than 1.24"
             ) from None
@@ -215,14 +215,14 @@ class OnnxRuntimeBackend(Backend):
             )
         return session
 
-    def _refused_link(self, graph: Path, half: str, error: str) -> str | None:
+    def _refused_link(self, graph: Path, direction: Direction, error: str) -> str | None:
         """Return a message if ONNX Runtime refused a graph because its weights are a link that leaves the folder.
 
         Every version refuses weights whose real path lies neither in the graph's folder nor beside the graph's real
         path. Versions 1.24.0 and 1.24.1 refuse those beside the real path too, which is how the cache of
         `huggingface_hub` stores files; only there the error's text must tell the cause.
         """
-        for name in self._engine.spec.graphs[self.precision][half].sizes:
+        for name in self._engine.spec.graphs[self.precision][direction].sizes:
             weights = graph.with_name(name)
             target = weights.resolve()
             if target.is_relative_to(graph.parent.resolve()) or name == graph.name:
@@ -238,8 +238,8 @@ class OnnxRuntimeBackend(Backend):
             )
         return None
 
-    def _run(self, half: str, array: Array) -> Array:
-        session = self._session(half)
+    def _run(self, direction: Direction, array: Array) -> Array:
+        session = self._session(direction)
         try:
             (result,) = session.run(None, {session.get_inputs()[0].name: array})
         except Exception as error:  # noqa: BLE001 the runtime's exceptions share no base class

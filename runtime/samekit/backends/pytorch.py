@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from samekit.backends.base import Backend, BackendOptions, keep_for_ever
 from samekit.backends.cpu import available_cpus
-from samekit.engine.folder import places
-from samekit.engine.spec import ENCODER
+from samekit.engine.folder import search_path
+from samekit.engine.spec import ENCODER, Direction
 from samekit.errors import BackendError, BackendUnavailableError, CheckpointError, EngineNotFoundError, first_line
 from samekit.packages import import_package
 
@@ -41,7 +41,7 @@ class EagerBackend(Backend):
         self.device = options.device or ("cuda" if cuda else "cpu")
         self.device_id = options.device_id
         self._torch = torch
-        self._where = torch.device(self.place)
+        self._where = torch.device(self.torch_device)
         self._dtype = torch.float16 if options.precision == "fp16" else torch.float32
         self._model = model.to(self._where, self._dtype)
         # PyTorch counts the cores of its affinity mask, but not a quota.
@@ -49,8 +49,8 @@ class EagerBackend(Backend):
         if threads != torch.get_num_threads():
             torch.set_num_threads(threads)
 
-    def _run(self, half: str, array: Array) -> Array:
-        run = self._model.encode if half == ENCODER else self._model.decode
+    def _run(self, direction: Direction, array: Array) -> Array:
+        run = self._model.encode if direction == ENCODER else self._model.decode
         with self._torch.inference_mode(), _as_asked(self._torch, self._where.type):
             # A copy: PyTorch warns of sharing memory that is read-only.
             try:
@@ -95,7 +95,7 @@ def load_checkpoint(name: str, source: dict[str, Any] | None) -> Any:
         try:
             checkpoints.hub_repository(checkpoints.known_name(name))
         except CheckpointError as error:
-            raise EngineNotFoundError(f"no engine for {name!r} in {places()}, and {error}") from None
+            raise EngineNotFoundError(f"no engine for {name!r} in {search_path()}, and {error}") from None
     # The export package imports these where it needs them, too late to say what is missing.
     for package in ("torch", "safetensors", "onnx", "onnxscript", *(("huggingface_hub",) if on_hub else ())):
         import_package(package, install)
@@ -159,10 +159,10 @@ class _ExactProducts:
         with self._lock:
             self._users += 1
             if self._users == 1:
-                places = [getattr(getattr(torch.backends, backend), kind) for backend, kind in self.SETTINGS]
-                self._before = [(place, place.fp32_precision) for place in places]
-                for place in places:
-                    place.fp32_precision = "ieee"
+                settings = [getattr(getattr(torch.backends, backend), kind) for backend, kind in self.SETTINGS]
+                self._before = [(setting, setting.fp32_precision) for setting in settings]
+                for setting in settings:
+                    setting.fp32_precision = "ieee"
         try:
             yield
         finally:
@@ -173,11 +173,11 @@ class _ExactProducts:
 
     def _restore(self) -> None:
         """Set what the user had set."""
-        for place, precision in self._before:
+        for setting, precision in self._before:
             # First as one that follows a wider setting, in case it was one.
-            place.fp32_precision = "none"
-            if place.fp32_precision != precision:
-                place.fp32_precision = precision
+            setting.fp32_precision = "none"
+            if setting.fp32_precision != precision:
+                setting.fp32_precision = precision
 
 
 _exact_products = _ExactProducts()

@@ -12,7 +12,7 @@ from samekit.errors import InputError
 
 if TYPE_CHECKING:
     from samekit.dataset.options import PreEncodeOptions
-    from samekit.dataset.ray import RayEncoder
+    from samekit.dataset.ray import RayExecutor
     from samekit.model import AutoencoderModel
 
 
@@ -93,7 +93,7 @@ def pre_encode(
 
 def _encoder(
     model: str, backend: dict[str, Any], settings: PreEncodeOptions, address: str | None, asked: dict[str, Any]
-) -> AutoencoderModel | RayEncoder:
+) -> AutoencoderModel | RayExecutor:
     """What encodes a dataset: a model in this process, or actors on a cluster."""
     given = {name: value for name, value in asked.items() if value is not None}
     if address is None:
@@ -103,9 +103,9 @@ def _encoder(
         return open_model(model, **backend)
     if settings.shard.count > 1:
         raise InputError("--shard and --ray both split the work; pass one of them")
-    from samekit.dataset.ray import RayEncoder, RayOptions  # noqa: PLC0415
+    from samekit.dataset.ray import RayExecutor, RayOptions  # noqa: PLC0415
 
-    return RayEncoder(model, RayOptions(address, **given), **backend)
+    return RayExecutor(model, RayOptions(address, **given), **backend)
 
 
 def _verify_dataset(folder: str) -> None:

@@ -105,12 +105,12 @@ def info(engine: Path) -> None:
     say(f"  latents    {spec.latent_width} wide")
     say(
         f"  windows    start at multiples of {spec.alignment}; "
-        + ", ".join(f"{half} context {context}" for half, context in spec.contexts.items())
+        + ", ".join(f"{direction} context {context}" for direction, context in spec.contexts.items())
     )
     say(f"  source     {spec.origin}")
     say(f"  tools      {', '.join(f'{k} {v}' for k, v in spec.tools.items())}")
-    for precision, halves in spec.graphs.items():
-        size = sum(sum(graph.sizes.values()) for graph in halves.values())
+    for precision, pair in spec.graphs.items():
+        size = sum(sum(graph.sizes.values()) for graph in pair.values())
         worst = min((case["snr_db"] for case in spec.verification.get(precision, [])), default=None)
         against = "not verified" if worst is None else f"at least {worst} dB against eager PyTorch"
         found.check(precision)

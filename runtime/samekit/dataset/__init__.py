@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from samekit.dataset.options import PreEncodeOptions, Shard
-    from samekit.dataset.ray import RayEncoder, RayOptions
+    from samekit.dataset.ray import RayExecutor, RayOptions
     from samekit.dataset.report import PreEncodeReport, Progress
     from samekit.dataset.run import pre_encode
 
-__all__ = ["PreEncodeOptions", "PreEncodeReport", "Progress", "RayEncoder", "RayOptions", "Shard", "pre_encode"]
+__all__ = ["PreEncodeOptions", "PreEncodeReport", "Progress", "RayExecutor", "RayOptions", "Shard", "pre_encode"]
 
 _MODULES = {
     "PreEncodeOptions": "options",
     "PreEncodeReport": "report",
     "Progress": "report",
-    "RayEncoder": "ray",
+    "RayExecutor": "ray",
     "RayOptions": "ray",
     "Shard": "options",
     "pre_encode": "run",

@@ -24,7 +24,7 @@ from samekit.dataset.sources import Source, universal_newlines
 from samekit.engine.spec import ENCODER
 from samekit.errors import AudioFileError, SamekitError
 from samekit.files.latents import MODEL_DIGEST, PADDING_MASK
-from samekit.files.paths import read_regular, regular_file
+from samekit.files.paths import open_regular, read_regular
 from samekit.streaming import WindowCutter
 
 if TYPE_CHECKING:
@@ -49,17 +49,17 @@ _SILENCE_PEAK: Final = 10 ** (SILENCE_DB / 20)
 class BadClipError(Exception):
     """A clip that is not encoded; becomes a row with a status and a reason."""
 
-    def __init__(self, status: Status, reason: str, *, passing: bool = False) -> None:
+    def __init__(self, status: Status, reason: str, *, transient: bool = False) -> None:
         super().__init__(reason)
         self.status: Status = status
         """Which kind of bad, see `manifest.Status`."""
         self.reason = " ".join(reason.split())
         """Cause and cure, in one line."""
-        self.passing = passing
+        self.transient = transient
         """Whether its files cannot even be opened now, which says nothing of what is in them."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(type(self), passing=self.passing), (self.status, self.reason)
+        return partial(type(self), transient=self.transient), (self.status, self.reason)
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class ClipReader:
         except (SamekitError, OSError) as error:
             reason = str(error) if self._source.path in str(error) else f"{self._source.path}: {error}"
             status: Status = "empty" if self._is_empty() and not self._has_changed() else "unreadable"
-            raise BadClipError(status, reason, passing=not _opens(path)) from error
+            raise BadClipError(status, reason, transient=not _opens(path)) from error
 
     def _has_changed(self) -> bool:
         """Whether the audio file is another one than that whose digest was taken; forgets the digest if so."""
@@ -245,7 +245,7 @@ class ClipReader:
             prompt = universal_newlines(content.decode("utf-8-sig")).strip()
         except OSError as error:
             reason = f"{path}: cannot be read ({error.strerror}); check its permissions and size"
-            raise BadClipError("unreadable", reason, passing=not _opens(path)) from error
+            raise BadClipError("unreadable", reason, transient=not _opens(path)) from error
         except UnicodeDecodeError as error:
             raise BadClipError("no_caption", f"{path}: cannot be read as UTF-8 ({error}); write it again") from error
         if "\0" in prompt:
@@ -332,7 +332,7 @@ def digest_of(path: Path) -> str:
     Raises:
         OSError: it cannot be read, or is no regular file.
     """
-    with regular_file(path) as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -349,7 +349,7 @@ def _signature(path: Path) -> tuple[int, ...]:
 def _why_no_audio(path: Path) -> str:
     """Return what is wrong with an audio file that was no regular file when it was found, and the cure."""
     try:
-        with regular_file(path):
+        with open_regular(path):
             return f"{path}: has changed since the dataset was searched; run pre-encode again"
     except FileNotFoundError:
         if path.is_symlink():
@@ -363,7 +363,7 @@ def _why_no_audio(path: Path) -> str:
 
 def _opens(path: Path) -> bool:
     """Whether a file is there and can be opened."""
-    with suppress(OSError), regular_file(path):
+    with suppress(OSError), open_regular(path):
         return True
     return False
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from samekit.windows import ExactWindows
 
 
-class Encoder(ABC):
+class Executor(ABC):
     """Encodes clips and writes their latents, wherever that happens."""
 
     spec: EngineSpec
@@ -53,7 +53,7 @@ class Encoder(ABC):
         """
 
 
-class LocalEncoder(Encoder):
+class LocalExecutor(Executor):
     """Encodes in this process.
 
     Args:
@@ -65,13 +65,13 @@ class LocalEncoder(Encoder):
         self.spec = autoencoder.spec
         self.precision = autoencoder.backend.precision
         self.windows = autoencoder.windows(ENCODER)
-        self.place = f"{autoencoder.backend.name} on {autoencoder.backend.place}"
+        self.torch_device = f"{autoencoder.backend.name} on {autoencoder.backend.torch_device}"
         """What computes, for people."""
         self._autoencoder = autoencoder
         self._readers = default_readers(cores or available_cpus())
         self._turn = threading.Lock()
         # A run that goes on where another was killed must give the same bytes.
-        autoencoder.backend.expect_many_calls(ENCODER)
+        autoencoder.backend.use_packed_weights(ENCODER)
 
     def silence(self, latents: int) -> Array:
         """The latents of silence, `[latent_width, latents]`."""
@@ -86,7 +86,7 @@ class LocalEncoder(Encoder):
 
             def written(outcome: Outcome) -> None:
                 if outcome.clip:
-                    job.output.deliver(folder, outcome.task.target)
+                    job.output.upload(folder, outcome.task.target)
                 finished(outcome)
 
             backend, readers = self._autoencoder.backend, job.readers or self._readers

@@ -26,7 +26,7 @@ from samekit.errors import InputError
 from samekit.files.atomic import atomic_path, output_errors, remove_abandoned
 from samekit.files.json_fields import check_kinds
 from samekit.files.locks import file_lock
-from samekit.files.paths import read_regular, regular_file
+from samekit.files.paths import open_regular, read_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -277,7 +277,7 @@ def read_settings(path: Path) -> Settings:
     Raises:
         InputError: they cannot be read, or are damaged.
     """
-    with _manifest_errors(path), regular_file(path) as file:
+    with _manifest_errors(path), open_regular(path) as file:
         header = file.readline(MOST_HEADER_BYTES)
         if not header.endswith(b"\n"):
             raise ValueError("its first line is cut off")
@@ -323,4 +323,4 @@ def _drop_incomplete_line(path: Path) -> None:
 def clear_away(folder: Path, shard: Shard) -> None:
     """Remove what killed processes of the same shard left half-written in its folder."""
     for place in (folder, folder / STATE_FOLDER):
-        remove_abandoned(place, shard.owns)
+        remove_abandoned(place, shard.is_written_here)

@@ -55,7 +55,7 @@ class Shard:
         match = re.fullmatch(r"manifest-(\d{1,6})-of-(\d{1,6})\.jsonl", name)
         return cls(*map(int, match.groups())) if match else cls()
 
-    def holds(self, relpath: str) -> bool:
+    def contains(self, relpath: str) -> bool:
         """Whether a clip belongs to this part; it depends on nothing but its relpath."""
         digest = hashlib.sha256(os.fsencode(relpath)).digest()
         return int.from_bytes(digest[:8], "big") % self.count == self.index - 1
@@ -78,7 +78,7 @@ class Shard:
     def _suffix(self) -> str:
         return "" if self.count == 1 else f"-{self.index}-of-{self.count}"
 
-    def owns(self, name: str) -> bool:
+    def is_written_here(self, name: str) -> bool:
         """Whether this part alone writes a file of the output folder; the first one writes the silence latents."""
         stem, _, _ = name.partition(".")
         if stem.isdecimal():

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 from samekit.dataset.file_names import SILENCE_FILE, STATE_FOLDER, is_clips
 from samekit.errors import InputError, OutputError, SamekitError
 from samekit.files.atomic import output_errors
-from samekit.files.paths import expanded, named
+from samekit.files.paths import checked_path, expanded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -47,7 +47,7 @@ def find_output(path: str | os.PathLike[str]) -> Output:
     text = os.fspath(path)
     scheme, separator, rest = text.partition("://")
     if scheme == "file":
-        return Output(named(rest))
+        return Output(checked_path(rest))
     return RemoteOutput(text) if separator else Output(expanded(path))
 
 
@@ -91,7 +91,7 @@ class Output:
         """Yield a folder into which clips are encoded."""
         yield self._folder
 
-    def deliver(self, folder: Path, name: str) -> None:
+    def upload(self, folder: Path, name: str) -> None:
         """Bring a finished `.npy`, and after it the `.json` if there is one, from a folder that was yielded here."""
 
     def names(self) -> set[str]:
@@ -104,7 +104,7 @@ class Output:
         with output_errors(self._folder):
             (self._folder / name).unlink(missing_ok=True)
 
-    def remember(self, *, whole: bool = False) -> None:
+    def sync_manifest(self, *, whole: bool = False) -> None:
         """Make sure that the manifest is in the output: as one file, or what came since."""
 
 
@@ -168,7 +168,7 @@ class RemoteOutput(Output):
         with tempfile.TemporaryDirectory(prefix="samekit-") as scratch:
             yield Path(scratch)
 
-    def deliver(self, folder: Path, name: str) -> None:
+    def upload(self, folder: Path, name: str) -> None:
         """Upload a `.npy` and its `.json`, which tells that the pair is complete, and free their room."""
         metadata = Path(name).with_suffix(".json").name
         keep = folder == self._local
@@ -194,7 +194,7 @@ class RemoteOutput(Output):
         with output_errors(self._url, Exception), suppress(FileNotFoundError):
             self._fs.rm_file(f"{self._root}/{name}")
 
-    def remember(self, *, whole: bool = False) -> None:
+    def sync_manifest(self, *, whole: bool = False) -> None:
         """Upload the manifest, or a part of it every few seconds."""
         if not whole and time.monotonic() < self._next_part:
             return

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from samekit.arguments import MOST_THREADS, check_whole
 from samekit.backends.cpu import available_cpus
-from samekit.dataset.executor import Encoder, LocalEncoder
+from samekit.dataset.executor import Executor, LocalExecutor
 from samekit.dataset.ray_calls import (
     ALL_LOST,
     BATCHES_IN_HAND,
@@ -101,25 +101,27 @@ class _Worker:
         self._backend = backend
         self._cores = cores
         self._opening = threading.Lock()
-        self._encoder: LocalEncoder | None = None
+        self._encoder: LocalExecutor | None = None
 
-    def _opened(self) -> LocalEncoder:
+    def _opened(self) -> LocalExecutor:
         """The encoder, opened once."""
         from samekit.model import AutoencoderModel  # noqa: PLC0415
 
         with self._opening:
             if self._encoder is None:
                 model = AutoencoderModel.from_pretrained(self._model, **self._backend)
-                self._encoder = LocalEncoder(model.autoencoder, self._cores)
+                self._encoder = LocalExecutor(model.autoencoder, self._cores)
             return self._encoder
 
     def facts(self) -> Facts:
         """Tell what is encoded with, once that is ready."""
         encoder = self._opened()
-        return Facts(encoder.spec, encoder.precision, encoder.windows, f"{socket.gethostname()}, {encoder.place}")
+        return Facts(
+            encoder.spec, encoder.precision, encoder.windows, f"{socket.gethostname()}, {encoder.torch_device}"
+        )
 
     def silence(self, latents: int) -> Array:
-        """As `Encoder.silence`."""
+        """As `Executor.silence`."""
         return self._opened().silence(latents)
 
     def encode(self, facts: Facts, job: Job, tasks: list[Task]) -> list[Outcome]:
@@ -137,7 +139,7 @@ class _Worker:
         return outcomes
 
 
-class RayEncoder(Encoder):
+class RayExecutor(Executor):
     """Encodes on a cluster; a context manager that takes the actors and gives them back.
 
     Args:

@@ -93,7 +93,7 @@ class Calls:
             SamekitError: what an actor raised.
         """
         for actor in self._actors:
-            self._join(actor)
+            self._wait_ready(actor)
         while self._left:
             if not self._calls:
                 raise BackendError(ALL_LOST)
@@ -114,7 +114,7 @@ class Calls:
                 else:
                     actor.joined = True
                     logger.info("an actor encodes on %s", result.place)
-            self._deal()
+            self._assign()
             yield from outcomes
 
     def end(self, *, at_once: bool) -> None:
@@ -126,11 +126,11 @@ class Calls:
         if calls:
             self._ray.wait(calls, num_returns=len(calls), timeout=_END_PATIENCE if at_once else None)
 
-    def _join(self, actor: _Actor) -> None:
+    def _wait_ready(self, actor: _Actor) -> None:
         """Have an actor answer as soon as it runs."""
         self._calls[retry_until_restarted(actor.handle.facts).remote()] = actor, None
 
-    def _deal(self) -> None:
+    def _assign(self) -> None:
         """Assign waiting batches to actors that have room."""
         for actor in self._actors:
             while self._todo and actor.joined and actor.in_hand < BATCHES_IN_HAND:
@@ -151,7 +151,7 @@ class Calls:
         if actor.joined:
             logger.warning("an actor died; its clips go to others until Ray has started it again")
             actor.joined = False
-            self._join(actor)
+            self._wait_ready(actor)
 
 
 def retry_until_restarted(method: Any) -> Any:

@@ -24,7 +24,7 @@ import numpy as np
 
 from samekit.backends.cpu import available_cpus
 from samekit.dataset.clip import CuttingRules, digest_of, expected_latents
-from samekit.dataset.executor import Encoder, LocalEncoder, default_readers
+from samekit.dataset.executor import Executor, LocalExecutor, default_readers
 from samekit.dataset.file_names import SILENCE_FILE, STATE_FOLDER
 from samekit.dataset.manifest import Manifest, Row, clear_away
 from samekit.dataset.options import PreEncodeOptions, Settings
@@ -35,7 +35,7 @@ from samekit.dataset.sources import Found, Source, find_sources
 from samekit.errors import InputError, LatentsFileError
 from samekit.files.atomic import atomic_path, output_errors
 from samekit.files.latents import map_array
-from samekit.files.paths import expanded_text, stamp
+from samekit.files.paths import expanded_text, file_signature
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -44,11 +44,11 @@ if TYPE_CHECKING:
     from samekit.dataset.output import Output
     from samekit.model import AutoencoderModel
 # What is worth trying again although the file has not changed.
-_PASSING: Final = ("unreadable", "failed", "gone")
+_RETRIED: Final = ("unreadable", "failed", "gone")
 
 
 def pre_encode(
-    model: AutoencoderModel | Encoder,
+    model: AutoencoderModel | Executor,
     data_dir: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     output_path: str | os.PathLike[str],
     options: PreEncodeOptions | None = None,
@@ -61,7 +61,7 @@ def pre_encode(
     moment is completed by calling this again.
 
     Args:
-        model: an open model; or a `samekit.dataset.ray.RayEncoder`, to encode on a cluster.
+        model: an open model; or a `samekit.dataset.ray.RayExecutor`, to encode on a cluster.
         data_dir: folder with audio files, at any depth, each with a caption of the same name in `.txt`; or several. A
             `filelist.txt` at its root names the files to take.
         output_path: folder for the latents, or a URL that fsspec knows; one for each model and kind of settings.
@@ -81,8 +81,8 @@ def pre_encode(
     folders = [data_dir] if isinstance(data_dir, (str, os.PathLike)) else list(data_dir)
     folders = [expanded_text(folder) for folder in folders]
     found = find_sources(folders)
-    sources = {s.relpath: s for s in found.sources if options.shard.holds(s.relpath)}
-    encoder = model if isinstance(model, Encoder) else LocalEncoder(model.autoencoder)
+    sources = {s.relpath: s for s in found.sources if options.shard.contains(s.relpath)}
+    encoder = model if isinstance(model, Executor) else LocalExecutor(model.autoencoder)
     settings, shard, output = _settings(encoder, options), options.shard, find_output(output_path)
     output.require_apart(folders)
     with (
@@ -90,14 +90,14 @@ def pre_encode(
         Manifest.open(folder, shard, settings, reencode=options.reencode) as manifest,
     ):
         manifest.assign(sources)
-        output.remember(whole=True)
+        output.sync_manifest(whole=True)
         run = _Run(encoder, options, manifest, output, progress)
-        run.retire(sources)
+        run.mark_gone(sources)
         run.encode([source for source in sources.values() if run.is_due(source)])
         manifest.rewrite()
         report = run.report(sources, found)
         write_report(manifest, report)
-        output.remember(whole=True)
+        output.sync_manifest(whole=True)
     if options.strict and report.bad:
         first = report.bad[0]["reason"]
         kinds = ", ".join(f"{n} {status}" for status, n in sorted(Counter(row["status"] for row in report.bad).items()))
@@ -108,7 +108,7 @@ def pre_encode(
     return report
 
 
-def _settings(encoder: Encoder, options: PreEncodeOptions) -> Settings:
+def _settings(encoder: Executor, options: PreEncodeOptions) -> Settings:
     """What decides the latents of a run."""
     return Settings(
         model=encoder.spec.name,
@@ -129,7 +129,7 @@ class _Run:
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: Executor,
         options: PreEncodeOptions,
         manifest: Manifest,
         output: Output,
@@ -158,7 +158,7 @@ class _Run:
     def is_due(self, source: Source) -> bool:
         """Whether a clip has to be encoded: it is new, it has changed, its files are not there, or it may work now."""
         row = self._manifest.rows[source.relpath]
-        if row.status is None or row.status in _PASSING:
+        if row.status is None or row.status in _RETRIED:
             return True
         if row.status == "encoded" and not self._files.issuperset(row.files):
             return True
@@ -174,7 +174,7 @@ class _Run:
             # Encoding the clip will tell what is wrong with its files.
             return True
         # Changed since its folder was listed: the digests may be of contents that have never been encoded.
-        if (stamp(Path(source.path)), stamp(source.caption_path)) != (source.audio, source.caption):
+        if (file_signature(Path(source.path)), file_signature(source.caption_path)) != (source.audio, source.caption):
             return True
         seen = dataclasses.replace(
             row, audio=source.audio, caption=source.caption, sha256=sha256, caption_sha256=caption_sha256
@@ -188,7 +188,7 @@ class _Run:
             self._manifest.record(seen)
         return False
 
-    def retire(self, sources: dict[str, Source]) -> None:
+    def mark_gone(self, sources: dict[str, Source]) -> None:
         """Give up the clips that have no sound pair of files and will get none: they are not there.
 
         Where they were never tried under these settings, files under their numbers are of other settings.
@@ -236,7 +236,9 @@ class _Run:
         path = self._manifest.folder / SILENCE_FILE
         dtype = np.dtype(self._manifest.settings.dtype)
         shape = (1, self._rules.spec.latent_width, self._rules.limit)
-        missing = self._options.shard.owns(SILENCE_FILE) and (self._fresh() or not _is_array(path, shape, dtype))
+        missing = self._options.shard.is_written_here(SILENCE_FILE) and (
+            self._fresh() or not _is_array(path, shape, dtype)
+        )
         if not needed and not missing:
             return None
         latents = self._encoder.silence(self._rules.limit)
@@ -244,7 +246,7 @@ class _Run:
             with atomic_path(path) as temporary, output_errors(path), temporary.open("wb") as file:
                 # NumPy writes to an object of Python's through its `write`, whose errors tell that the disk is full.
                 np.save(SimpleNamespace(write=file.write), latents[None].astype(dtype))
-            self._output.deliver(self._manifest.folder, SILENCE_FILE)
+            self._output.upload(self._manifest.folder, SILENCE_FILE)
         return latents if needed else None
 
     def _fresh(self) -> bool:
@@ -255,7 +257,7 @@ class _Run:
         """Record an outcome."""
         source, clip, bad = outcome.task.source, outcome.clip, outcome.bad
         old = self._manifest.rows[source.relpath]
-        kept = bad is not None and bad.passing and old.status == "encoded" and self._files.issuperset(old.files)
+        kept = bad is not None and bad.transient and old.status == "encoded" and self._files.issuperset(old.files)
         if bad and not kept:
             self._remove_pair(old)
         seconds = clip.kept / self._rules.spec.sample_rate if clip else 0.0
@@ -276,7 +278,7 @@ class _Run:
             self._kept.append(row)
         else:
             self._manifest.record(row)
-        self._output.remember()
+        self._output.sync_manifest()
         state = self._state
         self._state = dataclasses.replace(
             state,

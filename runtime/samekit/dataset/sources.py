@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from samekit.errors import InputError
-from samekit.files.paths import expanded_text, regular_file, stamp
+from samekit.files.paths import expanded_text, file_signature, open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -182,8 +182,8 @@ def _walk(top: str, found: Found) -> Iterator[Source]:
                 yield Source(
                     entry.path,
                     str(Path(below, name)),
-                    stamp(entry),
-                    stamp(entries[caption]) if caption else None,
+                    file_signature(entry),
+                    file_signature(entries[caption]) if caption else None,
                     caption if caption != wanted else None,
                 )
             else:
@@ -263,7 +263,7 @@ def _list_lines(path: Path) -> Iterator[tuple[int, str]]:
     """
     try:
         # Names that are no text are kept as the file system gives them.
-        with regular_file(path) as file, TextIOWrapper(file, "utf-8-sig", "surrogateescape") as text:
+        with open_regular(path) as file, TextIOWrapper(file, "utf-8-sig", "surrogateescape") as text:
             for number, line in enumerate(iter(partial(text.readline, _MOST_NAME), ""), 1):
                 if name := line.strip():
                     yield number, name
@@ -299,8 +299,8 @@ def _listed_source(folder: str, below: Path, listing: Callable[[Path], _Names]) 
     return Source(
         str(path),
         str(path.relative_to(folder)),
-        stamp(path),
-        stamp(path.with_name(caption)) if caption else None,
+        file_signature(path),
+        file_signature(path.with_name(caption)) if caption else None,
         caption if caption != wanted else None,
     )
 

@@ -28,11 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from samekit.engine.spec import DECODER, ENCODER, RANDOM, SPEC_FILE, EngineSpec, GraphFile
+from samekit.engine.spec import DIRECTIONS, RANDOM, SPEC_FILE, Direction, EngineSpec, GraphFile
 from samekit.errors import BackendUnavailableError, EngineError, EngineNotFoundError
 from samekit.files.atomic import atomic_path, sync_files, temporary_target
 from samekit.files.locks import LOCK_FILE
-from samekit.files.paths import expanded_text, named, regular_file, remove
+from samekit.files.paths import checked_path, expanded_text, open_regular, remove
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -94,7 +94,7 @@ class Engine:
             words += ["--out", str(self.folder.parent)]
         return shlex.join(["samekit", "export", *words, *options])
 
-    def graph(self, half: str, precision: str) -> Path:
+    def graph(self, direction: Direction, precision: str) -> Path:
         """The path of a graph whose files are all there at their full size.
 
         Raises:
@@ -102,19 +102,19 @@ class Engine:
             EngineError: a file is missing or cut short, may not be read, or was replaced by another export since the
                 folder was loaded.
         """
-        halves = self.spec.graphs.get(precision)
-        if halves is None:
+        pair = self.spec.graphs.get(precision)
+        if pair is None:
             have = ", ".join(self.spec.graphs) or "none"
             raise BackendUnavailableError(
                 f"{self.folder}: no {precision} graph (there is: {have}); "
                 f"run: {self.export_command('--precision', precision)}"
             )
-        graph = halves[half]
+        graph = pair[direction]
         for name, size in graph.sizes.items():
             path = self.folder / name
             found = None
             try:
-                with regular_file(path) as file:
+                with open_regular(path) as file:
                     found = os.fstat(file.fileno()).st_size
             except PermissionError as error:
                 raise EngineError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
@@ -128,8 +128,8 @@ class Engine:
 
     def check(self, precision: str) -> None:
         """Raise what `graph` raises unless both graphs of a precision are there at their full size."""
-        for half in (ENCODER, DECODER):
-            self.graph(half, precision)
+        for direction in DIRECTIONS:
+            self.graph(direction, precision)
 
     def check_digests(self) -> None:
         """Compare every graph's contents with the digest in `spec.json`; reads all of it.
@@ -137,9 +137,9 @@ class Engine:
         Raises:
             EngineError: a graph is missing or is not the one that was exported.
         """
-        for precision, halves in self.spec.graphs.items():
+        for precision, pair in self.spec.graphs.items():
             self.check(precision)
-            for graph in halves.values():
+            for graph in pair.values():
                 if describe_graph(self.folder, graph.file).sha256 != graph.sha256:
                     raise EngineError(
                         f"{self.folder / graph.file}: contents have changed since the export; export again with --force"
@@ -171,7 +171,7 @@ def graph_names(folder: Path, precision: str) -> dict[str, str]:
         if match and (match[2] or "fp32") == precision
     ]
     suffix = ("" if precision == "fp32" else f".{precision}") + (f".{max(numbers) + 1}" if numbers else "")
-    return {half: f"{half}{suffix}.onnx" for half in (ENCODER, DECODER)}
+    return {direction: f"{direction}{suffix}.onnx" for direction in DIRECTIONS}
 
 
 def is_engine_file(path: Path) -> bool:
@@ -228,8 +228,8 @@ def leftovers(folder: Path) -> list[Path]:
     """
     valid: set[str] | None
     try:
-        halves = EngineSpec.load(folder).graphs.values()
-        valid = {name for graphs in halves for graph in graphs.values() for name in graph.sizes}
+        pair = EngineSpec.load(folder).graphs.values()
+        valid = {name for graphs in pair for graph in graphs.values() for name in graph.sizes}
     except EngineError:
         valid = None if os.path.lexists(folder / SPEC_FILE) else set()
 
@@ -263,7 +263,7 @@ def engine_roots() -> Sequence[Path]:
     return Path(ENGINES_FOLDER), Path(os.path.expanduser(cache))  # noqa: PTH111
 
 
-def places() -> str:
+def search_path() -> str:
     """Where a model's name is looked up, for messages."""
     return " or ".join((".", *map(str, engine_roots())))
 
@@ -282,7 +282,7 @@ def find_engine(name: str | os.PathLike[str]) -> Engine:
             none.
     """
     text = expanded_text(name)
-    path = named(text)
+    path = checked_path(text)
     names = [text, text.lower()] if text.lower() in KNOWN_MODELS else [text]
     candidates = [path, *(root / each for root in engine_roots() for each in names)]
     for folder in candidates:
@@ -310,7 +310,7 @@ def find_engine(name: str | os.PathLike[str]) -> Engine:
             f"check the name (these are known: {', '.join(KNOWN_MODELS)}), or export the folder of a checkpoint: "
             "samekit export DIR"
         )
-    raise EngineNotFoundError(f"no engine for {text!r} in {places()}; {cure}")
+    raise EngineNotFoundError(f"no engine for {text!r} in {search_path()}; {cure}")
 
 
 def _export_again(folder: Path) -> str:

@@ -9,11 +9,11 @@ import dataclasses
 import json
 import reprlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from samekit.errors import EngineError
 from samekit.files.json_fields import check_kind
-from samekit.files.paths import named, read_regular
+from samekit.files.paths import checked_path, read_regular
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,10 +24,14 @@ SPEC_FILE = "spec.json"
 FORMAT = 1
 """Of the file; raised when an older samekit could misread it."""
 
-ENCODER, DECODER = "encoder", "decoder"
-"""The two halves of an autoencoder; an engine folder holds a graph of each."""
+Direction = Literal["encoder", "decoder"]
+"""Audio to latents, or latents to audio. An engine folder holds one graph of each."""
 
-INPUT_NAMES = {ENCODER: "audio", DECODER: "latents"}
+ENCODER: Final = "encoder"
+DECODER: Final = "decoder"
+DIRECTIONS: Final[tuple[Direction, ...]] = (ENCODER, DECODER)
+
+INPUT_NAMES: dict[Direction, str] = {ENCODER: "audio", DECODER: "latents"}
 """Of the graphs; each half's output is named as the other half's input."""
 
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -46,9 +50,9 @@ _LIMITS = {"sample_rate": 768_000, "channels": 64, "hop": 2**20, "latent_width":
 _LATENT_VALUES = 2**21
 
 
-def other(half: str) -> str:
-    """The half that goes the other way: its input is what this one's output is."""
-    return DECODER if half == ENCODER else ENCODER
+def opposite(direction: Direction) -> Direction:
+    """Return the other direction, whose input is the output of this one."""
+    return DECODER if direction == ENCODER else ENCODER
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class EngineSpec:
     """`samekit_export.graph.GRAPH_REVISION` of the export: other revisions export other graphs of the same weights."""
     tools: dict[str, str] = field(default_factory=dict)
     """Versions of the packages that the last export ran with; information only."""
-    graphs: dict[str, dict[str, GraphFile]] = field(default_factory=dict)
+    graphs: dict[str, dict[Direction, GraphFile]] = field(default_factory=dict)
     """precision -> encoder / decoder -> graph."""
     verification: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """precision -> cases measured against eager PyTorch: half, batch, latents, window, snr_db, max_error."""
@@ -116,13 +120,13 @@ class EngineSpec:
         """Latents that so many samples take: the last one may be partly padding, hence the ceiling."""
         return -(-samples // self.hop)
 
-    def layout(self, half: str) -> tuple[int, int]:
+    def layout(self, direction: Direction) -> tuple[int, int]:
         """Features of a half's input, and values of each that a latent stands for."""
-        return (self.channels, self.hop) if half == ENCODER else (self.latent_width, 1)
+        return (self.channels, self.hop) if direction == ENCODER else (self.latent_width, 1)
 
-    def input_shape(self, half: str, batch: int, latents: int) -> tuple[int, int, int]:
-        """The shape of a half's input, `[batch, features, length]`; of its output with the `other` half."""
-        features, unit = self.layout(half)
+    def input_shape(self, direction: Direction, batch: int, latents: int) -> tuple[int, int, int]:
+        """The shape of a half's input, `[batch, features, length]`; of its output with the `opposite` half."""
+        features, unit = self.layout(direction)
         return (batch, features, latents * unit)
 
     def to_json(self) -> str:
@@ -162,8 +166,8 @@ class EngineSpec:
             raise ValueError(f"{document['channels']} channels of {document['hop']} samples per latent")
         if set(_checked_object("contexts", document["contexts"])) != {ENCODER, DECODER}:
             raise ValueError(f"contexts = {document['contexts']!r}")
-        for half, context in document["contexts"].items():
-            _check_count(f"contexts.{half}", context, minimum=0, maximum=_LIMITS["alignment"])
+        for direction, context in document["contexts"].items():
+            _check_count(f"contexts.{direction}", context, minimum=0, maximum=_LIMITS["alignment"])
         _check_count("graph_revision", document.get("graph_revision", 0), minimum=0, maximum=2**31)
         check_file_name("name", document["name"])
         check_kind("source_sha256", document["source_sha256"], str)
@@ -173,11 +177,11 @@ class EngineSpec:
         for precision, rows in _checked_object("verification", document.get("verification", {})).items():
             _check_rows(f"verification.{precision}", rows)
         graphs = {
-            precision: {half: GraphFile(**halves[half]) for half in (ENCODER, DECODER)}
-            for precision, halves in document.pop("graphs").items()
+            precision: {direction: GraphFile(**pair[direction]) for direction in DIRECTIONS}
+            for precision, pair in document.pop("graphs").items()
         }
-        for halves in graphs.values():
-            for graph in halves.values():
+        for pair in graphs.values():
+            for graph in pair.values():
                 _check_graph(graph)
         return cls(**document, graphs=graphs)
 
@@ -191,7 +195,7 @@ def check_file_name(name: str, value: Any) -> None:
     check_kind(name, value, str)
     if value in ("", ".", "..") or "/" in value or "\\" in value:
         raise ValueError(f"{name} = {reprlib.repr(value)}")
-    named(value)
+    checked_path(value)
 
 
 def _check_count(name: str, value: Any, minimum: int, maximum: int) -> None:

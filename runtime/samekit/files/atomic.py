@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from samekit.errors import OutputError, SamekitError
-from samekit.files.paths import named, remove
+from samekit.files.paths import checked_path, remove
 
 if sys.platform != "win32":
     import fcntl
@@ -51,7 +51,7 @@ def atomic_path(path: str | os.PathLike[str], *, follow_links: bool = False) -> 
         OutputError: `path` is something else than a file, or its folder is missing, not writable or full.
         InputError: no file can have this name.
     """
-    path = named(path)
+    path = checked_path(path)
     with output_errors(path):
         # Renaming over a device such as /dev/null would replace the device. This also asks the system whether the link
         # may be followed: Linux refuses to follow links that others have placed in a folder such as /tmp.
@@ -89,7 +89,7 @@ def temporary_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def place_folder(new: Path, folder: Path) -> bool:
+def publish_folder(new: Path, folder: Path) -> bool:
     """Give a temporary folder its name; False if a folder that is not empty has that, which stays.
 
     Raises:

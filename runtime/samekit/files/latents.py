@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from samekit.errors import InputError, LatentsFileError, OutputError
 from samekit.files.atomic import atomic_path, output_errors
-from samekit.files.paths import named, read_regular, regular_file
+from samekit.files.paths import checked_path, open_regular, read_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -174,7 +174,7 @@ def read_latents(
         LatentsFileError: the file is missing, cut off, no array of finite numbers, empty, or of another
             width; or the `.json` is damaged.
     """
-    path = named(path)
+    path = checked_path(path)
     latents = map_array(path)
     latents = latents.reshape(_clip_shape(path, latents.shape, width))
     flat = latents.ravel(order="K")
@@ -197,7 +197,7 @@ class LatentsReader:
     """
 
     def __init__(self, path: str | os.PathLike[str], width: int | None = None) -> None:
-        self._path = named(path)
+        self._path = checked_path(path)
         self._layout = _read_layout(self._path)
         self.width, self.latents = _clip_shape(self._path, self._layout.shape, width)
         self.metadata = _read_metadata(_metadata_path(self._path))
@@ -270,7 +270,7 @@ def _cut_off(path: Path) -> LatentsFileError:
 def _readable(path: Path) -> Iterator[BinaryIO]:
     """The open file; what goes wrong with it becomes a LatentsFileError."""
     try:
-        with regular_file(path) as file:
+        with open_regular(path) as file:
             yield file
     except OSError as error:
         reason = error.strerror or error
@@ -341,7 +341,7 @@ def require_replaceable(path: str | os.PathLike[str]) -> None:
         InputError: the suffix is not `.npy`.
         OutputError: there is such a `.json`, or one that cannot be read.
     """
-    path = named(path)
+    path = checked_path(path)
     _require_npy(path)
     metadata = _json_path(path)
     try:

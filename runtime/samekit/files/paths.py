@@ -35,7 +35,7 @@ def remove(path: Path) -> int:
     return size
 
 
-def stamp(path: Path | os.DirEntry[str]) -> tuple[int, int] | None:
+def file_signature(path: Path | os.DirEntry[str]) -> tuple[int, int] | None:
     """Size and time of a regular file, which change when it does; None if it is none, or gone."""
     with suppress(OSError):
         status = path.stat()
@@ -46,7 +46,7 @@ def stamp(path: Path | os.DirEntry[str]) -> tuple[int, int] | None:
 
 
 @contextmanager
-def regular_file(path: Path) -> Iterator[BufferedReader]:
+def open_regular(path: Path) -> Iterator[BufferedReader]:
     """Open a file to be read; whoever opens a pipe is blocked, and whoever reads a device never ends.
 
     Raises:
@@ -73,7 +73,7 @@ def read_regular(path: Path, most: int = _DOCUMENT_BYTES) -> bytes:
     Raises:
         OSError: it cannot be opened, is none, or is larger.
     """
-    with regular_file(path) as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
             raise OSError(errno.EFBIG, f"it has more than {most} bytes")
@@ -92,7 +92,7 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
         shutil.copyfile(source, target)
 
 
-def named(path: str | os.PathLike[str]) -> Path:
+def checked_path(path: str | os.PathLike[str]) -> Path:
     """The path, if a file may have this name.
 
     Raises:
@@ -127,7 +127,7 @@ def expanded_text(path: str | os.PathLike[str]) -> str:
     Raises:
         InputError: no file can have this name.
     """
-    named(path)
+    checked_path(path)
     # Not Path.expanduser, which raises for users without a home folder.
     return os.path.expanduser(os.fspath(path))  # noqa: PTH111
 

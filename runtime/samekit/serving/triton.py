@@ -16,9 +16,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from samekit.arguments import MOST_INT32, check_whole
-from samekit.engine.spec import DECODER, ENCODER, GPU_PRECISIONS, INPUT_NAMES, PRECISIONS, other
+from samekit.engine.spec import (
+    DECODER,
+    DIRECTIONS,
+    ENCODER,
+    GPU_PRECISIONS,
+    INPUT_NAMES,
+    PRECISIONS,
+    Direction,
+    opposite,
+)
 from samekit.errors import BackendUnavailableError, InputError, StaleEngineError
-from samekit.files.atomic import output_errors, place_folder, remove_abandoned, temporary_folder
+from samekit.files.atomic import output_errors, publish_folder, remove_abandoned, temporary_folder
 from samekit.files.json_fields import check_kind, check_kinds
 from samekit.files.paths import expanded, link_or_copy
 from samekit.tensorrt.builds import Build, build_command, builds_of, why_stale
@@ -101,19 +110,19 @@ def write_repository(engine: Engine, out: Path, options: TritonOptions | None = 
     options, out = options or TritonOptions(), expanded(out)
     remove_abandoned(out.parent, out.name)
     _require_new(out)
-    sources = {half: _files(engine, half, options) for half in (ENCODER, DECODER)}
+    sources = {direction: _files(engine, direction, options) for direction in DIRECTIONS}
     with output_errors(out), temporary_folder(out) as staging:
-        for half, files in sources.items():
-            version = staging / model_name(engine.spec.name, half) / _VERSION
+        for direction, files in sources.items():
+            version = staging / model_name(engine.spec.name, direction) / _VERSION
             version.mkdir(parents=True)
             for name, source in files.items():
                 link_or_copy(source, version / name)
-            text = config_text(engine.spec, half, options)
+            text = config_text(engine.spec, direction, options)
             (version.parent / "config.pbtxt").write_bytes(_utf8(text, engine))
         # Copies take their time, in which something else may have come there.
-        if not place_folder(staging, out):
+        if not publish_folder(staging, out):
             raise _taken(out)
-    return [out / model_name(engine.spec.name, half) for half in sources]
+    return [out / model_name(engine.spec.name, direction) for direction in sources]
 
 
 def _require_new(out: Path) -> None:
@@ -126,14 +135,14 @@ def _taken(out: Path) -> InputError:
     return InputError(f"{out}: exists; remove it, or write another repository: a server takes several")
 
 
-def model_name(name: str, half: str) -> str:
+def model_name(name: str, direction: Direction) -> str:
     """What the server calls one half of a model of this name."""
-    return f"{name}-{half}"
+    return f"{name}-{direction}"
 
 
-def config_text(spec: EngineSpec, half: str, options: TritonOptions) -> str:
+def config_text(spec: EngineSpec, direction: Direction, options: TritonOptions) -> str:
     """The `config.pbtxt` of one half; the batch is no dimension of its own there."""
-    before, after = ([spec.layout(side)[0], -1] for side in (half, other(half)))
+    before, after = ([spec.layout(side)[0], -1] for side in (direction, opposite(direction)))
     kind = "gpu" if options.backend == "tensorrt" else options.kind
     # The profile for windows in batches; the other one takes no batches.
     profile = f' profile: [ "{PROFILES.index(NARROW)}" ]' if options.backend == "tensorrt" else ""
@@ -145,11 +154,11 @@ def config_text(spec: EngineSpec, half: str, options: TritonOptions) -> str:
         "precision": options.precision,
         "longest_window": NARROW.latents[2] if options.backend == "tensorrt" else None,
     }
-    return f"""name: {_quoted(model_name(spec.name, half))}
+    return f"""name: {_quoted(model_name(spec.name, direction))}
 backend: "{options.backend}"
 max_batch_size: {batch}
-input [ {{ name: "{INPUT_NAMES[half]}" data_type: TYPE_FP32 dims: {before} }} ]
-output [ {{ name: "{INPUT_NAMES[other(half)]}" data_type: TYPE_FP32 dims: {after} }} ]
+input [ {{ name: "{INPUT_NAMES[direction]}" data_type: TYPE_FP32 dims: {before} }} ]
+output [ {{ name: "{INPUT_NAMES[opposite(direction)]}" data_type: TYPE_FP32 dims: {after} }} ]
 {batching}instance_group [ {{ kind: KIND_{kind.upper()} count: {options.instances}{profile} }} ]
 parameters {{ key: "{FACTS}" value {{ string_value: {_quoted(json.dumps(facts))} }} }}
 """
@@ -170,15 +179,15 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _files(engine: Engine, half: str, options: TritonOptions) -> dict[str, Path]:
+def _files(engine: Engine, direction: Direction, options: TritonOptions) -> dict[str, Path]:
     """Name in the version's folder -> file of the engine folder."""
     model = _FILES[options.backend]
     if options.backend == "tensorrt":
         build = _build(engine, options.precision)
-        build.read(half)
-        return {model: build.folder / build.engines[half].file}
-    graph = engine.graph(half, options.precision)
-    sizes = engine.spec.graphs[options.precision][half].sizes
+        build.read(direction)
+        return {model: build.folder / build.engines[direction].file}
+    graph = engine.graph(direction, options.precision)
+    sizes = engine.spec.graphs[options.precision][direction].sizes
     return {model if name == graph.name else name: engine.folder / name for name in sizes}
 
 

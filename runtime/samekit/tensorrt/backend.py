@@ -20,7 +20,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from samekit.backends.base import Backend, BackendOptions, keep_for_ever
-from samekit.engine.spec import GPU_PRECISIONS, other
+from samekit.engine.spec import GPU_PRECISIONS, Direction, opposite
 from samekit.errors import BackendUnavailableError
 from samekit.tensorrt.builds import build_folders, choose_build
 from samekit.tensorrt.fingerprint import NARROW
@@ -66,44 +66,44 @@ class TensorRTBackend(Backend):
         # An execution context serves one caller at a time.
         self._busy = threading.Lock()
 
-    def _runner(self, half: str) -> EngineRunner:
+    def _runner(self, direction: Direction) -> EngineRunner:
         """The half's engine, read once."""
         # Once more, so that no engine outlives a `close` in another thread.
         self._check_open()
-        if half not in self._runners:
-            data = self._build.read(half)
-            origin = f"{self._build.folder / self._build.engines[half].file}"
-            self._runners[half] = EngineRunner(self._module, data, origin, self._gpu, cuda_graph=self._cuda_graph)
-        return self._runners[half]
+        if direction not in self._runners:
+            data = self._build.read(direction)
+            origin = f"{self._build.folder / self._build.engines[direction].file}"
+            self._runners[direction] = EngineRunner(self._module, data, origin, self._gpu, cuda_graph=self._cuda_graph)
+        return self._runners[direction]
 
-    def _run(self, half: str, array: Array) -> Array:
+    def _run(self, direction: Direction, array: Array) -> Array:
         # Refused before anything is copied.
-        self._pieces(half, array.shape)
-        return self._gpu.download(self._run_tensor(half, self._gpu.upload(array)))
+        self._pieces(direction, array.shape)
+        return self._gpu.download(self._run_tensor(direction, self._gpu.upload(array)))
 
     def accepts(self, value: Any) -> bool:
         """Whether a value is a float32 tensor on this GPU."""
-        return self._gpu.holds(value) and str(value.dtype) == "torch.float32"
+        return self._gpu.contains(value) and str(value.dtype) == "torch.float32"
 
-    def _run_tensor(self, half: str, tensor: Any) -> Any:
-        pieces = self._pieces(half, tensor.shape)
+    def _run_tensor(self, direction: Direction, tensor: Any) -> Any:
+        pieces = self._pieces(direction, tensor.shape)
         tensor = tensor.detach().contiguous()
-        latents = self._latents(half, tensor.shape)
+        latents = self._latents(direction, tensor.shape)
         with self._busy:
-            runner = self._runner(half)
+            runner = self._runner(direction)
             outputs = []
             for piece in pieces:
                 rows = tensor[piece.rows]
-                shape = self.spec.input_shape(other(half), rows.shape[0], latents)
+                shape = self.spec.input_shape(opposite(direction), rows.shape[0], latents)
                 outputs.append(runner.run(piece.profile, rows, shape))
             return self._gpu.join(outputs)
 
-    def _latents(self, half: str, shape: Any) -> int:
+    def _latents(self, direction: Direction, shape: Any) -> int:
         """Length of an input in latents."""
-        return int(shape[-1]) // self.spec.layout(half)[1]
+        return int(shape[-1]) // self.spec.layout(direction)[1]
 
-    def _pieces(self, half: str, shape: Any) -> list[Piece]:
-        return split(int(shape[0]), self._latents(half, shape))
+    def _pieces(self, direction: Direction, shape: Any) -> list[Piece]:
+        return split(int(shape[0]), self._latents(direction, shape))
 
     def after_fork(self) -> None:
         """Give up what lies on the GPU: nothing of it can be used or freed in a forked process."""

@@ -1,7 +1,7 @@
 """The TensorRT engines of an engine folder: which there are, whether they are whole and current, and clearing away.
 
     engines/same-l/tensorrt/
-      tensorrt_rtx-1.7.1.116-portable-fp16-0123456789ab/     a build: both halves of one precision
+      tensorrt_rtx-1.7.1.116-portable-fp16-0123456789ab/     a build: both engines of one precision
         encoder.engine decoder.engine
         fingerprint.json                                     what it was built from, and what is in it
         build.log                                            what the builder said
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from samekit.engine.folder import Engine, leftovers, remove_leftovers
-from samekit.engine.spec import DECODER, ENCODER, PRECISIONS, check_file_name
+from samekit.engine.spec import DECODER, ENCODER, PRECISIONS, Direction, check_file_name
 from samekit.errors import BackendUnavailableError, StaleEngineError
 from samekit.files.atomic import atomic_path, output_errors, sync_files
 from samekit.files.json_fields import check_kinds
@@ -89,7 +89,7 @@ class Build:
     """Where it lies."""
     fingerprint: Fingerprint
     """What it was built from and for."""
-    engines: dict[str, BuiltEngine]
+    engines: dict[Direction, BuiltEngine]
     """encoder / decoder -> engine; empty for a cache of ONNX Runtime."""
 
     @classmethod
@@ -105,7 +105,9 @@ class Build:
             if document["format"] != FORMAT:
                 raise ValueError(f"format {document['format']}")  # noqa: TRY301 one cure for all that can be wrong
             fingerprint = Fingerprint.from_json(document["fingerprint"])
-            engines = {half: BuiltEngine.parse(document["engines"][half]) for half in document["engines"]}
+            engines = {
+                direction: BuiltEngine.parse(document["engines"][direction]) for direction in document["engines"]
+            }
             if engines and set(engines) != {ENCODER, DECODER}:
                 raise ValueError("half an autoencoder")  # noqa: TRY301 likewise
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
@@ -121,13 +123,13 @@ class Build:
         if found != engine.size:
             raise _damaged(path, "is missing" if found is None else f"has {found} bytes instead of {engine.size}")
 
-    def read(self, half: str) -> bytes:
+    def read(self, direction: Direction) -> bytes:
         """The serialised engine of a half.
 
         Raises:
             StaleEngineError: its contents are not those that were built.
         """
-        engine = self.engines[half]
+        engine = self.engines[direction]
         path = self.folder / engine.file
         try:
             data = path.read_bytes()
@@ -142,7 +144,7 @@ class Build:
         document = {
             "format": FORMAT,
             "fingerprint": dataclasses.asdict(self.fingerprint),
-            "engines": {half: dataclasses.asdict(engine) for half, engine in self.engines.items()},
+            "engines": {direction: dataclasses.asdict(engine) for direction, engine in self.engines.items()},
         }
         return json.dumps(document, indent=2) + "\n"
 
@@ -271,8 +273,8 @@ def is_whole(folder: Path) -> bool:
     """Whether a folder holds a build whose every byte is as it was built."""
     try:
         build = Build.load(folder)
-        for half in build.engines:
-            build.read(half)
+        for direction in build.engines:
+            build.read(direction)
     except StaleEngineError:
         return False
     return True
@@ -331,10 +333,10 @@ def describe_builds(engine: Engine, versions: Mapping[str, str]) -> Iterator[str
         reason = _stale_reason(folder, engine.spec, versions)
         state = f"STALE: {reason}" if reason else "current"
         try:
-            halves = Build.load(folder).engines
+            engines = Build.load(folder).engines
         except StaleEngineError:
-            halves = {}
-        sizes = "; ".join(f"{half} {e.layers} layers, {e.size / 1e6:.0f} MB" for half, e in halves.items())
+            engines = {}
+        sizes = "; ".join(f"{direction} {e.layers} layers, {e.size / 1e6:.0f} MB" for direction, e in engines.items())
         yield f"{folder.name}: {f'{sizes}; ' if sizes else ''}{state}"
 
 

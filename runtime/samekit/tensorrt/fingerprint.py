@@ -83,11 +83,11 @@ class Fingerprint:
         digest = hashlib.sha256(canonical_json(self)).hexdigest()[:12]
         return f"{self.flavour}-{self.version}-{self.target}-{self.precision}-{digest}"
 
-    def differences(self, other: Fingerprint) -> list[str]:
+    def differences(self, opposite: Fingerprint) -> list[str]:
         """What differs from another fingerprint, in words; empty if they are equal."""
         words = []
         for field in dataclasses.fields(self):
-            mine, others = getattr(self, field.name), getattr(other, field.name)
+            mine, others = getattr(self, field.name), getattr(opposite, field.name)
             if mine != others:
                 short = isinstance(mine, str | int) and isinstance(others, str | int)
                 words.append(f"{field.name} {mine} instead of {others}" if short else f"other {field.name}")
@@ -115,7 +115,7 @@ def fingerprint_of(spec: EngineSpec, precision: str, flavour: str, version: str,
         target: a compute capability or `PORTABLE`.
     """
     return Fingerprint(
-        onnx={half: graph.sha256 for half, graph in spec.graphs[precision].items()},
+        onnx={direction: graph.sha256 for direction, graph in spec.graphs[precision].items()},
         flavour=flavour,
         version=version,
         target=target,

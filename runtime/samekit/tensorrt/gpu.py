@@ -40,7 +40,7 @@ class Gpu:
         major, minor = self._torch.cuda.get_device_capability(self._device)
         return major, minor
 
-    def holds(self, value: Any) -> bool:
+    def contains(self, value: Any) -> bool:
         """Whether a value is a tensor in this device's memory."""
         return isinstance(value, self._torch.Tensor) and value.device == self._device
 
