@@ -260,7 +260,7 @@ ACCEPTED = {
 }
 COARSE = {
     "float16": lambda array: array.astype(np.float16),
-    "float16 tensor": lambda array: torch.from_numpy(array).direction(),
+    "float16 tensor": lambda array: torch.from_numpy(array).half(),
     "bfloat16 tensor": lambda array: torch.from_numpy(array).bfloat16(),
 }
 

@@ -86,7 +86,7 @@ class AutoencoderModel:
                 engine folder; or a checkpoint folder, which runs in PyTorch.
             device: `cpu`, `cuda` or `cuda:N`, or a `torch.device` of these; the best there is unless given.
             backend: `auto`, `tensorrt`, `onnxruntime` or `torch`.
-            precision: `fp32`, `fp16` (the reference's `.direction()`) or `int8`.
+            precision: `fp32`, `fp16` (the reference's `.half()`) or `int8`.
             window: latents that are computed at once; bounds the memory, does not change the numbers, but for those of
                 `int8`, whose ranges are measured in each window.
             options: further fields of `samekit.backends.base.BackendOptions`, such as `threads`.
