@@ -33,7 +33,6 @@ from helpers import (
 from samekit import AutoencoderModel
 from samekit.backends.base import BackendOptions
 from samekit.backends.cpu import available_cpus
-from samekit.backends.pytorch import EagerBackend
 from samekit.backends.selection import AUTO, BACKENDS, open_backend
 from samekit.engine.spec import ENCODER
 from samekit.errors import (
@@ -46,6 +45,7 @@ from samekit.errors import (
     NonFiniteError,
     SamekitError,
 )
+from samekit_export.backend import EagerBackend
 from samekit_export.verify import example_input
 
 
@@ -392,7 +392,7 @@ def test_no_engine(tmp_path):
 @pytest.mark.parametrize("backend", [AUTO, "torch"])
 def test_name_of_nothing(monkeypatch, caplog, backend, name):
     monkeypatch.setenv("SAMEKIT_CACHE", "/my/cache")
-    for package in ("onnx", "torch"):
+    for package in ("safetensors", "torch"):
         with pytest.raises(EngineNotFoundError) as caught:
             open_backend(name, backend, BackendOptions())
         message = str(caught.value)
@@ -440,14 +440,14 @@ def test_package_that_is_missing(engine_of, checkpoint_of, monkeypatch):
         open_backend(engine, "onnxruntime", BackendOptions())
     assert isinstance(caught.value, ImportError)
     assert open_backend(engine, AUTO, BackendOptions(device="cpu")).name == "torch"
-    monkeypatch.setitem(sys.modules, "samekit_export.checkpoint", None)
+    monkeypatch.setitem(sys.modules, "samekit_export.open_checkpoint", None)
     with pytest.raises(BackendUnavailableError, match=r"pip install 'samekit\[export\]'"):
         open_backend(engine, "torch", BackendOptions())
     with pytest.raises(EngineNotFoundError, match=r"pip install 'samekit\[export\]'"):
         open_backend(checkpoint_of("tiny-s"), AUTO, BackendOptions())
 
 
-@pytest.mark.parametrize("package", ["torch", "safetensors", "onnx", "onnxscript"])
+@pytest.mark.parametrize("package", ["torch", "safetensors"])
 def test_packages_that_the_checkpoint_needs(engine_of, checkpoint_of, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     install = rf"{package}.*; run: pip install 'samekit\[export\]'"
