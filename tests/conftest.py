@@ -1,4 +1,7 @@
-"""Fixtures of every test: seeded models, exported once a run; nothing of the user's is read, nothing downloaded."""
+"""Shared fixtures. Models have seeded weights and are exported once per run.
+
+No test reads a file of the user or uses the network.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from helpers import EACH_BACKEND, FAULTS, INPUTS, KINDS, SUMMARY, WRONG, seeded
+from helpers import EACH_BACKEND, FAILED, FAULTS, INPUTS, KINDS, SUMMARY, seeded
 
 from samekit import AutoencoderModel
 from samekit.engine.folder import Engine
@@ -22,17 +25,17 @@ from samekit_export.model import Same
 from samekit_export.random_weights import published_config
 from samekit_export.to_tensorrt import add_engines
 
-# Read when huggingface_hub is imported, which happens later and only where it is needed.
+# huggingface_hub reads these variables when it is imported, which happens later.
 os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=os.devnull)
 
-# A shell that starts a command in the background lets it ignore Ctrl-C, and so would the processes that tests start.
+# A shell may start background commands with SIGINT ignored, and child processes inherit this setting.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# PyTorch gives most warnings once a process: whichever test came first would fail, and the others not.
+# By default, PyTorch gives most warnings once per process: only the first test that causes one would fail.
 torch.set_warn_always(True)
 
-# Models this small run no faster on more cores, and much slower beside other work.
+# More threads do not make such small models faster, and are much slower when other processes use the cores.
 THREADS = 1
 torch.set_num_threads(THREADS)
 
@@ -49,61 +52,61 @@ def pytest_report_header():
 
 def pytest_configure(config):
     config.stash[INPUTS], config.stash[FAULTS] = Counter(), Counter()
-    config.stash[WRONG], config.stash[SUMMARY] = [], []
+    config.stash[FAILED], config.stash[SUMMARY] = [], []
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item):
     report = yield
     if report.failed and {"inputs", "faults"} & set(item.fixturenames):
-        item.config.stash[WRONG].append(item.nodeid)
+        item.config.stash[FAILED].append(item.nodeid)
     return report
 
 
 def pytest_sessionfinish(session):
-    """A worker of pytest-xdist passes on what it counted."""
+    """Send the counts of a pytest-xdist worker to the main process."""
     if hasattr(session.config, "workeroutput"):
         stash = session.config.stash
         counts = {"inputs": dict(stash[INPUTS]), "faults": dict(stash[FAULTS])}
-        session.config.workeroutput["counted"] = counts | {"wrong": stash[WRONG], "summary": stash[SUMMARY]}
+        session.config.workeroutput["counted"] = counts | {"failed": stash[FAILED], "summary": stash[SUMMARY]}
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
-    """The process that reports adds up what its workers counted; one that died counts as a crash."""
+    """Add the counts of a worker to those of the main process. A worker without counts died: it counts as a crash."""
     stash, counted = node.config.stash, getattr(node, "workeroutput", {}).get("counted")
     if counted is None:
-        stash[WRONG].append(f"worker {node.gateway.id}")
+        stash[FAILED].append(f"worker {node.gateway.id}")
         return
     stash[INPUTS].update(counted["inputs"])
     stash[FAULTS].update(counted["faults"])
-    stash[WRONG].extend(counted["wrong"])
+    stash[FAILED].extend(counted["failed"])
     stash[SUMMARY].extend(counted["summary"])
 
 
 def pytest_terminal_summary(terminalreporter, config):
     for line in config.stash[SUMMARY]:
         terminalreporter.write_line(line)
-    for key, what in ((INPUTS, "inputs tried"), (FAULTS, "faults injected")):
+    for key, label in ((INPUTS, "inputs tried"), (FAULTS, "faults injected")):
         if counts := config.stash[key]:
             kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(counts.items()))
-            terminalreporter.write_line(f"{counts.total():,} {what}: {kinds}")
-    if any(config.stash[key] for key in (INPUTS, FAULTS, WRONG)):
-        wrong = len(set(config.stash[WRONG]))
-        # Each of these tests asserts that nothing crashes, hangs, or is lost or half-written.
-        told = f"in {wrong} tests, see above" if wrong else "0"
-        terminalreporter.write_line(f"crashes: {told}; items lost: {told}")
+            terminalreporter.write_line(f"{counts.total():,} {label}: {kinds}")
+    if any(config.stash[key] for key in (INPUTS, FAULTS, FAILED)):
+        failed = len(set(config.stash[FAILED]))
+        # Each of these tests asserts that nothing crashes, hangs, gets lost, or stays incomplete.
+        found = f"in {failed} tests, see above" if failed else "0"
+        terminalreporter.write_line(f"crashes: {found}; items lost: {found}")
 
 
 @pytest.fixture(scope="session")
 def inputs(request):
-    """Counts inputs: `inputs["damaged files"] += 1`; a test with it that fails counts as a crash."""
+    """Counter of inputs: `inputs["damaged files"] += 1`. A failed test that uses it is reported as a crash."""
     return request.config.stash[INPUTS]
 
 
 @pytest.fixture(scope="session")
 def faults(request):
-    """Counts faults: `faults["disks full"] += 1`; a test with it that fails counts as a crash or a loss."""
+    """Counter of faults: `faults["disks full"] += 1`. A failed test that uses it is reported as a crash or a loss."""
     return request.config.stash[FAULTS]
 
 
@@ -117,7 +120,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _isolated(monkeypatch, tmp_path_factory):
-    """No engine of the user's is found: an empty home, an empty working directory, no cache."""
+    """Use an empty home and working folder and no cache, so that no engine of the user is found."""
     home = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.delenv("SAMEKIT_CACHE", raising=False)
@@ -126,7 +129,7 @@ def _isolated(monkeypatch, tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def _exporter_is_not_traced():
-    """Take PyTorch's exporter out of coverage's sight: calls by the million, watched they take two thirds longer."""
+    """Exclude PyTorch's exporter from coverage: its millions of calls take two thirds longer when they are traced."""
     export_program = torch.onnx.export
 
     def untraced(*arguments, **options):
@@ -144,20 +147,26 @@ def _exporter_is_not_traced():
 
 @pytest.fixture(scope="session")
 def engine_of(tmp_path_factory):
-    """Export a seeded model, once a run: name -> Engine. Not to be changed; see `own_engine`."""
+    """Return a function that exports a seeded model, once per run: name -> Engine.
+
+    Tests must not change its files; see `own_engine`.
+    """
     folder = tmp_path_factory.mktemp("engines")
     return functools.cache(lambda name: export(seeded(name), folder))
 
 
 @pytest.fixture(scope="session")
 def bundled_engine(tmp_path_factory):
-    """The model that comes with samekit, exported once a run. Not to be changed."""
+    """Export the model that comes with samekit, once per run. Tests must not change its files."""
     return export(load("same-tiny"), tmp_path_factory.mktemp("bundled"))
 
 
 @pytest.fixture(scope="session")
 def checkpoint_of(tmp_path_factory):
-    """Write a seeded checkpoint folder, once a run: name -> path. Not to be changed."""
+    """Return a function that writes a seeded checkpoint folder, once per run: name -> path.
+
+    Tests must not change its files.
+    """
     folder = tmp_path_factory.mktemp("checkpoints")
 
     def write(name):
@@ -169,13 +178,16 @@ def checkpoint_of(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def eager_of():
-    """Eager PyTorch, the oracle: name -> Same."""
+    """Return a function that opens a seeded model in eager PyTorch, the reference of the tests: name -> Same."""
     return functools.cache(lambda name: Same.from_checkpoint(seeded(name)))
 
 
 @pytest.fixture(scope="session")
 def built_of(engine_of, tmp_path_factory):
-    """A copy of an exported model with the TensorRT engines that can be built here, once a run: name -> Engine."""
+    """Return a function that copies an exported model and adds TensorRT engines, once per run: name -> Engine.
+
+    It builds the engines that this machine supports.
+    """
     folder = tmp_path_factory.mktemp("built")
 
     def build(name):
@@ -188,17 +200,17 @@ def built_of(engine_of, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def place_of(engine_of, built_of):
-    """Where a backend finds a model, and the device that it is tested on: name and backend -> folder and device."""
+    """Return a function that selects what to open: model name and backend name -> engine folder and device."""
 
-    def place(name, backend):
+    def folder_and_device(name, backend):
         return (built_of(name).folder, "cuda") if backend == "tensorrt" else (engine_of(name).folder, "cpu")
 
-    return place
+    return folder_and_device
 
 
 @pytest.fixture(scope="session")
 def model_of(place_of):
-    """Open an exported model, once a run: name and backend -> AutoencoderModel."""
+    """Return a function that opens an exported model, once per run: name and backend -> AutoencoderModel."""
 
     def open_model(name, backend):
         folder, device = place_of(name, backend)
@@ -209,19 +221,19 @@ def model_of(place_of):
 
 @pytest.fixture(scope="session", params=KINDS)
 def kind(request):
-    """Both kinds of attention span."""
+    """Name of a model; the two models differ in the kind of attention span."""
     return request.param
 
 
 @pytest.fixture(scope="session", params=EACH_BACKEND)
 def backend_name(request):
-    """Every backend."""
+    """Name of a backend; tests run on each of them."""
     return request.param
 
 
 @pytest.fixture(scope="session")
 def model(model_of, kind, backend_name):
-    """Every model on every backend."""
+    """Each model on each backend."""
     return model_of(kind, backend_name)
 
 
@@ -233,7 +245,7 @@ def backend(model):
 
 @pytest.fixture
 def own_engine(engine_of, tmp_path):
-    """An engine folder of tiny-s to be changed, apart from `tmp_path`'s other files."""
+    """Copy of the engine folder of tiny-s that the test may change."""
     folder = tmp_path / "own" / "tiny-s"
     shutil.copytree(engine_of("tiny-s").folder, folder)
     return Engine.load(folder)
@@ -241,7 +253,11 @@ def own_engine(engine_of, tmp_path):
 
 @pytest.fixture
 def ready_graphs(engine_of, monkeypatch):
-    """Let exports of tiny-s take the graphs that were exported before, unverified; returns the files they write."""
+    """Make exports of tiny-s copy graphs that were exported before and skip verification.
+
+    Returns:
+        a list to which each graph that an export writes is added, as class and file name.
+    """
     source = engine_of("tiny-s").folder
     written = []
 
@@ -256,11 +272,11 @@ def ready_graphs(engine_of, monkeypatch):
 
 @pytest.fixture
 def data(tmp_path):
-    """Where a test puts its clips; not there yet."""
+    """Path for the clips of a test; it does not exist yet."""
     return tmp_path / "data"
 
 
 @pytest.fixture
 def out(tmp_path):
-    """Where their latents go; not there yet."""
+    """Path for the latents of a test; it does not exist yet."""
     return tmp_path / "out"

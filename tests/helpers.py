@@ -1,4 +1,4 @@
-"""What several test modules share: seeded arrays and checkpoints, comparisons, a backend that computes nothing."""
+"""Shared helpers of the tests: seeded arrays and checkpoints, comparisons, and a backend without a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from samekit_export.verify import snr_db
 GOLDEN = Path(__file__).parent / "golden"
 KINDS = ("tiny-s", "tiny-l")
 DIRECTIONS = (ENCODER, DECODER)
-# Every name but "auto"; a test holds this list to `samekit.backends.BACKENDS`.
+# Every backend except "auto". A test compares this list with `samekit.backends.BACKENDS`.
 BACKEND_NAMES = ("tensorrt", "onnxruntime", "torch")
 EACH_BACKEND = [pytest.param(name, marks=pytest.mark.gpu) if name == "tensorrt" else name for name in BACKEND_NAMES]
 RATE = 44_100
@@ -29,54 +29,57 @@ HOP = 4096
 
 each_direction = pytest.mark.parametrize("direction", DIRECTIONS)
 
-# The same object every time: drawing millions of numbers takes a while. Its tensors are not to be changed.
+# Cached, because drawing millions of random numbers is slow. Tests must not change the tensors.
 seeded = functools.cache(random_checkpoint)
 
-# Lines for the end of a run's report.
+# Lines that are printed at the end of a run.
 SUMMARY = pytest.StashKey[list[str]]()
 
-# What a run tried and broke on purpose, told at its end: kind -> how often. The fixtures of these names count.
+# Counts of inputs and of injected faults by kind, printed at the end of a run. See the fixtures `inputs`, `faults`.
 INPUTS = pytest.StashKey[Counter]()
 FAULTS = pytest.StashKey[Counter]()
-# Tests of those that failed.
-WRONG = pytest.StashKey[list[str]]()
+# Ids of the failed tests that use one of these fixtures.
+FAILED = pytest.StashKey[list[str]]()
 
 REMOVED = mock.sentinel.REMOVED
-"""In place of a field's value: the field is left out."""
+"""Value that makes `edit` delete a field."""
 
 
 def noise(shape, seed=0, level=0.2):
-    """Float32 noise; the level is that of the golden inputs."""
+    """Return seeded Gaussian noise in float32. The default level is that of the golden inputs."""
     return (np.random.RandomState(seed).standard_normal(shape) * level).astype(np.float32)
 
 
 def golden_cases(name):
-    """Every golden case of a model, with its output under `output`."""
+    """Return the golden cases of a model, each with the reference's output as `output`."""
     with np.load(GOLDEN / f"{name}.npz") as file:
         return [case | {"output": file[case["key"]]} for case in json.loads(str(file["cases"]))]
 
 
 def assert_close(reference, output, least_db):
-    """Float32 of the same shape, and so close to the reference."""
+    """Check that `output` is float32, has the reference's shape, and reaches a signal-to-noise ratio of `least_db`."""
     assert (output.dtype, output.shape) == (np.float32, reference.shape), f"{output.dtype} {output.shape}"
     assert (measured := snr_db(reference, output)) >= least_db, f"{measured:.1f} dB"
 
 
 def run_direction(codec, direction, array):
-    """One half of whatever encodes and decodes arrays: a backend, or what stands behind an AutoencoderModel."""
+    """Encode or decode an array by a backend or by the `autoencoder` of an AutoencoderModel."""
     if isinstance(codec, Backend):
         return codec.run(direction, array)
     return codec.encode_audio(array) if direction == ENCODER else codec.decode_audio(array)
 
 
 def in_one_pass(module, array):
-    """The output of a PyTorch callable for a NumPy array."""
+    """Apply a PyTorch callable to a NumPy array and return its output as a NumPy array."""
     with torch.inference_mode():
         return module(torch.from_numpy(array)).numpy()
 
 
 def edit(document, changes):
-    """Set fields of nested objects by dotted paths; `*` stands for encoder and decoder, REMOVED removes."""
+    """Set fields of nested objects in place, by dotted paths.
+
+    A `*` in a path means "encoder" and "decoder". The value REMOVED deletes the field.
+    """
     for pattern, value in changes.items():
         for path in {pattern.replace("*", direction) for direction in DIRECTIONS}:
             *parents, field = path.split(".")
@@ -90,7 +93,7 @@ def edit(document, changes):
 
 
 def variant(name, changes):
-    """The seeded checkpoint of `name` with fields of its configuration changed; paths count from `model`."""
+    """Return the seeded checkpoint of `name` with changed configuration fields; paths start below `model`."""
     document = published_config(name)
     edit(document["model"], changes)
     document["audio_channels"] = document["model"]["io_channels"]
@@ -99,20 +102,23 @@ def variant(name, changes):
 
 
 def smallest_window(spec, direction):
-    """Latents in the smallest exact window of one half."""
+    """Return the number of latents in the smallest exact window of a direction."""
     needed = 2 * spec.contexts[direction] + spec.alignment
     return spec.alignment * -(-needed // spec.alignment)
 
 
 def assert_one_line(error):
-    """A message of one line that names a cause and a cure."""
+    """Check that an error message is one line that names a cause and a cure, separated by a semicolon."""
     message = str(error)
     assert message.count("\n") == 0
     assert "; " in message
 
 
 class FakeBackend(Backend):
-    """Answers with zeros, or with what `answer(half, array)` returns; remembers the latents of each call."""
+    """Backend without a model that records the number of latents of each call.
+
+    It returns `answer(direction, array)`, or zeros if `answer` is not given.
+    """
 
     name = "fake"
 
@@ -133,7 +139,7 @@ class FakeBackend(Backend):
         self.calls = []
 
     def zeros(self, direction, array):
-        """Silence, or latents of nothing."""
+        """Return zeros in the shape of the output."""
         batch, _, length = array.shape
         shape = (batch, 4, length // 8) if direction == ENCODER else (batch, 2, length * 8)
         return np.zeros(shape, np.float32)

@@ -1,4 +1,4 @@
-"""Models that cost next to nothing: graphs of a few nodes with the shapes of FakeBackend, and a small checkpoint."""
+"""Small models that open quickly: graphs of a few nodes with the shapes of FakeBackend, and a small checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from samekit.engine.spec import ENCODER
 from samekit.tensorrt.builds import Build, BuiltEngine, write_document
 from samekit.tensorrt.fingerprint import fingerprint_of
 
-# The smallest checkpoint of the first kind, 100 kB.
+# Changes to the configuration of tiny-s that give the smallest checkpoint, 100 kB.
 SMALL = {
     "pretransform.config.patch_size": 8,
     "*.config.channels": 32,
@@ -35,7 +35,7 @@ SMALL = {
 
 
 def small_graph(direction, folder, name=None, *, external=False):
-    """A graph with the shapes of FakeBackend's spec; its weights may lie beside it."""
+    """Write a graph with the shapes of FakeBackend's spec; `external` stores its weights in a second file."""
     encoder = direction == ENCODER
     width_in, width_out = (16, 4) if encoder else (4, 16)
     shape_in, shape_out = (["b", 2, "n"], ["b", 4, "t"]) if encoder else (["b", 4, "t"], ["b", 2, "n"])
@@ -74,7 +74,7 @@ def small_graph(direction, folder, name=None, *, external=False):
 
 
 def write_engine(folder):
-    """An engine folder with small graphs and a TensorRT build."""
+    """Write an engine folder with small graphs and a TensorRT build."""
     folder.mkdir()
     for direction in DIRECTIONS:
         small_graph(direction, folder, external=direction == ENCODER)
