@@ -1,7 +1,10 @@
-"""A TensorRT that computes something simple in host memory, and keeps the habits of the real one that bite.
+"""Fake of TensorRT that computes sums in host memory and has those properties of TensorRT that cause errors.
 
-It writes to the addresses that it was given, answers False instead of raising, leaves the old shape in place when a new
-one is refused, leaves the output as it was when a launch fails, and keeps nothing alive that a CUDA graph uses.
+* It reads and writes at the addresses that it was given.
+* It returns False instead of raising an exception.
+* When it refuses a shape, the previous shape stays set.
+* When a launch fails, the output keeps its previous contents.
+* It keeps no object alive that a CUDA graph uses.
 """
 
 from __future__ import annotations
@@ -17,18 +20,21 @@ import torch
 from samekit.engine.spec import INPUT_NAMES, opposite
 from samekit.tensorrt.fingerprint import PROFILES, TENSORRT
 
-# A stream is a number; TensorRT would synchronise the device on the default one, 0.
+# Handle of a CUDA stream that is not the default stream, 0, on which TensorRT would synchronise the device.
 STREAM = 7
 
 
 def floats_at(address, shape):
-    """The memory at an address, as an array."""
+    """Return an array that shares the memory at an address."""
     numbers = (ctypes.c_float * int(np.prod(shape))).from_address(address)
     return np.ctypeslib.as_array(numbers).reshape(shape)
 
 
 def computed(spec, direction, array):
-    """What the fake computes: a latent's output is the sum of its input, plus the number of the feature."""
+    """Return what the fake computes for an input.
+
+    The output of a latent is the sum of its input over all features, plus the index of the output feature.
+    """
     latents = array.shape[2] // spec.layout(direction)[1]
     sums = array.reshape(array.shape[0], array.shape[1], latents, -1).sum(axis=(1, 3), dtype=np.float64)
     shape = spec.input_shape(opposite(direction), array.shape[0], latents)
@@ -37,7 +43,7 @@ def computed(spec, direction, array):
 
 
 class FakeTensorRT:
-    """The module. An engine's bytes are the name of its half."""
+    """Fake of the module `tensorrt`. A serialized engine is the name of its direction."""
 
     __name__ = TENSORRT
     __version__ = "11.4.0"
@@ -45,16 +51,16 @@ class FakeTensorRT:
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
 
     def __init__(self, spec):
-        # A class of this module, as samekit derives its own from it.
+        # A class, because samekit derives its logger from it.
         self.ILogger = type("ILogger", (), {"Severity": SimpleNamespace(VERBOSE="VERBOSE")})
         self.spec = spec
         self.fails = None
         self.events = []
-        # Of every context, as none is kept alive here.
+        # Profiles that all contexts have set, in order; the contexts themselves are not kept alive.
         self.profiles = []
 
     def works(self, step):
-        """Whether a step succeeds."""
+        """Return whether a step succeeds."""
         return self.fails != step
 
     def Runtime(self, logger):  # noqa: N802 TensorRT's name
@@ -92,7 +98,7 @@ class FakeEngine:
 
 
 class FakeRTX(FakeTensorRT):
-    """A module that records CUDA graphs by itself."""
+    """Fake of the module `tensorrt_rtx`, which captures CUDA graphs itself."""
 
     CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole graph")
 
@@ -104,7 +110,7 @@ class FakeRuntimeConfig:
 
 class FakeContext:
     captured = None
-    """What a capture has seen so far; None where nothing is captured."""
+    """Launches that the current capture has recorded; None if no capture is running."""
 
     def __init__(self, engine, config):
         self.config = lambda: True
@@ -168,7 +174,7 @@ class FakeContext:
 
 
 class FakeGpu:
-    """Host memory in place of a GPU's; notes the order of events."""
+    """Fake of a GPU that uses host memory and records the order of events."""
 
     capability = (8, 9)
 
@@ -202,7 +208,7 @@ class FakeGpu:
     def ordered(self):
         self.events.append("engine waits")
         yield STREAM
-        # What is freed before this may be given away while the engine still writes to it.
+        # Scratch memory that is freed earlier may be allocated again while the engine still writes to it.
         self.events.append("caller waits" + (" with scratch" if self.scratches else ""))
 
     def capture(self, launch):

@@ -1,4 +1,4 @@
-"""Faults on purpose: a process that kills itself at any step of its writing, a disk that is full, several at once."""
+"""Fault injection: kill a process at any file system call, fill a disk, run several processes at the same time."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ import pytest
 
 KILLED = -signal.SIGKILL
 
-# What changes names and what waits for the disk; everything that can be half-done lies between two of these.
+# Calls that change names or wait for the disk. Every incomplete state on disk lies between two of these calls.
 STEPS = tuple((os, name) for name in ("open", "rename", "replace", "fsync", "mkdir", "rmdir", "link", "unlink"))
 
 
 def in_a_fork(work):
-    """How a copy of this process ended that did the work: 0, or minus the number of a signal."""
+    """Run `work` in a forked process and return its exit code; after a signal it is minus the signal number."""
     with warnings.catch_warnings():
-        # Python 3.12 warns of threads; the work uses none of theirs.
+        # Python 3.12 warns if the parent has threads; `work` uses none of them.
         warnings.simplefilter("ignore", DeprecationWarning)
         process = os.fork()
     if process == 0:
         code = 1
-        # Coverage would be slow and in vain: what it counts here is lost.
+        # Coverage results of this process would be lost, and tracing is slow.
         sys.settrace(None)
-        # It never hangs: a lock that another thread held at the fork stays held.
+        # A lock that another thread held at the fork is never released; the alarm ends a process that waits for it.
         signal.alarm(300)
         try:
             work()
             code = 0
-        except BaseException:  # noqa: BLE001 nothing may get back into the test
+        except BaseException:  # noqa: BLE001 no exception may reach the test in this process
             traceback.print_exc()
         finally:
             sys.stderr.flush()
@@ -44,18 +44,18 @@ def in_a_fork(work):
 
 
 def kill_this_process(*_arguments, **_options):
-    """End at once, as `kill -9` does."""
+    """Send SIGKILL to this process."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def dying_at(step, work, steps=STEPS, die=kill_this_process):
-    """The work, but just before its `step`-th step the process dies, or whatever else `die` does happens.
+    """Return a function that runs `work` and calls `die` before the call with the number `step`.
 
     Args:
-        step: which step, from 1.
-        work: what is called.
+        step: number of the call, from 1.
+        work: function without arguments.
         steps: object and name of each function whose calls are counted.
-        die: what happens then, instead of the step if it raises; it gets the step's arguments.
+        die: gets the arguments of the call. The call is made only if `die` returns.
     """
     left = [step]
 
@@ -78,7 +78,11 @@ def dying_at(step, work, steps=STEPS, die=kill_this_process):
 
 
 def kill_at_every_step(work, check, prepare, steps=STEPS, most=200):
-    """Kill the work at its first step, its second, ... until it ends by itself; returns how often it was killed."""
+    """Kill `work` at its first step, then at its second, and so on, until it ends without being killed.
+
+    Returns:
+        how often it was killed.
+    """
     for step in range(1, most):
         prepare()
         ended = in_a_fork(dying_at(step, work, steps))
@@ -86,18 +90,18 @@ def kill_at_every_step(work, check, prepare, steps=STEPS, most=200):
         check(f"killed at step {step}")
         if ended == 0:
             return step - 1
-    pytest.fail("it never ends")
+    pytest.fail(f"the work has more than {most - 1} steps")
 
 
 def together(*works):
-    """Start works at once in processes; how each ended."""
+    """Run functions at the same time, each in a forked process, and return their exit codes."""
     with ThreadPoolExecutor(len(works)) as pool:
         return list(pool.map(in_a_fork, works))
 
 
 @contextmanager
 def mounted(folder, *options):
-    """A small file system in memory."""
+    """Mount a tmpfs on a new folder, or skip the test if that is not permitted."""
     folder.mkdir()
     mount = subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", folder], capture_output=True, check=False)
     if mount.returncode:
@@ -109,12 +113,15 @@ def mounted(folder, *options):
 
 
 def remount(folder, options):
-    """Mount it again with other options, such as `ro`."""
+    """Change the mount options of a file system, for example to `ro`."""
     subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
 
 
 def fill(folder, room=0):
-    """Let a file take the room of a disk, but for so many bytes; others may be writing there, and be first."""
+    """Fill a disk with one file, except for `room` bytes.
+
+    Other processes may write at the same time, so an OSError for lack of space is ignored.
+    """
     filler = folder / "filler"
     filler.unlink(missing_ok=True)
     with suppress(OSError), filler.open("wb", buffering=0) as file:
@@ -123,10 +130,10 @@ def fill(folder, room=0):
 
 
 def contents(folder):
-    """Relative path -> bytes of every file."""
+    """Return the bytes of every file below a folder, by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def names(folder):
-    """Names in a folder, sorted."""
+    """Return the sorted names in a folder."""
     return sorted(path.name for path in folder.iterdir())

@@ -1,6 +1,6 @@
-"""Audio files as people's tools leave them: tags at either end, joined, cut, padded, with counts that are wrong.
+"""Irregular audio files as other programs write them: tagged, concatenated, truncated, padded, with wrong lengths.
 
-Each function takes the bytes of a sound file and returns those of another one.
+The functions take the bytes of a sound file and return the bytes of a changed file.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import struct
 
 
 def _checksums():
-    """Return the table of Ogg's checksum, polynomial 0x04C11DB7 (RFC 3533, section 6)."""
+    """Return the lookup table of the Ogg checksum: CRC-32 with polynomial 0x04C11DB7 (RFC 3533, section 6)."""
     table = []
     for byte in range(256):
         value = byte << 24
@@ -32,7 +32,7 @@ def page_checksum(content):
 
 
 def id3v2(size=300, *, version=4, footer=False):
-    """Return an ID3v2 tag (ID3v2.4, section 3.1): header, padding and perhaps a footer."""
+    """Return an ID3v2 tag (ID3v2.4, section 3.1): header, a title, padding and, on request, a footer."""
     count = bytes(size >> shift & 0x7F for shift in (21, 14, 7, 0))
     body = b"TIT2" + bytes(3) + b"\x05" + bytes(2) + b"\0song" + bytes(size)
     flags = 0x10 if footer else 0
@@ -49,20 +49,20 @@ def picture(size=300_000):
 
 
 ID3V1 = b"TAG" + b"a song".ljust(125, b"\0")
-# APEv2 (wiki.hydrogenaud.io, APEv2 specification): header and footer of 32 bytes; the size leaves out the header.
+# APEv2 (wiki.hydrogenaud.io, APEv2 specification): header and footer of 32 bytes; the size does not count the header.
 _APE_ITEM = struct.pack("<II", 4, 0) + b"Title\0song"
 APE = b"".join(
     b"APETAGEX" + struct.pack("<IIII", 2000, len(_APE_ITEM) + 32, 1, flags) + bytes(8) + rest
     for flags, rest in ((0xA0000000, _APE_ITEM), (0x80000000, b""))
 )
-# Lyrics3 v2 (id3.org/Lyrics3v2): the size leaves out itself and the mark at the end.
+# Lyrics3 v2 (id3.org/Lyrics3v2): the size field does not count itself and the end mark.
 _LYRICS = b"LYRICSBEGIN" + b"IND0000210" + b"LYR00005hello"
 LYRICS = _LYRICS + b"%06dLYRICS200" % len(_LYRICS) + ID3V1
 LYRICS1 = b"LYRICSBEGIN" + b"hello " * 9 + b"LYRICSEND" + ID3V1
 
 
 def noise(size, seed=3):
-    """Return bytes that are nothing."""
+    """Return random bytes."""
     return random.Random(seed).randbytes(size)  # noqa: S311 no secret
 
 
@@ -77,7 +77,7 @@ def pages(data):
 
 
 def page(content, *, flags=None, granule=None, serial=None, number=None):
-    """Return an Ogg page with other fields, and its checksum."""
+    """Return an Ogg page with changed header fields and a valid checksum."""
     new = bytearray(content)
     if flags is not None:
         new[5] = flags
@@ -93,18 +93,18 @@ def page(content, *, flags=None, granule=None, serial=None, number=None):
 
 
 def without_end_flag(data):
-    """Return an Ogg file whose last page is not marked as the last."""
+    """Return an Ogg file whose last page lacks the end-of-stream flag."""
     *first, last = pages(data)
     return b"".join([*first, page(last, flags=last[5] & ~4)])
 
 
 def granule_of(content):
-    """Return the time stamp of a page."""
+    """Return the granule position of a page."""
     return int.from_bytes(content[6:14], "little", signed=True)
 
 
 def shifted(data, samples):
-    """Return an Ogg file whose time stamps begin later, as in what was cut from a radio programme."""
+    """Return an Ogg file with later granule positions, as in an excerpt of a longer recording."""
     return b"".join(
         page(content, granule=granule_of(content) + samples) if granule_of(content) > 0 else content
         for content in pages(data)
@@ -112,19 +112,22 @@ def shifted(data, samples):
 
 
 def set_size(data, name, size, order="<"):
-    """Return a chunked file with another size of the named chunk."""
+    """Return a file of chunks (WAV, AIFF) with another size field in the named chunk."""
     at = data.index(name) + 4
     return data[:at] + struct.pack(f"{order}I", size % 2**32) + data[at + 4 :]
 
 
 def flac_count(data, frames):
-    """Return a FLAC file that counts other frames (RFC 9639, 8.2: the last 36 bits of the eight bytes at 18)."""
+    """Return a FLAC file with another number of samples in STREAMINFO.
+
+    The field is the last 36 bits of the eight bytes at offset 18 (RFC 9639, section 8.2).
+    """
     field = int.from_bytes(data[18:26], "big") >> 36 << 36 | frames
     return data[:18] + field.to_bytes(8, "big") + data[26:]
 
 
 def mpeg_frames(data):
-    """Split an MP3 of constant kind, without tags, into its frames (MPEG-1 layer III)."""
+    """Split an MP3 file of constant bit rate, without tags, into its frames (MPEG-1 layer III)."""
     rates = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
     frames = []
     while len(data) >= 4 and data[0] == 0xFF:
@@ -136,7 +139,7 @@ def mpeg_frames(data):
 
 
 def _common(data):
-    """What people's tools do to files of any format."""
+    """Yield changes that apply to files of every format."""
     half = len(data) // 2
     yield "as it is", data
     yield "joined", data + data
@@ -168,7 +171,7 @@ def _common(data):
 
 
 def _ogg(data):
-    """What happens to Ogg files."""
+    """Yield changes to Ogg files."""
     whole = pages(data)
     middle = len(whole) // 2
     yield "no end flag", without_end_flag(data)
@@ -182,7 +185,7 @@ def _ogg(data):
 
 
 def _flac(data):
-    """What happens to FLAC files: other counts."""
+    """Yield FLAC files with wrong numbers of samples."""
     count = int.from_bytes(data[18:26], "big") & (1 << 36) - 1
     for counted in (0, 100, count // 2, max(0, count - 1000), count + 1000, 2 * count):
         yield f"counts {counted}", flac_count(data, counted)
@@ -190,7 +193,7 @@ def _flac(data):
 
 
 def _sized(data, name, order):
-    """What happens to chunked files: other sizes, other chunks."""
+    """Yield files with wrong sizes of the sample chunk and with additional chunks."""
     size = int.from_bytes(data[data.index(name) + 4 :][:4], "little" if order == "<" else "big")
     for other in (0, size // 8 * 4, max(0, size - 1000), size + 1000, 2 * size, 0x7FFFF000, 0x80000000, 0xFFFFFFFF):
         yield f"size {other:#x}", set_size(data, name, other, order)
@@ -204,7 +207,7 @@ def _sized(data, name, order):
 
 
 def manglings(data):
-    """Yield names and contents of files made from one, as people's tools leave them."""
+    """Yield a description and the contents of each changed copy of a sound file."""
     yield from _common(data)
     if data.startswith(b"OggS"):
         yield from _ogg(data)
