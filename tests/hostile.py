@@ -1,8 +1,8 @@
-"""Files that mean harm: valid ones, seeded ways to damage them, and a child process that opens the damaged ones.
+"""Seeded mutations of valid files, and a child process that opens the mutated files.
 
-As a program it reads lines of JSON, `[format, path]`, opens each file as a user would, and answers each with what came
-of it: `accepted`, the name of a SamekitError, or a traceback. Its memory is limited, so that a small file that asks
-for gigabytes shows.
+Run as a program, this module reads lines of JSON, `[format, path]`, and opens each file through the public interface.
+It answers each line with `accepted`, the name of a SamekitError, or a traceback. Its memory is limited, so that a small
+file that requests gigabytes causes a MemoryError.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from pathlib import Path
 
 import numpy as np
 
-# Bytes that the child may take beyond what it has when everything is imported.
+# Bytes that the child may allocate after its imports.
 MEMORY = 1 << 30
-# Seconds for one file, and for the child to import everything.
-PATIENCE, START = 20, 120
+# Seconds that the child may take for one file, and to start.
+FILE_TIMEOUT, START_TIMEOUT = 20, 120
 
-# Of datasets.
+# Samples per clip of the datasets.
 SAMPLE_SIZE = 8000
 
 ACCEPTED = "accepted"
@@ -40,7 +40,7 @@ _NUMBERS = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFF
 
 
 def _position(random, data):
-    """Somewhere, half of the time near the beginning, where headers are."""
+    """Return a random position; half of the time it is in the first 200 bytes, where headers are."""
     return random.randrange(min(len(data), 200) if random.random() < 0.5 else len(data))
 
 
@@ -89,7 +89,7 @@ _BYTE_MUTATORS = (_flip_bits, _put_number, _truncate, _insert, _remove, _repeat,
 
 
 def mutated_bytes(random, valid):
-    """A damaged copy of a file's contents."""
+    """Return a mutated copy of the contents of a file."""
     data = bytearray(valid)
     for _ in range(random.choice((1, 1, 1, 2, 5))):
         if data:
@@ -101,7 +101,7 @@ def mutated_bytes(random, valid):
 
 
 class _Raw(str):
-    """Stands for text that no JSON writer would write."""
+    """Text that `_text` writes into JSON unquoted."""
 
     __slots__ = ()
 
@@ -125,7 +125,7 @@ _VALUES = [
 
 
 def _containers(document):
-    """Every object and list of a document that holds something."""
+    """Yield every object and list of a document that is not empty."""
     if isinstance(document, (dict, list)) and document:
         yield document
         for value in document.values() if isinstance(document, dict) else document:
@@ -133,7 +133,7 @@ def _containers(document):
 
 
 def _mutate_json(random, document):
-    """Change one value, key or entry in place."""
+    """Change one value, key or list item in place."""
     container = random.choice(list(_containers(document)))
     keys = list(container) if isinstance(container, dict) else list(range(len(container)))
     key = random.choice(keys)
@@ -156,7 +156,7 @@ def _mutate_json(random, document):
 
 
 def _text(value):
-    """JSON with everything that JSON should not hold."""
+    """Return a document as JSON, with values of `_Raw` as they are."""
     if isinstance(value, _Raw):
         return str(value)
     if isinstance(value, dict):
@@ -167,7 +167,7 @@ def _text(value):
 
 
 def mutated_json(random, valid):
-    """A damaged copy of JSON text, one time in five damaged as bytes."""
+    """Return a mutated copy of JSON text; one in five is mutated as bytes."""
     if random.random() < 0.2:
         return mutated_bytes(random, valid)
     document = json.loads(valid)
@@ -178,7 +178,7 @@ def mutated_json(random, valid):
 
 
 def mutated_lines(random, valid):
-    """A damaged copy of a file with one JSON object a line."""
+    """Return a mutated copy of a file with one JSON object per line."""
     lines = valid.splitlines(keepends=True)
     at = random.randrange(len(lines))
     lines[at] = mutated_json(random, lines[at]) + random.choice((b"\n", b"\n", b"\n", b""))
@@ -188,7 +188,7 @@ def mutated_lines(random, valid):
 
 
 def mutated_safetensors(random, valid):
-    """A damaged copy of a safetensors file: most of it is numbers, so mostly its header is damaged."""
+    """Return a mutated copy of a safetensors file; 70 % of the mutations change only the header."""
     if random.random() < 0.3:
         return mutated_bytes(random, valid)
     size = int.from_bytes(valid[:8], "little")
@@ -198,7 +198,7 @@ def mutated_safetensors(random, valid):
 
 
 def mutated_npy(random, valid):
-    """A damaged copy of a .npy file, most often with another header that may be one."""
+    """Return a mutated copy of a .npy file; 60 % get another header that resembles a valid one."""
     if random.random() < 0.4:
         return mutated_bytes(random, valid)
     width = random.choice(("4", "4", "0", "-1", "True", "10**9", "1e9", "9" * 30, "1000000000000", "(4,)", "'4'"))
@@ -214,11 +214,14 @@ def mutated_npy(random, valid):
     return b"\x93NUMPY" + bytes((major, 0)) + packed + text + valid[128:]
 
 
-# --- Opening, in the child ----------------------------------------------------------------------------------
+# --- Opening files in the child -----------------------------------------------------------------------------
 
 
 class Opener:
-    """Opens files of every format the way users do; what is valid in a pair comes from a folder of valid files."""
+    """Opens a file of each format through the public interface.
+
+    Other files that the operation needs are copied from a folder of valid files.
+    """
 
     def __init__(self, valid):
         from click.testing import CliRunner
@@ -233,12 +236,12 @@ class Opener:
         self._command, self._runner = main, CliRunner()
 
     def _run(self, *arguments):
-        """A command; errors of samekit are raised again, and what it prints must not steer a terminal."""
+        """Run a command, raise its error, and check that its output has no control characters."""
         result = self._runner.invoke(self._command, [*map(str, arguments)], standalone_mode=False)
         for character in result.output:
             assert character.isprintable() or character in "\n\r", f"{character!r} reaches the terminal"
         if result.exception:
-            # The command makes one line of it.
+            # The command raises a ClickException while it handles the error.
             raise result.exception.__context__ or result.exception
 
     def _fresh(self, name):
@@ -248,7 +251,7 @@ class Opener:
         return folder
 
     def audio(self, path):
-        """As encode and the dataset read it."""
+        """Read audio by pre-encode and by encode."""
         from samekit.dataset.options import PreEncodeOptions
         from samekit.dataset.run import pre_encode
 
@@ -265,7 +268,7 @@ class Opener:
         self._model.encode_file(path, self._work / "latents.npy")
 
     def caption(self, path):
-        """Beside a sound clip."""
+        """Read the caption of a clip by pre-encode."""
         from samekit.dataset.options import PreEncodeOptions
         from samekit.dataset.run import pre_encode
 
@@ -275,7 +278,7 @@ class Opener:
         pre_encode(self._model, data, self._work / "out", PreEncodeOptions(sample_size=SAMPLE_SIZE))
 
     def npy(self, path):
-        """As latents, and as the silence of a dataset."""
+        """Read latents by decode, and as `silence.npy` of a dataset."""
         from samekit.dataset.check import verify
         from samekit.dataset.options import PreEncodeOptions
         from samekit.dataset.run import pre_encode
@@ -287,7 +290,7 @@ class Opener:
         self._model.decode_file(path, self._work / "audio.wav")
 
     def latents_json(self, path):
-        """Beside latents, and in a dataset."""
+        """Read the metadata of latents in a dataset and by decode."""
         from samekit.dataset.check import verify
 
         out = self._fresh("dataset")
@@ -298,7 +301,7 @@ class Opener:
         self._model.decode_file(folder / "latents.npy", self._work / "audio.wav")
 
     def manifest(self, path):
-        """Checked, and gone on with."""
+        """Verify a dataset with this manifest, then resume it."""
         from samekit.dataset.check import verify
         from samekit.dataset.options import PreEncodeOptions
         from samekit.dataset.run import pre_encode
@@ -311,7 +314,7 @@ class Opener:
         pre_encode(self._model, self._valid / "clip", out, PreEncodeOptions(sample_size=SAMPLE_SIZE))
 
     def spec(self, path):
-        """An engine folder that is shown, and run."""
+        """Show, clean and run an engine folder with this `spec.json`."""
         from samekit import AutoencoderModel
 
         folder = self._fresh("engine")
@@ -322,7 +325,7 @@ class Opener:
             model.decode(np.zeros((1, model.latent_dim, 2), np.float32))
 
     def onnx(self, path):
-        """A graph that is opened and run; its spec knows its true size."""
+        """Open and run a graph; `spec.json` contains its actual size."""
         from samekit import AutoencoderModel
 
         folder = self._fresh("engine")
@@ -334,7 +337,7 @@ class Opener:
             model.decode(model.encode(np.zeros((2, 9), np.float32), model.sample_rate))
 
     def build(self, path):
-        """What a TensorRT build says of itself."""
+        """Read the description of a TensorRT build."""
         from samekit.engine.folder import Engine
         from samekit.tensorrt.builds import build_folders, choose_build, is_whole
 
@@ -350,19 +353,19 @@ class Opener:
             self._run("clean", folder)
 
     def config(self, path):
-        """A checkpoint's configuration."""
+        """Load a checkpoint with this configuration."""
         folder = self._fresh("checkpoint")
         shutil.copyfile(path, folder / "model_config.json")
         self._checkpoint(folder)
 
     def diffusers_config(self, path):
-        """The other format's configuration."""
+        """Load a checkpoint in the format of Diffusers with this configuration."""
         folder = self._fresh("diffusers")
         shutil.copyfile(path, folder / "config.json")
         self._checkpoint(folder)
 
     def safetensors(self, path):
-        """A checkpoint's tensors."""
+        """Load a checkpoint with these tensors."""
         folder = self._fresh("checkpoint")
         shutil.copyfile(path, folder / "model.safetensors")
         self._checkpoint(folder)
@@ -375,7 +378,7 @@ class Opener:
 
 
 def _serve():
-    """Open what the lines of standard input name."""
+    """Open the files that the lines of standard input name, and write an answer for each."""
     import onnxruntime
     import torch
 
@@ -399,16 +402,16 @@ def _serve():
             answer = type(error).__name__
             if "\n" in str(error):
                 answer = f"several lines: {error}"
-        except BaseException:  # noqa: BLE001 nothing else may be raised, so this is what is looked for
+        except BaseException:  # noqa: BLE001 the parent reports any other exception
             answer = traceback.format_exc()
         print(json.dumps(answer), file=answers, flush=True)
 
 
-# --- Asking the child ---------------------------------------------------------------------------------------
+# --- Communicating with the child ---------------------------------------------------------------------------
 
 
 class Child:
-    """A process that opens files; a new one where it died or hung."""
+    """Process that opens files. It is started again after it died or hung."""
 
     def __init__(self, valid, work):
         self._environment = os.environ | {"HOSTILE_VALID": str(valid), "HOSTILE_WORK": str(work)}
@@ -417,7 +420,7 @@ class Child:
         self._process = None
 
     def open(self, kind, path):
-        """What came of a file."""
+        """Open a file in the child; return its answer, or how the child died or hung."""
         if self._process is None:
             with self._log.open("wb") as log:
                 self._process = subprocess.Popen(
@@ -427,10 +430,10 @@ class Child:
                     stderr=log,
                     env=self._environment,
                 )
-            assert self._answer(START) == "ready", self._log.read_text(errors="replace")
+            assert self._answer(START_TIMEOUT) == "ready", self._log.read_text(errors="replace")
         self._process.stdin.write(json.dumps([kind, str(path)]).encode() + b"\n")
         self._process.stdin.flush()
-        return self._answer(PATIENCE)
+        return self._answer(FILE_TIMEOUT)
 
     def _answer(self, seconds):
         ready, _, _ = select.select([self._process.stdout], [], [], seconds)
@@ -442,7 +445,7 @@ class Child:
         return f"{state}: {self._log.read_text(errors='replace')[-2000:]}"
 
     def close(self):
-        """End the process."""
+        """Kill the process, if it runs."""
         if self._process:
             self._process.kill()
             self._process.wait()
