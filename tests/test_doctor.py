@@ -1,4 +1,4 @@
-"""`samekit doctor`: what is there, what is missing, and what the missing would enable."""
+"""`samekit doctor`: it lists packages, features whose packages are missing, engines and GPUs."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def home(tmp_path, monkeypatch):
 
 
 def lines():
+    """Return the lines that `samekit doctor` prints."""
     result = CliRunner().invoke(main, ["doctor"])
     assert result.exit_code == 0, result.output
     return result.output.splitlines()
@@ -45,7 +46,7 @@ def test_versions_and_providers(home):
 
 @pytest.mark.parametrize("saturates", [False, True])
 @pytest.mark.usefixtures("home")
-def test_what_int8_can_do_here(monkeypatch, saturates):
+def test_int8_support_of_the_processor(monkeypatch, saturates):
     monkeypatch.setattr("samekit.doctor.int8_saturates", lambda _: saturates)
     shown = "int8 encodes only, this processor having no VNNI instructions" if saturates else "int8 runs"
     assert any(line.endswith(shown) for line in lines())
@@ -74,17 +75,20 @@ def test_missing_parts_say_what_they_would_enable(monkeypatch):
 
 
 def test_folder_that_has_the_name_of_a_package(home, monkeypatch):
-    """Python imports any folder on its path as a namespace package; an engine folder holds one called tensorrt."""
-    (home / "packagethatnoonehas").mkdir()
+    """A folder named like a package does not count as an installed package.
+
+    Python imports any folder on its path as a namespace package, and an engine folder contains one named `tensorrt`.
+    """
+    (home / "nosuchpackage").mkdir()
     monkeypatch.syspath_prepend(home)
-    monkeypatch.setattr(doctor, "PARTS", (doctor.Part("packagethatnoonehas", "audio", "pip install it"),))
-    assert "  packagethatnoonehas is not installed: no audio; run: pip install it" in lines()
-    with pytest.raises(BackendUnavailableError, match="packagethatnoonehas is not installed; run: pip install it"):
-        import_package("packagethatnoonehas", "pip install it")
+    monkeypatch.setattr(doctor, "PARTS", (doctor.Part("nosuchpackage", "audio", "pip install it"),))
+    assert "  nosuchpackage is not installed: no audio; run: pip install it" in lines()
+    with pytest.raises(BackendUnavailableError, match="nosuchpackage is not installed; run: pip install it"):
+        import_package("nosuchpackage", "pip install it")
 
 
 def test_as_a_module_inside_an_engine_folder(own_engine):
-    """`python -m` puts the working folder on the path of modules."""
+    """Commands work in an engine folder, although `python -m` adds the working folder to the module path."""
     (own_engine.folder / "tensorrt").mkdir()
     for command in (["doctor"], ["clean", "."], ["export", "tiny-s", "--weights", "random", "--tensorrt", "auto"]):
         program = [sys.executable, "-m", "samekit", *command]

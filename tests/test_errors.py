@@ -1,4 +1,4 @@
-"""The error tree is the one that its docstring draws, and every error is what its users would catch."""
+"""The docstring of `samekit.errors` shows the actual class tree, and every error is a SamekitError."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from samekit import SamekitError, errors
 
 
 def drawn_tree():
-    """Depth, name and builtin of each line of the drawing."""
+    """Return depth, class name and built-in base class of each line of the drawing."""
     drawing = re.findall(r"^( *[│├└─ ]*)(\w+Error)\b *(?:\((\w+)\))?", errors.__doc__, re.MULTILINE)
     return [(len(indent) // 4, name, builtin) for indent, name, builtin in drawing]
 
@@ -24,7 +24,7 @@ def test_drawing_is_complete():
     assert len(drawn_tree()) == len(real_classes())
 
 
-def test_drawing_is_true():
+def test_drawing_shows_the_base_classes():
     parents = {}
     for depth, name, builtin in drawn_tree():
         parents[depth] = getattr(errors, name)
@@ -36,7 +36,7 @@ def test_drawing_is_true():
         assert bases[1:] == ((getattr(builtins, builtin),) if builtin else ()), name
 
 
-def test_every_error_is_caught_as_ours():
+def test_every_error_is_a_documented_samekit_error():
     assert SamekitError is errors.SamekitError
     assert all(issubclass(getattr(errors, name), SamekitError) for name in real_classes())
     assert all(getattr(errors, name).__doc__ for name in real_classes())

@@ -1,4 +1,4 @@
-"""Every golden output of the reference implementation, on every backend."""
+"""Comparison of every backend with every golden output of the reference implementation."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ LEAST_DB = 100
 
 
 def describe(case):
-    """An id such as `encode-21-chunked`."""
+    """Return the id of a case, such as `encode-21-chunked`."""
     words = [case["op"], case.get("latents"), f"batch{case['batch']}" if "batch" in case else None]
     return "-".join(str(word) for word in [*words, "chunked" if case.get("chunked") else None] if word)
 
 
-def of(*operations):
-    """Parametrise over the cases of some operations."""
+def each_case(*operations):
+    """Parametrise a test over the golden cases of some operations."""
     return pytest.mark.parametrize(
         ("name", "case"),
         [
@@ -27,7 +27,7 @@ def of(*operations):
     )
 
 
-@of("encode", "decode")
+@each_case("encode", "decode")
 @pytest.mark.parametrize("backend_name", EACH_BACKEND)
 def test_encode_and_decode(model_of, backend_name, name, case):
     model = model_of(name, backend_name)
@@ -38,11 +38,11 @@ def test_encode_and_decode(model_of, backend_name, name, case):
     else:
         output = model.decode(noise((batch, model.latent_dim, latents), case["seed"], level=1), **chunks)
         length = latents * HOP
-    # The reference returns one latent more where its chunks do not fit.
+    # For an odd number of latents, the SAME-S of the reference returns one more.
     assert_close(case["output"][..., :length], output, LEAST_DB)
 
 
-@of("preprocess")
+@each_case("preprocess")
 @pytest.mark.parametrize("backend_name", EACH_BACKEND)
 def test_preprocessing(model_of, backend_name, name, case):
     clips = [noise(clip["shape"], case["seed"] + 100 * number) for number, clip in enumerate(case["clips"])]
@@ -53,7 +53,7 @@ def test_preprocessing(model_of, backend_name, name, case):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_no_case_is_left_out(name):
+def test_cases_cover_every_kind_of_call(name):
     cases = golden_cases(name)
     assert {case["op"] for case in cases} == {"encode", "decode", "preprocess"}
     assert {(bool(case.get("chunked")), case["latents"] % 2) for case in cases if "latents" in case} == {

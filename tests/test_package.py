@@ -1,4 +1,4 @@
-"""What is installed, and what an import of it costs."""
+"""Contents of the wheel, and the modules that an import of samekit loads."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import samekit
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"samekit": ROOT / "runtime" / "samekit", "samekit_export": ROOT / "export" / "samekit_export"}
-# None of these may be imported before it is used.
+# Packages that `import samekit` must not import.
 HEAVY = ("torch", "onnx", "onnxscript", "onnxruntime", "tensorrt", "soundfile", "safetensors", "huggingface_hub")
 
 
 def in_new_process(code, *arguments):
-    """What a script prints as JSON."""
+    """Run a script in a new process and return the JSON that it prints."""
     command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     return json.loads(done.stdout)
@@ -28,7 +28,7 @@ def in_new_process(code, *arguments):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The built wheel, open."""
+    """Build the wheel and open it as a zip file."""
     out = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
     done = subprocess.run(build, capture_output=True, text=True, check=False, timeout=120)
@@ -49,7 +49,7 @@ def test_wheel_holds_both_packages_and_nothing_else(wheel):
         assert {name for name in names if name.startswith(f"{package}/")} == expected
 
 
-def test_wheel_says_what_it_is(wheel):
+def test_wheel_metadata(wheel):
     information = f"samekit-{samekit.__version__}.dist-info"
     metadata = wheel.read(f"{information}/METADATA").decode()
     assert "\nName: samekit\n" in metadata
@@ -86,7 +86,7 @@ print(json.dumps([latents.shape, audio.shape, sorted(sys.modules)]))
     assert {name.split(".")[0] for name in modules} & {"torch", "onnx", "samekit_export", "safetensors"} == set()
 
 
-def test_all_is_what_there_is():
+def test_all_lists_every_public_name():
     (checked,) = [
         node
         for node in ast.parse((PACKAGES["samekit"] / "__init__.py").read_text(encoding="utf-8")).body

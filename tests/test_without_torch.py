@@ -1,4 +1,4 @@
-"""Everything but export and the eager fallback works where PyTorch is not installed."""
+"""Everything except export, verify and the PyTorch backend works without PyTorch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-# As if none of the packages of the other extras were there: an import of one fails at once.
+# With None in `sys.modules`, an import of a package fails as if the package were not installed.
 COMMAND = """
 import sys
-absent = "torch onnx onnxscript safetensors huggingface_hub samekit_export tensorrt tensorrt_rtx"
-for name in absent.split():
+missing = "torch onnx onnxscript safetensors huggingface_hub samekit_export tensorrt tensorrt_rtx"
+for name in missing.split():
     sys.modules[name] = None
 from samekit.cli.main import main
 main(sys.argv[1:])
@@ -21,7 +21,7 @@ main(sys.argv[1:])
 
 
 def run(*arguments):
-    """The command line in a process of its own."""
+    """Run a command of samekit in a new process."""
     command = [sys.executable, "-c", COMMAND, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
@@ -50,7 +50,7 @@ def test_info(engine_of):
 
 
 @pytest.mark.parametrize("arguments", [("export", "same-s"), ("verify", "same-s")], ids=str)
-def test_what_needs_torch_says_what_to_install(arguments):
+def test_commands_that_need_torch_name_the_package_to_install(arguments):
     refused = run(*arguments)
     assert refused.returncode == 2
     assert "pip install" in refused.stderr
