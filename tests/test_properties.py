@@ -1,6 +1,7 @@
-"""What holds for any audio: lengths, equality with one pass, kinds kept; in arrays, streams, files and datasets.
+"""Properties that hold for all inputs: lengths, equality with a single pass, and the kind of the returned array.
 
-Each property runs on a handful of examples with `make test`, on thousands with `make test-slow`.
+They are tested for arrays, streams, files and datasets. `make test` runs each property on up to 60 examples,
+`make test-slow` on up to 500.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from samekit.files.latents import LatentsReader, LatentsWriter, read_latents
 from samekit_export.checkpoint import load, load_source
 
 HOP, WIDTH, CHANNELS = 8, 4, 2
-SOME, MANY = 60, 500
+FEW, MANY = 60, 500
 DTYPES = ("float16", "float32", "float64")
 
 
-def smeared(direction, array):
-    """What a model may compute: each latent of its neighbours within the context, and of where it is in its pair.
+def neighbour_sums(direction, array):
+    """Compute a function of each latent's neighbours within the context and of its position in a pair of latents.
 
-    So a window that is cut too tight, or out of step, shows.
+    Windows that are too short or that start at an odd latent change the result.
     """
     batch, _, length = array.shape
     if direction == ENCODER:
@@ -50,7 +51,7 @@ def smeared(direction, array):
     sums = sum(
         padded[:, :, offset : offset + own.shape[-1]] * np.float32(0.5**offset) for offset in range(2 * reach + 1)
     )
-    # A pair looks into itself only in one of the two ways, as shifted chunks do.
+    # Within a pair, only the second latent depends on the first, so the result depends on where pairs start.
     sums[:, 0, 1::2] += own[:, 1, : own.shape[-1] // 2 * 2 : 2]
     if direction == ENCODER:
         return np.ascontiguousarray(sums)
@@ -58,17 +59,17 @@ def smeared(direction, array):
 
 
 def model(window=None):
-    """A model that costs nothing, with windows so small that most examples need several."""
-    return AutoencoderModel(FakeBackend(smeared), window)
+    """Return a model with a fake backend. Its windows are so small that most examples need several."""
+    return AutoencoderModel(FakeBackend(neighbour_sums), window)
 
 
 def in_one_pass(direction, batch):
-    """Definition: everything at once."""
-    return smeared(direction, batch)
+    """Return the expected output: that of the fake backend for the whole input at once."""
+    return neighbour_sums(direction, batch)
 
 
-def rows(array, samples):
-    """Padded with zeros to so many samples."""
+def pad_to(array, samples):
+    """Pad the last axis with zeros to a number of samples."""
     return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, samples - array.shape[-1])])
 
 
@@ -81,12 +82,12 @@ clips = st.tuples(lengths, st.sampled_from([1, 2, 3]), seeds)
 
 
 def rates(budget):
-    """Sample rates; a filter for an odd one takes long to make."""
+    """Return a strategy for sample rates. Uncommon rates need large filters, so only the slow tests draw them."""
     return common_rates if budget < MANY else st.one_of(common_rates, st.integers(1_000, 768_000))
 
 
 def as_kind(array, kind):
-    """The same values in another kind of array."""
+    """Return the same values in another kind of array."""
     if kind == "torch":
         return torch.from_numpy(array)
     if kind == "strided":
@@ -101,7 +102,7 @@ def as_kind(array, kind):
 
 
 def assert_kind(result, kind):
-    """What comes back is of the kind that came, and float32."""
+    """Check that a result is float32 and PyTorch or NumPy like its input; return it as a NumPy array."""
     if kind == "torch":
         assert isinstance(result, torch.Tensor)
         assert result.dtype == torch.float32
@@ -116,23 +117,23 @@ def assert_same(expected, result, tolerance=1e-5):
     assert np.allclose(expected, result, rtol=0, atol=tolerance * max(1.0, float(np.abs(expected).max(initial=0))))
 
 
-# One for each example of a property.
-EVALUATION_SEED = []
+# One entry for each example that a property ran on.
+EXAMPLES = []
 
 
-@pytest.fixture(params=["some", pytest.param("many", marks=pytest.mark.slow)])
+@pytest.fixture(params=["few", pytest.param("many", marks=pytest.mark.slow)])
 def budget(request, inputs):
-    """How many examples."""
-    EVALUATION_SEED.clear()
-    yield SOME if request.param == "some" else MANY
-    inputs["examples of properties"] += len(EVALUATION_SEED)
+    """Number of examples for each property."""
+    EXAMPLES.clear()
+    yield FEW if request.param == "few" else MANY
+    inputs["examples of properties"] += len(EXAMPLES)
 
 
 def check(property_, budget, *explicit, **strategies):
-    """Run a property on examples."""
+    """Run a property on `budget` generated examples and on the explicit ones."""
 
     def counted(**values):
-        EVALUATION_SEED.append(1)
+        EXAMPLES.append(1)
         property_(**values)
 
     run = given(**strategies)(counted)
@@ -162,7 +163,7 @@ def test_encoding_any_clip(budget):
         mono = audio[:1] if layout == "mono" else audio
         ready = prepare(mono.astype(np.float32), rate, RATE, CHANNELS)
         assert ready.shape[-1] == length
-        whole = rows(ready, math.ceil(length / HOP) * HOP)[None]
+        whole = pad_to(ready, math.ceil(length / HOP) * HOP)[None]
         assert latents.shape == (1, WIDTH, math.ceil(length / HOP))
         assert_same(in_one_pass(ENCODER, whole), latents)
 
@@ -187,7 +188,7 @@ def test_encoding_any_list(budget):
         latents = codec.encode([as_kind(a, kind) for a in audio], clip_rates[0] if one_rate else clip_rates)
         ready = [prepare(a, rate, RATE, CHANNELS) for a, rate in zip(audio, clip_rates, strict=True)]
         longest = math.ceil(max(clip.shape[-1] for clip in ready) / HOP)
-        batch = np.stack([rows(clip, longest * HOP) for clip in ready])
+        batch = np.stack([pad_to(clip, longest * HOP) for clip in ready])
         assert_same(in_one_pass(ENCODER, batch), assert_kind(latents, kind))
 
     several = st.lists(st.tuples(lengths, st.sampled_from([1, 2]), seeds, rates(budget)), min_size=1, max_size=4)
@@ -214,7 +215,7 @@ def test_decoding_any_latents(budget):
 
 
 def test_chunks_keep_lengths(budget):
-    """The reference's chunked numbers are others, their lengths are not."""
+    """With `chunked=True`, the values differ from a single pass, but the length is the same."""
 
     def property_(latents, chunk, overlap, seed):
         codec, array = model(), noise((1, WIDTH, latents), seed)
@@ -236,8 +237,8 @@ def test_chunks_keep_lengths(budget):
     )
 
 
-def test_anything_else_is_refused_by_name(budget):
-    """Any rank, dtype, number or rate is encoded or refused, and a refusal is an InputError of one line."""
+def test_any_array_is_encoded_or_refused(budget):
+    """Arrays of any rank, dtype, value and rate are encoded, or refused by an InputError with a message of one line."""
     refusals = []
 
     def property_(shape, dtype, value, rate):
@@ -274,7 +275,7 @@ def test_any_blocks_of_a_stream(budget):
         codec = model(window)
         ends = np.cumsum(blocks)
         for _ in range(2):
-            # The second time through the same stream, which begins anew.
+            # The same stream is used twice; `finish` resets it.
             encoder = codec.stream_encoder(rate)
             pieces = [
                 encoder.push(as_kind(audio[:, end - size : end], kind)) for size, end in zip(blocks, ends, strict=True)
@@ -335,9 +336,9 @@ def test_any_file(budget):
             folder, codec = Path(name), model(window)
             sf.write(folder / f"a.{suffix}", noise((samples, channels), seed), rate, subtype)
             audio, _ = read_audio(folder / f"a.{suffix}")
-            told = codec.encode_file(folder / f"a.{suffix}", folder / "a.npy")
+            returned = codec.encode_file(folder / f"a.{suffix}", folder / "a.npy")
             latents, metadata = read_latents(folder / "a.npy", WIDTH)
-            assert metadata == told
+            assert metadata == returned
             assert metadata["samples"] == math.ceil(samples * RATE / rate)
             assert_same(codec.encode(audio, rate)[0], latents)
             written = codec.decode_file(folder / "a.npy", folder / "b.wav", "FLOAT")
@@ -346,7 +347,7 @@ def test_any_file(budget):
             assert decoded_rate == RATE
             assert_same(codec.decode(latents[None])[0, :, :written], decoded)
 
-    # FLAC has not every rate above.
+    # FLAC supports only some of the sample rates above 65,535 Hz.
     file_rates = common_rates if budget < MANY else st.integers(1_000, 65_535)
     check(property_, budget, clip=clips, rate=file_rates, form=_FORMATS, window=windows)
 
@@ -381,7 +382,7 @@ _CHARACTERS = st.one_of(st.sampled_from("\0/.~\ud800\udc80 *[$\n"), st.character
 
 
 def test_any_name(budget):
-    """Whatever text is passed as a name, it names something, or an error of one line says that it does not."""
+    """Any text is accepted as a name, or refused by a SamekitError that names a cause and a cure."""
     refusals = []
 
     def property_(name):
@@ -389,7 +390,7 @@ def test_any_name(budget):
             here = f"{folder}/{name.replace('/', '')}"
             sf.write(Path(folder, "a.wav"), noise((99, 2)), RATE)
             np.save(Path(folder, "a.npy"), noise((WIDTH, 5)))
-            doors = (
+            calls = (
                 lambda: find_engine(name),
                 lambda: load("same-s", name),
                 lambda: load_source({"kind": "folder", "folder": name, "name": name}),
@@ -401,17 +402,17 @@ def test_any_name(budget):
                 lambda: pre_encode(model(), folder, f"{here}.out", PreEncodeOptions(sample_size=800)),
                 lambda: verify(f"{here}/x"),
             )
-            refusals.extend(filter(None, map(refusal_of, doors)))
+            refusals.extend(filter(None, map(error_message, calls)))
 
     check(property_, budget, {"name": "x" * 5000}, {"name": "\0"}, {"name": "\ud800"}, name=st.text(_CHARACTERS))
     assert len(refusals) > budget
     assert all("; " in refusal for refusal in refusals)
 
 
-def refusal_of(door):
-    """What an error of samekit's says, if there is one."""
+def error_message(call):
+    """Return the message of the SamekitError that a call raises, or None."""
     try:
-        door()
+        call()
     except SamekitError as error:
         return str(error)
     return None
@@ -421,7 +422,10 @@ def refusal_of(door):
 
 
 def test_any_dataset(budget):
-    """Every clip once, its latents those of one pass over it and the zeros behind it; nothing the second time."""
+    """Every clip is encoded once, and a second run encodes nothing.
+
+    The latents of a clip equal those of a single pass over the clip and the zeros that pad it.
+    """
 
     def property_(clips, sample_size, batch_size, full, pad, readers, window):
         with tempfile.TemporaryDirectory() as name:
@@ -446,9 +450,9 @@ def test_any_dataset(budget):
                 length = limit if pad and ones <= limit else ones
                 assert metadata["padding_mask"] == [1] * ones + [0] * (length - ones)
                 assert metadata["prompt"] == f"caption {index}"
-                # The zeros end where the sample size does, or, behind a clip that is kept whole, never.
+                # Zeros pad a clip up to the sample size. A full clip without `pad` is encoded as if zeros followed it.
                 end = max(ones, limit) if not full or pad else ones + 10
-                expected = in_one_pass(ENCODER, rows(kept, end * HOP)[None])[0, :, :length]
+                expected = in_one_pass(ENCODER, pad_to(kept, end * HOP)[None])[0, :, :length]
                 assert_same(expected, latents)
 
     check(
