@@ -1,4 +1,4 @@
-"""The `samekit` command: what it prints, and one line with exit code 2 for everything that cannot work."""
+"""The `samekit` command: its output, and its errors, which are one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(*arguments):
 
 
 def succeeded(*arguments):
-    """Standard output of a command that works."""
+    """Run a command that must succeed, and return its standard output."""
     result = run(*arguments)
     assert result.exit_code == 0, result.output
     assert "Traceback" not in result.stderr
@@ -42,7 +42,7 @@ def succeeded(*arguments):
 
 
 def refused(*arguments):
-    """The one line of a command that cannot work."""
+    """Run a command that must fail, and return its error message of one line."""
     result = run(*arguments)
     assert result.exit_code == 2, repr(result.exception)
     assert isinstance(result.exception, SystemExit)
@@ -54,13 +54,13 @@ def refused(*arguments):
 
 @pytest.fixture
 def engine(engine_of):
-    """The folder of an exported tiny-s; not to be changed."""
+    """Folder of an exported tiny-s. Tests must not change it."""
     return engine_of("tiny-s").folder
 
 
 @pytest.fixture
 def song(tmp_path):
-    """An audio file that can be encoded."""
+    """Path of a valid audio file."""
     path = tmp_path / "song.wav"
     sf.write(path, noise((SAMPLES, 2), level=0.1), RATE, "PCM_16")
     return path
@@ -68,7 +68,7 @@ def song(tmp_path):
 
 @pytest.fixture
 def latents(tmp_path):
-    """A latents file that can be decoded, without a `.json`."""
+    """Path of a valid latents file without a `.json`."""
     path = tmp_path / "latents.npy"
     np.save(path, noise((32, 5), level=1))
     return path
@@ -76,13 +76,13 @@ def latents(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """An empty folder for outputs."""
+    """Path of an empty folder for outputs."""
     path = tmp_path / "out"
     path.mkdir()
     return path
 
 
-# --- What works --------------------------------------------------------------------------------------------
+# --- Valid commands ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", [[], *([command] for command in COMMANDS)], ids=str)
@@ -147,7 +147,7 @@ def test_recordings_are_replaced_only_when_that_is_wanted(engine, song, monkeypa
     line = refused("decode", "song.npy", "song.wav", *options)
     assert line.startswith("Error: song.wav: is the recording that song.json names as the source of these latents; ")
     assert "--force" in line
-    # Before a model is looked for.
+    # The error comes before the model is searched for.
     assert refused("decode", "song.npy", "song.wav", "--model", "nothing") == line
     assert song.read_bytes() == before
     for _ in range(2):
@@ -178,7 +178,7 @@ def test_checkpoint_folder_in_place_of_an_engine(checkpoint_of, latents, folder)
 
 @pytest.mark.usefixtures("ready_graphs")
 def test_home_folder_is_expanded_in_every_path(checkpoint_of, engine, song, tmp_path, monkeypatch):
-    """Shells leave `--out=~/name` as it is, and so does Python."""
+    """Neither shells nor Python expand the `~` of `--out=~/name`."""
     home, here = tmp_path / "home", tmp_path / "here"
     for path in (home, here):
         path.mkdir()
@@ -203,7 +203,7 @@ def test_home_folder_is_expanded_in_every_path(checkpoint_of, engine, song, tmp_
     made = {"of-a-folder", "of-weights", "song.npy", "song.json", "models", "again.npy", "again.wav", "decoded.wav"}
     assert made <= {path.name for path in home.iterdir()}
     assert list(here.iterdir()) == []
-    # With ./ before it, the name is that of a folder here.
+    # `./~` is a folder named `~` in the working folder.
     (here / "~").mkdir()
     succeeded("encode", "~/song.wav", "./~/here.npy", *options)
     assert sorted(path.name for path in (here / "~").iterdir()) == ["here.json", "here.npy"]
@@ -222,7 +222,7 @@ def test_file_that_may_not_be_read(song, folder, command):
     done = subprocess.run(program, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     if command == "report":
-        # The model is looked for first.
+        # This command searches for the model before it opens the file.
         assert done.stderr.startswith("Error: no engine for 'x'")
     else:
         assert done.stderr == f"Error: {path}: cannot be opened (Permission denied); check name and permissions\n"
@@ -252,7 +252,7 @@ def test_info(engine):
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 @pytest.mark.parametrize("state", ["full", "closed"])
 def test_streams_that_take_nothing(engine, song, tmp_path, stream, state):
-    """The work is done all the same."""
+    """Commands succeed when their output or error stream is full or closed."""
     number = 1 if stream == "stdout" else 2
     redirection = f"{number}>/dev/full" if state == "full" else f"{number}>&-"
     program = Path(sys.executable).with_name("samekit")
@@ -276,7 +276,10 @@ def test_streams_that_take_nothing(engine, song, tmp_path, stream, state):
 
 
 def test_stop_that_a_library_swallows(monkeypatch):
-    """And turns into an error of its own, as PyTorch's exporter does."""
+    """The exit code is that of the signal, also when a library turns KeyboardInterrupt into another exception.
+
+    PyTorch's exporter does so.
+    """
 
     def export(*_arguments, **_options):
         try:
@@ -332,7 +335,7 @@ def with_nan(path):
     sf.write(path, samples, RATE, "FLOAT")
 
 
-# What is done to a good file, and what the message names.
+# By cause: a function that damages a valid file, and text that the message must contain.
 BAD_AUDIO = {
     "missing": (Path.unlink, "No such file"),
     "empty": (lambda path: path.write_bytes(b""), "is empty"),
@@ -408,7 +411,7 @@ BAD_ENGINES = {
     "spec.json of the future": (spec_with(format=2), "not of format 1"),
     "spec.json damaged": (spec_with(hop="4096"), "damaged"),
 }
-# As `run` takes them; ENGINE, SONG and OUT stand for paths.
+# Arguments of `run`. The tests replace ENGINE, SONG, LATENTS and OUT by paths.
 USES = {
     "encode": ["encode", "SONG", "OUT/a.npy", "--model", "ENGINE"],
     "decode": ["decode", "LATENTS", "OUT/a.wav", "--model", "ENGINE"],
@@ -418,13 +421,13 @@ USES = {
 
 
 def place(argument, places):
-    """Words that stand for paths replaced by these."""
+    """Replace the placeholders of an argument by paths."""
     return functools.reduce(lambda text, word: text.replace(word, places[word]), places, argument)
 
 
 @pytest.fixture
 def using(song, latents, folder):
-    """The arguments of a command that uses an engine."""
+    """Return a function that fills in the arguments of a command that uses an engine."""
     places = {"SONG": str(song), "LATENTS": str(latents), "OUT": str(folder)}
 
     def fill(command, engine):
@@ -539,7 +542,7 @@ def test_export_of_nothing(ready_graphs, folder, tmp_path):
     assert "samekit export same-l --weights random" in offline
     assert "no model_config.json" in refused("export", tmp_path, "--out", folder)
     assert "no random weights for 'same-m'" in refused("export", "same-m", "--weights", "random", "--out", folder)
-    # Before anything is loaded: there is no such model.
+    # The precision is checked before the model is loaded, because this model does not exist.
     assert "cannot export precision" in refused("export", "same-m", "--out", folder, "--precision", "fp32,fp8")
     assert "is no published model" in refused("export", "same-m", "--out", folder)
     assert ready_graphs == []
