@@ -1,4 +1,4 @@
-"""Fake of TensorRT that computes sums in host memory and has those properties of TensorRT that cause errors.
+"""A fake TensorRT that computes a simple function in host memory and fails in the ways of the real one.
 
 * It reads and writes at the addresses that it was given.
 * It returns False instead of raising an exception.
@@ -25,16 +25,13 @@ STREAM = 7
 
 
 def floats_at(address, shape):
-    """Return an array that shares the memory at an address."""
+    """Return the memory at an address as an array."""
     numbers = (ctypes.c_float * int(np.prod(shape))).from_address(address)
     return np.ctypeslib.as_array(numbers).reshape(shape)
 
 
 def computed(spec, direction, array):
-    """Return what the fake computes for an input.
-
-    The output of a latent is the sum of its input over all features, plus the index of the output feature.
-    """
+    """Return the output of the fake engine: for each latent the sum of its input plus the number of the feature."""
     latents = array.shape[2] // spec.layout(direction)[1]
     sums = array.reshape(array.shape[0], array.shape[1], latents, -1).sum(axis=(1, 3), dtype=np.float64)
     shape = spec.input_shape(opposite(direction), array.shape[0], latents)
@@ -43,7 +40,7 @@ def computed(spec, direction, array):
 
 
 class FakeTensorRT:
-    """Fake of the module `tensorrt`. A serialized engine is the name of its direction."""
+    """The module. The bytes of an engine are the name of its direction."""
 
     __name__ = TENSORRT
     __version__ = "11.4.0"
@@ -51,12 +48,12 @@ class FakeTensorRT:
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
 
     def __init__(self, spec):
-        # A class, because samekit derives its logger from it.
+        # samekit derives its logger from this class.
         self.ILogger = type("ILogger", (), {"Severity": SimpleNamespace(VERBOSE="VERBOSE")})
         self.spec = spec
         self.fails = None
         self.events = []
-        # Profiles that all contexts have set, in order; the contexts themselves are not kept alive.
+        # Profiles of all contexts; a list of contexts would keep them alive.
         self.profiles = []
 
     def works(self, step):
@@ -98,7 +95,7 @@ class FakeEngine:
 
 
 class FakeRTX(FakeTensorRT):
-    """Fake of the module `tensorrt_rtx`, which captures CUDA graphs itself."""
+    """A module that records CUDA graphs by itself, as TensorRT-RTX does."""
 
     CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole graph")
 
@@ -110,7 +107,7 @@ class FakeRuntimeConfig:
 
 class FakeContext:
     captured = None
-    """Launches that the current capture has recorded; None if no capture is running."""
+    """The contexts that a running capture has recorded; None outside a capture."""
 
     def __init__(self, engine, config):
         self.config = lambda: True
@@ -174,7 +171,7 @@ class FakeContext:
 
 
 class FakeGpu:
-    """Fake of a GPU that uses host memory and records the order of events."""
+    """Host memory in place of a GPU's; records the order of events."""
 
     capability = (8, 9)
 
@@ -208,7 +205,7 @@ class FakeGpu:
     def ordered(self):
         self.events.append("engine waits")
         yield STREAM
-        # Scratch memory that is freed earlier may be allocated again while the engine still writes to it.
+        # Memory that is freed before this could be reused while the engine still writes to it.
         self.events.append("caller waits" + (" with scratch" if self.scratches else ""))
 
     def capture(self, launch):

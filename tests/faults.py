@@ -1,4 +1,4 @@
-"""Fault injection: kill a process at any file system call, fill a disk, run several processes at the same time."""
+"""Fault injection: processes that are killed at each step of their writing, small disks, concurrent processes."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ import pytest
 
 KILLED = -signal.SIGKILL
 
-# Calls that change names or wait for the disk. Every incomplete state on disk lies between two of these calls.
+# Functions that change names or wait for the disk. A process is killed before each of their calls.
 STEPS = tuple((os, name) for name in ("open", "rename", "replace", "fsync", "mkdir", "rmdir", "link", "unlink"))
 
 
 def in_a_fork(work):
-    """Run `work` in a forked process and return its exit code; after a signal it is minus the signal number."""
+    """Do the work in a fork of this process; return its exit code: 0, or minus the number of a signal."""
     with warnings.catch_warnings():
-        # Python 3.12 warns if the parent has threads; `work` uses none of them.
+        # Python 3.12 warns of forks with threads. The work does not use those threads.
         warnings.simplefilter("ignore", DeprecationWarning)
         process = os.fork()
     if process == 0:
         code = 1
-        # Coverage results of this process would be lost, and tracing is slow.
+        # Coverage would be slow, and its counts in the fork are lost.
         sys.settrace(None)
-        # A lock that another thread held at the fork is never released; the alarm ends a process that waits for it.
+        # The fork could hang on a lock that another thread held.
         signal.alarm(300)
         try:
             work()
@@ -44,18 +44,18 @@ def in_a_fork(work):
 
 
 def kill_this_process(*_arguments, **_options):
-    """Send SIGKILL to this process."""
+    """End this process as `kill -9` does."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def dying_at(step, work, steps=STEPS, die=kill_this_process):
-    """Return a function that runs `work` and calls `die` before the call with the number `step`.
+    """Return the work, changed so that `die` is called just before its `step`-th step.
 
     Args:
         step: number of the call, from 1.
         work: function without arguments.
         steps: object and name of each function whose calls are counted.
-        die: gets the arguments of the call. The call is made only if `die` returns.
+        die: called with the step's arguments; if it raises, the step is left out.
     """
     left = [step]
 
@@ -78,11 +78,7 @@ def dying_at(step, work, steps=STEPS, die=kill_this_process):
 
 
 def kill_at_every_step(work, check, prepare, steps=STEPS, most=200):
-    """Kill `work` at its first step, then at its second, and so on, until it ends without being killed.
-
-    Returns:
-        how often it was killed.
-    """
+    """Kill the work at its first step, its second, ... until it completes; return how often it was killed."""
     for step in range(1, most):
         prepare()
         ended = in_a_fork(dying_at(step, work, steps))
@@ -94,14 +90,14 @@ def kill_at_every_step(work, check, prepare, steps=STEPS, most=200):
 
 
 def together(*works):
-    """Run functions at the same time, each in a forked process, and return their exit codes."""
+    """Run works at the same time in forks; return their exit codes."""
     with ThreadPoolExecutor(len(works)) as pool:
         return list(pool.map(in_a_fork, works))
 
 
 @contextmanager
 def mounted(folder, *options):
-    """Mount a tmpfs on a new folder, or skip the test if that is not permitted."""
+    """Mount a small file system in memory."""
     folder.mkdir()
     mount = subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", folder], capture_output=True, check=False)
     if mount.returncode:
@@ -113,24 +109,22 @@ def mounted(folder, *options):
 
 
 def remount(folder, options):
-    """Change the mount options of a file system, for example to `ro`."""
+    """Change the options of a mounted file system, such as `ro`."""
     subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
 
 
 def fill(folder, room=0):
-    """Fill a disk with one file, except for `room` bytes.
-
-    Other processes may write at the same time, so an OSError for lack of space is ignored.
-    """
+    """Fill a disk with a file, except for `room` bytes."""
     filler = folder / "filler"
     filler.unlink(missing_ok=True)
+    # Other processes may write at the same time and use the space first.
     with suppress(OSError), filler.open("wb", buffering=0) as file:
         while (left := shutil.disk_usage(folder).free - room) > 0:
             file.write(bytes(left))
 
 
 def contents(folder):
-    """Return the bytes of every file below a folder, by relative path."""
+    """Return the bytes of every file by its relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 

@@ -1,4 +1,4 @@
-"""The docstring of `samekit.errors` shows the actual class tree, and every error is a SamekitError."""
+"""The error tree equals the drawing in its docstring, and SamekitError catches every error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from samekit import SamekitError, errors
 
 
 def drawn_tree():
-    """Return depth, class name and built-in base class of each line of the drawing."""
+    """Return depth, name and builtin base of each line of the drawing."""
     drawing = re.findall(r"^( *[│├└─ ]*)(\w+Error)\b *(?:\((\w+)\))?", errors.__doc__, re.MULTILINE)
     return [(len(indent) // 4, name, builtin) for indent, name, builtin in drawing]
 

@@ -9,7 +9,7 @@ LEAST_DB = 100
 
 
 def describe(case):
-    """Return the id of a case, such as `encode-21-chunked`."""
+    """Return an id such as `encode-21-chunked`."""
     words = [case["op"], case.get("latents"), f"batch{case['batch']}" if "batch" in case else None]
     return "-".join(str(word) for word in [*words, "chunked" if case.get("chunked") else None] if word)
 
@@ -30,6 +30,7 @@ def each_case(*operations):
 @each_case("encode", "decode")
 @pytest.mark.parametrize("backend_name", EACH_BACKEND)
 def test_encode_and_decode(model_of, backend_name, name, case):
+    """For odd numbers of latents, the last latent that the reference's SAME-S returns is left out."""
     model = model_of(name, backend_name)
     batch, latents = case.get("batch", 1), case["latents"]
     chunks = {key: case[key] for key in ("chunked", "chunk_size", "overlap") if key in case}
@@ -38,7 +39,7 @@ def test_encode_and_decode(model_of, backend_name, name, case):
     else:
         output = model.decode(noise((batch, model.latent_dim, latents), case["seed"], level=1), **chunks)
         length = latents * HOP
-    # For an odd number of latents, the SAME-S of the reference returns one more.
+    # The reference returns one more latent if its chunks do not fit.
     assert_close(case["output"][..., :length], output, LEAST_DB)
 
 

@@ -1,4 +1,4 @@
-"""What samekit does in a process: usage reports, interrupted and broken imports, forks, copies of models."""
+"""Effects of samekit on its process: usage reports, interrupted and broken imports, forks, copies of models."""
 
 from __future__ import annotations
 
@@ -22,13 +22,21 @@ import samekit
 from samekit import AutoencoderModel
 from samekit.errors import BackendError, EngineError, EngineNotFoundError
 
-# Services of continuous integration, under which ONNX Runtime reports nothing: its code names these.
-QUIET = ("CI", "TF_BUILD", "GITHUB_ACTIONS", "JENKINS_URL", "CODEBUILD_BUILD_ID", "BUILDKITE", "BITBUCKET_BUILD_NUMBER")
+# ONNX Runtime sends no usage reports if one of these variables of continuous integration services is set.
+CI_VARIABLES = (
+    "CI",
+    "TF_BUILD",
+    "GITHUB_ACTIONS",
+    "JENKINS_URL",
+    "CODEBUILD_BUILD_ID",
+    "BUILDKITE",
+    "BITBUCKET_BUILD_NUMBER",
+)
 
 
 @pytest.fixture
 def home(tmp_path):
-    """An empty folder, to be the home and the working folder of a process."""
+    """Empty folder that is the home and the working folder of a process."""
     path = tmp_path / "home"
     path.mkdir()
     return path
@@ -42,17 +50,17 @@ def song(tmp_path):
 
 
 def environment(home, **changes):
-    """That of a user's machine, with an empty home."""
+    """Return the environment variables of a user outside continuous integration, with an empty home."""
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name not in (*QUIET, "ORT_DISABLE_TELEMETRY") and not name.startswith("XDG_")
+        if name not in (*CI_VARIABLES, "ORT_DISABLE_TELEMETRY") and not name.startswith("XDG_")
     }
     return kept | {"HOME": str(home), "MPLCONFIGDIR": str(home.parent / "matplotlib")} | changes
 
 
 def python(home, *arguments, prefix=(), timeout=120, **changes):
-    """A process of Python in `home`."""
+    """Run Python in `home`."""
     command = [*prefix, sys.executable, *map(str, arguments)]
     return subprocess.run(
         command,
@@ -76,13 +84,13 @@ WORK = {
     "verify": "-m samekit verify {engine}",
     "doctor": "-m samekit doctor",
     "benchmark": "{root}/benchmarks/latency.py --help",
-    "a session of the user's": "-c 'import samekit, onnxruntime as o; o.InferenceSession(\"{engine}/decoder.onnx\")'",
+    "InferenceSession": "-c 'import samekit, onnxruntime as o; o.InferenceSession(\"{engine}/decoder.onnx\")'",
 }
 
 
 @pytest.fixture
 def arguments(engine_of, song, tmp_path, request):
-    """The arguments of Python for a piece of work."""
+    """Arguments with which Python runs an entry of WORK."""
     data, out = tmp_path / "data", tmp_path / "out"
     out.mkdir()
     data.mkdir()
@@ -98,7 +106,7 @@ def arguments(engine_of, song, tmp_path, request):
 def test_nothing_is_written_into_the_home(arguments, home):
     done = python(home, *arguments)
     assert done.returncode == 0, done.stderr
-    # Ray keeps a token of its own there.
+    # Ray writes an access token into the home folder.
     assert [str(path) for path in home.rglob("*") if ".ray" not in path.parts] == []
 
 
@@ -116,7 +124,7 @@ def test_nothing_is_looked_up(arguments, home, tmp_path):
     assert done.returncode == 0, done.stderr
     calls = trace.read_text(encoding="utf-8", errors="replace").splitlines()
     assert any("onnxruntime_pybind11_state" in call for call in calls), "nothing was traced"
-    # Sockets of the internet, name services, and the certificates that uploads need.
+    # Internet sockets, sockets of name services, and files that name lookups and uploads need.
     assert [call for call in calls if re.search(r"AF_INET|AF_UNIX|resolv\.conf|/certs/|deviceid", call)] == []
 
 
@@ -130,7 +138,7 @@ def test_the_users_choice_about_usage_reports_stands(home, value):
 # --- Imports -----------------------------------------------------------------------------------------------
 
 INTERRUPTED = "import os, signal; os.kill(os.getpid(), signal.{signal})"
-# Extension modules turn what is raised while they start into an ImportError, or lose it.
+# Extension modules turn an exception during their initialization into an ImportError, with or without its cause.
 BROKEN = {
     "with its cause": """
 try:
@@ -149,7 +157,7 @@ raise ImportError("initialization failed")
 
 
 def fake_package(folder, name, text):
-    """A package of this name and contents; returns what to set so that Python finds it first."""
+    """Write a package and return the environment variables that make Python find it first."""
     (folder / name).mkdir(parents=True)
     (folder / name / "__init__.py").write_text(text + "\n", encoding="utf-8")
     return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
@@ -195,7 +203,7 @@ main(["doctor"])
 
 
 def test_stop_that_raises_nothing(home):
-    """A library caught it, and the work went on to its end."""
+    """The exit code is that of the signal, also when a library ignores KeyboardInterrupt and the command completes."""
     done = python(home, "-c", SWALLOWS)
     assert done.returncode == 128 + signal.SIGTERM
     assert done.stderr.splitlines() == ["stopped; run the same command again"]
@@ -248,7 +256,7 @@ import numpy as np
 from samekit import AutoencoderModel
 
 folder, backend, threads = sys.argv[1:]
-# Errors keep backends that were refused while they were opened.
+# The tracebacks of these errors keep references to backends that failed to open.
 refused = []
 for name, options in (("torch", {"precision": "int8"}), ("onnxruntime", {"providers": ["none"]})):
     try:
@@ -274,24 +282,24 @@ def fork(end):
     if not child:
         work()
         end()
-        # Everything is destroyed on the way out.
+        # Unlike `os._exit`, this destroys all objects.
         sys.exit(7)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 7, status
 
-# Before the model was used, and after.
+# Fork before the first use of the model, and after it.
 fork(lambda: None)
 for _ in range(3):
     expected = work()
 fork(lambda: None)
 fork(model.close)
-# A child of a child.
+# Fork in a forked process.
 fork(lambda: fork(lambda: None))
 child = multiprocessing.get_context("fork").Process(target=work)
 child.start()
 child.join()
 assert child.exitcode == 0
-# And the parent goes on.
+# The parent can still use the model.
 work()
 print("worked")
 """
@@ -303,7 +311,7 @@ can_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system canno
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
 def test_forked_processes_work_and_end(engine_of, home, backend, threads):
-    """The threads of ONNX Runtime and PyTorch are not there in a forked process."""
+    """Models work in a forked process, although it does not have the threads of ONNX Runtime and PyTorch."""
     done = python(home, "-W", "ignore", "-c", FORKED, engine_of("tiny-s").folder, backend, threads)
     assert done.returncode == 0, done.stderr
     assert "Exception ignored" not in done.stderr
@@ -312,7 +320,7 @@ def test_forked_processes_work_and_end(engine_of, home, backend, threads):
 
 @can_fork
 def test_forked_process_of_a_parent_at_work(engine_of, home):
-    """Threads of the parent hold locks and run sessions at the time of the fork."""
+    """Models work in a forked process, although threads of the parent held locks and ran sessions at the fork."""
     program = """
 import os, sys, threading
 import numpy as np
@@ -320,7 +328,7 @@ from samekit import AutoencoderModel
 
 model = AutoencoderModel.from_pretrained(sys.argv[1], "cpu", backend="onnxruntime", threads=2)
 latents = np.zeros((1, 32, 8), np.float32)
-# A fork during an import, such as NumPy's of its parts, is beyond help.
+# This call completes all imports: a fork during an import in another thread can deadlock.
 model.decode(latents)
 stopped = threading.Event()
 
@@ -344,7 +352,7 @@ stopped.set()
 
 
 class GpuBackend(FakeBackend):
-    """Says that it computes on a GPU."""
+    """Backend that claims to compute on a GPU."""
 
     device = "cuda"
 
@@ -385,7 +393,7 @@ def test_copies_open_the_same_again(engine_of, name, way, monkeypatch, tmp_path)
     with AutoencoderModel.from_pretrained("./tiny-s", "cpu", **options) as model:
         audio = noise((2, 9000))
         expected = model.encode(audio, RATE)
-        # As another process may have another one.
+        # Another process may have another working folder.
         monkeypatch.chdir(tmp_path)
         with way(model) as other:
             assert type(other) is AutoencoderModel
@@ -394,7 +402,7 @@ def test_copies_open_the_same_again(engine_of, name, way, monkeypatch, tmp_path)
             assert other.autoencoder.backend.window_batch == 2
             assert other.autoencoder.windows("encoder").size == 64
             assert np.array_equal(other.encode(audio, RATE), expected)
-        # Each is closed by itself.
+        # Closing the copy does not close the original.
         assert np.array_equal(model.encode(audio, RATE), expected)
 
 
@@ -428,7 +436,7 @@ def test_copy_of_a_model_that_was_replaced(own_engine, engine_of):
 
 
 class Clips(torch.utils.data.Dataset):
-    """Encodes clips of noise in the workers of a DataLoader."""
+    """Dataset whose items are the latents of noise."""
 
     def __init__(self, model):
         self.model = model

@@ -1,4 +1,4 @@
-"""The API reference builds without a warning, and every public name in it is described."""
+"""The API reference is built without a warning and describes every public name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from samekit import errors
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """The folder of the built reference, by the command of `make docs`."""
+    """Build the reference by the command of `make docs` and return its folder."""
     folder = tmp_path_factory.mktemp("reference")
     build = [sys.executable, reference.__file__]
     done = subprocess.run(build, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
@@ -28,7 +28,7 @@ def pages(tmp_path_factory):
 
 
 def documented(namespace):
-    """The public names of a module or class that it defines itself, and of the classes in it."""
+    """Yield the public members that a module or class defines, and those of its classes."""
     for member in namespace.members.values():
         inherited = member.taken_from[0] != namespace.modulename or (
             namespace.kind == "class" and member not in namespace.own_members
@@ -53,7 +53,7 @@ def test_pages_show_signatures_sections_and_drawings(pages):
     model = (pages / "samekit.html").read_text(encoding="utf-8")
     for shown in ("from_pretrained", "Arguments:", "Returns:", "Raises:", "[batch, latent_dim, latents]"):
         assert shown in model, shown
-    # A drawing that is not indented becomes one line of text.
+    # Markdown joins the lines of a drawing that is not indented into one paragraph.
     for page in pages.rglob("*.html"):
         text = re.sub(r"<pre>.*?</pre>", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
         paragraphs = re.findall(r"<p>(.*?)</p>", text, re.DOTALL)
@@ -83,6 +83,6 @@ def test_arguments_and_errors_are_those_that_there_are(name):
 
 
 def section(docstring, head):
-    """The names that a section of a docstring describes."""
+    """Return the names that a section of a docstring describes."""
     found = re.search(rf"^{head}:\n((?:[ ].*\n?|\n)*)", docstring, re.MULTILINE)
     return re.findall(r"^    (\w+(?:, \w+)*): ", found[1], re.MULTILINE) if found else []

@@ -41,7 +41,7 @@ def eager():
 
 @pytest.fixture(scope="module")
 def folder(bundled_engine, tmp_path_factory):
-    """An engine folder with every precision."""
+    """Return an engine folder with every precision."""
     folder = tmp_path_factory.mktemp("engines")
     shutil.copytree(bundled_engine.folder, folder / NAME)
     return export(load(NAME), folder, PRECISIONS).folder
@@ -151,7 +151,7 @@ def test_round_trip_of_music_never_heard(folder, music):
     assert min(snrs.values()) >= 10
 
 
-# --- How it was made ---------------------------------------------------------------------------------------
+# --- Training ----------------------------------------------------------------------------------------------
 
 
 def test_clips_are_a_function_of_their_seed():
