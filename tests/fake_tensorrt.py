@@ -176,7 +176,7 @@ class FakeGpu:
         self.events = events
         self.scratches = weakref.WeakSet()
 
-    def holds(self, value):
+    def contains(self, value):
         return isinstance(value, torch.Tensor)
 
     def upload(self, array):

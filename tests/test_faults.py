@@ -33,7 +33,6 @@ from samekit.dataset.options import PreEncodeOptions
 from samekit.dataset.run import pre_encode
 from samekit.engine.folder import Engine
 from samekit.errors import AudioFileError, EngineError, LatentsFileError, OutputError
-from samekit.files import atomic as _files
 from samekit.files.latents import LatentsWriter
 from samekit.serving import triton as triton_module
 from samekit.tensorrt.builds import BuiltEngine, build_folders, is_whole, open_cache
@@ -350,28 +349,6 @@ def test_killed_report(song, engine, out, monkeypatch, faults):
     kills = kill_at_every_step(lambda: samekit(*command), check, lambda: page.write_text("an older page"))
     faults["processes killed"] += kills
     assert kills >= 4
-
-
-def test_what_is_being_written_is_not_cleared_away(out):
-    """A process that is alive keeps what it writes, whoever clears away beside it."""
-    with _files.atomic_path(out / "a.wav") as file, _files.temporary_folder(out / "b") as folder:
-        (folder / "inside").touch()
-        assert _files.remove_abandoned(out) == []
-        assert in_a_fork(lambda: _files.remove_abandoned(out)) == 0
-        assert file.exists()
-        assert (folder / "inside").exists()
-    assert names(out) == ["a.wav"]
-
-
-def test_only_what_killed_processes_left_is_cleared_away(out):
-    mine = {".hidden.tmp", "song.wav", ".song.wav.12.tmp", ".git"}
-    for name in mine:
-        (out / name).write_text("mine")
-    (out / ".song.wav.12-0123abcd.tmp").write_text("abandoned")
-    (out / ".other.wav.12-0123abcd.tmp").write_text("of another")
-    assert [path.name for path, _ in _files.remove_abandoned(out, "song.wav")] == [".song.wav.12-0123abcd.tmp"]
-    assert set(names(out)) == mine | {".other.wav.12-0123abcd.tmp"}
-    assert _files.remove_abandoned(out / "nowhere") == []
 
 
 # --- The disk ------------------------------------------------------------------------------------------------
@@ -848,7 +825,7 @@ def test_sixteen_threads_share_a_model(engine):
 
 @pytest.mark.parametrize("jump", [-1e9, 1e9])
 def test_clock_that_jumps(tmp_path, out, monkeypatch, jump):
-    """The clock of the wall decides nothing: neither what is done, nor what is left over."""
+    """The wall clock does not decide which clips are encoded."""
     data = tmp_path / "data"
     data.mkdir()
     for index in range(3):
@@ -862,10 +839,6 @@ def test_clock_that_jumps(tmp_path, out, monkeypatch, jump):
     report = pre_encode(model, data, out)
     assert (report.encoded, report.unchanged) == (0, 3)
     assert 0 <= report.elapsed <= time.monotonic() - start
-    with _files.atomic_path(out / "a.wav"):
-        (path,) = out.glob(".a.wav.*")
-        os.utime(path, (0, 0))
-        assert _files.remove_abandoned(out) == []
 
 
 # Names as the system has them: bytes.

@@ -1,8 +1,7 @@
-"""Latents on disk: plain NumPy reads them, a pair is never torn, and nothing unsound is handed out."""
+"""Latents on disk: plain NumPy reads them, the files of a pair belong together, and damage is refused."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pickle
@@ -54,14 +53,14 @@ def test_plain_numpy_reads_what_was_appended(tmp_path, count, dtype):
 
 @pytest.mark.parametrize("count", [0, 1, 10**6, 10**18])
 def test_header_has_one_size_and_is_valid(tmp_path, count):
-    writer = LatentsWriter(tmp_path / "song.npy", WIDTH)
-    writer.latents = count
-    header = writer._header()
-    assert len(header) == 128
-    file = io.BytesIO(header)
-    assert np.lib.format.read_magic(file) == (1, 0)
-    assert np.lib.format.read_array_header_1_0(file) == ((WIDTH, count), True, np.dtype("<f4"))
-    assert file.tell() == 128
+    """The final header replaces the first one, so it must have the same size."""
+    with LatentsWriter(tmp_path / "song.npy", WIDTH) as writer:
+        writer.latents = count
+    with (tmp_path / "song.npy").open("rb") as file:
+        assert np.lib.format.read_magic(file) == (1, 0)
+        assert np.lib.format.read_array_header_1_0(file) == ((WIDTH, count), True, np.dtype("<f4"))
+        assert file.tell() == 128
+        assert file.read() == b""
 
 
 def test_metadata_round_trip(tmp_path):
@@ -299,6 +298,16 @@ def test_damaged_headers_raise_nothing_else(tmp_path):
         except LatentsFileError:
             refused += 1
     assert refused > 300
+
+
+def test_second_version_of_the_format(tmp_path):
+    path = tmp_path / "song.npy"
+    with path.open("wb") as file:
+        np.lib.format.write_array(file, latents_of(5), version=(2, 0))
+    assert np.array_equal(read_latents(path)[0], latents_of(5))
+    with path.open("wb") as file:
+        np.lib.format.write_array(file, latents_of(5), version=(3, 0))
+    assert_refused(path, "is no .npy file, or a damaged one")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b"\xff\xfe{}", b"[" * 100_000])

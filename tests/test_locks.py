@@ -1,4 +1,4 @@
-"""The lock of an engine folder: one writer at a time, and no trace of it afterwards."""
+"""Locks of folders: one writer at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from faults import KILLED, in_a_fork, kill_this_process, together
 from helpers import assert_one_line
 
 from samekit.errors import OutputError
-from samekit.files.locks import LOCK_FILE, folder_lock
+from samekit.files.locks import LOCK_FILE, file_lock, folder_lock
 
 
 @pytest.fixture
@@ -67,10 +67,21 @@ def test_waiting_is_logged_once_and_names_the_process(folder, caplog):
 
 
 def test_not_waiting(folder):
-    with folder_lock(folder), pytest.raises(BlockingIOError, match="is writing there"), folder_lock(folder, wait=False):
+    message = f"^{folder}: process {os.getpid()} is writing there; wait for it, or pass another folder$"
+    with folder_lock(folder), pytest.raises(OutputError, match=message), folder_lock(folder, wait=False):
         pass
     with folder_lock(folder, wait=False):
         pass
+
+
+def test_lock_of_a_file_stays_empty(folder):
+    path = folder / "state" / "lock"
+    message = f"^{folder}: process {os.getpid()} is writing there; wait for it, or pass another folder$"
+    with file_lock(path, folder), pytest.raises(OutputError, match=message), file_lock(path, folder):
+        pass
+    assert path.read_bytes() == b""
+    with file_lock(path, folder):
+        assert path.read_text() == f"process {os.getpid()}"
 
 
 def test_killed_process_holds_no_lock(folder):
@@ -98,8 +109,9 @@ def test_file_system_without_locks(folder, monkeypatch, caplog, error):
     assert not folder.exists()
     (line,) = caplog.messages
     assert line.startswith(f"{folder}: its file system has no locks ({os.strerror(error)}); start no other export")
-    with pytest.raises(OSError, match=os.strerror(error)), folder_lock(folder, wait=False):
-        pass
+    for lock in (folder_lock(folder, wait=False), file_lock(folder / "lock", folder)):
+        with pytest.raises(OutputError, match=os.strerror(error)), lock:
+            pass
 
 
 @pytest.mark.parametrize("what", ["link", "folder", "pipe"])

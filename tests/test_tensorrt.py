@@ -926,8 +926,8 @@ def test_auto_takes_tensorrt_first(own_engine, caplog):
     backend = open_backend(own_engine.folder, "auto", BackendOptions())
     assert (backend.name, backend.device, backend._build) == ("tensorrt", "cuda", build)
     assert caplog.messages == ["backend tensorrt on cuda, fp32"]
-    assert backend.place == "cuda:0"
-    assert open_backend(own_engine.folder, "tensorrt", BackendOptions(device_id=1)).place == "cuda:1"
+    assert backend.torch_device == "cuda:0"
+    assert open_backend(own_engine.folder, "tensorrt", BackendOptions(device_id=1)).torch_device == "cuda:1"
 
 
 @pytest.mark.usefixtures("gpu_here")
@@ -1001,8 +1001,8 @@ def test_streams_wait_for_each_other(monkeypatch):
         fail()
     steps = ["engine waits for caller", "PyTorch goes on with engine", "work on 7"]
     assert events == [*steps, "PyTorch goes back", "caller waits for engine"]
-    assert not gpu.holds(torch.zeros(1))
-    assert not gpu.holds(np.zeros(1))
+    assert not gpu.contains(torch.zeros(1))
+    assert not gpu.contains(np.zeros(1))
 
 
 # --- ONNX Runtime's providers ---------------------------------------------------------------------------------

@@ -221,7 +221,9 @@ def test_repository_appears_whole_or_not_at_all(engine_of, out, monkeypatch):
 
 
 def test_what_killed_commands_left_goes(engine_of, out):
-    (out.parent / f".{out.name}.12-0123abcd.tmp" / "tiny-s-encoder").mkdir(parents=True)
+    left = out.parent / f".{out.name}.12-0123abcd.tmp"
+    (left / "tiny-s-encoder").mkdir(parents=True)
+    os.utime(left, (0, 0))
     write_repository(engine_of("tiny-s"), out)
     assert list(out.parent.iterdir()) == [out]
 
