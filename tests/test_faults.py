@@ -257,7 +257,7 @@ def quick_halves(engine, fingerprint, module, folder, report):
 @pytest.mark.parametrize("damaged", [False, True])
 def test_killed_build(engine, tmp_path, monkeypatch, damaged, faults):
     folder = tmp_path / "engine"
-    monkeypatch.setattr(to_tensorrt, "_build_halves", quick_halves)
+    monkeypatch.setattr(to_tensorrt, "_build_engines", quick_halves)
 
     def run():
         to_tensorrt.build_engines(Engine.load(folder), "fp32", QuickBuilder(), "portable", lambda _: None)
@@ -673,7 +673,7 @@ def test_builds_into_one_folder_at_once(engine, tmp_path, monkeypatch):
         time.sleep(0.3)
         return engines
 
-    monkeypatch.setattr(to_tensorrt, "_build_halves", slow_halves)
+    monkeypatch.setattr(to_tensorrt, "_build_engines", slow_halves)
     work = partial(to_tensorrt.build_engines, Engine.load(folder), "fp32", QuickBuilder(), "portable", lambda _: None)
     for before in ("no build", "a damaged build"):
         built.write_text("")

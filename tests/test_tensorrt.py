@@ -157,15 +157,15 @@ class TestBuilding:
 @pytest.mark.slow
 def test_full_size(tmp_path):
     engine = export(seeded("same-s"), tmp_path, PRECISIONS)
-    full, direction = add_engines(engine, PRECISIONS, "rtx", print)
-    for build in (full, direction):
+    full, half = add_engines(engine, PRECISIONS, "rtx", print)
+    for build in (full, half):
         assert {line.split("]")[0] for line in log_of(build).splitlines()} == {"[INFO"}
         # A graph exported as the model is written has 2,600: fewer fuse better and build faster.
         assert build.engines[ENCODER].layers < 700
-    full, direction = (sum(engine.size for engine in build.engines.values()) for build in (full, direction))
+    full, half = (sum(engine.size for engine in build.engines.values()) for build in (full, half))
     parameters = sum(tensor.numel() for tensor in seeded("same-s").tensors.values())
     assert full == pytest.approx(4 * parameters, rel=0.1)
-    assert direction == pytest.approx(full / 2, rel=0.1)
+    assert half == pytest.approx(full / 2, rel=0.1)
 
 
 @pytest.fixture
@@ -642,8 +642,6 @@ def test_info_names_stale_engines_and_clean_removes_them(own_engine, monkeypatch
     _shorten(damaged.folder / "encoder.engine")
     left = own_engine.folder / "tensorrt" / "tensorrt-11.4.0-8.9-fp32-0123456789ab"
     left.mkdir()
-    killed = own_engine.folder / ".export-abcdefgh"
-    killed.mkdir()
     graph = own_engine.folder / "encoder.2.onnx"
     graph.touch()
     mine = own_engine.folder / "tensorrt" / "mine"
@@ -666,7 +664,7 @@ def test_info_names_stale_engines_and_clean_removes_them(own_engine, monkeypatch
     assert "STALE: " in state[damaged.folder.name]
 
     assert {line.split()[1].strip(",") for line in run("clean")} == {
-        str(path) for path in (stale.folder, old, damaged.folder, left, failed, killed, graph)
+        str(path) for path in (stale.folder, old, damaged.folder, left, failed, graph)
     }
     assert build_folders(own_engine) == sorted([current.folder, elsewhere.folder, kept])
     assert mine.is_dir()
@@ -683,7 +681,7 @@ def module(spec):
 
 @pytest.fixture
 def opened(own_engine, module):
-    return TensorRTBackend(own_engine.spec, put_build(own_engine), module, FakeGpu(module.events))
+    return TensorRTBackend(own_engine.spec, put_build(own_engine), module, FakeGpu(module.events), BackendOptions())
 
 
 def test_pieces_of_a_batch():
@@ -826,7 +824,7 @@ def test_a_shape_that_comes_again_is_recorded(opened, module):
 def test_tensorrt_rtx_records_by_itself(own_engine, spec):
     module = FakeRTX(spec)
     with TensorRTBackend(
-        own_engine.spec, put_build(own_engine), module, FakeGpu(module.events), cuda_graph=True
+        own_engine.spec, put_build(own_engine), module, FakeGpu(module.events), BackendOptions(cuda_graph=True)
     ) as backend:
         for seed in range(4):
             array = noise((1, 32, 3), seed)

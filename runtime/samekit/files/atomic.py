@@ -68,7 +68,7 @@ def atomic_path(path: str | os.PathLike[str], *, follow_links: bool = False) -> 
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(target.parent)
+    _sync(target.parent)
 
 
 @contextmanager
@@ -90,10 +90,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         try:
             yield temporary
             for path in (*temporary.rglob("*"), temporary):
-                if path.is_dir():
-                    _sync_folder(path)
-                else:
-                    _sync(path)
+                _sync(path)
             try:
                 temporary.rename(folder)
             except OSError as error:
@@ -101,24 +98,21 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                     raise exists from None
                 raise
-            _sync_folder(folder.parent)
+            _sync(folder.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
 def atomic_commit(path: Path, text: str, files: Iterable[Path]) -> None:
-    """Write a file that makes others valid, once the contents and the names of those are on disk.
+    """Write a file that makes other files of its folder valid, once their contents and names are on disk.
 
     Raises:
         OutputError: a file cannot be written to the disk; `path` stays as it was.
     """
     with output_errors(path.parent):
-        folders = set()
         for file in files:
             _sync(file)
-            folders.add(file.parent)
-        for folder in folders:
-            _sync_folder(folder)
+        _sync(path.parent)
         with atomic_path(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
@@ -226,21 +220,15 @@ def _shortened(name: str) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Wait until the contents of a file are on disk."""
+    """Wait until the contents of a file, or the names in a folder, are on disk."""
     # Read access is enough except on Windows: a graph that an older export shares may be read-only.
-    _flush(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on disk, where the system can do that."""
-    # Windows cannot open folders, and some network file systems cannot sync them.
-    with suppress(OSError):
-        _flush(folder, os.O_RDONLY)
-
-
-def _flush(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        # Windows cannot open folders, and some network file systems cannot sync them.
+        if not path.is_dir():
+            raise

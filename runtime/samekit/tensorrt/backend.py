@@ -42,23 +42,13 @@ class TensorRTBackend(Backend):
     # Longer windows would need the wide profile, which accepts no batches.
     longest_window = NARROW.latents[2]
 
-    def __init__(
-        self,
-        spec: EngineSpec,
-        build: Build,
-        module: Any,
-        gpu: Gpu,
-        *,
-        device_id: int = 0,
-        cuda_graph: bool = False,
-        window_batch: int | None = None,
-    ) -> None:
-        super().__init__(spec, build.fingerprint.precision, window_batch)
-        self.device_id = device_id
+    def __init__(self, spec: EngineSpec, build: Build, module: Any, gpu: Gpu, options: BackendOptions) -> None:
+        super().__init__(spec, build.fingerprint.precision, options.window_batch)
+        self.device_id = options.device_id
         self._build = build
         self._module = module
         self._gpu = gpu
-        self._cuda_graph = cuda_graph
+        self._cuda_graph = options.cuda_graph
         self._runners: dict[str, EngineRunner] = {}
         # An execution context serves one caller at a time.
         self._busy = threading.Lock()
@@ -145,12 +135,4 @@ def open_tensorrt(engine: Engine, options: BackendOptions) -> TensorRTBackend:
         raise BackendUnavailableError(f"neither flavour of TensorRT is installed; run: {' or '.join(INSTALL.values())}")
     versions = {flavour: module.__version__ for flavour, module in modules.items()}
     build = choose_build(engine, options.precision, gpu.capability, versions)
-    return TensorRTBackend(
-        engine.spec,
-        build,
-        modules[build.fingerprint.flavour],
-        gpu,
-        device_id=options.device_id,
-        cuda_graph=options.cuda_graph,
-        window_batch=options.window_batch,
-    )
+    return TensorRTBackend(engine.spec, build, modules[build.fingerprint.flavour], gpu, options)
