@@ -53,7 +53,7 @@ class Engine:
 
     @classmethod
     def load(cls, folder: Path) -> Engine:
-        """Read an engine folder; EngineError if it is not finished or its `spec.json` is damaged."""
+        """Read an engine folder; raise EngineError if it is not finished or its `spec.json` is damaged."""
         return cls(folder, EngineSpec.load(folder))
 
     def check_not_replaced(self, precision: str) -> None:
@@ -140,10 +140,10 @@ def describe_graph(folder: Path, file: str) -> GraphFile:
 
 
 def graph_names(folder: Path, precision: str) -> dict[str, str]:
-    """Return unused names for new graphs of a precision: encoder / decoder -> file.
+    """Return names for new graphs of a precision: encoder / decoder -> file.
 
-    Their number is one more than that of every graph of this precision in the folder. So a reader that has read an
-    older `spec.json` never finds another export's graph under a name that it knows.
+    The number in a name is larger than that of every other graph of this precision. So a reader that has read an older
+    `spec.json` never finds another export's graph under a name that it knows.
     """
     numbers = [
         int(match[3] or 1)
@@ -163,8 +163,7 @@ def is_engine_file(path: Path) -> bool:
 def commit_export(folder: Path, spec: EngineSpec) -> None:
     """Make new graphs of an engine folder valid by replacing `spec.json`; the caller holds the folder's lock.
 
-    Raises:
-        OutputError: a file cannot be written; the older export is still valid.
+    Raise OutputError if a file cannot be written; then the older export is still valid.
     """
     atomic_commit(folder / SPEC_FILE, spec.to_json(), [folder / name for name in spec.files])
 
@@ -184,7 +183,7 @@ def leftovers(folder: Path) -> list[Path]:
     def is_left(path: Path) -> bool:
         if _GRAPH_FILE.fullmatch(path.name):
             return valid is not None and path.name not in valid and not path.is_dir()
-        return is_engine_file(path) and path.name not in (SPEC_FILE, LOCK_FILE)
+        return path.is_file() and temporary_target(path.name) == SPEC_FILE
 
     with suppress(OSError):
         return sorted(filter(is_left, folder.iterdir()))
@@ -192,10 +191,9 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def remove_leftovers(folder: Path) -> list[tuple[Path, int]]:
-    """Delete what `leftovers` finds; what cannot be deleted stays. The caller holds the engine folder's lock.
+    """Delete what `leftovers` finds, as far as possible; the caller holds the engine folder's lock.
 
-    Returns:
-        The deleted paths, each with the bytes that it held.
+    Return the deleted paths, each with the bytes that it held.
     """
     removed = []
     for path in leftovers(folder):
@@ -216,12 +214,10 @@ def search_path() -> str:
 
 
 def find_engine(name: str | os.PathLike[str]) -> Engine:
-    """Return the engine folder of a model.
+    """Return an engine folder, given by its path or by the name of its model.
 
-    Args:
-        name: an engine folder, or a model's name, which is looked up in `./engines` and in the user's cache
-            (`~/.cache/samekit/engines`, or the folder that SAMEKIT_CACHE names). Names of `KNOWN_MODELS` are looked up
-            in lower case too, as `samekit export` writes them.
+    A name is looked up in `./engines` and in the user's cache: `~/.cache/samekit/engines`, or the folder that
+    SAMEKIT_CACHE names. Names of `KNOWN_MODELS` are looked up in lower case too, as `samekit export` writes them.
 
     Raises:
         EngineNotFoundError: no engine folder was found.

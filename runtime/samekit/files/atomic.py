@@ -38,11 +38,8 @@ def atomic_path(path: str | os.PathLike[str], *, follow_links: bool = False) -> 
     The contents are on disk (fsync) before the file is renamed. Its permissions follow the umask. If the block raises,
     the temporary file is deleted, `path` stays as it was, and the exception passes unchanged.
 
-    Args:
-        path: the file to create or replace; its folder must exist.
-        follow_links: whether a symbolic link stays and the file that it leads to is created or replaced. Use it for
-            outputs that the user names. Otherwise the link itself is replaced: a folder that was downloaded may hold
-            links to any file of the user.
+    With `follow_links`, for outputs that the user names, the target of a symbolic link is replaced. Otherwise the link
+    itself is replaced, because a folder that was downloaded may hold links to any file of the user.
 
     Raises:
         OutputError: `path` is not a regular file, or its folder is missing, not writable or full.
@@ -106,8 +103,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 def atomic_commit(path: Path, text: str, files: Iterable[Path]) -> None:
     """Write a file that makes other files of its folder valid, once their contents and names are on disk.
 
-    Raises:
-        OutputError: a file cannot be written to the disk; `path` stays as it was.
+    Raise OutputError if a file cannot be written; then `path` stays as it was.
     """
     with output_errors(path.parent):
         for file in files:
@@ -120,10 +116,8 @@ def atomic_commit(path: Path, text: str, files: Iterable[Path]) -> None:
 def remove_abandoned(folder: Path, wanted: str | Callable[[str], bool]) -> None:
     """Delete the temporary files and folders that killed processes left in a folder.
 
-    Args:
-        folder: where to look; it may be missing.
-        wanted: the name of an output, whose temporaries are deleted if their process has ended. Or a predicate of
-            such names: the caller holds the folder's lock, so every matching temporary is deleted.
+    `wanted` is the name of an output, whose temporaries are deleted if their process has ended. Or it is a predicate of
+    such names: the caller holds the folder's lock, so every matching temporary is deleted.
     """
     name = None
     if isinstance(wanted, str):
@@ -145,10 +139,7 @@ def remove_abandoned(folder: Path, wanted: str | Callable[[str], bool]) -> None:
 
 
 def temporary_target(name: str) -> str | None:
-    """Return the name of the file or folder for which a temporary one has this name; None for other names.
-
-    Names longer than 200 bytes are cut off there.
-    """
+    """Return the name of the output, cut to 200 bytes, for which a temporary file has this name; None for others."""
     match = _TEMPORARY.fullmatch(name)
     return match["name"] if match else None
 
@@ -194,11 +185,7 @@ def output_errors(
 ) -> Iterator[None]:
     """Raise an OSError or a `library_error` of the `with` block as an OutputError about the output `path`.
 
-    Args:
-        path: the output that the message names.
-        library_error: what a library raises in place of an OSError.
-        cause: what is wrong with the output, for the message.
-        cure: what to do, for the message.
+    The message is `PATH: CAUSE (REASON); CURE`, with the reason of the system or the library.
     """
     try:
         yield

@@ -39,20 +39,9 @@ PADDING_MASK: Final = "padding_mask"
 _DTYPES: Final[dict[str, np.dtype[np.floating[Any]]]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 # NumPy refuses headers above 10,000 bytes, but only after reading as many bytes as the file claims.
 _HEAD_BYTES: Final = 12_000
-_HEADER_READERS: Final = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
-# What NumPy raises for damaged headers, found by trying; KeyError is for another version of the format.
-_HEADER_ERRORS: Final = (
-    ValueError,
-    TypeError,
-    SyntaxError,
-    MemoryError,
-    RecursionError,
-    tokenize.TokenError,
-    KeyError,
-)
+_HEADER_READERS: Final = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+# What NumPy raises for damaged headers, found by trying; KeyError means another version of the format.
+_HEADER_ERRORS: Final = (ValueError, TypeError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError, KeyError)
 # Values that are checked at a time, to keep memory flat.
 _CHECKED_VALUES: Final = 2**20
 
@@ -60,13 +49,8 @@ _CHECKED_VALUES: Final = 2**20
 class LatentsWriter:
     """Write latents block by block, in memory that does not grow with their number.
 
-    Use it in a `with` statement. The files appear when the block ends without an error.
-
-    Args:
-        path: the `.npy` file; the `.json` file gets the same name.
-        width: length of one latent vector.
-        dtype: of the values on disk, `float32` or `float16`.
-        follow_links: whether symbolic links stay and the files that they lead to are replaced, see `atomic_path`.
+    Use it in a `with` statement: the `.npy` file and its `.json` file appear when the block ends without an error.
+    `dtype`, of the values on disk, is `float32` or `float16`. For `follow_links` see `atomic_path`.
 
     Raises:
         InputError: the suffix is not `.npy`, or the dtype is another.
@@ -108,10 +92,7 @@ class LatentsWriter:
             self._outputs.__exit__(kind, error, trace)
 
     def write(self, block: Floats) -> None:
-        """Append latents.
-
-        Args:
-            block: `[width, latents]`, finite in the dtype of the file.
+        """Append latents `[width, latents]`.
 
         Raises:
             InputError: the block has another shape, or a value is NaN, infinite or too large for the dtype.
@@ -131,8 +112,7 @@ class LatentsWriter:
 
     def _write_header(self) -> None:
         """Write the header for the latents so far; NumPy pads it, so its size does not depend on their number."""
-        shape = (self._width, self.latents)
-        fields = {"descr": self._dtype.str, "fortran_order": True, "shape": shape}
+        fields = {"descr": self._dtype.str, "fortran_order": True, "shape": (self._width, self.latents)}
         np.lib.format.write_array_header_1_0(self._file, fields)
 
     def _finish(self) -> None:
@@ -157,8 +137,7 @@ def read_latents(path: str | os.PathLike[str], width: int | None = None) -> tupl
         width: the expected width, or None for any.
 
     Returns:
-        The latents, `[width, latents]`, read-only and of the file's dtype, which are read from disk when they are
-        used; and the metadata, empty if there is no `.json` file.
+        The latents, `[width, latents]`, read-only and of the file's dtype; and the metadata, empty without a `.json`.
 
     Raises:
         LatentsFileError: the file is missing, cut off, empty, not an array of finite numbers, or of another width;
@@ -176,14 +155,8 @@ def read_latents(path: str | os.PathLike[str], width: int | None = None) -> tupl
 class LatentsReader:
     """Read latents block by block, in memory that does not grow with their number.
 
-    Unlike `read_latents` it does not map the file: if a mapped file shrinks, reading it ends the process.
-
-    Args:
-        path: the `.npy` file, as `read_latents` takes it.
-        width: the expected width, or None for any.
-
-    Raises:
-        LatentsFileError: as `read_latents`, except that values are checked while they are read.
+    Arguments and errors are those of `read_latents`, but values are checked while they are read. The file is not
+    mapped: if a mapped file shrinks, reading it ends the process.
     """
 
     def __init__(self, path: str | os.PathLike[str], width: int | None = None) -> None:
@@ -196,8 +169,7 @@ class LatentsReader:
     def blocks(self, latents: int) -> Iterator[Floats]:
         """Yield blocks `[width, latents]` of the file's dtype; the last one may be shorter.
 
-        Raises:
-            LatentsFileError: a value is NaN or infinite, or the file has become shorter.
+        Raise LatentsFileError if a value is NaN or infinite, or the file has become shorter.
         """
         with _readable(self._path) as file:
             for begin in range(0, self.latents, latents):
@@ -224,8 +196,7 @@ class LatentsReader:
 def map_array(path: Path) -> Floats:
     """Map the array of a `.npy` file.
 
-    Raises:
-        LatentsFileError: the file is missing, cut off, or not an array of at least one floating-point number.
+    Raise LatentsFileError if the file is missing, cut off, or not an array of at least one floating-point number.
     """
     header = _read_header(path)
     order: Literal["F", "C"] = "F" if header.fortran_order else "C"
@@ -289,9 +260,14 @@ def _cut_off(path: Path) -> LatentsFileError:
 @contextmanager
 def _readable(path: Path) -> Iterator[BinaryIO]:
     """Open a file, and raise errors of the operating system as LatentsFileError."""
+    with _opening_errors(path), open_regular(path) as file:
+        yield file
+
+
+@contextmanager
+def _opening_errors(path: Path) -> Iterator[None]:
     try:
-        with open_regular(path) as file:
-            yield file
+        yield
     except OSError as error:
         reason = error.strerror or error
         raise LatentsFileError(f"{path}: cannot be opened ({reason}); check name and permissions") from error
@@ -303,13 +279,11 @@ def _require_npy(path: Path) -> None:
 
 
 def require_replaceable(path: str | os.PathLike[str]) -> None:
-    """Check that no `.json` file would be replaced beside latents, unless it describes one encoded file.
-
-    The `.json` file of a dataset's clip is refused too.
+    """Check that the `.json` file beside latents, if there is one, describes one encoded file and may be replaced.
 
     Raises:
         InputError: the suffix is not `.npy`.
-        OutputError: there is a `.json` file of something else, or one that cannot be read.
+        OutputError: it describes something else, such as a clip of a dataset, or cannot be read.
     """
     path = checked_path(path)
     _require_npy(path)
@@ -337,13 +311,13 @@ def _metadata_path(path: Path) -> Path:
 
 def _read_metadata(path: Path) -> dict[str, Any]:
     """Read a `.json` file; return an empty dict if it is missing."""
+    with _opening_errors(path):
+        try:
+            data = read_regular(path)
+        except FileNotFoundError:
+            return {}
     try:
-        metadata = json.loads(read_regular(path).decode())
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        reason = error.strerror or error
-        raise LatentsFileError(f"{path}: cannot be opened ({reason}); check its permissions") from error
+        metadata = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
         raise LatentsFileError(f"{path}: is damaged; remove it") from error
     if not isinstance(metadata, dict):

@@ -37,18 +37,10 @@ _HOLDER_BYTES: Final = 64
 
 @contextmanager
 def folder_lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Create a folder if it is missing, and hold the lock `LOCK_FILE` in it.
+    """Create a folder if it is missing, and hold its lock. Then delete the lock file, and the folder if it is empty.
 
-    Afterwards the lock file is deleted, and the folder too if it is empty.
-
-    Args:
-        folder: the folder.
-        wait: whether to wait, with one warning in the log, while another process holds the lock. On a file system
-            without locks, `wait` logs a warning and the block runs without a lock.
-
-    Raises:
-        OutputError: the folder cannot be created or written. Without `wait` also if another process holds the lock, or
-            the file system has no locks.
+    With `wait`, log one warning and wait while another process holds the lock. If the file system has no locks, log a
+    warning and run the block without one. Without `wait`, both are an OutputError, as is a folder that is not writable.
     """
     path = folder / LOCK_FILE
     descriptor = _acquire(path, folder, wait=wait)
@@ -66,14 +58,9 @@ def folder_lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
 
 @contextmanager
 def file_lock(path: Path, folder: Path) -> Iterator[None]:
-    """Hold the lock of a file, which stays afterwards and is empty then.
+    """Hold the lock of a file, which stays and is empty afterwards; messages name the folder that it protects.
 
-    Args:
-        path: the lock file.
-        folder: the folder that the lock protects, for messages.
-
-    Raises:
-        OutputError: another process holds the lock, the file cannot be written, or the file system has no locks.
+    Raise OutputError if another process holds the lock, the file cannot be written, or the file system has no locks.
     """
     descriptor = _acquire(path, folder, wait=False)
     try:
@@ -154,7 +141,7 @@ def _holder(descriptor: int) -> str:
 
 
 def _try_lock(descriptor: int) -> bool:
-    """Lock a file and return true, or return false if another process has locked it; OSError without locks."""
+    """Lock a file and return true, or return false if another process has locked it; raise OSError without locks."""
     try:
         if sys.platform == "win32":
             # A byte far behind the end, so that others can still read what the file holds.

@@ -22,7 +22,7 @@ _DOCUMENT_BYTES: Final = 2**26
 
 
 def remove(path: Path) -> int:
-    """Delete a file or a folder, and return how many bytes it held; OSError if that fails."""
+    """Delete a file or a folder, and return how many bytes it held; raise OSError if that fails."""
     size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
     if path.is_dir():
         shutil.rmtree(path)
@@ -42,7 +42,7 @@ def file_signature(path: Path | os.DirEntry[str]) -> tuple[int, int] | None:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[BufferedReader]:
-    """Open a regular file for reading; OSError for other kinds, as pipes block and devices may never end."""
+    """Open a regular file for reading; raise OSError for other kinds, as pipes block and devices may never end."""
 
     def nonblocking(name: str, flags: int) -> int:
         # Windows has no such flag, and no pipes that are files.
@@ -55,7 +55,7 @@ def open_regular(path: Path) -> Iterator[BufferedReader]:
 
 
 def read_regular(path: Path, most: int = _DOCUMENT_BYTES) -> bytes:
-    """Return the contents of a regular file of at most `most` bytes; OSError for other kinds and larger files."""
+    """Return the contents of a regular file of at most `most` bytes; raise OSError for other kinds and larger files."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
@@ -64,7 +64,7 @@ def read_regular(path: Path, most: int = _DOCUMENT_BYTES) -> bytes:
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """Create a hard link to a file, or a copy where the file system has no hard links; OSError if that fails."""
+    """Create a hard link to a file, or a copy where the file system has no hard links; raise OSError if that fails."""
     try:
         os.link(source, target)
     except OSError:
@@ -72,7 +72,7 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
 
 
 def checked_path(path: str | os.PathLike[str]) -> Path:
-    """Return the path; InputError if it is no path, or holds a character that file names cannot have."""
+    """Return the path; raise InputError if it is no path, or holds a character that file names cannot have."""
     if not isinstance(path, (str, os.PathLike)):
         raise InputError(f"{path!r} is no path; pass a str or a pathlib.Path")
     try:
@@ -87,8 +87,7 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
 def expanded(path: str | os.PathLike[str]) -> Path:
     """Return a path with a leading `~` expanded, which shells leave as it is in `--option=~/name`.
 
-    Raises:
-        InputError: no file can have this name.
+    Raise InputError if no file can have this name.
     """
     text = expanded_text(path)
     path = Path(text)
@@ -99,8 +98,7 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 def expanded_text(path: str | os.PathLike[str]) -> str:
     """Return a path with a leading `~` expanded; other text, such as a model's name, stays as it is.
 
-    Raises:
-        InputError: no file can have this name.
+    Raise InputError if no file can have this name.
     """
     checked_path(path)
     # Not Path.expanduser, which raises for users without a home folder.
@@ -108,11 +106,7 @@ def expanded_text(path: str | os.PathLike[str]) -> str:
 
 
 def utf8_path(path: Path) -> str:
-    """Return a path as UTF-8 text, for libraries that accept nothing else whatever the locale is.
-
-    Raises:
-        InputError: its name is not valid UTF-8.
-    """
+    """Return a path as UTF-8 text, for libraries that need it in every locale; raise InputError if it is not UTF-8."""
     try:
         return os.fsencode(path).decode("utf-8")
     except UnicodeDecodeError:

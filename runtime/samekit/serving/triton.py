@@ -57,7 +57,7 @@ _FILES: Final[dict[str, str]] = {"onnxruntime": "model.onnx", "tensorrt": "model
 
 @dataclass(frozen=True)
 class TritonOptions:
-    """How the server runs encoder and decoder; InputError if a value is not allowed or two contradict each other."""
+    """How the server runs encoder and decoder. Values that contradict each other raise InputError."""
 
     backend: ServerBackend = "onnxruntime"
     precision: Precision = "fp32"

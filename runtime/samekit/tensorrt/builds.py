@@ -89,16 +89,14 @@ class Build:
 
     @classmethod
     def load(cls, folder: Path) -> Build:
-        """Read a build, and check that its files have their full size; StaleEngineError if it is damaged."""
+        """Read a build, and check that its files have their full size; raise StaleEngineError if it is damaged."""
         path = folder / FINGERPRINT_FILE
         try:
             document = json.loads(read_regular(path).decode())
             if document["format"] != FORMAT:
                 raise ValueError(f"format {document['format']}")  # noqa: TRY301 one cure for all that can be wrong
             fingerprint = Fingerprint.from_json(document["fingerprint"])
-            engines = {
-                direction: BuiltEngine.parse(document["engines"][direction]) for direction in document["engines"]
-            }
+            engines = {direction: BuiltEngine.parse(fields) for direction, fields in document["engines"].items()}
             if engines and set(engines) != {ENCODER, DECODER}:
                 raise ValueError("half an autoencoder")  # noqa: TRY301 likewise
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
@@ -111,7 +109,7 @@ class Build:
         return cls(folder, fingerprint, engines)
 
     def read(self, direction: Direction) -> bytes:
-        """Return the serialised engine of a direction; StaleEngineError if it is not the one that was built."""
+        """Return the serialised engine of a direction; raise StaleEngineError if it is not the one that was built."""
         engine = self.engines[direction]
         path = self.folder / engine.file
         try:
@@ -170,12 +168,9 @@ def is_whole(folder: Path) -> bool:
 
 
 def why_stale(fingerprint: Fingerprint, spec: EngineSpec, versions: Mapping[str, str]) -> str | None:
-    """Return why a build can never run again on this machine, or None if it is current.
+    """Return why a build can never run on this machine, or None if it is current.
 
-    Args:
-        fingerprint: of the build.
-        spec: of the engine folder that contains it.
-        versions: installed version of each flavour; builds of other flavours are not judged by their version.
+    `versions` are those of the installed flavours. The versions of other flavours do not count.
     """
     if fingerprint.precision not in spec.graphs:
         return f"there is no {fingerprint.precision} graph any more"
@@ -190,13 +185,9 @@ def build_command(engine: Engine, precision: str) -> str:
 
 
 def choose_build(engine: Engine, precision: str, capability: tuple[int, int], versions: Mapping[str, str]) -> Build:
-    """Return the build to run on a GPU.
+    """Return the build of a precision to run on a GPU of this compute capability, (major, minor).
 
-    Args:
-        engine: the engine folder.
-        precision: of the graphs.
-        capability: compute capability of the GPU, (major, minor).
-        versions: of the installed flavours, the preferred one first.
+    `versions` are those of the installed flavours, the preferred one first.
 
     Raises:
         BackendUnavailableError: there is no build of this precision.
@@ -206,18 +197,16 @@ def choose_build(engine: Engine, precision: str, capability: tuple[int, int], ve
     builds, refusals = builds_of(engine, precision)
     usable = []
     for build in builds:
-        reason = _why_not_here(build.fingerprint, engine.spec, capability, versions)
-        if reason:
+        if reason := _why_not_here(build.fingerprint, engine.spec, capability, versions):
             refusals.append(f"{build.folder.name}: {reason}")
         else:
             usable.append(build)
-    cure = f"run: {build_command(engine, precision)}"
-    if not usable and refusals:
-        raise StaleEngineError(f"{engine.folder}: no TensorRT engine can be used ({'; '.join(refusals)}); {cure}")
     if not usable:
+        cure = f"run: {build_command(engine, precision)}"
+        if refusals:
+            raise StaleEngineError(f"{engine.folder}: no TensorRT engine can be used ({'; '.join(refusals)}); {cure}")
         raise BackendUnavailableError(f"{engine.folder}: no TensorRT engine of {precision}; {cure}")
-    order = list(versions)
-    return min(usable, key=lambda build: order.index(build.fingerprint.flavour))
+    return min(usable, key=lambda build: list(versions).index(build.fingerprint.flavour))
 
 
 def _why_not_here(
@@ -236,9 +225,7 @@ def new_build(folder: Path) -> Iterator[None]:
     """Create the empty folder of a build, in place of a damaged one; delete it if the `with` block raises.
 
     The block writes the engines and then calls `write_document`. The caller holds the engine folder's lock.
-
-    Raises:
-        OutputError: the folder cannot be written.
+    Raise OutputError if the folder cannot be written.
     """
     with output_errors(folder):
         # This file goes first, so that a folder with half of its files never counts as a build.
@@ -265,12 +252,10 @@ def write_document(build: Build) -> None:
 
 
 def open_cache(engine: Engine, precision: str, flavour: str, version: str) -> Path:
-    """Return the folder, created if missing, in which a runtime keeps engines of its own under a fingerprint.
+    """Return the folder, created if missing, in which ONNX Runtime keeps engines of its own.
 
     This takes no lock: several processes may do it at once, and an export that is running does not delay it.
-
-    Raises:
-        OutputError: it cannot be written.
+    Raise OutputError if the folder cannot be written.
     """
     fingerprint = fingerprint_of(engine.spec, precision, flavour, version, target="any")
     folder = engine.folder / BUILDS_FOLDER / fingerprint.name
@@ -284,17 +269,8 @@ def open_cache(engine: Engine, precision: str, flavour: str, version: str) -> Pa
 def remove_stale(engine: Engine, versions: Mapping[str, str]) -> list[tuple[Path, int]]:
     """Delete stale and damaged builds, and what killed and failed exports and builds left.
 
-    Waits while another process writes to the engine folder.
-
-    Args:
-        engine: the engine folder.
-        versions: installed version of each flavour.
-
-    Returns:
-        The deleted paths, each with the bytes that it held.
-
-    Raises:
-        OutputError: something cannot be deleted.
+    Wait while another process writes to the engine folder. Return the deleted paths, each with the bytes that it held.
+    Raise OutputError if something cannot be deleted.
     """
     # First without the lock, which cannot be taken in a read-only folder.
     if not (_removable(engine, versions) or leftovers(engine.folder)):

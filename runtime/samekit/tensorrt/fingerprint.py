@@ -92,21 +92,16 @@ class Fingerprint:
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Fingerprint:
-        """Return the fingerprint of parsed JSON; TypeError if a field is missing, unknown or of another type."""
+        """Return the fingerprint of parsed JSON; raise TypeError if a field is missing, unknown or of another type."""
         texts = dict.fromkeys(("flavour", "version", "target", "precision"), str)
         check_kinds(document, {**texts, "builder_revision": int})
         return cls(**document)
 
 
 def fingerprint_of(spec: EngineSpec, precision: str, flavour: str, version: str, target: str) -> Fingerprint:
-    """Return the fingerprint of an engine that is built now from a model's graphs.
+    """Return the fingerprint of an engine that is built now from the graphs of a model.
 
-    Args:
-        spec: of the model; has graphs of this precision.
-        precision: of the graphs.
-        flavour: what builds the engine.
-        version: of the flavour.
-        target: a compute capability or `PORTABLE`.
+    `spec` has graphs of this precision; `target` is a compute capability or `PORTABLE`.
     """
     return Fingerprint(
         onnx={direction: graph.sha256 for direction, graph in spec.graphs[precision].items()},

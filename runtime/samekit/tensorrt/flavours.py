@@ -69,12 +69,7 @@ def builder_versions() -> dict[str, str]:
 
 
 def make_logger(module: Any, write: Callable[[str, str], object]) -> Any:
-    """Return a logger to pass to TensorRT.
-
-    Args:
-        module: as `import_flavour` returns it.
-        write: called from any thread with the severity, such as `WARNING`, and the message; not for VERBOSE.
-    """
+    """Return a logger for TensorRT, which calls `write(severity, message)` from any thread, except for VERBOSE."""
 
     class Logger(module.ILogger):  # type: ignore[misc] # the base class is known at run time only
         def __init__(self) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Gpu:
-    """One CUDA device; BackendUnavailableError if it cannot be used."""
+    """One CUDA device. The constructor raises BackendUnavailableError if it cannot be used."""
 
     def __init__(self, device_id: int) -> None:
         # Checked before PyTorch is imported, which takes a second.

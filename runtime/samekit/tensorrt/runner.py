@@ -27,11 +27,7 @@ class Piece(NamedTuple):
 
 
 def split(batch: int, latents: int) -> list[Piece]:
-    """Split a batch of rows of this many latents into pieces that a profile accepts.
-
-    Raises:
-        InputError: no profile accepts so many latents.
-    """
+    """Split a batch of rows into pieces that a profile accepts; raise InputError if none accepts so many latents."""
     for index, profile in enumerate(PROFILES):
         most = profile.batch[2]
         if profile.takes(1, latents):
@@ -59,15 +55,8 @@ class _Recording(NamedTuple):
 class EngineRunner:
     """One deserialised engine, with an execution context for each profile that is in use.
 
-    Args:
-        module: of the flavour that built the engine.
-        data: the serialised engine.
-        origin: its path, for messages.
-        gpu: the device to run on.
-        cuda_graph: whether a shape that repeats is recorded as a CUDA graph.
-
-    Raises:
-        StaleEngineError: this version of TensorRT cannot load the engine.
+    With `cuda_graph`, a shape that repeats is recorded as a CUDA graph. `origin` is the engine's path, for messages.
+    Raise StaleEngineError if this version of TensorRT cannot load the engine.
     """
 
     def __init__(self, module: Any, data: bytes, origin: str, gpu: Gpu, *, cuda_graph: bool) -> None:
@@ -92,18 +81,9 @@ class EngineRunner:
         self._recording: _Recording | None = None
 
     def run(self, profile: int, tensor: Any, shape: tuple[int, ...]) -> Any:
-        """Run one piece.
+        """Run a contiguous float32 tensor in device memory with one of `PROFILES`; `shape` is that of the output.
 
-        Args:
-            profile: index into `PROFILES`.
-            tensor: contiguous float32 in device memory.
-            shape: of the output.
-
-        Returns:
-            New device memory, complete for work that the caller's stream runs next.
-
-        Raises:
-            BackendError: TensorRT refused something or failed.
+        Return new device memory, complete for the next work on the caller's stream. Raise BackendError if TensorRT fails.
         """
         if self._cuda_graph and tuple(tensor.shape) == self._last_shape:
             return self._replayed(profile, tensor, shape)
