@@ -642,6 +642,8 @@ def test_info_names_stale_engines_and_clean_removes_them(own_engine, monkeypatch
     _shorten(damaged.folder / "encoder.engine")
     left = own_engine.folder / "tensorrt" / "tensorrt-11.4.0-8.9-fp32-0123456789ab"
     left.mkdir()
+    killed = own_engine.folder / ".export-abcdefgh"
+    killed.mkdir()
     graph = own_engine.folder / "encoder.2.onnx"
     graph.touch()
     mine = own_engine.folder / "tensorrt" / "mine"
@@ -664,7 +666,7 @@ def test_info_names_stale_engines_and_clean_removes_them(own_engine, monkeypatch
     assert "STALE: " in state[damaged.folder.name]
 
     assert {line.split()[1].strip(",") for line in run("clean")} == {
-        str(path) for path in (stale.folder, old, damaged.folder, left, failed, graph)
+        str(path) for path in (stale.folder, old, damaged.folder, left, failed, killed, graph)
     }
     assert build_folders(own_engine) == sorted([current.folder, elsewhere.folder, kept])
     assert mine.is_dir()

@@ -15,6 +15,7 @@ from samekit.engine.folder import (
     is_engine_file,
     leftovers,
     remove_leftovers,
+    staging_folder,
 )
 from samekit.engine.spec import DECODER, ENCODER, PRECISIONS, Direction, EngineSpec, check_file_name
 from samekit.errors import BackendUnavailableError, InputError, OutputError, SamekitError
@@ -142,9 +143,10 @@ def _export_locked(
             verification={p: older.spec.verification.get(p, []) for p in kept},
         )
     model = Same.from_checkpoint(checkpoint)
-    for precision in wanted:
-        spec = _add_precision(folder, spec, model, precision, report)
-    commit_export(folder, spec)
+    with staging_folder(folder) as staging:
+        for precision in wanted:
+            spec = _add_precision(staging, spec, model, precision, graph_names(folder, precision), report)
+        commit_export(folder, staging, spec)
     engine = Engine.load(folder)
     if not older:
         # Builds of graphs that are no longer there; builds of every version of TensorRT may be run somewhere.
@@ -203,17 +205,17 @@ def _is_whole(engine: Engine, precision: str) -> bool:
 
 
 def _add_precision(
-    folder: Path,
+    staging: Path,
     spec: EngineSpec,
     model: Same,
     precision: str,
+    files: dict[str, str],
     report: Callable[[str], object],
 ) -> EngineSpec:
     """Write and verify the graphs of one precision; returns the spec that names them."""
-    files = graph_names(folder, precision)
-    graphs = {d: _write_graph(folder / files[d], model, d, precision, report) for d in GRAPHS}
+    graphs = {d: _write_graph(staging / files[d], model, d, precision, report) for d in GRAPHS}
     spec = dataclasses.replace(spec, graphs={**spec.graphs, precision: graphs})
-    cases = verify(Engine(folder, spec), model, precision, report)
+    cases = verify(Engine(staging, spec), model, precision, report)
     return dataclasses.replace(spec, verification={**spec.verification, precision: cases})
 
 

@@ -6,11 +6,12 @@
       encoder.fp16.onnx ...            other precisions
       encoder.2.onnx ...               graphs of an export that replaced an earlier one
       tensorrt/                        TensorRT engines, see `samekit.tensorrt.builds`
+      .export-XXXXXXXX/                graphs of an export that is running, or was killed
       .lock                            held by the process that writes here, see `samekit.files.locks`
 
-An export writes its graphs under names that `spec.json` does not contain. Replacing `spec.json`, which is atomic, makes
-them valid; the older export can be used until then. Graph files that `spec.json` does not name are leftovers, which the
-process that holds the lock deletes. Readers take no lock.
+New graphs get names that `spec.json` does not contain. Replacing `spec.json`, which is atomic, makes them valid; the
+older export can be used until then. Graph files that `spec.json` does not name are leftovers, which the process that
+holds the lock deletes. Readers take no lock.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import hashlib
 import os
 import re
 import shlex
-from contextlib import suppress
+import shutil
+import tempfile
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -32,7 +35,7 @@ from samekit.files.locks import LOCK_FILE
 from samekit.files.paths import checked_path, expanded_text, open_regular, remove
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 ENGINES_FOLDER: Final = "engines"
 """Folder in which names are looked up first, and to which `samekit export` writes."""
@@ -40,6 +43,7 @@ ENGINES_FOLDER: Final = "engines"
 KNOWN_MODELS: Final = ("same-s", "same-l", "same-tiny")
 """The models that `samekit export` takes by name, in upper or lower case."""
 
+_STAGING_PREFIX: Final = ".export-"
 # Direction, precision unless fp32, number unless 1, and the suffix of external data.
 _GRAPH_FILE: Final = re.compile(r"(encoder|decoder)(?:\.(fp16|int8))?(?:\.(\d+))?\.onnx(\.data)?", re.ASCII)
 
@@ -155,35 +159,54 @@ def graph_names(folder: Path, precision: str) -> dict[str, str]:
 
 
 def is_engine_file(path: Path) -> bool:
-    """Return whether an export creates files of this name in an engine folder."""
+    """Return whether an export creates files or folders of this name in an engine folder; TensorRT builds excluded."""
+    if path.name.startswith(_STAGING_PREFIX):
+        return path.is_dir()
     known = path.name in (SPEC_FILE, LOCK_FILE) or temporary_target(path.name) == SPEC_FILE
     return path.is_file() and bool(known or _GRAPH_FILE.fullmatch(path.name))
 
 
-def commit_export(folder: Path, spec: EngineSpec) -> None:
-    """Make new graphs of an engine folder valid by replacing `spec.json`; the caller holds the folder's lock.
+@contextmanager
+def staging_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder in an engine folder for uncommitted graphs, and delete it afterwards.
 
-    Raise OutputError if a file cannot be written; then the older export is still valid.
+    Files in it are never taken for those of another export, even if `spec.json` cannot be read. The caller holds the
+    engine folder's lock.
     """
-    atomic_commit(folder / SPEC_FILE, spec.to_json(), [folder / name for name in spec.files])
+    staging = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=folder))
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def commit_export(folder: Path, staging: Path, spec: EngineSpec) -> None:
+    """Move new graphs from a staging folder into an engine folder, and make them valid by replacing `spec.json`.
+
+    `spec` names the new graphs and the older ones that stay valid. The caller holds the engine folder's lock. If this
+    raises OSError or the process is killed, the folder holds either the older export or the new one.
+    """
+    graphs = [path.rename(folder / path.name) for path in sorted(staging.iterdir())]
+    atomic_commit(folder / SPEC_FILE, spec.to_json(), graphs)
 
 
 def leftovers(folder: Path) -> list[Path]:
     """Return what killed and replaced exports left in an engine folder, or what a running one is writing.
 
-    These are unfinished `spec.json` files, and graphs that `spec.json` does not name. If `spec.json` cannot be read, no
-    graph counts, as a newer samekit may have written it.
+    These are staging folders, unfinished `spec.json` files, and graphs that `spec.json` does not name. If `spec.json`
+    cannot be read, no graph counts, as a newer samekit may have written it.
     """
     valid: set[str] | None
     try:
-        valid = EngineSpec.load(folder).files
+        pairs = EngineSpec.load(folder).graphs.values()
+        valid = {name for pair in pairs for graph in pair.values() for name in graph.sizes}
     except EngineError:
         valid = None if os.path.lexists(folder / SPEC_FILE) else set()
 
     def is_left(path: Path) -> bool:
         if _GRAPH_FILE.fullmatch(path.name):
             return valid is not None and path.name not in valid and not path.is_dir()
-        return path.is_file() and temporary_target(path.name) == SPEC_FILE
+        return is_engine_file(path) and path.name not in (SPEC_FILE, LOCK_FILE)
 
     with suppress(OSError):
         return sorted(filter(is_left, folder.iterdir()))

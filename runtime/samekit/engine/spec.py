@@ -109,11 +109,6 @@ class EngineSpec:
         weights = [str(source.pop("weights"))] if "weights" in source else []
         return ", ".join([*(f"{key} {value}" for key, value in source.items()), *weights])
 
-    @property
-    def files(self) -> set[str]:
-        """The names of all graph files and their external data."""
-        return {name for pair in self.graphs.values() for graph in pair.values() for name in graph.sizes}
-
     def samples(self, latents: int) -> int:
         """Return the number of samples that this many latents represent."""
         return latents * self.hop

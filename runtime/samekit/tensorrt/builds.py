@@ -70,7 +70,7 @@ class BuiltEngine:
 
     @classmethod
     def parse(cls, fields: dict[str, Any]) -> BuiltEngine:
-        """Return the engine of parsed JSON; TypeError or ValueError if a field is missing, unknown or wrong."""
+        """Return the engine of parsed JSON; raise TypeError or ValueError if a field is missing, unknown or wrong."""
         counts, texts = dict.fromkeys(("size", "layers"), int), dict.fromkeys(("file", "sha256"), str)
         check_kinds(fields, {**counts, **texts, "seconds": (int, float), "peak_memory": (int, type(None))})
         engine = cls(**fields)
@@ -291,25 +291,26 @@ def remove_stale_builds(engine: Engine, versions: Mapping[str, str]) -> list[tup
 
 def _removable(engine: Engine, versions: Mapping[str, str]) -> list[Path]:
     """Return the paths that `remove_stale_builds` deletes, which include running builds."""
-    stale = [folder for folder in build_folders(engine) if _inspect(folder, engine.spec, versions)[1]]
+    stale = [folder for folder, _, reason in _inspected(engine, versions) if reason]
     logs = sorted((engine.folder / BUILDS_FOLDER).glob(f"*{FAILED_LOG_SUFFIX}"))
     return [*stale, *unfinished_builds(engine), *logs]
 
 
-def _inspect(
-    folder: Path, spec: EngineSpec, versions: Mapping[str, str]
-) -> tuple[dict[Direction, BuiltEngine], str | None]:
-    """Return the engines of a build, and why it is stale or damaged."""
-    try:
-        build = Build.load(folder)
-    except StaleEngineError as error:
-        return {}, str(error)
-    return build.engines, why_stale(build.fingerprint, spec, versions)
+def _inspected(
+    engine: Engine, versions: Mapping[str, str]
+) -> Iterator[tuple[Path, dict[Direction, BuiltEngine], str | None]]:
+    """Yield the folder of each build, its engines, and why it is stale or damaged."""
+    for folder in build_folders(engine):
+        try:
+            build = Build.load(folder)
+        except StaleEngineError as error:
+            yield folder, {}, str(error)
+        else:
+            yield folder, build.engines, why_stale(build.fingerprint, engine.spec, versions)
 
 
 def describe_builds(engine: Engine, versions: Mapping[str, str]) -> Iterator[str]:
     """Yield a line about each build: its name, layers and size, and whether it is current."""
-    for folder in build_folders(engine):
-        engines, reason = _inspect(folder, engine.spec, versions)
+    for folder, engines, reason in _inspected(engine, versions):
         sizes = [f"{direction} {e.layers} layers, {e.size / 1e6:.0f} MB; " for direction, e in engines.items()]
         yield f"{folder.name}: {''.join(sizes)}{f'STALE: {reason}' if reason else 'current'}"

@@ -83,7 +83,7 @@ class EngineRunner:
     def run(self, profile: int, tensor: Any, shape: tuple[int, ...]) -> Any:
         """Run a contiguous float32 tensor in device memory with one of `PROFILES`; `shape` is that of the output.
 
-        Return new device memory, complete for the next work on the caller's stream. Raise BackendError if TensorRT fails.
+        Return new device memory, ready for the caller's stream. Raise BackendError if TensorRT fails.
         """
         if self._cuda_graph and tuple(tensor.shape) == self._last_shape:
             return self._replayed(profile, tensor, shape)
