@@ -1,4 +1,4 @@
-"""A TensorRT that computes something simple in host memory, and keeps the habits of the real one that bite.
+"""A fake TensorRT that computes a simple function in host memory and fails in the ways of the real one.
 
 It writes to the addresses that it was given, answers False instead of raising, leaves the old shape in place when a new
 one is refused, leaves the output as it was when a launch fails, and keeps nothing alive that a CUDA graph uses.
@@ -22,13 +22,13 @@ STREAM = 7
 
 
 def floats_at(address, shape):
-    """The memory at an address, as an array."""
+    """Return the memory at an address as an array."""
     numbers = (ctypes.c_float * int(np.prod(shape))).from_address(address)
     return np.ctypeslib.as_array(numbers).reshape(shape)
 
 
 def computed(spec, direction, array):
-    """What the fake computes: a latent's output is the sum of its input, plus the number of the feature."""
+    """Return the output of the fake engine: for each latent the sum of its input plus the number of the feature."""
     latents = array.shape[2] // spec.layout(direction)[1]
     sums = array.reshape(array.shape[0], array.shape[1], latents, -1).sum(axis=(1, 3), dtype=np.float64)
     shape = spec.input_shape(opposite(direction), array.shape[0], latents)
@@ -37,7 +37,7 @@ def computed(spec, direction, array):
 
 
 class FakeTensorRT:
-    """The module. An engine's bytes are the name of its half."""
+    """The module. The bytes of an engine are the name of its direction."""
 
     __name__ = TENSORRT
     __version__ = "11.4.0"
@@ -45,16 +45,16 @@ class FakeTensorRT:
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
 
     def __init__(self, spec):
-        # A class of this module, as samekit derives its own from it.
+        # samekit derives its logger from this class.
         self.ILogger = type("ILogger", (), {"Severity": SimpleNamespace(VERBOSE="VERBOSE")})
         self.spec = spec
         self.fails = None
         self.events = []
-        # Of every context, as none is kept alive here.
+        # Profiles of all contexts; a list of contexts would keep them alive.
         self.profiles = []
 
     def works(self, step):
-        """Whether a step succeeds."""
+        """Return whether a step succeeds."""
         return self.fails != step
 
     def Runtime(self, logger):  # noqa: N802 TensorRT's name
@@ -92,7 +92,7 @@ class FakeEngine:
 
 
 class FakeRTX(FakeTensorRT):
-    """A module that records CUDA graphs by itself."""
+    """A module that records CUDA graphs by itself, as TensorRT-RTX does."""
 
     CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole graph")
 
@@ -104,7 +104,7 @@ class FakeRuntimeConfig:
 
 class FakeContext:
     captured = None
-    """What a capture has seen so far; None where nothing is captured."""
+    """The contexts that a running capture has recorded; None outside a capture."""
 
     def __init__(self, engine, config):
         self.config = lambda: True
@@ -168,7 +168,7 @@ class FakeContext:
 
 
 class FakeGpu:
-    """Host memory in place of a GPU's; notes the order of events."""
+    """Host memory in place of a GPU's; records the order of events."""
 
     capability = (8, 9)
 
@@ -202,7 +202,7 @@ class FakeGpu:
     def ordered(self):
         self.events.append("engine waits")
         yield STREAM
-        # What is freed before this may be given away while the engine still writes to it.
+        # Memory that is freed before this could be reused while the engine still writes to it.
         self.events.append("caller waits" + (" with scratch" if self.scratches else ""))
 
     def capture(self, launch):

@@ -1,4 +1,4 @@
-"""Faults on purpose: a process that kills itself at any step of its writing, a disk that is full, several at once."""
+"""Fault injection: processes that are killed at each step of their writing, small disks, concurrent processes."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ import pytest
 
 KILLED = -signal.SIGKILL
 
-# What changes names and what waits for the disk; everything that can be half-done lies between two of these.
+# Functions that change names or wait for the disk. A process is killed before each of their calls.
 STEPS = tuple((os, name) for name in ("open", "rename", "replace", "fsync", "mkdir", "rmdir", "link", "unlink"))
 
 
 def in_a_fork(work):
-    """How a copy of this process ended that did the work: 0, or minus the number of a signal."""
+    """Do the work in a fork of this process; return its exit code: 0, or minus the number of a signal."""
     with warnings.catch_warnings():
-        # Python 3.12 warns of threads; the work uses none of theirs.
+        # Python 3.12 warns of forks with threads. The work does not use those threads.
         warnings.simplefilter("ignore", DeprecationWarning)
         process = os.fork()
     if process == 0:
         code = 1
-        # Coverage would be slow and in vain: what it counts here is lost.
+        # Coverage would be slow, and its counts in the fork are lost.
         sys.settrace(None)
-        # It never hangs: a lock that another thread held at the fork stays held.
+        # The fork could hang on a lock that another thread held.
         signal.alarm(300)
         try:
             work()
@@ -44,18 +44,18 @@ def in_a_fork(work):
 
 
 def kill_this_process(*_arguments, **_options):
-    """End at once, as `kill -9` does."""
+    """End this process as `kill -9` does."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def dying_at(step, work, steps=STEPS, die=kill_this_process):
-    """The work, but just before its `step`-th step the process dies, or whatever else `die` does happens.
+    """Return the work, changed so that `die` is called just before its `step`-th step.
 
     Args:
         step: which step, from 1.
         work: what is called.
         steps: object and name of each function whose calls are counted.
-        die: what happens then, instead of the step if it raises; it gets the step's arguments.
+        die: called with the step's arguments; if it raises, the step is left out.
     """
     left = [step]
 
@@ -78,7 +78,7 @@ def dying_at(step, work, steps=STEPS, die=kill_this_process):
 
 
 def kill_at_every_step(work, check, prepare, steps=STEPS, most=200):
-    """Kill the work at its first step, its second, ... until it ends by itself; returns how often it was killed."""
+    """Kill the work at its first step, its second, ... until it completes; return how often it was killed."""
     for step in range(1, most):
         prepare()
         ended = in_a_fork(dying_at(step, work, steps))
@@ -90,14 +90,14 @@ def kill_at_every_step(work, check, prepare, steps=STEPS, most=200):
 
 
 def together(*works):
-    """Start works at once in processes; how each ended."""
+    """Run works at the same time in forks; return their exit codes."""
     with ThreadPoolExecutor(len(works)) as pool:
         return list(pool.map(in_a_fork, works))
 
 
 @contextmanager
 def mounted(folder, *options):
-    """A small file system in memory."""
+    """Mount a small file system in memory."""
     folder.mkdir()
     mount = subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", folder], capture_output=True, check=False)
     if mount.returncode:
@@ -109,12 +109,12 @@ def mounted(folder, *options):
 
 
 def remount(folder, options):
-    """Mount it again with other options, such as `ro`."""
+    """Change the options of a mounted file system, such as `ro`."""
     subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
 
 
 def fill(folder, room=0):
-    """Let a file take the room of a disk, but for so many bytes; others may be writing there, and be first."""
+    """Fill a disk with a file, except for `room` bytes."""
     filler = folder / "filler"
     filler.unlink(missing_ok=True)
     with suppress(OSError), filler.open("wb", buffering=0) as file:
@@ -123,10 +123,10 @@ def fill(folder, room=0):
 
 
 def contents(folder):
-    """Relative path -> bytes of every file."""
+    """Return the bytes of every file by its relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def names(folder):
-    """Names in a folder, sorted."""
+    """Return the sorted names in a folder."""
     return sorted(path.name for path in folder.iterdir())

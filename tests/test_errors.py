@@ -1,4 +1,4 @@
-"""The error tree is the one that its docstring draws, and every error is what its users would catch."""
+"""The error tree equals the drawing in its docstring, and SamekitError catches every error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from samekit import SamekitError, errors
 
 
 def drawn_tree():
-    """Depth, name and builtin of each line of the drawing."""
+    """Return depth, name and builtin base of each line of the drawing."""
     drawing = re.findall(r"^( *[│├└─ ]*)(\w+Error)\b *(?:\((\w+)\))?", errors.__doc__, re.MULTILINE)
     return [(len(indent) // 4, name, builtin) for indent, name, builtin in drawing]
 

@@ -13,7 +13,7 @@ from samekit.files.atomic import atomic_folder, atomic_path, output_errors, remo
 
 
 def dying_writer(path):
-    """Be killed while a file is written."""
+    """Write a file, and be killed meanwhile."""
     with atomic_path(path):
         kill_this_process()
 
@@ -187,7 +187,7 @@ def test_link_that_leads_nowhere_to_write(tmp_path):
 
 @pytest.mark.parametrize("target", ["precious", "nowhere", "link.json", "folder", os.devnull])
 def test_link_is_replaced_unless_links_are_to_be_followed(tmp_path, target):
-    """Folders with names of our own may come from anyone, and so may the links in them."""
+    """A folder that was downloaded may contain links to any file of the user."""
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "folder").mkdir()
     link = tmp_path / "link.json"

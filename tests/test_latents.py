@@ -161,7 +161,7 @@ def test_full_disk_leaves_nothing(tmp_path):
 
 @contextmanager
 def file_size_limit(size):
-    """Make writes past a size fail, as on a full disk; no longer than needed, for a test's log is a file, too."""
+    """Make writes past a size fail, as on a full disk. The limit also applies to the log of the tests."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -330,12 +330,12 @@ def test_header_that_claims_gigabytes(tmp_path):
 
 
 def test_links_are_written_through(tmp_path):
-    """Both files of a pair may lie on another disk; the links stay, and nothing is lost while they are replaced."""
+    """Both files of a pair may be on another disk. The links stay, and their targets are replaced."""
     big = tmp_path / "big"
     big.mkdir()
     for suffix in ("npy", "json"):
         (tmp_path / f"song.{suffix}").symlink_to(big / f"elsewhere.{suffix}")
-    # Where nothing is yet, nothing would be lost.
+    # The targets do not exist yet, so nothing is replaced.
     require_replaceable(tmp_path / "song.npy")
     for seed in range(2):
         latents = latents_of(5, seed)
@@ -348,7 +348,7 @@ def test_links_are_written_through(tmp_path):
 
 
 def test_links_are_replaced_unless_they_are_to_be_followed(tmp_path):
-    """The names of a dataset's files are ours, and its folder may come from anyone."""
+    """A dataset folder may come from an untrusted source and contain links to any file."""
     for suffix in ("npy", "json"):
         (tmp_path / f"precious.{suffix}").write_text("mine")
         (tmp_path / f"song.{suffix}").symlink_to(f"precious.{suffix}")

@@ -31,7 +31,7 @@ def test_folder_and_lock_file_are_there_while_it_is_held(folder):
 
 
 def test_one_at_a_time(folder):
-    """Processes that create and delete the folder, the lock file and a counter all the time."""
+    """Several processes create and delete the folder and the lock file again and again."""
     counter = folder.parent / "counter"
     counter.parent.mkdir()
     counter.write_text("0")
@@ -98,7 +98,7 @@ def test_killed_process_holds_no_lock(folder):
 
 @pytest.mark.parametrize("error", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_file_system_without_locks(folder, monkeypatch, caplog, error):
-    """As some network file systems are mounted, see flock(2)."""
+    """Some network file systems have no locks, see flock(2)."""
 
     def refuse(*_):
         raise OSError(error, os.strerror(error))
@@ -122,7 +122,7 @@ def test_something_else_in_place_of_the_lock_file(folder, tmp_path, what):
     place = folder / LOCK_FILE
     {"link": lambda: place.symlink_to(precious), "folder": place.mkdir, "pipe": lambda: os.mkfifo(place)}[what]()
     if what == "pipe":
-        # It can be locked, and nothing waits for a reader.
+        # A pipe can be locked, and opening it does not wait for a reader.
         with folder_lock(folder):
             pass
     else:
@@ -133,7 +133,7 @@ def test_something_else_in_place_of_the_lock_file(folder, tmp_path, what):
 
 
 def test_lock_file_with_another_text(folder, caplog):
-    """It comes with folders from anywhere, so only a text that this program writes is shown."""
+    """The folder may come from an untrusted source, so only text that samekit writes is shown."""
     folder.mkdir(parents=True)
     (folder / LOCK_FILE).write_text("process 1\x1b[2J")
     with (folder / LOCK_FILE).open("r+") as file:

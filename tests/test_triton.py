@@ -1,4 +1,4 @@
-"""Model repositories for the Triton Inference Server: against its protobuf schema, and against the graphs."""
+"""Model repositories for the Triton Inference Server, compared with its protobuf schema and with the graphs."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def out(tmp_path):
 
 
 def parsed(folder):
-    """A model's configuration, as the server reads it."""
+    """Parse a model's configuration as the server does."""
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
     return text_format.Parse((folder / "config.pbtxt").read_text(encoding="utf-8"), ModelConfig())
 
 
 def add_build(engine, flavour=TENSORRT, version="10.15.1", target="8.9", precision="fp32"):
-    """Files in place of engines of TensorRT: what nothing here runs or reads."""
+    """Add files in place of TensorRT engines, which these tests never run."""
     fingerprint = fingerprint_of(engine.spec, precision, flavour, version, target)
     folder = engine.folder / BUILDS_FOLDER / fingerprint.name
     folder.mkdir(parents=True)
@@ -93,7 +93,7 @@ def test_options_reach_the_configuration(engine_of, out):
 
 @pytest.mark.parametrize("kind", ["auto", "cpu"])
 def test_int8_requests_are_never_joined(engine_of, kind):
-    """Ranges are measured in each call, so what else is in a batch would change the numbers."""
+    """Ranges are measured in each call, so other requests in a batch would change the result."""
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
     text = config_text(engine_of("tiny-s").spec, ENCODER, TritonOptions(precision="int8", kind=kind, max_batch=4))
@@ -242,7 +242,7 @@ def test_what_came_there_meanwhile_stays(engine_of, out, monkeypatch):
 
 
 def test_name_that_is_no_text(engine_of, out):
-    """As checkpoint folders may have; the server reads UTF-8."""
+    """A checkpoint folder may have such a name, but the server needs UTF-8."""
     engine = engine_of("tiny-s")
     engine = dataclasses.replace(engine, spec=dataclasses.replace(engine.spec, name="caf\udce9"))
     with pytest.raises(InputError, match="is no text") as error:
@@ -321,7 +321,7 @@ def test_facts_that_a_server_made_up(engine_of, edit):
 
 @pytest.fixture(scope="module")
 def client():
-    """The example, as a module."""
+    """The example `triton_client.py` as a module."""
     import triton_client
 
     return triton_client
@@ -329,14 +329,14 @@ def client():
 
 @pytest.fixture
 def server(out):
-    """The address of a stand-in that serves `out`."""
+    """The address of a fake server of the repository `out`."""
     with stand_in(out) as address:
         yield address
 
 
 @contextmanager
 def stand_in(out):
-    """Speaks the server's protocol for a repository, and refuses what the configuration does; no Triton."""
+    """Serve a repository with the protocol of Triton, and refuse requests that do not fit the configuration."""
     import grpc
     from tritonclient.grpc import service_pb2, service_pb2_grpc
 
@@ -361,7 +361,7 @@ def stand_in(out):
             answer.raw_output_contents.append(result.tobytes())
             return answer
 
-    # As the server does: by default gRPC ends at 4 MiB, less than a window of audio.
+    # Triton does the same. The default limit of gRPC is 4 MiB, less than a window of audio.
     sizes = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
     server = grpc.server(ThreadPoolExecutor(2), options=sizes)
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Service(), server)
