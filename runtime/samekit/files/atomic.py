@@ -159,16 +159,17 @@ def _has_ended(entry: os.DirEntry[str], match: re.Match[str]) -> bool:
 
 
 def _process_space() -> str:
-    """Return eight hex digits that are equal for processes of one boot and one PID namespace.
+    """Return eight hex digits that are equal for processes of one boot, host name and PID namespace.
 
-    Where the system does not tell (only Linux does), the digits are random.
+    On other systems than Linux the digits are random.
     """
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
-        namespace = bytes(Path("/proc/self/ns/pid").readlink())
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+        namespace = Path("/proc/self/ns/pid").readlink()
     except OSError:
         return secrets.token_hex(4)
-    return hashlib.sha256(boot + namespace).hexdigest()[:8]
+    # A sandbox may report the same boot and namespace to every container, but hardly the same host name.
+    return hashlib.sha256(os.fsencode(f"{boot} {namespace} {os.uname().nodename}")).hexdigest()[:8]
 
 
 def _temporary_path(path: Path) -> Path:
