@@ -89,7 +89,7 @@ def test_known_models_are_found_in_any_case(name, spec_text):
 
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv, with which root is refused like others")
 @pytest.mark.parametrize("file", ["spec.json", "encoder.onnx", "."])
-def test_what_may_not_be_read(own_engine, file, tmp_path):
+def test_unreadable_files(own_engine, file, tmp_path):
     """Nothing is damaged, so the message does not advise another export."""
     np.save(tmp_path / "in.npy", noise((32, 2)))
     (own_engine.folder / file).chmod(0)
@@ -120,7 +120,7 @@ def test_user_without_a_home(spec_text, monkeypatch, cache):
 
 
 @pytest.mark.parametrize("name", [None, 7, b"same-s", ["same-s"]], ids=repr)
-def test_what_is_no_path(name):
+def test_names_that_are_no_paths(name):
     with pytest.raises(InputError, match=r"pass a str or a pathlib\.Path") as caught:
         find_engine(name)
     assert_one_line(caught.value)
@@ -318,7 +318,7 @@ def test_command_that_exports_again(own_engine, folder, source, arguments):
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut off", "longer", "a folder"])
-def test_graph_file_that_is_not_whole(own_engine, direction, damage):
+def test_incomplete_graph_file(own_engine, direction, damage):
     path = own_engine.folder / f"{direction}.onnx"
     content = path.read_bytes()
     path.unlink()

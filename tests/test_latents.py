@@ -211,7 +211,7 @@ def test_file_that_was_cut_off(tmp_path, kept):
     assert_refused(path, "damaged" if abs(kept) < 128 and kept > 0 else "is cut off")
 
 
-def test_length_in_the_header_is_not_believed(tmp_path):
+def test_length_in_the_header_is_checked(tmp_path):
     path = tmp_path / "song.npy"
     with path.open("wb") as file:
         header = {"descr": "<f4", "fortran_order": True, "shape": (WIDTH, 10**30)}
@@ -364,7 +364,7 @@ def test_links_are_replaced_unless_they_are_to_be_followed(tmp_path):
     [({"model_sha256": "0"}, True), ({}, False), ({"model_sha256": "0", "padding_mask": [1]}, False)],
     ids=["a file", "something else", "a clip of a dataset"],
 )
-def test_what_encoding_a_file_may_replace(tmp_path, metadata, replaceable):
+def test_metadata_that_encoding_may_replace(tmp_path, metadata, replaceable):
     write(tmp_path / "song.npy", latents_of(5), metadata)
     with nullcontext() if replaceable else pytest.raises(OutputError, match="is of something else, and is not"):
         require_replaceable(tmp_path / "song.npy")

@@ -184,7 +184,7 @@ def test_engines_of_tensorrt_that_cannot_be_served(own_engine, out):
     assert not out.exists()
 
 
-def test_damaged_engine_of_tensorrt_is_in_nobodys_way(own_engine, out):
+def test_damaged_engine_of_tensorrt_does_not_hide_others(own_engine, out):
     damaged = add_build(own_engine, version="10.13.0")
     (damaged / "encoder.engine").unlink()
     with pytest.raises(StaleEngineError, match=r"is damaged .*run: samekit export tiny-s --weights random") as error:
@@ -204,7 +204,7 @@ def test_engine_file_that_leads_out_of_its_build(own_engine, out, tmp_path):
     assert not out.exists()
 
 
-def test_repository_appears_whole_or_not_at_all(engine_of, out, monkeypatch):
+def test_repository_is_written_atomically(engine_of, out, monkeypatch):
     written = []
 
     def fail(source, target):
@@ -220,7 +220,7 @@ def test_repository_appears_whole_or_not_at_all(engine_of, out, monkeypatch):
     assert list(out.parent.iterdir()) == []
 
 
-def test_what_killed_commands_left_goes(engine_of, out):
+def test_leftovers_of_killed_commands_are_deleted(engine_of, out):
     left = out.parent / f".{out.name}.12-0123abcd.tmp"
     (left / "tiny-s-encoder").mkdir(parents=True)
     os.utime(left, (0, 0))
@@ -228,7 +228,7 @@ def test_what_killed_commands_left_goes(engine_of, out):
     assert list(out.parent.iterdir()) == [out]
 
 
-def test_what_came_there_meanwhile_stays(engine_of, out, monkeypatch):
+def test_folder_that_appears_meanwhile_stays(engine_of, out, monkeypatch):
     def copy_slowly(source, target):
         target.write_bytes(source.read_bytes())
         out.mkdir(exist_ok=True)
@@ -306,7 +306,7 @@ def test_command(engine_of, out):
         lambda facts: facts | {"contexts": {ENCODER: 1, DECODER: "1"}},
     ],
 )
-def test_facts_that_a_server_made_up(engine_of, edit):
+def test_invalid_facts_of_a_server(engine_of, edit):
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
     config = text_format.Parse(config_text(engine_of("tiny-s").spec, ENCODER, TritonOptions()), ModelConfig())
@@ -374,7 +374,7 @@ def stand_in(out):
 
 
 @each_direction
-def test_client_gives_what_the_engine_gives(engine_of, out, client, server, direction):
+def test_client_equals_the_engine(engine_of, out, client, server, direction):
     engine = engine_of("tiny-s")
     write_repository(engine, out, TritonOptions(max_batch=2))
     features, unit = (2, engine.spec.hop) if direction == ENCODER else (engine.spec.latent_width, 1)
@@ -396,7 +396,7 @@ def test_client_takes_files(engine_of, out, client, server, tmp_path):
     assert sf.info(tmp_path / "back.wav").frames == 7 * RATE
 
 
-def test_client_says_what_the_server_says(engine_of, out, client, server):
+def test_client_reports_errors_of_the_server(engine_of, out, client, server):
     write_repository(engine_of("tiny-s"), out)
     with pytest.raises(BackendError, match="absent-encoder") as error:
         client.TritonBackend(server, "absent")
