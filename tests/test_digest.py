@@ -1,4 +1,4 @@
-"""The identity of a model: a digest of its configuration and its tensors, and of nothing else."""
+"""The digest of a model depends on its configuration and its tensors only."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ def tensors():
     return {"b.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3) / 4, "a.bias": torch.tensor([1.5, -2.0])}
 
 
-# A change of either value makes every engine, manifest and latents file of every user one of another model.
+# If one of these values changes, existing engines, manifests and latents no longer belong to their model.
 SMALL = "23e388abd47a283543c6b43acbddd10a546e8c74460bc7091cfee9809f83a382"
 SAME_TINY = "f49fe4c7bc4b098e46feca231f24be6219c2ac14ad85423a6281f96fb5cddf16"
 
 
-def test_digest_is_what_it_always_was():
+def test_digest_does_not_change():
     assert checkpoint_digest(config(), tensors()) == SMALL
 
 
-def test_digest_of_the_bundled_model_is_what_it_always_was():
+def test_digest_of_the_bundled_model_does_not_change():
     assert load("same-tiny").sha256 == SAME_TINY
 
 
 def renamed(value, **more):
-    """The same configuration as instances of other classes, each with one more field that has its default value."""
+    """Return the same configuration in other classes, each with one more field at its default value."""
     if not dataclasses.is_dataclass(value):
         return value
     fields = {field.name: renamed(getattr(value, field.name)) for field in dataclasses.fields(value)}
@@ -82,7 +82,7 @@ def test_order_and_layout_in_memory_change_nothing():
 
 @dataclass(frozen=True)
 class Chunks:
-    """A kind of span that has the fields of another."""
+    """A span of another kind with the same fields."""
 
     latents: int
     kind = "other"
@@ -113,7 +113,7 @@ def test_everything_that_changes_the_model_changes_the_digest(what):
 
 
 def test_large_tensors_are_not_copied():
-    """A view of the tensor is read: SAME-L has 3.4 GB of them."""
+    """The tensors of SAME-L have 3.4 GB, so they are read without a copy."""
     import tracemalloc
 
     large = {"weight": torch.zeros(8 << 20)}

@@ -1,4 +1,4 @@
-"""Engine folders: where they are looked up, `spec.json`, and everything that is wrong with a damaged one."""
+"""Engine folders: where they are looked up, `spec.json`, and damaged folders."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def spec_text(engine_of):
 
 
 def put(folder, text):
-    """An engine folder that can be found, if not run."""
+    """Create an engine folder without graphs, which can be found but not run."""
     folder.mkdir(parents=True)
     (folder / "spec.json").write_text(text, encoding="utf-8")
     return folder
@@ -46,7 +46,7 @@ def test_found_by_folder(own_engine):
 
 
 def test_found_by_name(spec_text, monkeypatch, tmp_path):
-    """In the working directory before ./engines before the cache of the user."""
+    """The order is: working directory, ./engines, cache of the user."""
     at_home = put(Path.home() / ".cache" / "samekit" / "engines" / "my-model", spec_text)
     assert find_engine("my-model").folder == at_home
     in_cache = put(tmp_path / "cache" / "my-model", spec_text)
@@ -80,7 +80,7 @@ def test_not_found(name):
 
 @pytest.mark.parametrize("name", ["same-s", "same-l", "same-tiny", "SAME-S"])
 def test_known_models_are_found_in_any_case(name, spec_text):
-    """What `samekit export SAME-S` writes is called same-s."""
+    """`samekit export SAME-S` writes a folder called same-s."""
     with pytest.raises(EngineNotFoundError, match=f"; run: samekit export {name}$"):
         find_engine(name)
     folder = put(Path("engines", name.lower()), spec_text)
@@ -89,8 +89,8 @@ def test_known_models_are_found_in_any_case(name, spec_text):
 
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv, with which root is refused like others")
 @pytest.mark.parametrize("file", ["spec.json", "encoder.onnx", "."])
-def test_what_may_not_be_read(own_engine, file, tmp_path):
-    """Nothing is damaged, so no export is advised."""
+def test_unreadable_files(own_engine, file, tmp_path):
+    """Nothing is damaged, so the message does not advise another export."""
     np.save(tmp_path / "in.npy", noise((32, 2)))
     (own_engine.folder / file).chmod(0)
     drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
@@ -120,7 +120,7 @@ def test_user_without_a_home(spec_text, monkeypatch, cache):
 
 
 @pytest.mark.parametrize("name", [None, 7, b"same-s", ["same-s"]], ids=repr)
-def test_what_is_no_path(name):
+def test_names_that_are_no_paths(name):
     with pytest.raises(InputError, match=r"pass a str or a pathlib\.Path") as caught:
         find_engine(name)
     assert_one_line(caught.value)
@@ -170,7 +170,7 @@ def test_file_in_place_of_a_folder(tmp_path):
     ],
 )
 def test_half_written_folder(folder, name, cure):
-    """The command is one that works: `samekit export mine` would not."""
+    """The message names a command that works; `samekit export mine` would not."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     Path(folder, "encoder.onnx").touch()
     with pytest.raises(EngineError) as caught:
@@ -204,7 +204,7 @@ def test_lengths(own_engine):
 
 FIRST = "graphs.fp32.encoder"
 
-# What is wrong with the document, as `helpers.edit` takes it.
+# Changes that damage the document, as arguments of `helpers.edit`.
 DAMAGED = [
     {"format": REMOVED},
     {"format": 99},
@@ -318,7 +318,7 @@ def test_command_that_exports_again(own_engine, folder, source, arguments):
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut off", "longer", "a folder"])
-def test_graph_file_that_is_not_whole(own_engine, direction, damage):
+def test_incomplete_graph_file(own_engine, direction, damage):
     path = own_engine.folder / f"{direction}.onnx"
     content = path.read_bytes()
     path.unlink()
@@ -379,7 +379,7 @@ def test_folder_can_be_moved(own_engine, tmp_path):
 
 @pytest.fixture
 def linked(tmp_path):
-    """An engine folder with weights beside the encoder; a function that moves files away and leaves links."""
+    """Create an engine folder with weights beside the encoder; return a function that replaces files by links."""
     folder = tmp_path / "engine"
     write_engine(folder)
 
@@ -399,9 +399,9 @@ def encoded(folder):
         return model.encode(noise((1, 2, 16)), RATE)
 
 
-# Which layouts are read was tried with ONNX Runtime 1.24.1, 1.24.2, 1.25.0 and 1.32.0: weights whose real path lies
-# neither in the folder nor, from 1.24.2 on (github.com/microsoft/onnxruntime/pull/27374), beside the graph's real path
-# are refused by all of them.
+# The layouts were tried with ONNX Runtime 1.24.1, 1.24.2, 1.25.0 and 1.32.0. All of them refuse weights whose real path
+# is not in the folder. From 1.24.2 on (github.com/microsoft/onnxruntime/pull/27374) they accept weights beside the real
+# path of the graph.
 @pytest.mark.parametrize("data_only", [True, False], ids=["weights", "graph and weights, into two folders"])
 def test_weights_behind_a_link_that_leaves_the_folder(linked, data_only):
     links = {"encoder.onnx.data": "elsewhere/weights"} | ({} if data_only else {"encoder.onnx": "graphs/encoder"})
@@ -424,7 +424,7 @@ def test_cache_of_the_hub(linked, monkeypatch):
     assert encoded(folder).shape == (1, 4, 2)
 
     def refuse(*_, **__):
-        # What 1.24.1 says of this layout.
+        # The message of 1.24.1 for this layout.
         raise RuntimeError('External data path: "encoder.onnx.data" escapes model directory')
 
     monkeypatch.setattr("onnxruntime.__version__", "1.24.1")
@@ -446,7 +446,7 @@ def test_links_inside_the_folder(linked):
 
 
 def test_graph_of_an_engine_that_was_exported_again(own_engine):
-    """What is missing is said to be missing only where no other export has taken its place."""
+    """A missing graph is reported as missing only if no other export has replaced it."""
     document = json.loads((own_engine.folder / "spec.json").read_text(encoding="utf-8"))
     document["graphs"]["fp32"]["encoder"] |= {"file": "encoder.2.onnx", "sizes": {"encoder.2.onnx": 5}}
     (own_engine.folder / "spec.json").write_text(json.dumps(document), encoding="utf-8")

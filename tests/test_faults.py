@@ -1,4 +1,4 @@
-"""What happens at the worst moment: killed, disk full, read-only, changed while read, two at once, odd names."""
+"""Fault injection: killed processes, full and read-only disks, changing files, concurrent commands, odd names."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ from samekit.dataset.options import PreEncodeOptions
 from samekit.dataset.run import pre_encode
 from samekit.engine.folder import Engine
 from samekit.errors import AudioFileError, EngineError, LatentsFileError, OutputError
-from samekit.files import atomic as _files
 from samekit.files.latents import LatentsWriter
 from samekit.serving import triton as triton_module
 from samekit.tensorrt.builds import BuiltEngine, build_folders, is_whole, open_cache
@@ -48,7 +47,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="faults are inje
 
 
 def samekit(*arguments):
-    """A command that works."""
+    """Run a command that succeeds, and return its output."""
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     return result.output
@@ -56,7 +55,7 @@ def samekit(*arguments):
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    """An engine folder of small graphs; not to be changed."""
+    """An engine folder of small graphs; do not change it."""
     folder = tmp_path_factory.mktemp("small") / "engine"
     write_engine(folder)
     return folder
@@ -136,7 +135,7 @@ def test_killed_decode(latents, out, options, suffix, faults):
 
 @pytest.fixture
 def quick_graphs(monkeypatch):
-    """Let exports write small graphs, unverified."""
+    """Make exports write small graphs without verification."""
     monkeypatch.setattr(
         export_module, "write_onnx", lambda _, path: small_graph(path.name.split(".")[0], path.parent, path.name)
     )
@@ -147,7 +146,7 @@ def quick_graphs(monkeypatch):
 
 
 class QuickGraph:
-    """In place of a module."""
+    """A fake graph module."""
 
     def to_float16_(self):
         return self
@@ -155,7 +154,7 @@ class QuickGraph:
 
 @pytest.fixture
 def quick_page(monkeypatch, engine):
-    """Let reports tell of made-up measurements."""
+    """Make reports show invented measurements."""
     row = report_module.Row("torch", "fp32", 0, np.inf, np.inf, 1.0, 2.0, 3.0)
     measured = report_module.Report(
         source="song.wav",
@@ -171,7 +170,7 @@ def quick_page(monkeypatch, engine):
 
 
 def engine_files(engine):
-    """The names in a folder that holds nothing but the engine, TensorRT builds apart."""
+    """Return the names of all files of an engine folder, without TensorRT builds."""
     halves = engine.spec.graphs.values()
     return sorted({"spec.json", *(name for graphs in halves for graph in graphs.values() for name in graph.sizes)})
 
@@ -186,7 +185,7 @@ KILLED_EXPORTS = {
 @pytest.mark.parametrize("what", KILLED_EXPORTS)
 @pytest.mark.usefixtures("quick_graphs")
 def test_killed_export(out, what, faults):
-    """At every moment one of the two exports can be used, without any repair; the next one leaves nothing else."""
+    """After each kill one of the two exports can be used. The next export deletes everything else."""
     folder = out / "tiny-s"
     name, seed, precisions = KILLED_EXPORTS[what]
     old = []
@@ -206,12 +205,12 @@ def test_killed_export(out, what, faults):
         engine.check_digests()
         assert engine.spec == old[0] or set(precisions) <= set(engine.spec.graphs), moment
         assert names(out) == ["tiny-s"], moment
-        # Current or not, a repeated command deletes what the killed one left.
+        # A repeated command deletes the leftovers, even if the export is current.
         repeated = export(seeded(name, seed), out, precisions)
         repeated.check_digests()
         assert set(precisions) <= set(repeated.spec.graphs), moment
         assert names(out) == ["tiny-s"], moment
-        # A build of other graphs is one that can be killed after the commit; `samekit clean` deletes it.
+        # An export that is killed after its commit leaves stale builds, which `samekit clean` deletes.
         assert names(folder) == sorted([*engine_files(repeated), "tensorrt"]), moment
         if what != "other weights":
             assert names(folder / "tensorrt") == ["some"], moment
@@ -239,14 +238,14 @@ def test_killed_first_export(out, faults):
 
 
 class QuickBuilder:
-    """In place of TensorRT."""
+    """A fake TensorRT module."""
 
     __name__ = "tensorrt_rtx"
     __version__ = "1.7.1.116"
 
 
 def quick_halves(engine, fingerprint, module, folder, report):
-    """Engines that are none."""
+    """Write files in place of engines."""
     del engine, fingerprint, module, report
     for direction in ("encoder", "decoder"):
         (folder / f"{direction}.engine").write_bytes(direction.encode())
@@ -258,7 +257,7 @@ def quick_halves(engine, fingerprint, module, folder, report):
 @pytest.mark.parametrize("damaged", [False, True])
 def test_killed_build(engine, tmp_path, monkeypatch, damaged, faults):
     folder = tmp_path / "engine"
-    monkeypatch.setattr(to_tensorrt, "_build_halves", quick_halves)
+    monkeypatch.setattr(to_tensorrt, "_build_engines", quick_halves)
 
     def run():
         to_tensorrt.build_engines(Engine.load(folder), "fp32", QuickBuilder(), "portable", lambda _: None)
@@ -325,7 +324,7 @@ def test_killed_repository(engine, out, monkeypatch, links, faults):
             assert contents(models) == new, moment
             shutil.rmtree(models)
         run()
-        # Nothing else is left, neither of the killed process nor of this one.
+        # Neither the killed process nor this one leaves anything else.
         assert names(out) == ["models"], moment
 
     run()
@@ -339,7 +338,7 @@ def test_killed_repository(engine, out, monkeypatch, links, faults):
 def test_killed_report(song, engine, out, monkeypatch, faults):
     page = out / "page.html"
     command = ("report", song, "--model", engine, "--out", page)
-    # Pictures take time, and are drawn before anything is written.
+    # Drawing takes time, and happens before anything is written.
     monkeypatch.setattr(report_module, "page_of", lambda _: "a new page" * 10_000)
 
     def check(moment):
@@ -352,28 +351,6 @@ def test_killed_report(song, engine, out, monkeypatch, faults):
     assert kills >= 4
 
 
-def test_what_is_being_written_is_not_cleared_away(out):
-    """A process that is alive keeps what it writes, whoever clears away beside it."""
-    with _files.atomic_path(out / "a.wav") as file, _files.temporary_folder(out / "b") as folder:
-        (folder / "inside").touch()
-        assert _files.remove_abandoned(out) == []
-        assert in_a_fork(lambda: _files.remove_abandoned(out)) == 0
-        assert file.exists()
-        assert (folder / "inside").exists()
-    assert names(out) == ["a.wav"]
-
-
-def test_only_what_killed_processes_left_is_cleared_away(out):
-    mine = {".hidden.tmp", "song.wav", ".song.wav.12.tmp", ".git"}
-    for name in mine:
-        (out / name).write_text("mine")
-    (out / ".song.wav.12-0123abcd.tmp").write_text("abandoned")
-    (out / ".other.wav.12-0123abcd.tmp").write_text("of another")
-    assert [path.name for path, _ in _files.remove_abandoned(out, "song.wav")] == [".song.wav.12-0123abcd.tmp"]
-    assert set(names(out)) == mine | {".other.wav.12-0123abcd.tmp"}
-    assert _files.remove_abandoned(out / "nowhere") == []
-
-
 # --- The disk ------------------------------------------------------------------------------------------------
 
 
@@ -382,7 +359,7 @@ def long_song(path):
     return path
 
 
-# What writes, to a folder that holds its older result; the fixtures `quick_graphs` and `engine` serve exports.
+# Commands that write to a folder that holds their older result.
 def _writers(work, options, engine):
     song = long_song(work / "song.wav")
     samekit("encode", song, work / "song.npy", *options)
@@ -413,7 +390,7 @@ def _writers(work, options, engine):
 
 
 WRITERS = ("encode", "decode", "pre-encode", "export", "triton", "report")
-# Bytes that are left on the full disk: repositories of small graphs are small.
+# Free bytes on the full disk. Repositories of small graphs are small.
 ROOM = dict.fromkeys(WRITERS, 40_000) | {"triton": 0}
 
 
@@ -448,7 +425,7 @@ def test_disk_that_cannot_be_written(tmp_path, options, engine, monkeypatch, wri
         if writer != "pre-encode":
             assert contents(disk) == before
         assert not list(disk.rglob(".*.tmp"))
-        # Room makes it work.
+        # With free space the command succeeds.
         remount(disk, "rw,size=20m")
         samekit(*command(disk))
         assert not list(disk.rglob(".*.tmp"))
@@ -574,7 +551,7 @@ def test_latents_that_change_while_they_are_decoded(tmp_path, out, change, fault
             assert_one_line(error)
             assert names(out) == []
 
-    # In a fork, because reading a map that has no file any more ends a process.
+    # In a fork, because reading a map of a file that has shrunk ends a process.
     assert in_a_fork(decode) == 0
     faults["files changed while they were read"] += 1
 
@@ -587,7 +564,7 @@ def pipe(path):
 
 
 def device(path):
-    """Never ends, and says that it is empty."""
+    """A device whose size is 0 and that never ends."""
     path.symlink_to("/dev/zero")
 
 
@@ -606,7 +583,7 @@ def device(path):
     ],
 )
 def test_what_is_no_file_is_refused_at_once(engine, latents, checkpoint_of, tmp_path, kind, place, faults):
-    """Whoever opens a pipe is blocked, and whoever reads a device never ends."""
+    """Opening a pipe would block, and reading a device would never end."""
     shutil.copytree(engine, tmp_path / "engine")
     (build,) = (tmp_path / "engine" / "tensorrt").iterdir()
     (tmp_path / "build").symlink_to(build)
@@ -630,7 +607,7 @@ def test_what_is_no_file_is_refused_at_once(engine, latents, checkpoint_of, tmp_
 
     def run():
         result = CliRunner().invoke(main, [str(argument) for argument in command])
-        # A damaged build is listed as such.
+        # `info` lists damaged builds and succeeds.
         assert result.exit_code == (0 if place.startswith("build") else 2), result.output
         assert "no regular file" in result.output or f"no {Path(place).name} here" in result.output
 
@@ -642,7 +619,7 @@ def test_what_is_no_file_is_refused_at_once(engine, latents, checkpoint_of, tmp_
 
 
 def quietly(error, work):
-    """The work, which may find that another was faster."""
+    """Return the work, which may raise `error` because another process was faster."""
 
     def run():
         try:
@@ -665,7 +642,7 @@ def test_exports_into_one_folder_at_once(out):
 
 @pytest.mark.usefixtures("quick_graphs")
 def test_exports_of_different_precisions_into_one_folder_at_once(out, monkeypatch):
-    """As `make export` in two terminals: both say that the folder is ready, and both are in it."""
+    """Both exports succeed, and the folder holds both precisions."""
     quick = export_module.write_onnx
 
     def write_slowly(graph, path):
@@ -684,7 +661,7 @@ def test_exports_of_different_precisions_into_one_folder_at_once(out, monkeypatc
 
 
 def test_builds_into_one_folder_at_once(engine, tmp_path, monkeypatch):
-    """One is built, and the others find it; what is being written is not deleted by `samekit clean`."""
+    """One process builds, and the others use its build. `samekit clean` does not delete a running build."""
     folder = shutil.copytree(engine, tmp_path / "engine")
     (build,) = (folder / "tensorrt").iterdir()
     built = tmp_path / "built"
@@ -696,7 +673,7 @@ def test_builds_into_one_folder_at_once(engine, tmp_path, monkeypatch):
         time.sleep(0.3)
         return engines
 
-    monkeypatch.setattr(to_tensorrt, "_build_halves", slow_halves)
+    monkeypatch.setattr(to_tensorrt, "_build_engines", slow_halves)
     work = partial(to_tensorrt.build_engines, Engine.load(folder), "fp32", QuickBuilder(), "portable", lambda _: None)
     for before in ("no build", "a damaged build"):
         built.write_text("")
@@ -705,7 +682,7 @@ def test_builds_into_one_folder_at_once(engine, tmp_path, monkeypatch):
         else:
             (build / "encoder.engine").write_bytes(b"")
         assert together(work, work, partial(samekit, "clean", folder)) == [0, 0, 0]
-        # Where the other process was first, the damaged build was deleted or replaced; both are right.
+        # The damaged build is either deleted by `clean` or replaced.
         assert names(folder / "tensorrt") == [build.name]
         assert is_whole(build)
         assert built.read_text() == "built\n"
@@ -724,7 +701,7 @@ def test_caches_of_onnxruntime_are_opened_at_once(engine, tmp_path):
 
 @pytest.mark.usefixtures("quick_graphs")
 def test_reading_while_it_is_exported_again(out, monkeypatch):
-    """A reader gets one of the exports, or hears that there is a new one since it has opened the folder."""
+    """A reader runs one of the exports, or gets an error that the folder was exported again."""
 
     def small_spec(checkpoint):
         facts = {"name": checkpoint.name, "source": checkpoint.source, "source_sha256": checkpoint.sha256}
@@ -765,7 +742,7 @@ def test_encodes_and_decodes_to_one_file_at_once(song, latents, out, options):
 
 
 def test_repositories_into_one_folder_at_once(engine, out):
-    """One is written, and the others say that it is there."""
+    """One process writes it, and the others report that it exists."""
     ended = out.parent / "ended"
     ended.mkdir()
 
@@ -822,7 +799,7 @@ def test_datasets_into_one_folder_at_once(tmp_path, out):
 
 
 def test_sixteen_threads_share_a_model(engine):
-    """Equal results, and no memory that grows with the calls."""
+    """Results are equal, and memory does not grow with the number of calls."""
     clips = [noise((2, 8 * (1 + index)), index) for index in range(16)]
     with AutoencoderModel.from_pretrained(engine, backend="onnxruntime", threads=1) as model:
         model.autoencoder.backend.use_packed_weights("encoder")
@@ -848,7 +825,7 @@ def test_sixteen_threads_share_a_model(engine):
 
 @pytest.mark.parametrize("jump", [-1e9, 1e9])
 def test_clock_that_jumps(tmp_path, out, monkeypatch, jump):
-    """The clock of the wall decides nothing: neither what is done, nor what is left over."""
+    """The wall clock does not decide which clips are encoded."""
     data = tmp_path / "data"
     data.mkdir()
     for index in range(3):
@@ -862,13 +839,9 @@ def test_clock_that_jumps(tmp_path, out, monkeypatch, jump):
     report = pre_encode(model, data, out)
     assert (report.encoded, report.unchanged) == (0, 3)
     assert 0 <= report.elapsed <= time.monotonic() - start
-    with _files.atomic_path(out / "a.wav"):
-        (path,) = out.glob(".a.wav.*")
-        os.utime(path, (0, 0))
-        assert _files.remove_abandoned(out) == []
 
 
-# Names as the system has them: bytes.
+# File names as bytes.
 ODD_NAMES = {
     "spaces": b" a  song ",
     "quotes": b'it\'s "quoted"',
@@ -889,7 +862,7 @@ def test_odd_names(engine, song, tmp_path, kind):
     name = os.fsdecode(ODD_NAMES[kind])
     work = tmp_path / name
     work.mkdir()
-    # ONNX Runtime takes no path that is no text, see `test_engine_whose_name_is_no_text`.
+    # ONNX Runtime accepts UTF-8 paths only, see `test_engine_whose_name_is_no_text`.
     model = shutil.copytree(engine, tmp_path / "model" if kind == "no text" else work / name)
     audio = shutil.copyfile(song, work / f"{name}.wav")
     (work / f"{name}.txt").write_text("caption")
@@ -927,7 +900,7 @@ def test_checkpoint_whose_name_is_no_text(checkpoint_of, tmp_path):
 
 @pytest.mark.usefixtures("quick_graphs")
 def test_model_with_a_long_name(out):
-    """As checkpoint folders may have."""
+    """A checkpoint folder may have such a name."""
     name = "m" * 250
     for _ in range(2):
         export(dataclasses.replace(seeded("tiny-s"), name=name), out, force=True)
@@ -935,7 +908,7 @@ def test_model_with_a_long_name(out):
 
 
 def test_locale_that_is_not_utf_8(engine, tmp_path):
-    """As in containers and cron jobs of old: every name in, every message out."""
+    """Containers and cron jobs may have such a locale. All names and messages must still work."""
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     environment |= {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
     name = os.fsencode(tmp_path / "größe 🎵")
@@ -980,7 +953,7 @@ for arguments in (
 
 @pytest.mark.slow
 def test_killed_builds_of_tensorrt(engine, tmp_path):
-    """The real compiler, killed at random moments."""
+    """The real compiler is killed at random moments."""
     pytest.importorskip("tensorrt_rtx")
     folder = shutil.copytree(engine, tmp_path / "engine")
     shutil.rmtree(folder / "tensorrt")

@@ -1,17 +1,21 @@
-"""Files appear whole or not at all, whatever happens while they are written."""
+"""Files are written atomically, and the leftovers of killed processes are told from the files of running ones."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import re
 
 import pytest
+from faults import KILLED, in_a_fork, kill_this_process, names
 
-from samekit.errors import OutputError
-from samekit.files import atomic as _files
-from samekit.files.atomic import atomic_path, output_errors
+from samekit.errors import InputError, OutputError
+from samekit.files.atomic import atomic_folder, atomic_path, output_errors, remove_abandoned, temporary_target
+
+
+def dying_writer(path):
+    """Write a file, and be killed meanwhile."""
+    with atomic_path(path):
+        kill_this_process()
 
 
 def test_target_changes_only_when_the_block_ends(tmp_path):
@@ -22,23 +26,6 @@ def test_target_changes_only_when_the_block_ends(tmp_path):
         assert target.read_text() == "old"
     assert target.read_text() == "new"
     assert list(tmp_path.iterdir()) == [target]
-
-
-def test_locks_of_network_file_systems(tmp_path, monkeypatch):
-    """NFS locks only what is open for writing, see flock(2)."""
-    flock = fcntl.flock
-
-    def strict(file, operation):
-        descriptor = file if isinstance(file, int) else file.fileno()
-        if not fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE:
-            raise OSError(errno.EBADF, "Bad file descriptor")
-        flock(descriptor, operation)
-
-    monkeypatch.setattr(fcntl, "flock", strict)
-    (tmp_path / ".song.wav.12-0123abcd.tmp").touch()
-    with _files.atomic_path(tmp_path / "other.wav"):
-        assert [path.name for path, _ in _files.remove_abandoned(tmp_path)] == [".song.wav.12-0123abcd.tmp"]
-    assert [path.name for path in tmp_path.iterdir()] == ["other.wav"]
 
 
 def test_contents_are_on_disk_before_the_name(tmp_path, monkeypatch):
@@ -167,9 +154,10 @@ def test_link_is_written_through(tmp_path, there):
     if there:
         target.write_text("old")
     link.symlink_to(target)
-    # What a killed process left is where it was writing.
-    (target.parent / ".the song.wav.12-0123abcd.tmp").touch()
-    _files.remove_abandoned(tmp_path, "song.wav")
+    # A killed process leaves its temporary file beside the target of the link.
+    assert in_a_fork(lambda: dying_writer(target)) == KILLED
+    assert len(names(target.parent)) == 1 + there
+    remove_abandoned(tmp_path, "song.wav")
     with pytest.raises(FileNotFoundError), atomic_path(link, follow_links=True):
         (tmp_path / "nothing").read_text()
     assert list(target.parent.iterdir()) == [target] * there
@@ -199,7 +187,7 @@ def test_link_that_leads_nowhere_to_write(tmp_path):
 
 @pytest.mark.parametrize("target", ["precious", "nowhere", "link.json", "folder", os.devnull])
 def test_link_is_replaced_unless_links_are_to_be_followed(tmp_path, target):
-    """Folders with names of our own may come from anyone, and so may the links in them."""
+    """A folder that was downloaded may contain links to any file of the user."""
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "folder").mkdir()
     link = tmp_path / "link.json"
@@ -210,3 +198,92 @@ def test_link_is_replaced_unless_links_are_to_be_followed(tmp_path, target):
     assert link.read_text() == "new"
     assert (tmp_path / "precious").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link.json", "precious"]
+
+
+# --- Leftovers ----------------------------------------------------------------------------------------------
+
+
+def test_what_is_being_written_is_not_deleted(tmp_path):
+    with atomic_path(tmp_path / "a.wav") as file, atomic_folder(tmp_path / "b") as folder:
+        (folder / "inside").touch()
+        for temporary in (file, folder):
+            # The time of the last change does not matter while the process runs.
+            os.utime(temporary, (0, 0))
+        for name in ("a.wav", "b"):
+            remove_abandoned(tmp_path, name)
+            assert in_a_fork(lambda name=name: remove_abandoned(tmp_path, name)) == 0
+        assert file.exists()
+        assert (folder / "inside").exists()
+    assert names(tmp_path) == ["a.wav", "b"]
+
+
+def test_only_the_leftovers_of_one_output_are_deleted(tmp_path):
+    mine = {".hidden.tmp", "song.wav", ".song.wav.12.tmp", ".git"}
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    assert in_a_fork(lambda: dying_writer(tmp_path / "song.wav")) == KILLED
+    assert in_a_fork(lambda: dying_writer(tmp_path / "other.wav")) == KILLED
+    (other,) = tmp_path.glob(".other.wav.*")
+    assert temporary_target(other.name) == "other.wav"
+    remove_abandoned(tmp_path, "song.wav")
+    assert set(names(tmp_path)) == mine | {other.name}
+    remove_abandoned(tmp_path / "nowhere", "song.wav")
+
+
+def test_leftovers_of_other_machines_are_deleted_after_a_day(tmp_path):
+    """Process ids of another machine, container or boot cannot be checked."""
+    recent, old = tmp_path / ".song.wav.12-0123abcd01234567.tmp", tmp_path / ".song.wav.13-0123abcd01234567.tmp"
+    for path in (recent, old):
+        path.touch()
+    os.utime(old, (0, 0))
+    remove_abandoned(tmp_path, "song.wav")
+    assert names(tmp_path) == [recent.name]
+
+
+def test_holder_of_the_lock_deletes_every_matching_leftover(tmp_path):
+    other = tmp_path / ".other.wav.12-0123abcd.tmp"
+    with atomic_path(tmp_path / "song.wav") as temporary:
+        other.touch()
+        remove_abandoned(tmp_path, lambda name: name == "song.wav")
+        assert not temporary.exists()
+        temporary.touch()
+    assert names(tmp_path) == sorted([other.name, "song.wav"])
+
+
+# --- Folders ------------------------------------------------------------------------------------------------
+
+
+def test_folder_appears_when_the_block_ends(tmp_path):
+    folder = tmp_path / "new" / "models"
+    with atomic_folder(folder) as temporary:
+        (temporary / "inside").mkdir()
+        (temporary / "inside" / "file").write_text("new")
+        assert not folder.exists()
+    assert (folder / "inside" / "file").read_text() == "new"
+    assert names(folder.parent) == ["models"]
+
+
+def test_folder_that_exists(tmp_path):
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("folder", "file", "link"):
+        path = tmp_path / name
+        if name == "file":
+            path.touch()
+        elif name == "folder":
+            path.mkdir()
+        with pytest.raises(InputError, match=r"exists; remove it, or choose another name$"), atomic_folder(path):
+            pass
+    assert names(tmp_path) == ["file", "folder", "link"]
+
+
+def test_failed_folder_leaves_nothing(tmp_path):
+    def fail(error):
+        with atomic_folder(tmp_path / "models") as temporary:
+            (temporary / "half").touch()
+            raise error
+
+    with pytest.raises(OutputError, match=r"models: cannot be written \(No space left"):
+        fail(OSError(28, "No space left on device"))
+    with pytest.raises(KeyboardInterrupt):
+        fail(KeyboardInterrupt)
+    assert names(tmp_path) == []

@@ -1,8 +1,7 @@
-"""Latents on disk: plain NumPy reads them, a pair is never torn, and nothing unsound is handed out."""
+"""Latents on disk: plain NumPy reads them, the files of a pair belong together, and damage is refused."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pickle
@@ -54,14 +53,14 @@ def test_plain_numpy_reads_what_was_appended(tmp_path, count, dtype):
 
 @pytest.mark.parametrize("count", [0, 1, 10**6, 10**18])
 def test_header_has_one_size_and_is_valid(tmp_path, count):
-    writer = LatentsWriter(tmp_path / "song.npy", WIDTH)
-    writer.latents = count
-    header = writer._header()
-    assert len(header) == 128
-    file = io.BytesIO(header)
-    assert np.lib.format.read_magic(file) == (1, 0)
-    assert np.lib.format.read_array_header_1_0(file) == ((WIDTH, count), True, np.dtype("<f4"))
-    assert file.tell() == 128
+    """The final header replaces the first one, so it must have the same size."""
+    with LatentsWriter(tmp_path / "song.npy", WIDTH) as writer:
+        writer.latents = count
+    with (tmp_path / "song.npy").open("rb") as file:
+        assert np.lib.format.read_magic(file) == (1, 0)
+        assert np.lib.format.read_array_header_1_0(file) == ((WIDTH, count), True, np.dtype("<f4"))
+        assert file.tell() == 128
+        assert file.read() == b""
 
 
 def test_metadata_round_trip(tmp_path):
@@ -162,7 +161,7 @@ def test_full_disk_leaves_nothing(tmp_path):
 
 @contextmanager
 def file_size_limit(size):
-    """Make writes past a size fail, as on a full disk; no longer than needed, for a test's log is a file, too."""
+    """Make writes past a size fail, as on a full disk. The limit also applies to the log of the tests."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -212,7 +211,7 @@ def test_file_that_was_cut_off(tmp_path, kept):
     assert_refused(path, "damaged" if abs(kept) < 128 and kept > 0 else "is cut off")
 
 
-def test_length_in_the_header_is_not_believed(tmp_path):
+def test_length_in_the_header_is_checked(tmp_path):
     path = tmp_path / "song.npy"
     with path.open("wb") as file:
         header = {"descr": "<f4", "fortran_order": True, "shape": (WIDTH, 10**30)}
@@ -301,6 +300,16 @@ def test_damaged_headers_raise_nothing_else(tmp_path):
     assert refused > 300
 
 
+def test_second_version_of_the_format(tmp_path):
+    path = tmp_path / "song.npy"
+    with path.open("wb") as file:
+        np.lib.format.write_array(file, latents_of(5), version=(2, 0))
+    assert np.array_equal(read_latents(path)[0], latents_of(5))
+    with path.open("wb") as file:
+        np.lib.format.write_array(file, latents_of(5), version=(3, 0))
+    assert_refused(path, "is no .npy file, or a damaged one")
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b"\xff\xfe{}", b"[" * 100_000])
 def test_damaged_json(tmp_path, content):
     path = tmp_path / "song.npy"
@@ -321,12 +330,12 @@ def test_header_that_claims_gigabytes(tmp_path):
 
 
 def test_links_are_written_through(tmp_path):
-    """Both files of a pair may lie on another disk; the links stay, and nothing is lost while they are replaced."""
+    """Both files of a pair may be on another disk. The links stay, and their targets are replaced."""
     big = tmp_path / "big"
     big.mkdir()
     for suffix in ("npy", "json"):
         (tmp_path / f"song.{suffix}").symlink_to(big / f"elsewhere.{suffix}")
-    # Where nothing is yet, nothing would be lost.
+    # The targets do not exist yet, so nothing is replaced.
     require_replaceable(tmp_path / "song.npy")
     for seed in range(2):
         latents = latents_of(5, seed)
@@ -339,7 +348,7 @@ def test_links_are_written_through(tmp_path):
 
 
 def test_links_are_replaced_unless_they_are_to_be_followed(tmp_path):
-    """The names of a dataset's files are ours, and its folder may come from anyone."""
+    """A dataset folder may come from an untrusted source and contain links to any file."""
     for suffix in ("npy", "json"):
         (tmp_path / f"precious.{suffix}").write_text("mine")
         (tmp_path / f"song.{suffix}").symlink_to(f"precious.{suffix}")
@@ -355,7 +364,7 @@ def test_links_are_replaced_unless_they_are_to_be_followed(tmp_path):
     [({"model_sha256": "0"}, True), ({}, False), ({"model_sha256": "0", "padding_mask": [1]}, False)],
     ids=["a file", "something else", "a clip of a dataset"],
 )
-def test_what_encoding_a_file_may_replace(tmp_path, metadata, replaceable):
+def test_metadata_that_encoding_may_replace(tmp_path, metadata, replaceable):
     write(tmp_path / "song.npy", latents_of(5), metadata)
     with nullcontext() if replaceable else pytest.raises(OutputError, match="is of something else, and is not"):
         require_replaceable(tmp_path / "song.npy")

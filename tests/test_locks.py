@@ -1,4 +1,4 @@
-"""The lock of an engine folder: one writer at a time, and no trace of it afterwards."""
+"""Locks of folders: one writer at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from faults import KILLED, in_a_fork, kill_this_process, together
 from helpers import assert_one_line
 
 from samekit.errors import OutputError
-from samekit.files.locks import LOCK_FILE, folder_lock
+from samekit.files.locks import LOCK_FILE, file_lock, folder_lock
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_folder_and_lock_file_are_there_while_it_is_held(folder):
 
 
 def test_one_at_a_time(folder):
-    """Processes that create and delete the folder, the lock file and a counter all the time."""
+    """Several processes create and delete the folder and the lock file again and again."""
     counter = folder.parent / "counter"
     counter.parent.mkdir()
     counter.write_text("0")
@@ -67,10 +67,21 @@ def test_waiting_is_logged_once_and_names_the_process(folder, caplog):
 
 
 def test_not_waiting(folder):
-    with folder_lock(folder), pytest.raises(BlockingIOError, match="is writing there"), folder_lock(folder, wait=False):
+    message = f"^{folder}: process {os.getpid()} is writing there; wait for it, or pass another folder$"
+    with folder_lock(folder), pytest.raises(OutputError, match=message), folder_lock(folder, wait=False):
         pass
     with folder_lock(folder, wait=False):
         pass
+
+
+def test_lock_of_a_file_stays_empty(folder):
+    path = folder / "state" / "lock"
+    message = f"^{folder}: process {os.getpid()} is writing there; wait for it, or pass another folder$"
+    with file_lock(path, folder), pytest.raises(OutputError, match=message), file_lock(path, folder):
+        pass
+    assert path.read_bytes() == b""
+    with file_lock(path, folder):
+        assert path.read_text() == f"process {os.getpid()}"
 
 
 def test_killed_process_holds_no_lock(folder):
@@ -87,7 +98,7 @@ def test_killed_process_holds_no_lock(folder):
 
 @pytest.mark.parametrize("error", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_file_system_without_locks(folder, monkeypatch, caplog, error):
-    """As some network file systems are mounted, see flock(2)."""
+    """Some network file systems have no locks, see flock(2)."""
 
     def refuse(*_):
         raise OSError(error, os.strerror(error))
@@ -98,8 +109,9 @@ def test_file_system_without_locks(folder, monkeypatch, caplog, error):
     assert not folder.exists()
     (line,) = caplog.messages
     assert line.startswith(f"{folder}: its file system has no locks ({os.strerror(error)}); start no other export")
-    with pytest.raises(OSError, match=os.strerror(error)), folder_lock(folder, wait=False):
-        pass
+    for lock in (folder_lock(folder, wait=False), file_lock(folder / "lock", folder)):
+        with pytest.raises(OutputError, match=os.strerror(error)), lock:
+            pass
 
 
 @pytest.mark.parametrize("what", ["link", "folder", "pipe"])
@@ -110,7 +122,7 @@ def test_something_else_in_place_of_the_lock_file(folder, tmp_path, what):
     place = folder / LOCK_FILE
     {"link": lambda: place.symlink_to(precious), "folder": place.mkdir, "pipe": lambda: os.mkfifo(place)}[what]()
     if what == "pipe":
-        # It can be locked, and nothing waits for a reader.
+        # A pipe can be locked, and opening it does not wait for a reader.
         with folder_lock(folder):
             pass
     else:
@@ -121,7 +133,7 @@ def test_something_else_in_place_of_the_lock_file(folder, tmp_path, what):
 
 
 def test_lock_file_with_another_text(folder, caplog):
-    """It comes with folders from anywhere, so only a text that this program writes is shown."""
+    """The folder may come from an untrusted source, so only text that samekit writes is shown."""
     folder.mkdir(parents=True)
     (folder / LOCK_FILE).write_text("process 1\x1b[2J")
     with (folder / LOCK_FILE).open("r+") as file:

@@ -1,6 +1,6 @@
-"""TensorRT: engines built by NVIDIA's own compiler, the store of engines, and the backend on a fake runtime.
+"""TensorRT: engines built by NVIDIA's compiler, the builds of an engine folder, and the backend on a fake runtime.
 
-Running an engine needs a GPU: those tests are marked so, and the contract of every backend covers it there.
+Tests that run an engine need a GPU and are marked "gpu". There the contract of every backend is tested too.
 """
 
 from __future__ import annotations
@@ -86,11 +86,11 @@ needs_rtx = pytest.mark.skipif(TENSORRT_RTX not in installed_versions(), reason=
 
 @pytest.fixture(scope="module")
 def built(engine_of, tmp_path_factory):
-    """Build the engines of a seeded model, once a run: name and precision -> Engine and Build. Not to be changed."""
+    """A function of name and precision that builds engines once and returns Engine and Build; do not change them."""
     folder = tmp_path_factory.mktemp("engines")
 
     def exported(name, precision):
-        """The session's own float32 graphs; half precision of two blocks, which is exported in half the time."""
+        """Return the shared float32 graphs, or half-precision graphs of two blocks, which are exported faster."""
         if precision == "fp32":
             return Engine.load(shutil.copytree(engine_of(name).folder, folder / "fp32" / name))
         checkpoint = variant(name, {"*.config.transformer_depths": [2]})
@@ -110,7 +110,7 @@ def log_of(build):
 
 
 def bytes_in_log(build, what):
-    """Every size that the log gives for something."""
+    """Return every size of this kind in the log."""
     return [int(size) for size in re.findall(rf"{what} Memory: (\d+) bytes", log_of(build))]
 
 
@@ -137,11 +137,11 @@ class TestBuilding:
     def test_layers_are_counted(self, build, precision):
         counts = [int(count) for count in re.findall(r"(\d+) layers after parsing", log_of(build))]
         assert counts == [build.engines[direction].layers for direction in (ENCODER, DECODER)]
-        # Of the encoder, 479 and 506 in fp32: a slice with a length of its own costs 24, an index 1.
+        # The encoders have 479 and 506 layers in fp32. A slice with its own length costs 24 layers, an index 1.
         assert 0 < counts[0] < {"fp32": 520, "fp16": 600}[precision]
 
     def test_both_profiles_are_in_it(self, build):
-        # The builder sizes the scratch memory of each profile, and that of the most latents is largest.
+        # The builder computes the scratch memory of each profile. The one with the most latents needs most.
         narrow_encoder, wide_encoder, narrow_decoder, wide_decoder = bytes_in_log(build, "Max Scratch")
         assert 1.5 < wide_encoder / narrow_encoder < 2.5
         assert 1.5 < wide_decoder / narrow_decoder < 2.5
@@ -157,20 +157,20 @@ class TestBuilding:
 @pytest.mark.slow
 def test_full_size(tmp_path):
     engine = export(seeded("same-s"), tmp_path, PRECISIONS)
-    full, direction = add_engines(engine, PRECISIONS, "rtx", print)
-    for build in (full, direction):
+    full, half = add_engines(engine, PRECISIONS, "rtx", print)
+    for build in (full, half):
         assert {line.split("]")[0] for line in log_of(build).splitlines()} == {"[INFO"}
-        # A graph exported as the model is written has 2,600: fewer fuse better and build faster.
+        # An export of the plain model has 2,600 layers. Fewer layers are fused better and build faster.
         assert build.engines[ENCODER].layers < 700
-    full, direction = (sum(engine.size for engine in build.engines.values()) for build in (full, direction))
+    full, half = (sum(engine.size for engine in build.engines.values()) for build in (full, half))
     parameters = sum(tensor.numel() for tensor in seeded("same-s").tensors.values())
     assert full == pytest.approx(4 * parameters, rel=0.1)
-    assert direction == pytest.approx(full / 2, rel=0.1)
+    assert half == pytest.approx(full / 2, rel=0.1)
 
 
 @pytest.fixture
 def own_built(built, tmp_path):
-    """An engine folder with its engines, to be changed."""
+    """An engine folder with its builds, which a test may change."""
     return Engine.load(shutil.copytree(built("tiny-s", "fp32")[0].folder, tmp_path / "tiny-s"))
 
 
@@ -186,7 +186,7 @@ def test_current_engines_are_left_alone(own_built):
 def test_a_damaged_engine_is_built_again(own_built, monkeypatch):
     (folder,) = build_folders(own_built)
     engine = folder / "encoder.engine"
-    # Of the same size: only its digest tells.
+    # The size stays the same, so only the digest shows the damage.
     engine.write_bytes(engine.read_bytes()[:-1] + b"x")
 
     def build(self, path, report):  # noqa: ARG001 the signature of _HalfBuilder.build
@@ -214,7 +214,7 @@ def test_a_graph_that_it_does_not_take(own_engine):
         add_engines(Engine.load(own_engine.folder), ["fp32"], "rtx", lines.append)
     assert_one_line(caught.value)
     assert lines[-1].startswith(f"encoder.onnx: Mystery {node}: ")
-    # Of what was begun, the log is left.
+    # Only the log of the failed build is left.
     (log,) = (own_engine.folder / "tensorrt").iterdir()
     assert log.name.endswith(".failed.log")
     assert str(log) in str(caught.value)
@@ -230,7 +230,7 @@ def fake_module(name, version):
 
 @pytest.fixture
 def nothing_builds(monkeypatch):
-    """Record what would be built; neither flavour is installed, and there is no GPU, until a test says so."""
+    """Record what would be built, without a flavour or a GPU unless the test adds them."""
     asked = []
     monkeypatch.setitem(sys.modules, TENSORRT, None)
     monkeypatch.setitem(sys.modules, TENSORRT_RTX, None)
@@ -304,7 +304,7 @@ def test_module_of_another_kind_in_its_place(monkeypatch, version):
 
 
 class FakeTimingConfig:
-    """A builder's settings that know caches of one GPU."""
+    """Builder settings that accept timing caches of one GPU."""
 
     def __init__(self, fits):
         self.fits = fits
@@ -330,7 +330,7 @@ def test_timing_cache_is_kept(engine_of, tmp_path, monkeypatch):
     module = FakeTensorRT(engine.spec)
 
     def times(flavour, fits):
-        """Attach and keep the cache as a build does; the contents afterwards."""
+        """Attach and keep the cache as a build does; return its contents afterwards."""
         fingerprint = fingerprint_of(engine.spec, "fp32", flavour, "11.4.0", "8.9")
         builder = to_tensorrt._EngineBuilder(engine, ENCODER, fingerprint, module, sys.stdout)
         config = FakeTimingConfig(fits)
@@ -338,17 +338,17 @@ def test_timing_cache_is_kept(engine_of, tmp_path, monkeypatch):
         builder._keep_timing_cache(config)
         return [path.read_bytes() for path in sorted(tmp_path.rglob("*.cache"))]
 
-    # TensorRT-RTX has none.
+    # TensorRT-RTX has no timing cache.
     assert times(TENSORRT_RTX, b"") == []
     assert times(TENSORRT, b"") == [b"+measured"]
     assert times(TENSORRT, b"+measured") == [b"+measured+measured"]
-    # A cache that does not fit is begun anew.
+    # A cache that does not fit is replaced.
     assert times(TENSORRT, b"other") == [b"+measured"]
 
 
 @pytest.fixture
 def half_builder(engine_of, tmp_path, monkeypatch):
-    """A builder of the encoder whose compiler is not run, with its settings; its log goes to `build.log`."""
+    """A builder of the encoder that runs no compiler; its log goes to `build.log`."""
     monkeypatch.setenv("SAMEKIT_CACHE", str(tmp_path / "cache"))
     engine = engine_of("tiny-s")
     fingerprint = fingerprint_of(engine.spec, "fp32", TENSORRT, "11.4.0", "8.9")
@@ -408,7 +408,7 @@ def test_disk_that_is_full_while_building(own_engine, monkeypatch):
 
 
 def test_build_log_that_cannot_be_written(half_builder, tmp_path):
-    # TensorRT calls the logger from C++ and takes no exceptions.
+    # TensorRT calls the logger from C++, where exceptions are not allowed.
     def write(_):
         raise OSError(28, "No space left on device")
 
@@ -484,7 +484,7 @@ CAPABILITY = (8, 9)
 
 
 def put_build(engine, flavour=TENSORRT, target="8.9", contents=None, **changes):
-    """A build that holds the names of its halves in place of engines; fields of its fingerprint may be changed."""
+    """Create a build with names of directions in place of engines; `changes` replace fields of its fingerprint."""
     fingerprint = fingerprint_of(engine.spec, "fp32", flavour, VERSIONS.get(flavour, "1.0"), target)
     fingerprint = dataclasses.replace(fingerprint, **changes)
     folder = engine.folder / "tensorrt" / fingerprint.name
@@ -505,7 +505,7 @@ def choose(engine, **changes):
 
 
 def test_fingerprint_that_is_a_link_is_replaced(own_engine, tmp_path):
-    """An engine folder may come from anyone, so its links must not decide which files are overwritten."""
+    """An engine folder may come from an untrusted source, so no file behind its links is overwritten."""
     build = put_build(own_engine)
     path, target = build.folder / FINGERPRINT_FILE, tmp_path / "precious"
     path.rename(target)
@@ -621,7 +621,7 @@ def test_a_build_that_fails_leaves_nothing(own_engine):
 
 
 def test_a_damaged_build_is_replaced(own_engine):
-    """It is no build while the new one is written."""
+    """The folder does not count as a build while the new build is written."""
     damaged = put_build(own_engine)
     (damaged.folder / "encoder.engine").write_bytes(b"")
     with new_build(damaged.folder):
@@ -683,7 +683,7 @@ def module(spec):
 
 @pytest.fixture
 def opened(own_engine, module):
-    return TensorRTBackend(own_engine.spec, put_build(own_engine), module, FakeGpu(module.events))
+    return TensorRTBackend(own_engine.spec, put_build(own_engine), module, FakeGpu(module.events), BackendOptions())
 
 
 def test_pieces_of_a_batch():
@@ -819,14 +819,14 @@ def test_a_shape_that_comes_again_is_recorded(opened, module):
         output = opened.decode(array)
         np.testing.assert_allclose(output, computed(opened.spec, DECODER, array), rtol=1e-5, atol=1e-4)
     assert module.events.count("capture") == 2
-    # A context for each profile, and one for each recording.
+    # There is one context for the profile, and one for each recording.
     assert len(module.profiles) == 3
 
 
 def test_tensorrt_rtx_records_by_itself(own_engine, spec):
     module = FakeRTX(spec)
     with TensorRTBackend(
-        own_engine.spec, put_build(own_engine), module, FakeGpu(module.events), cuda_graph=True
+        own_engine.spec, put_build(own_engine), module, FakeGpu(module.events), BackendOptions(cuda_graph=True)
     ) as backend:
         for seed in range(4):
             array = noise((1, 32, 3), seed)
@@ -913,7 +913,7 @@ def test_no_gpu(own_engine, monkeypatch):
 
 @pytest.fixture
 def gpu_here(monkeypatch, module):
-    """A machine with a GPU and TensorRT, as far as opening is concerned."""
+    """Pretend that the machine has a GPU and TensorRT, while a backend is opened."""
     monkeypatch.setattr("samekit.tensorrt.backend.Gpu", lambda _: FakeGpu(module.events))
     monkeypatch.setattr("samekit.tensorrt.backend.installed_flavours", lambda: {TENSORRT: module})
     monkeypatch.setattr("samekit.backends.onnxruntime.CUDA_PROVIDER", "none")
@@ -958,7 +958,7 @@ def test_windows_fit_the_narrow_profile(opened):
 
 
 class FakeStream:
-    """A stream that notes whom it waits for."""
+    """A stream that records which streams it waits for."""
 
     cuda_stream = 7
 
@@ -1010,7 +1010,7 @@ def test_streams_wait_for_each_other(monkeypatch):
 
 @pytest.fixture
 def asked_of_onnxruntime(monkeypatch):
-    """What sessions are opened with on a machine whose ONNX Runtime has every provider."""
+    """Record the providers of sessions, with an ONNX Runtime that has every provider."""
     asked = []
 
     def session(path, options, providers):  # noqa: ARG001 the signature of InferenceSession
@@ -1045,7 +1045,7 @@ def test_engine_cache_of_onnxruntime(own_engine, asked_of_onnxruntime):
     assert settings["trt_profile_max_shapes"] == "latents:8x32x256"
     assert asked["CUDAExecutionProvider"] == {"device_id": 1, "use_tf32": "0"}
     assert backend.longest_window == 256
-    # The cache is no build that the other backend could run, and it is found again.
+    # The TensorRT backend does not run the cache. The second session uses the same folder.
     with pytest.raises(BackendUnavailableError, match="no TensorRT engine"):
         choose(own_engine)
     open_backend(own_engine.folder, "onnxruntime", BackendOptions(providers=providers))
@@ -1065,7 +1065,7 @@ def test_engine_cache_that_cannot_be_kept(own_engine, asked_of_onnxruntime, capl
 
 @pytest.mark.gpu
 class TestOnGpu:
-    """What the contract of every backend does not say."""
+    """Tests beyond the contract of every backend."""
 
     @pytest.fixture(params=KINDS)
     def name(self, request):
@@ -1090,7 +1090,7 @@ class TestOnGpu:
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(5):
                 tensor = torch.zeros(array.shape, device="cuda")
-                # Long enough that an engine that did not wait would read zeros.
+                # Without waiting for this, the engine would read zeros.
                 torch.cuda._sleep(50_000_000)
                 tensor.copy_(torch.from_numpy(array))
                 assert_close(reference, backend.run_tensor(DECODER, tensor).cpu().numpy(), 90)

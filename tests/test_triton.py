@@ -1,4 +1,4 @@
-"""Model repositories for the Triton Inference Server: against its protobuf schema, and against the graphs."""
+"""Model repositories for the Triton Inference Server, compared with its protobuf schema and with the graphs."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def out(tmp_path):
 
 
 def parsed(folder):
-    """A model's configuration, as the server reads it."""
+    """Parse a model's configuration as the server does."""
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
     return text_format.Parse((folder / "config.pbtxt").read_text(encoding="utf-8"), ModelConfig())
 
 
 def add_build(engine, flavour=TENSORRT, version="10.15.1", target="8.9", precision="fp32"):
-    """Files in place of engines of TensorRT: what nothing here runs or reads."""
+    """Add files in place of TensorRT engines, which these tests never run."""
     fingerprint = fingerprint_of(engine.spec, precision, flavour, version, target)
     folder = engine.folder / BUILDS_FOLDER / fingerprint.name
     folder.mkdir(parents=True)
@@ -93,7 +93,7 @@ def test_options_reach_the_configuration(engine_of, out):
 
 @pytest.mark.parametrize("kind", ["auto", "cpu"])
 def test_int8_requests_are_never_joined(engine_of, kind):
-    """Ranges are measured in each call, so what else is in a batch would change the numbers."""
+    """Ranges are measured in each call, so other requests in a batch would change the result."""
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
     text = config_text(engine_of("tiny-s").spec, ENCODER, TritonOptions(precision="int8", kind=kind, max_batch=4))
@@ -184,7 +184,7 @@ def test_engines_of_tensorrt_that_cannot_be_served(own_engine, out):
     assert not out.exists()
 
 
-def test_damaged_engine_of_tensorrt_is_in_nobodys_way(own_engine, out):
+def test_damaged_engine_of_tensorrt_does_not_hide_others(own_engine, out):
     damaged = add_build(own_engine, version="10.13.0")
     (damaged / "encoder.engine").unlink()
     with pytest.raises(StaleEngineError, match=r"is damaged .*run: samekit export tiny-s --weights random") as error:
@@ -204,7 +204,7 @@ def test_engine_file_that_leads_out_of_its_build(own_engine, out, tmp_path):
     assert not out.exists()
 
 
-def test_repository_appears_whole_or_not_at_all(engine_of, out, monkeypatch):
+def test_repository_is_written_atomically(engine_of, out, monkeypatch):
     written = []
 
     def fail(source, target):
@@ -220,13 +220,15 @@ def test_repository_appears_whole_or_not_at_all(engine_of, out, monkeypatch):
     assert list(out.parent.iterdir()) == []
 
 
-def test_what_killed_commands_left_goes(engine_of, out):
-    (out.parent / f".{out.name}.12-0123abcd.tmp" / "tiny-s-encoder").mkdir(parents=True)
+def test_leftovers_of_killed_commands_are_deleted(engine_of, out):
+    left = out.parent / f".{out.name}.12-0123abcd.tmp"
+    (left / "tiny-s-encoder").mkdir(parents=True)
+    os.utime(left, (0, 0))
     write_repository(engine_of("tiny-s"), out)
     assert list(out.parent.iterdir()) == [out]
 
 
-def test_what_came_there_meanwhile_stays(engine_of, out, monkeypatch):
+def test_folder_that_appears_meanwhile_stays(engine_of, out, monkeypatch):
     def copy_slowly(source, target):
         target.write_bytes(source.read_bytes())
         out.mkdir(exist_ok=True)
@@ -240,7 +242,7 @@ def test_what_came_there_meanwhile_stays(engine_of, out, monkeypatch):
 
 
 def test_name_that_is_no_text(engine_of, out):
-    """As checkpoint folders may have; the server reads UTF-8."""
+    """A checkpoint folder may have such a name, but the server needs UTF-8."""
     engine = engine_of("tiny-s")
     engine = dataclasses.replace(engine, spec=dataclasses.replace(engine.spec, name="caf\udce9"))
     with pytest.raises(InputError, match="is no text") as error:
@@ -304,7 +306,7 @@ def test_command(engine_of, out):
         lambda facts: facts | {"contexts": {ENCODER: 1, DECODER: "1"}},
     ],
 )
-def test_facts_that_a_server_made_up(engine_of, edit):
+def test_invalid_facts_of_a_server(engine_of, edit):
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
     config = text_format.Parse(config_text(engine_of("tiny-s").spec, ENCODER, TritonOptions()), ModelConfig())
@@ -319,7 +321,7 @@ def test_facts_that_a_server_made_up(engine_of, edit):
 
 @pytest.fixture(scope="module")
 def client():
-    """The example, as a module."""
+    """The example `triton_client.py` as a module."""
     import triton_client
 
     return triton_client
@@ -327,14 +329,14 @@ def client():
 
 @pytest.fixture
 def server(out):
-    """The address of a stand-in that serves `out`."""
+    """The address of a fake server of the repository `out`."""
     with stand_in(out) as address:
         yield address
 
 
 @contextmanager
 def stand_in(out):
-    """Speaks the server's protocol for a repository, and refuses what the configuration does; no Triton."""
+    """Serve a repository with the protocol of Triton, and refuse requests that do not fit the configuration."""
     import grpc
     from tritonclient.grpc import service_pb2, service_pb2_grpc
 
@@ -359,7 +361,7 @@ def stand_in(out):
             answer.raw_output_contents.append(result.tobytes())
             return answer
 
-    # As the server does: by default gRPC ends at 4 MiB, less than a window of audio.
+    # Triton does the same. The default limit of gRPC is 4 MiB, less than a window of audio.
     sizes = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
     server = grpc.server(ThreadPoolExecutor(2), options=sizes)
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Service(), server)
@@ -372,7 +374,7 @@ def stand_in(out):
 
 
 @each_direction
-def test_client_gives_what_the_engine_gives(engine_of, out, client, server, direction):
+def test_client_equals_the_engine(engine_of, out, client, server, direction):
     engine = engine_of("tiny-s")
     write_repository(engine, out, TritonOptions(max_batch=2))
     features, unit = (2, engine.spec.hop) if direction == ENCODER else (engine.spec.latent_width, 1)
@@ -394,7 +396,7 @@ def test_client_takes_files(engine_of, out, client, server, tmp_path):
     assert sf.info(tmp_path / "back.wav").frames == 7 * RATE
 
 
-def test_client_says_what_the_server_says(engine_of, out, client, server):
+def test_client_reports_errors_of_the_server(engine_of, out, client, server):
     write_repository(engine_of("tiny-s"), out)
     with pytest.raises(BackendError, match="absent-encoder") as error:
         client.TritonBackend(server, "absent")

@@ -1,17 +1,17 @@
-"""Engine folders: where they are, whether they are complete, and how an export is committed to one.
+"""Engine folders: finding and checking them, and committing an export to one.
 
     engines/same-l/
-      spec.json                        model facts, source, verification; names every graph file that counts
-      encoder.onnx decoder.onnx        fp32 graphs, with .data beside them when large
+      spec.json                        facts about the model, and the names of the valid graph files
+      encoder.onnx decoder.onnx        fp32 graphs, with .data files beside them when large
       encoder.fp16.onnx ...            other precisions
-      encoder.2.onnx ...               of an export that replaced an earlier one
+      encoder.2.onnx ...               graphs of an export that replaced an earlier one
       tensorrt/                        TensorRT engines, see `samekit.tensorrt.builds`
-      .export-XXXXXXXX/                an export that is running, or was killed
+      .export-XXXXXXXX/                graphs of an export that is running, or was killed
       .lock                            held by the process that writes here, see `samekit.files.locks`
 
-Graphs are written under names that `spec.json` does not contain. Replacing `spec.json`, which is atomic, is the one
-step that makes them valid; the older export can be used until then. Graph files that `spec.json` does not name are
-leftovers, which the process that holds the lock deletes. Readers take no lock.
+New graphs get names that `spec.json` does not contain. Replacing `spec.json`, which is atomic, makes them valid; the
+older export can be used until then. Graph files that `spec.json` does not name are leftovers, which the process that
+holds the lock deletes. Readers take no lock.
 """
 
 from __future__ import annotations
@@ -26,81 +26,70 @@ import tempfile
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from samekit.engine.spec import DIRECTIONS, RANDOM, SPEC_FILE, Direction, EngineSpec, GraphFile
 from samekit.errors import BackendUnavailableError, EngineError, EngineNotFoundError
-from samekit.files.atomic import atomic_path, sync_files, temporary_target
+from samekit.files.atomic import atomic_commit, temporary_target
 from samekit.files.locks import LOCK_FILE
 from samekit.files.paths import checked_path, expanded_text, open_regular, remove
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-ENGINES_FOLDER = "engines"
-"""Where names are looked up first, and where `samekit export` writes."""
+ENGINES_FOLDER: Final = "engines"
+"""Folder in which names are looked up first, and to which `samekit export` writes."""
 
-KNOWN_MODELS = ("same-s", "same-l", "same-tiny")
+KNOWN_MODELS: Final = ("same-s", "same-l", "same-tiny")
 """The models that `samekit export` takes by name, in upper or lower case."""
 
-_STAGING_PREFIX = ".export-"
-# Half, precision unless fp32, number unless 1, and the suffix of external data.
-_GRAPH_FILE = re.compile(r"(encoder|decoder)(?:\.(fp16|int8))?(?:\.(\d+))?\.onnx(\.data)?", re.ASCII)
+_STAGING_PREFIX: Final = ".export-"
+# Direction, precision unless fp32, number unless 1, and the suffix of external data.
+_GRAPH_FILE: Final = re.compile(r"(encoder|decoder)(?:\.(fp16|int8))?(?:\.(\d+))?\.onnx(\.data)?", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A finished engine folder."""
+    """A finished engine folder, and the facts that its `spec.json` holds."""
 
     folder: Path
-    """Where it lies."""
     spec: EngineSpec
-    """What its `spec.json` says."""
 
     @classmethod
     def load(cls, folder: Path) -> Engine:
-        """Read an engine folder.
-
-        Raises:
-            EngineError: it is not finished or its `spec.json` is damaged.
-        """
+        """Read an engine folder; raise EngineError if it is not finished or its `spec.json` is damaged."""
         return cls(folder, EngineSpec.load(folder))
 
     def check_not_replaced(self, precision: str) -> None:
-        """Check that the folder holds the same graphs of a precision as when it was loaded.
-
-        Raises:
-            EngineError: another export has replaced them.
-        """
+        """Raise EngineError if another export has replaced the graphs of a precision since the folder was loaded."""
         try:
             now = EngineSpec.load(self.folder)
         except EngineError:
-            # No export leaves that; whoever reads the graphs finds out whether they are there.
+            # No export leaves a damaged spec. Opening the graphs shows whether they are there.
             return
         if now.graphs.get(precision) != self.spec.graphs.get(precision):
             raise EngineError(f"{self.folder}: was exported again since it was opened; open the model again")
 
     def export_command(self, *options: str) -> str:
-        """The command that exports the same weights to this folder, with `options`."""
+        """Return the command that exports the same weights to this folder, with `options`."""
         source, words = self.spec.source, [self.spec.name]
         if self.spec.is_random:
             words += ["--weights", RANDOM]
         elif "folder" in source:
             words += ["--weights", str(source["folder"])]
         elif str(source.get("name")).lower().endswith(f"/{self.spec.name}"):
-            # A repository on the hub, which the name alone may not tell.
+            # A repository on the hub, which the name alone may not identify.
             words = [str(source["name"])]
         if self.folder.parent != Path(ENGINES_FOLDER) and self.folder.name == self.spec.name:
             words += ["--out", str(self.folder.parent)]
         return shlex.join(["samekit", "export", *words, *options])
 
     def graph(self, direction: Direction, precision: str) -> Path:
-        """The path of a graph whose files are all there at their full size.
+        """Return the path of a graph, after checking that its files have their full size.
 
         Raises:
             BackendUnavailableError: the folder has no graph of this precision.
-            EngineError: a file is missing or cut short, may not be read, or was replaced by another export since the
-                folder was loaded.
+            EngineError: a file is missing, cut off or not readable, or another export has replaced it.
         """
         pair = self.spec.graphs.get(precision)
         if pair is None:
@@ -127,16 +116,12 @@ class Engine:
         return self.folder / graph.file
 
     def check(self, precision: str) -> None:
-        """Raise what `graph` raises unless both graphs of a precision are there at their full size."""
+        """Check that both graphs of a precision have their full size; errors as of `graph`."""
         for direction in DIRECTIONS:
             self.graph(direction, precision)
 
     def check_digests(self) -> None:
-        """Compare every graph's contents with the digest in `spec.json`; reads all of it.
-
-        Raises:
-            EngineError: a graph is missing or is not the one that was exported.
-        """
+        """Compare the contents of every graph with its digest in `spec.json`; errors as of `graph`."""
         for precision, pair in self.spec.graphs.items():
             self.check(precision)
             for graph in pair.values():
@@ -147,9 +132,8 @@ class Engine:
 
 
 def describe_graph(folder: Path, file: str) -> GraphFile:
-    """Digest and sizes of a graph and of the external data beside it."""
-    digest = hashlib.sha256()
-    sizes = {}
+    """Return the digest and the sizes of a graph and of the external data beside it."""
+    digest, sizes = hashlib.sha256(), {}
     for path in (folder / file, folder / f"{file}.data"):
         if path.is_file():
             sizes[path.name] = path.stat().st_size
@@ -160,10 +144,10 @@ def describe_graph(folder: Path, file: str) -> GraphFile:
 
 
 def graph_names(folder: Path, precision: str) -> dict[str, str]:
-    """Return names for new graphs of a precision, encoder / decoder -> file, that nothing in the folder has.
+    """Return names for new graphs of a precision: encoder / decoder -> file.
 
-    A number in the name is one more than that of every graph of this precision in the folder, so a reader that has
-    read an older `spec.json` never finds another export's graph under a name that it knows.
+    The number in a name is larger than that of every other graph of this precision. So a reader that has read an older
+    `spec.json` never finds another export's graph under a name that it knows.
     """
     numbers = [
         int(match[3] or 1)
@@ -175,7 +159,7 @@ def graph_names(folder: Path, precision: str) -> dict[str, str]:
 
 
 def is_engine_file(path: Path) -> bool:
-    """Return whether an export writes a file or folder of this name into an engine folder, TensorRT builds apart."""
+    """Return whether an export creates files or folders of this name in an engine folder; TensorRT builds excluded."""
     if path.name.startswith(_STAGING_PREFIX):
         return path.is_dir()
     known = path.name in (SPEC_FILE, LOCK_FILE) or temporary_target(path.name) == SPEC_FILE
@@ -184,12 +168,10 @@ def is_engine_file(path: Path) -> bool:
 
 @contextmanager
 def staging_folder(folder: Path) -> Iterator[Path]:
-    """Yield a new folder inside an engine folder for graphs that are not committed yet; delete it in the end.
+    """Yield a new folder in an engine folder for uncommitted graphs, and delete it afterwards.
 
-    The caller holds the engine folder's lock.
-
-    Raises:
-        OSError: it cannot be created.
+    Files in it are never taken for those of another export, even if `spec.json` cannot be read. The caller holds the
+    engine folder's lock.
     """
     staging = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=folder))
     try:
@@ -199,37 +181,25 @@ def staging_folder(folder: Path) -> Iterator[Path]:
 
 
 def commit_export(folder: Path, staging: Path, spec: EngineSpec) -> None:
-    """Move new graphs from a staging folder into an engine folder and make them valid by replacing `spec.json`.
+    """Move new graphs from a staging folder into an engine folder, and make them valid by replacing `spec.json`.
 
-    The graphs are on disk before `spec.json` names them. Killed or failed at any step, the folder holds the older
-    export, or the new one. The caller holds the engine folder's lock.
-
-    Args:
-        folder: the engine folder.
-        staging: holds the new graphs, under names from `graph_names`.
-        spec: names the new graphs and those that stay.
-
-    Raises:
-        OSError: the folder cannot be written; the older export is still valid.
+    `spec` names the new graphs and the older ones that stay valid. The caller holds the engine folder's lock. If this
+    raises OSError or the process is killed, the folder holds either the older export or the new one.
     """
-    names = sorted(path.name for path in staging.iterdir())
-    for name in names:
-        (staging / name).rename(folder / name)
-    sync_files(folder / name for name in names)
-    with atomic_path(folder / SPEC_FILE) as temporary:
-        temporary.write_text(spec.to_json(), encoding="utf-8")
+    graphs = [path.rename(folder / path.name) for path in sorted(staging.iterdir())]
+    atomic_commit(folder / SPEC_FILE, spec.to_json(), graphs)
 
 
 def leftovers(folder: Path) -> list[Path]:
     """Return what killed and replaced exports left in an engine folder, or what a running one is writing.
 
-    These are staging folders, unfinished `spec.json` files, and graphs that `spec.json` does not name. Graphs beside a
-    `spec.json` that cannot be read are not counted, as a newer samekit may have written them.
+    These are staging folders, unfinished `spec.json` files, and graphs that `spec.json` does not name. If `spec.json`
+    cannot be read, no graph counts, as a newer samekit may have written it.
     """
     valid: set[str] | None
     try:
-        pair = EngineSpec.load(folder).graphs.values()
-        valid = {name for graphs in pair for graph in graphs.values() for name in graph.sizes}
+        pairs = EngineSpec.load(folder).graphs.values()
+        valid = {name for pair in pairs for graph in pair.values() for name in graph.sizes}
     except EngineError:
         valid = None if os.path.lexists(folder / SPEC_FILE) else set()
 
@@ -244,10 +214,9 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def remove_leftovers(folder: Path) -> list[tuple[Path, int]]:
-    """Delete what `leftovers` finds, as far as it can be deleted; the caller holds the engine folder's lock.
+    """Delete what `leftovers` finds, as far as possible; the caller holds the engine folder's lock.
 
-    Returns:
-        What was deleted, and how many bytes it held.
+    Return the deleted paths, each with the bytes that it held.
     """
     removed = []
     for path in leftovers(folder):
@@ -257,29 +226,25 @@ def remove_leftovers(folder: Path) -> list[tuple[Path, int]]:
 
 
 def engine_roots() -> Sequence[Path]:
-    """Folders in which a model's name is looked up, in order."""
+    """Return the folders in which a model's name is looked up, in order."""
     cache = os.environ.get("SAMEKIT_CACHE") or os.path.join("~", ".cache", "samekit", ENGINES_FOLDER)  # noqa: PTH118
-    # Not Path.expanduser, which raises for users without a home.
-    return Path(ENGINES_FOLDER), Path(os.path.expanduser(cache))  # noqa: PTH111
+    return Path(ENGINES_FOLDER), Path(expanded_text(cache))
 
 
 def search_path() -> str:
-    """Where a model's name is looked up, for messages."""
+    """Return the folders in which a model's name is looked up, as text for messages."""
     return " or ".join((".", *map(str, engine_roots())))
 
 
 def find_engine(name: str | os.PathLike[str]) -> Engine:
-    """The engine folder of a model.
+    """Return an engine folder, given by its path or by the name of its model.
 
-    Args:
-        name: an engine folder, or a model's name, looked up in `./engines` and in the user's cache
-            (`~/.cache/samekit/engines`, or the folder named by SAMEKIT_CACHE). Names of `KNOWN_MODELS` are looked up in
-            lower case too, as `samekit export` writes them.
+    A name is looked up in `./engines` and in the user's cache: `~/.cache/samekit/engines`, or the folder that
+    SAMEKIT_CACHE names. Names of `KNOWN_MODELS` are looked up in lower case too, as `samekit export` writes them.
 
     Raises:
-        EngineNotFoundError: there is none.
-        EngineError: there is one, but it is incomplete or may not be read; or the folder holds engine folders, and is
-            none.
+        EngineNotFoundError: no engine folder was found.
+        EngineError: the folder is incomplete or not readable, or it only contains engine folders.
     """
     text = expanded_text(name)
     path = checked_path(text)
@@ -288,7 +253,7 @@ def find_engine(name: str | os.PathLike[str]) -> Engine:
     for folder in candidates:
         if _found(folder, SPEC_FILE):
             return Engine.load(folder)
-    # Not the methods of Path here and below, which raise on names that no file system takes.
+    # The methods of Path raise for names that are too long for the file system.
     for folder in candidates:
         if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):  # noqa: PTH112
             raise EngineError(f"{folder}: cannot be read ({os.strerror(errno.EACCES)}); check its permissions")
@@ -297,8 +262,7 @@ def find_engine(name: str | os.PathLike[str]) -> Engine:
             raise EngineError(
                 f"{folder}: no {SPEC_FILE}, so an export or a copy was cut short; {_export_again(folder)}"
             )
-    inside = _found(path, f"*/{SPEC_FILE}")
-    if inside:
+    if inside := _found(path, f"*/{SPEC_FILE}"):
         engines = ", ".join(str(path.parent) for path in inside)
         raise EngineError(f"{name}: is no engine folder, it holds some; pass one of these: {engines}")
     if text.lower() in KNOWN_MODELS or _found(path, "*.safetensors"):
@@ -314,7 +278,7 @@ def find_engine(name: str | os.PathLike[str]) -> Engine:
 
 
 def _export_again(folder: Path) -> str:
-    """The cure for an engine folder that does not say what was exported to it."""
+    """Return the cure for an engine folder without a `spec.json`."""
     if folder.name not in KNOWN_MODELS:
         return "export the model again, or copy the whole folder again"
     out = [] if folder.parent == Path(ENGINES_FOLDER) else ["--out", str(folder.parent)]
@@ -322,8 +286,7 @@ def _export_again(folder: Path) -> str:
 
 
 def _found(folder: Path, pattern: str) -> Sequence[Path]:
-    """Such files in a folder; one that cannot be, its name being too long, holds none."""
-    try:
+    """Return matching files of a folder; none if its name is too long for the file system."""
+    with suppress(OSError):
         return sorted(folder.glob(pattern))
-    except OSError:
-        return ()
+    return ()

@@ -1,7 +1,4 @@
-"""Every fact about an exported model, and its one file: `EngineSpec` <-> `spec.json`.
-
-Knows no arrays, no backend and no graph; whoever needs a number of a model asks an EngineSpec for it.
-"""
+"""The facts about an exported model, `EngineSpec`, and the file `spec.json` that holds them."""
 
 from __future__ import annotations
 
@@ -12,17 +9,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from samekit.errors import EngineError
-from samekit.files.json_fields import check_kind
+from samekit.files.json_fields import check_kind, check_kinds
 from samekit.files.paths import checked_path, read_regular
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-SPEC_FILE = "spec.json"
-"""Name of the file, in an engine folder."""
+SPEC_FILE: Final = "spec.json"
+"""Name of the file in an engine folder."""
 
-FORMAT = 1
-"""Of the file; raised when an older samekit could misread it."""
+FORMAT: Final = 1
+"""Format of `spec.json`. Raise it when an older samekit could misread the file."""
 
 Direction = Literal["encoder", "decoder"]
 """Audio to latents, or latents to audio. An engine folder holds one graph of each."""
@@ -31,23 +28,25 @@ ENCODER: Final = "encoder"
 DECODER: Final = "decoder"
 DIRECTIONS: Final[tuple[Direction, ...]] = (ENCODER, DECODER)
 
-INPUT_NAMES: dict[Direction, str] = {ENCODER: "audio", DECODER: "latents"}
-"""Of the graphs; each half's output is named as the other half's input."""
+INPUT_NAMES: Final[dict[Direction, str]] = {ENCODER: "audio", DECODER: "latents"}
+"""Names of the graphs' inputs. A graph's output has the name of the other graph's input."""
 
-PRECISIONS = ("fp32", "fp16", "int8")
-"""Every precision of the format, most accurate first."""
+Precision = Literal["fp32", "fp16", "int8"]
+"""What a graph computes in. Audio and latents are float32 in all of them."""
 
-GPU_PRECISIONS = ("fp32", "fp16")
-"""What runs on GPUs: int8 graphs have ranges that are measured in every call, which pays on CPUs only."""
+PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "fp16", "int8")
+"""Every precision, the most accurate one first."""
 
-RANDOM = "random"
-"""The kind of source of seeded random weights."""
+GPU_PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "fp16")
+"""The precisions that run on GPUs. int8 measures activation ranges in each call, which is only fast on CPUs."""
 
+RANDOM: Final = "random"
+"""The `kind` of a source of seeded random weights."""
 
-# Beyond these a spec is damaged, and believing it could ask for any amount of memory.
-_LIMITS = {"sample_rate": 768_000, "channels": 64, "hop": 2**20, "latent_width": 2**16, "alignment": 2**16}
-# Samples of all channels that a latent stands for.
-_LATENT_VALUES = 2**21
+# Larger values are damage, and could ask for any amount of memory.
+_LIMITS: Final = {"sample_rate": 768_000, "channels": 64, "hop": 2**20, "latent_width": 2**16, "alignment": 2**16}
+# Samples of all channels per latent.
+_LATENT_VALUES: Final = 2**21
 
 
 def opposite(direction: Direction) -> Direction:
@@ -60,34 +59,31 @@ class GraphFile:
     """One ONNX graph of an engine folder."""
 
     file: str
-    """Name inside the folder."""
+    """File name in the folder."""
     sha256: str
-    """Of the graph file and, after it, of its external data."""
+    """Digest of the graph file followed by its external data."""
     sizes: dict[str, int]
-    """Bytes of the graph file and of its external data, by name."""
+    """Bytes of the graph file and of its external data, by file name."""
 
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """Every fact about an exported model.
-
-    Lengths are in latents unless they say otherwise.
-    """
+    """Every fact about an exported model. Lengths are in latents unless stated otherwise."""
 
     name: str
-    """What users call the model, for example `same-l`."""
+    """The model's name for users, for example `same-l`."""
     sample_rate: int
-    """Of the audio that the graphs take and give, in Hz."""
+    """Sample rate of the audio in Hz."""
     channels: int
     """Audio channels."""
     hop: int
     """Samples per latent."""
     latent_width: int
-    """Features of a latent."""
+    """Length of one latent vector."""
     alignment: int
     """A window that does not start where the audio starts must start at a multiple of this."""
     contexts: dict[str, int]
-    """Latents that the encoder and the decoder see to either side of a latent, of an aligned window."""
+    """encoder / decoder -> latents that it sees on either side of a latent in an aligned window."""
     source: dict[str, Any]
     """Where the checkpoint came from, so that it can be loaded again: `kind` and its arguments."""
     source_sha256: str
@@ -95,47 +91,48 @@ class EngineSpec:
     graph_revision: int = 0
     """`samekit_export.graph.GRAPH_REVISION` of the export: other revisions export other graphs of the same weights."""
     tools: dict[str, str] = field(default_factory=dict)
-    """Versions of the packages that the last export ran with; information only."""
+    """Versions of the packages that the last export ran with; for information only."""
     graphs: dict[str, dict[Direction, GraphFile]] = field(default_factory=dict)
     """precision -> encoder / decoder -> graph."""
     verification: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """precision -> cases measured against eager PyTorch: half, batch, latents, window, snr_db, max_error."""
+    """precision -> cases measured against eager PyTorch: direction, batch, latents, window, snr_db, max_error."""
 
     @property
     def is_random(self) -> bool:
-        """Whether the weights are random: good for tests and speed only."""
+        """Whether the weights are random, which is good for tests and speed only."""
         return self.source.get("kind") == RANDOM
 
     @property
     def origin(self) -> str:
-        """`source` for messages; what is known of the weights stands at its end."""
-        fields = [f"{key} {value}" for key, value in self.source.items() if key != "weights"]
-        return ", ".join([*fields, *(str(self.source[key]) for key in ("weights",) if key in self.source)])
+        """`source` as text for messages, with what is known of the weights at its end."""
+        source = dict(self.source)
+        weights = [str(source.pop("weights"))] if "weights" in source else []
+        return ", ".join([*(f"{key} {value}" for key, value in source.items()), *weights])
 
     def samples(self, latents: int) -> int:
-        """Samples that so many latents stand for."""
+        """Return the number of samples that this many latents represent."""
         return latents * self.hop
 
     def latents(self, samples: int) -> int:
-        """Latents that so many samples take: the last one may be partly padding, hence the ceiling."""
+        """Return the number of latents for this many samples, rounded up: the last one may be partly padding."""
         return -(-samples // self.hop)
 
     def layout(self, direction: Direction) -> tuple[int, int]:
-        """Features of a half's input, and values of each that a latent stands for."""
+        """Return the features of a graph's input, and its values of each feature per latent."""
         return (self.channels, self.hop) if direction == ENCODER else (self.latent_width, 1)
 
     def input_shape(self, direction: Direction, batch: int, latents: int) -> tuple[int, int, int]:
-        """The shape of a half's input, `[batch, features, length]`; of its output with the `opposite` half."""
+        """Return the shape of a graph's input, `[batch, features, length]`."""
         features, unit = self.layout(direction)
         return (batch, features, latents * unit)
 
     def to_json(self) -> str:
-        """The text of `spec.json`."""
+        """Return the text of `spec.json`."""
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n"
 
     @classmethod
     def load(cls, folder: Path) -> EngineSpec:
-        """Read and check an engine folder's `spec.json`.
+        """Read and check the `spec.json` of an engine folder.
 
         Raises:
             EngineError: it is missing, damaged, of another format, or may not be read.
@@ -159,71 +156,55 @@ class EngineSpec:
 
     @classmethod
     def _checked(cls, document: dict[str, Any]) -> EngineSpec:
-        """A spec from parsed JSON; raises what a wrong value raises."""
+        """Return the spec of parsed JSON. Damage raises TypeError, ValueError, KeyError or AttributeError."""
         for name, most in _LIMITS.items():
-            _check_count(name, document[name], minimum=1, maximum=most)
+            _check_count(name, document[name], least=1, most=most)
         if document["channels"] * document["hop"] > _LATENT_VALUES:
             raise ValueError(f"{document['channels']} channels of {document['hop']} samples per latent")
-        if set(_checked_object("contexts", document["contexts"])) != {ENCODER, DECODER}:
+        check_file_name("name", document["name"])
+        objects = dict.fromkeys(("contexts", "source", "tools", "verification", "graphs"), dict)
+        check_kinds(document, {**objects, "source_sha256": str})
+        if set(document["contexts"]) != {ENCODER, DECODER}:
             raise ValueError(f"contexts = {document['contexts']!r}")
         for direction, context in document["contexts"].items():
-            _check_count(f"contexts.{direction}", context, minimum=0, maximum=_LIMITS["alignment"])
-        _check_count("graph_revision", document.get("graph_revision", 0), minimum=0, maximum=2**31)
-        check_file_name("name", document["name"])
-        check_kind("source_sha256", document["source_sha256"], str)
-        _checked_object("source", document["source"])
-        for tool, version in _checked_object("tools", document.get("tools", {})).items():
+            _check_count(f"contexts.{direction}", context, least=0, most=_LIMITS["alignment"])
+        _check_count("graph_revision", document.get("graph_revision", 0), least=0, most=2**31)
+        for tool, version in document.get("tools", {}).items():
             check_kind(f"tools.{tool}", version, str)
-        for precision, rows in _checked_object("verification", document.get("verification", {})).items():
-            _check_rows(f"verification.{precision}", rows)
+        for precision, cases in document.get("verification", {}).items():
+            check_kind(f"verification.{precision}", cases, list)
+            for case in cases:
+                check_kind(f"verification.{precision}", case, dict)
+                check_kind("snr_db", case["snr_db"], (int, float))
         graphs = {
-            precision: {direction: GraphFile(**pair[direction]) for direction in DIRECTIONS}
+            precision: {direction: _checked_graph(pair[direction]) for direction in DIRECTIONS}
             for precision, pair in document.pop("graphs").items()
         }
-        for pair in graphs.values():
-            for graph in pair.values():
-                _check_graph(graph)
         return cls(**document, graphs=graphs)
 
 
 def check_file_name(name: str, value: Any) -> None:
-    """Check that a text names something in a folder, and cannot lead out of it.
-
-    Raises:
-        TypeError, ValueError: it does not.
-    """
+    """Raise TypeError, ValueError or InputError unless a text is the name of a file in a folder, not a path."""
     check_kind(name, value, str)
     if value in ("", ".", "..") or "/" in value or "\\" in value:
         raise ValueError(f"{name} = {reprlib.repr(value)}")
     checked_path(value)
 
 
-def _check_count(name: str, value: Any, minimum: int, maximum: int) -> None:
-    """A whole number of a believable size."""
-    check_kind(name, value, int)
-    if not minimum <= value <= maximum:
-        raise ValueError(f"{name} = {value}")
-
-
-def _checked_object(name: str, value: Any) -> dict[str, Any]:
-    """The value, if it is a JSON object."""
-    check_kind(name, value, dict)
-    return dict(value)
-
-
-def _check_rows(name: str, rows: Any) -> None:
-    """Measured cases, each with a number where numbers are read."""
-    check_kind(name, rows, list)
-    for row in rows:
-        check_kind(f"{name}: snr_db", _checked_object(name, row)["snr_db"], (int, float))
-
-
-def _check_graph(graph: GraphFile) -> None:
-    """Plain file names only: a spec must not lead out of its folder."""
-    check_kind("sha256", graph.sha256, str)
-    for name, size in _checked_object("sizes", graph.sizes).items():
-        _check_count(f"size of {name!r}", size, minimum=0, maximum=2**63)
+def _checked_graph(fields: dict[str, Any]) -> GraphFile:
+    """Return a graph of parsed JSON; its files must lie in the engine folder."""
+    graph = GraphFile(**fields)
+    check_kinds(fields, {"sha256": str, "sizes": dict})
+    for name, size in graph.sizes.items():
+        _check_count(f"size of {name!r}", size, least=0, most=2**63)
     for name in (graph.file, *graph.sizes):
         check_file_name("graph file name", name)
     if graph.file not in graph.sizes:
         raise ValueError(f"no size for {graph.file!r}")
+    return graph
+
+
+def _check_count(name: str, value: Any, least: int, most: int) -> None:
+    check_kind(name, value, int)
+    if not least <= value <= most:
+        raise ValueError(f"{name} = {value}")

@@ -1,54 +1,48 @@
-"""Files and folders that appear whole or not at all. Knows nothing of what is in them.
+"""Atomic writes: a temporary file or folder beside the target takes its name once its contents are on disk.
 
-Until it is complete, a result is a temporary file or folder beside its place, `.NAME.PID-RANDOM.tmp`. Its process holds
-a lock on it, which the system releases when the process ends, however it ends; so what a killed process left can be
-told from what is still being written, whatever machine or container wrote it.
+Its name is `.NAME.PID-SPACERANDOM.tmp`. SPACE identifies the machine, the boot and the container in which the process
+id PID is valid, so that the leftovers of killed processes can be told from the files of running ones.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import secrets
 import shutil
 import sys
-from contextlib import ExitStack, contextmanager, suppress
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from samekit.errors import OutputError, SamekitError
+from samekit.errors import InputError, OutputError, SamekitError
 from samekit.files.paths import checked_path, remove
-
-if sys.platform != "win32":
-    import fcntl
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-# File names end at 255 bytes on common file systems; the process id and the rest take fewer than 55.
+# File names end at 255 bytes on common file systems. All but NAME takes at most 33 bytes.
 _NAME_BYTES: Final = 200
+_TEMPORARY: Final = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d{1,9})-(?P<space>[0-9a-f]{8})[0-9a-f]*\.tmp", re.DOTALL)
+# Temporary files whose process id cannot be checked here count as abandoned after a day without a change.
+_ABANDONED_SECONDS: Final = 24 * 60 * 60
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str], *, follow_links: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary file beside `path`, which takes its place when the `with` block ends well.
+    """Yield an empty temporary file beside `path`, which replaces `path` when the `with` block ends without an error.
 
-    The contents are on disk (fsync) before the file is renamed, and its permissions are those that the umask
-    leaves. When the block raises, the temporary file is removed, `path` stays as it was, and the exception
-    passes unchanged.
+    The contents are on disk (fsync) before the file is renamed. Its permissions follow the umask. If the block raises,
+    the temporary file is deleted, `path` stays as it was, and the exception passes unchanged.
 
-    Args:
-        path: the file to create or replace; its folder must exist.
-        follow_links: what happens if `path` is a symbolic link. If true, the file that the link leads to is created or
-            replaced, and the link stays; this is for outputs that the user names. If false, the link is replaced by
-            the file, because a folder that was downloaded may hold links to any file of the user.
-
-    Yields:
-        The path of the temporary file, `.NAME.PID-RANDOM.tmp` in the folder of the file.
+    With `follow_links`, for outputs that the user names, the target of a symbolic link is replaced. Otherwise the link
+    itself is replaced, because a folder that was downloaded may hold links to any file of the user.
 
     Raises:
-        OutputError: `path` is something else than a file, or its folder is missing, not writable or full.
+        OutputError: `path` is not a regular file, or its folder is missing, not writable or full.
         InputError: no file can have this name.
     """
     path = checked_path(path)
@@ -60,146 +54,127 @@ def atomic_path(path: str | os.PathLike[str], *, follow_links: bool = False) -> 
         target = _link_target(path) if follow_links else path
         if follow_links and target.is_symlink():
             raise OutputError(f"{path}: is a link that leads in a circle; remove it, or choose another name")
-    path = target
-    with _temporary(
-        path, lambda name: os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    ) as temporary:
-        try:
-            yield temporary
-            with output_errors(path):
-                _sync(temporary)
-                temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    _sync_folder(path.parent)
+    temporary = _temporary_path(target)
+    with output_errors(target):
+        temporary.touch(exist_ok=False)
+    try:
+        yield temporary
+        with output_errors(target):
+            _sync(temporary)
+            temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(target.parent)
 
 
 @contextmanager
-def temporary_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder`, which is gone when the block ends, unless it was renamed.
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder, which becomes `folder` when the `with` block ends without an error.
+
+    The contents are on disk before the folder is renamed. If the block raises, the temporary folder is deleted.
 
     Raises:
-        OutputError: it cannot be made.
+        InputError: `folder` exists.
+        OutputError: the folder cannot be written; errors of the operating system in the block count too.
     """
-    with _temporary(folder, lambda name: name.mkdir(parents=True)) as temporary:
+    exists = InputError(f"{folder}: exists; remove it, or choose another name")
+    if os.path.lexists(folder):
+        raise exists
+    with output_errors(folder):
+        temporary = _temporary_path(folder)
+        temporary.mkdir(parents=True)
         try:
             yield temporary
+            for path in (*temporary.rglob("*"), temporary):
+                _sync(path)
+            try:
+                temporary.rename(folder)
+            except OSError as error:
+                # Another process has created `folder` meanwhile.
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise exists from None
+                raise
+            _sync(folder.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def publish_folder(new: Path, folder: Path) -> bool:
-    """Give a temporary folder its name; False if a folder that is not empty has that, which stays.
+def atomic_commit(path: Path, text: str, files: Iterable[Path]) -> None:
+    """Write a file that makes other files of its folder valid, once their contents and names are on disk.
 
-    Raises:
-        OSError: it cannot be renamed.
+    Raise OutputError if a file cannot be written; then `path` stays as it was.
     """
-    # Contents before names, as of files: after a power failure too, what is there is whole.
-    for path in (*new.rglob("*"), new):
-        if path.is_dir():
-            _sync_folder(path)
-        else:
-            _sync(path)
-    try:
-        new.rename(folder)
-    except OSError as error:
-        # The codes with which systems refuse to rename over a folder that is not empty.
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        return False
-    _sync_folder(folder.parent)
-    return True
+    with output_errors(path.parent):
+        for file in files:
+            _sync(file)
+        _sync(path.parent)
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
-def sync_files(paths: Iterable[Path]) -> None:
-    """Wait until files are on disk: their contents first, then their names.
+def remove_abandoned(folder: Path, wanted: str | Callable[[str], bool]) -> None:
+    """Delete the temporary files and folders that killed processes left in a folder.
 
-    Raises:
-        OSError: a file cannot be read, or not written to the disk.
+    `wanted` is the name of an output, whose temporaries are deleted if their process has ended. Or it is a predicate of
+    such names: the caller holds the folder's lock, so every matching temporary is deleted.
     """
-    paths = list(paths)
-    for path in paths:
-        _sync(path)
-    for folder in {path.parent for path in paths}:
-        _sync_folder(folder)
-
-
-def remove_abandoned(folder: Path, wanted: str | Callable[[str], bool] | None = None) -> list[tuple[Path, int]]:
-    """Remove what killed processes left half-written in a folder; what others are writing stays.
-
-    Args:
-        folder: where to look; it need not be there.
-        wanted: the file or folder that they were writing, or what tells of a name whether it counts; all unless given.
-
-    Returns:
-        What was removed, and how many bytes it held.
-    """
-    removed = []
+    name = None
     if isinstance(wanted, str):
-        path = _link_target(folder / wanted)
-        folder, wanted = path.parent, path.name
+        output = _link_target(folder / wanted)
+        folder, name = output.parent, _shortened(output.name)
     with suppress(OSError), os.scandir(folder) as entries:
-        for path in sorted(Path(entry.path) for entry in entries if temporary_target(entry.name)):
-            name = temporary_target(path.name) or ""
-            if not (wanted(name) if callable(wanted) else wanted is None or name == _shortened(wanted)):
+        for entry in entries:
+            match = _TEMPORARY.fullmatch(entry.name)
+            if match is None:
                 continue
-            # Taken by a process that is alive, or gone by now.
-            with suppress(OSError), _locked(path):
-                removed.append((path, remove(path)))
-    return removed
+            # Another process may delete or complete the file at any time.
+            with suppress(OSError):
+                if callable(wanted):
+                    abandoned = wanted(match["name"])
+                else:
+                    abandoned = match["name"] == name and _has_ended(entry, match)
+                if abandoned:
+                    remove(Path(entry.path))
 
 
 def temporary_target(name: str) -> str | None:
-    """The file or folder (its name may be shortened) whose temporary one has this name; None if it is none."""
-    match = re.fullmatch(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp", name, re.DOTALL)
-    return match[1] if match else None
+    """Return the name of the output, cut to 200 bytes, for which a temporary file has this name; None for others."""
+    match = _TEMPORARY.fullmatch(name)
+    return match["name"] if match else None
 
 
-def _temporary_name(path: Path) -> Path:
-    """A name that nothing has, in the folder of `path`."""
-    return path.with_name(f".{_shortened(path.name)}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-
-
-@contextmanager
-def _temporary(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
-    """Make a temporary file or folder for `path`, and hold its lock, where the system has such locks."""
-    with ExitStack() as stack:
-        while True:
-            temporary = _temporary_name(path)
-            with output_errors(path):
-                make(temporary)
-            try:
-                stack.enter_context(_locked(temporary))
-            except (FileNotFoundError, BlockingIOError):
-                # Whoever clears away came between the two steps and took it for abandoned.
-                continue
-            except OSError:
-                # Some systems lock nothing; so nobody can take the lock either, and nothing is cleared away.
-                break
-            if temporary.exists():
-                break
-            stack.close()
-        yield temporary
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file or folder.
-
-    Raises:
-        BlockingIOError: another process holds it.
-        OSError: it is not there, or the system does not lock it.
-    """
-    if sys.platform == "win32":
-        raise OSError(errno.ENOTSUP, "no locks on folders")
-    # Network file systems lock only what is open for writing, which folders never are.
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+def _has_ended(entry: os.DirEntry[str], match: re.Match[str]) -> bool:
+    """Return whether the process that created a temporary file has ended."""
+    if match["space"] != _process_space():
+        return time.time() - entry.stat(follow_symlinks=False).st_mtime > _ABANDONED_SECONDS
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
+        os.kill(int(match["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        # It runs as another user.
+        pass
+    return False
+
+
+def _process_space() -> str:
+    """Return eight hex digits that are equal for processes of one boot, host name and PID namespace.
+
+    On other systems than Linux the digits are random.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+        namespace = Path("/proc/self/ns/pid").readlink()
+    except OSError:
+        return secrets.token_hex(4)
+    # A sandbox may report the same boot and namespace to every container, but hardly the same host name.
+    return hashlib.sha256(os.fsencode(f"{boot} {namespace} {os.uname().nodename}")).hexdigest()[:8]
+
+
+def _temporary_path(path: Path) -> Path:
+    name = f".{_shortened(path.name)}.{os.getpid()}-{_process_space()}{secrets.token_hex(4)}.tmp"
+    return path.with_name(name)
 
 
 @contextmanager
@@ -209,16 +184,9 @@ def output_errors(
     cause: str = "cannot be written",
     cure: str = "choose a folder that exists, is writable and has room",
 ) -> Iterator[None]:
-    """Raise what goes wrong with the disk inside the block as an error about `path`.
+    """Raise an OSError or a `library_error` of the `with` block as an OutputError about the output `path`.
 
-    Args:
-        path: the output that the message names.
-        library_error: what a library raises in place of an OSError.
-        cause: what the message says of the output.
-        cure: what it says to do.
-
-    Raises:
-        OutputError: the block raised an OSError or a `library_error`.
+    The message is `PATH: CAUSE (REASON); CURE`, with the reason of the system or the library.
     """
     try:
         yield
@@ -230,10 +198,7 @@ def output_errors(
 
 
 def _link_target(path: Path) -> Path:
-    """Return the path of the file that a link leads to, whether it is there or not; other paths as they are.
-
-    Where links lead in a circle, the path that is returned is a link too.
-    """
+    """Return the path that a link leads to, which need not exist; it is a link only where links lead in a circle."""
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
@@ -243,22 +208,15 @@ def _shortened(name: str) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Wait until the contents of a file are on disk."""
-    # For reading where that is enough: a graph that an older export shares may be read-only. Windows wants more.
-    _flush(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
-
-
-def _flush(path: Path, flags: int) -> None:
-    """Open and sync a file or a folder."""
-    descriptor = os.open(path, flags)
+    """Wait until the contents of a file, or the names in a folder, are on disk."""
+    # Read access is enough except on Windows: a graph that an older export shares may be read-only.
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on disk, where the system can do that."""
-    # Windows opens no folders and some network file systems sync none; the file itself is complete by now.
-    with suppress(OSError):
-        _flush(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        # Windows cannot open folders, and some network file systems cannot sync them.
+        if not path.is_dir():
+            raise

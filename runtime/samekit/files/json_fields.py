@@ -1,4 +1,4 @@
-"""JSON: checks of values from files that may hold anything, and the one text from which digests are taken."""
+"""Checks of the types of values that were parsed from JSON files."""
 
 from __future__ import annotations
 
@@ -12,21 +12,13 @@ Kind = type | tuple[type, ...]
 
 
 def check_kind(name: str, value: Any, kind: Kind) -> None:
-    """Check the kind of one value; true and false are no numbers.
-
-    Raises:
-        TypeError: it is of another kind.
-    """
+    """Raise TypeError unless a value is of this type; true and false do not count as numbers."""
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise TypeError(f"{name} = {reprlib.repr(value)}")
 
 
 def check_kinds(fields: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
-    """Check every field that is there.
-
-    Raises:
-        TypeError: one is of another kind.
-    """
-    for name, value in fields.items():
-        if name in kinds:
-            check_kind(name, value, kinds[name])
+    """Raise TypeError unless every field that is present and listed in `kinds` is of its type."""
+    for name, kind in kinds.items():
+        if name in fields:
+            check_kind(name, fields[name], kind)

@@ -1,21 +1,21 @@
-"""Latents on disk: a `.npy` file that plain NumPy reads, and a `.json` beside it. Knows no model, no pickle.
+"""Latents on disk: a `.npy` file that plain NumPy reads, and metadata in a `.json` file beside it.
 
-Latents are float32 `[width, latents]`; the width is the length of one latent vector. The `.json` holds the
-dict that the writer was given. It appears after its `.npy` and goes before that is replaced: a `.json` always
-belongs to the `.npy` beside it, and says that the pair is complete.
+Latents are `[width, latents]`; the width is the length of one latent vector. The `.json` file holds the dict that the
+writer was given. It is written after its `.npy` file and deleted before that is replaced. So a `.json` file always
+belongs to the `.npy` file beside it, and shows that the pair is complete.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import reprlib
 import tokenize
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,42 +29,28 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    Floats = npt.NDArray[np.floating[Any]]
+
 MODEL_DIGEST: Final = "model_sha256"
 """Field of the `.json` beside latents that names the weights, by their digest."""
 PADDING_MASK: Final = "padding_mask"
 """Field of the `.json` that only clips of a dataset have."""
 
-_DTYPES: Final[dict[str, np.dtype[np.floating[Any]]]] = {
-    "float32": np.dtype("<f4"),
-    "float16": np.dtype("<f2"),
-}
-# Size of every header written here: it holds any shape, and is a multiple of 64 as the format asks.
-_HEADER_BYTES: Final = 128
-# NumPy's own limit.
-_MOST_HEADER_BYTES: Final = 10_000
+_DTYPES: Final[dict[str, np.dtype[np.floating[Any]]]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
+# NumPy refuses headers above 10,000 bytes, but only after reading as many bytes as the file claims.
+_HEAD_BYTES: Final = 12_000
+_HEADER_READERS: Final = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+# What NumPy raises for damaged headers, found by trying; KeyError means another version of the format.
+_HEADER_ERRORS: Final = (ValueError, TypeError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError, KeyError)
 # Values that are checked at a time, to keep memory flat.
 _CHECKED_VALUES: Final = 2**20
-# What NumPy raises for damaged headers, found by damaging many.
-_HEADER_ERRORS: Final = (
-    ValueError,
-    TypeError,
-    SyntaxError,
-    MemoryError,
-    RecursionError,
-    tokenize.TokenError,
-)
 
 
 class LatentsWriter:
-    """Write latents block by block in a memory that does not grow with their number.
+    """Write latents block by block, in memory that does not grow with their number.
 
-    The `.npy` file and its `.json` appear when the `with` block ends well, or not at all.
-
-    Args:
-        path: the `.npy` file; the `.json` gets the same name.
-        width: length of one latent vector.
-        dtype: of the values on disk, `float32` or `float16`.
-        follow_links: whether files that symbolic links lead to are replaced, as `atomic_path` does it.
+    Use it in a `with` statement: the `.npy` file and its `.json` file appear when the block ends without an error.
+    `dtype`, of the values on disk, is `float32` or `float16`. For `follow_links` see `atomic_path`.
 
     Raises:
         InputError: the suffix is not `.npy`, or the dtype is another.
@@ -75,11 +61,11 @@ class LatentsWriter:
         self, path: str | os.PathLike[str], width: int, dtype: str = "float32", *, follow_links: bool = False
     ) -> None:
         self.path = Path(path)
-        """The `.npy` file; not there before the `with` block ends."""
+        """The `.npy` file."""
         self.metadata: dict[str, Any] = {}
-        """What becomes the `.json`; fill it before the `with` block ends."""
+        """The contents of the `.json` file; fill it before the `with` block ends."""
         self.latents = 0
-        """How many were written so far."""
+        """The number of latents written so far."""
         self._width = width
         self._follow_links = follow_links
         _require_npy(self.path)
@@ -89,29 +75,24 @@ class LatentsWriter:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack, output_errors(self.path):
-            # Closed in the opposite order: the .npy takes its place first, then the .json.
+            # Closed in the opposite order: the .npy file takes its place first, then the .json file.
             self._json = stack.enter_context(atomic_path(_json_path(self.path), follow_links=self._follow_links))
             temporary = stack.enter_context(atomic_path(self.path, follow_links=self._follow_links))
-            self._file: BinaryIO = stack.enter_context(temporary.open("wb"))
-            self._file.write(self._header())
+            self._file = stack.enter_context(temporary.open("wb"))
+            self._write_header()
             self._outputs = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is None:
+            self._outputs.callback(self._finish)
         with output_errors(self.path):
-            if error is not None:
-                self._outputs.__exit__(kind, error, trace)
-                return
-            with self._outputs:
-                self._finish()
+            self._outputs.__exit__(kind, error, trace)
 
-    def write(self, block: npt.NDArray[np.floating[Any]]) -> None:
-        """Append latents.
-
-        Args:
-            block: `[width, latents]`, finite in the dtype of the file.
+    def write(self, block: Floats) -> None:
+        """Append latents `[width, latents]`.
 
         Raises:
             InputError: the block has another shape, or a value is NaN, infinite or too large for the dtype.
@@ -129,50 +110,38 @@ class LatentsWriter:
             self._file.write(values.tobytes())
         self.latents += block.shape[1]
 
+    def _write_header(self) -> None:
+        """Write the header for the latents so far; NumPy pads it, so its size does not depend on their number."""
+        fields = {"descr": self._dtype.str, "fortran_order": True, "shape": (self._width, self.latents)}
+        np.lib.format.write_array_header_1_0(self._file, fields)
+
     def _finish(self) -> None:
-        """Complete both temporary files and make way for the new pair."""
+        """Complete both temporary files, and delete the `.json` file of the latents that are replaced."""
         try:
             text = json.dumps(self.metadata, indent=2, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise InputError(f"{self.path}: the metadata are no JSON ({error}); use plain values") from error
         self._file.seek(0)
-        self._file.write(self._header())
+        self._write_header()
         self._json.write_text(text + "\n", encoding="utf-8")
         old = _json_path(self.path)
-        if self._follow_links:
-            # The file that a link leads to is removed, because it is what will be replaced; the link stays.
-            old = Path(os.path.realpath(old))
-        old.unlink(missing_ok=True)
-
-    def _header(self) -> bytes:
-        """Return the header for the latents written so far, in version 1.0 of NumPy's format."""
-        fields = {
-            "descr": np.lib.format.dtype_to_descr(self._dtype),
-            "fortran_order": True,
-            "shape": (self._width, self.latents),
-        }
-        magic = np.lib.format.magic(1, 0)
-        text_bytes = _HEADER_BYTES - len(magic) - 2
-        text = repr(fields).ljust(text_bytes - 1) + "\n"
-        return magic + text_bytes.to_bytes(2, "little") + text.encode("ascii")
+        # With `follow_links` the file that a link leads to is replaced, and the link stays.
+        (Path(os.path.realpath(old)) if self._follow_links else old).unlink(missing_ok=True)
 
 
-def read_latents(
-    path: str | os.PathLike[str], width: int | None = None
-) -> tuple[npt.NDArray[np.floating[Any]], dict[str, Any]]:
-    """Map latents from a `.npy` file, after checking every value, and read the `.json` beside it.
+def read_latents(path: str | os.PathLike[str], width: int | None = None) -> tuple[Floats, dict[str, Any]]:
+    """Map latents from a `.npy` file, after checking every value, and read the `.json` file beside it.
 
     Args:
         path: the `.npy` file, `[width, latents]` or `[1, width, latents]`, of float16, float32 or float64.
-        width: the width that is wanted, or None for any.
+        width: the expected width, or None for any.
 
     Returns:
-        The latents, `[width, latents]`, read-only and of the file's dtype, which come from disk as they are
-        used; and the metadata, empty if there is no `.json`.
+        The latents, `[width, latents]`, read-only and of the file's dtype; and the metadata, empty without a `.json`.
 
     Raises:
-        LatentsFileError: the file is missing, cut off, no array of finite numbers, empty, or of another
-            width; or the `.json` is damaged.
+        LatentsFileError: the file is missing, cut off, empty, not an array of finite numbers, or of another width;
+            or the `.json` file is damaged.
     """
     path = checked_path(path)
     latents = map_array(path)
@@ -184,33 +153,23 @@ def read_latents(
 
 
 class LatentsReader:
-    """Read latents block by block, in a memory that does not grow with their number.
+    """Read latents block by block, in memory that does not grow with their number.
 
-    Unlike `read_latents` it maps nothing: where the file shrinks meanwhile, reading a map would end the process.
-
-    Args:
-        path: the `.npy` file, as `read_latents` takes it.
-        width: the width that is wanted, or None for any.
-
-    Raises:
-        LatentsFileError: as `read_latents`; what the values are shows while they are read.
+    Arguments and errors are those of `read_latents`, but values are checked while they are read. The file is not
+    mapped: if a mapped file shrinks, reading it ends the process.
     """
 
     def __init__(self, path: str | os.PathLike[str], width: int | None = None) -> None:
         self._path = checked_path(path)
-        self._layout = _read_layout(self._path)
-        self.width, self.latents = _clip_shape(self._path, self._layout.shape, width)
+        self._header = _read_header(self._path)
+        self.width, self.latents = _clip_shape(self._path, self._header.shape, width)
         self.metadata = _read_metadata(_metadata_path(self._path))
-        """What the `.json` holds; empty if there is none."""
+        """The contents of the `.json` file; empty if there is none."""
 
-    def blocks(self, latents: int) -> Iterator[npt.NDArray[np.floating[Any]]]:
-        """Yield `[width, latents]` of the file's dtype, the last block maybe shorter.
+    def blocks(self, latents: int) -> Iterator[Floats]:
+        """Yield blocks `[width, latents]` of the file's dtype; the last one may be shorter.
 
-        Args:
-            latents: in a block.
-
-        Raises:
-            LatentsFileError: a value is NaN or infinite, or the file has become shorter.
+        Raise LatentsFileError if a value is NaN or infinite, or the file has become shorter.
         """
         with _readable(self._path) as file:
             for begin in range(0, self.latents, latents):
@@ -218,25 +177,35 @@ class LatentsReader:
                 _check_finite(self._path, block)
                 yield block
 
-    def _read(self, file: BinaryIO, begin: int, count: int) -> npt.NDArray[np.floating[Any]]:
-        if self._layout.fortran_order:
+    def _read(self, file: BinaryIO, begin: int, count: int) -> Floats:
+        if self._header.fortran_order:
             return self._read_values(file, begin * self.width, count * self.width).reshape(count, self.width).T
         starts = range(begin, self.width * self.latents, self.latents)
         return np.stack([self._read_values(file, start, count) for start in starts])
 
-    def _read_values(self, file: BinaryIO, start: int, count: int) -> npt.NDArray[np.floating[Any]]:
-        """Values that lie side by side in the file."""
-        size = self._layout.dtype.itemsize
-        file.seek(self._layout.offset + start * size)
+    def _read_values(self, file: BinaryIO, start: int, count: int) -> Floats:
+        """Read values that are adjacent in the file."""
+        size = self._header.dtype.itemsize
+        file.seek(self._header.offset + start * size)
         data = file.read(count * size)
         if len(data) != count * size:
             raise _cut_off(self._path)
-        return np.frombuffer(data, self._layout.dtype)
+        return np.frombuffer(data, self._header.dtype)
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where the values of a `.npy` file lie, once its header is known to be true."""
+def map_array(path: Path) -> Floats:
+    """Map the array of a `.npy` file.
+
+    Raise LatentsFileError if the file is missing, cut off, or not an array of at least one floating-point number.
+    """
+    header = _read_header(path)
+    order: Literal["F", "C"] = "F" if header.fortran_order else "C"
+    # A plain array that keeps the map alive: np.memmap would make every result computed from it a memmap too.
+    return np.asarray(np.memmap(path, header.dtype, "r", header.offset, header.shape, order))
+
+
+class _Header(NamedTuple):
+    """The header of a `.npy` file."""
 
     shape: tuple[int, ...]
     fortran_order: bool
@@ -245,8 +214,30 @@ class _Layout:
     """Bytes before the first value."""
 
 
+def _read_header(path: Path) -> _Header:
+    """Read the header of a `.npy` file, and check it against the size of the file."""
+    with _readable(path) as file:
+        head = io.BytesIO(file.read(_HEAD_BYTES))
+        file_bytes = file.seek(0, os.SEEK_END)
+    try:
+        shape, fortran_order, dtype = _HEADER_READERS[np.lib.format.read_magic(head)](head)
+    except _HEADER_ERRORS as error:
+        raise LatentsFileError(f"{path}: is no .npy file, or a damaged one; encode the audio again") from error
+    if dtype.kind != "f" or dtype.itemsize > 8:
+        raise LatentsFileError(f"{path}: holds {dtype.name} values; convert them to float32, or encode again")
+    if len(shape) > 3:
+        raise LatentsFileError(f"{path}: has shape {reprlib.repr(shape)}; give one clip, [width, latents]")
+    # NumPy accepts true in place of one.
+    shape = tuple(map(int, shape))
+    if min(shape, default=0) < 1:
+        raise LatentsFileError(f"{path}: holds no latents, its shape is {shape}; encode the audio again")
+    if head.tell() + math.prod(shape) * dtype.itemsize > file_bytes:
+        raise _cut_off(path)
+    return _Header(shape, fortran_order, dtype, head.tell())
+
+
 def _clip_shape(path: Path, shape: tuple[int, ...], width: int | None) -> tuple[int, int]:
-    """Width and latents of one clip."""
+    """Return the width and the number of latents of one clip."""
     *batch, found, latents = shape if len(shape) > 1 else (0, 0, 0, 0)
     if batch not in ([], [1]):
         raise LatentsFileError(f"{path}: has shape {shape}; give one clip, [width, latents]")
@@ -257,7 +248,7 @@ def _clip_shape(path: Path, shape: tuple[int, ...], width: int | None) -> tuple[
     return found, latents
 
 
-def _check_finite(path: Path, values: npt.NDArray[np.floating[Any]]) -> None:
+def _check_finite(path: Path, values: Floats) -> None:
     if not np.isfinite(values).all():
         raise LatentsFileError(f"{path}: holds NaN or infinity; encode the audio again")
 
@@ -268,63 +259,18 @@ def _cut_off(path: Path) -> LatentsFileError:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[BinaryIO]:
-    """The open file; what goes wrong with it becomes a LatentsFileError."""
+    """Open a file, and raise errors of the operating system as LatentsFileError."""
+    with _opening_errors(path), open_regular(path) as file:
+        yield file
+
+
+@contextmanager
+def _opening_errors(path: Path) -> Iterator[None]:
     try:
-        with open_regular(path) as file:
-            yield file
+        yield
     except OSError as error:
         reason = error.strerror or error
         raise LatentsFileError(f"{path}: cannot be opened ({reason}); check name and permissions") from error
-
-
-def map_array(path: Path) -> npt.NDArray[np.floating[Any]]:
-    """Map the array of a `.npy` file once its header is known to be true.
-
-    Raises:
-        LatentsFileError: the file is missing, cut off, or no array of floating-point numbers, or of none at all.
-    """
-    layout = _read_layout(path)
-    order: Literal["F", "C"] = "F" if layout.fortran_order else "C"
-    # A plain array that keeps the map alive: np.memmap would make every result computed from it a memmap too.
-    return np.asarray(np.memmap(path, layout.dtype, "r", layout.offset, layout.shape, order))
-
-
-def _read_layout(path: Path) -> _Layout:
-    """Read the header of a `.npy` file, and check it against the size of the file."""
-    with _readable(path) as file:
-        try:
-            shape, fortran_order, dtype = _read_header(file)
-        except _HEADER_ERRORS as error:
-            raise LatentsFileError(f"{path}: is no .npy file, or a damaged one; encode the audio again") from error
-        offset = file.tell()
-        data_bytes = file.seek(0, os.SEEK_END) - offset
-    if dtype.kind != "f" or dtype.itemsize > 8:
-        raise LatentsFileError(f"{path}: holds {dtype.name} values; convert them to float32, or encode again")
-    if len(shape) > 3:
-        raise LatentsFileError(f"{path}: has shape {reprlib.repr(shape)}; give one clip, [width, latents]")
-    # In a header, true may stand for one.
-    shape = tuple(map(int, shape))
-    if min(shape, default=0) < 1:
-        raise LatentsFileError(f"{path}: holds no latents, its shape is {shape}; encode the audio again")
-    if math.prod(shape) * dtype.itemsize > data_bytes:
-        raise _cut_off(path)
-    return _Layout(shape, bool(fortran_order), dtype, offset)
-
-
-def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Read the header of a `.npy` file: shape, whether in Fortran order, dtype."""
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    if version == (2, 0):
-        # NumPy reads all that the header claims to be, and judges it then.
-        claimed = int.from_bytes(file.read(4), "little")
-        if claimed > _MOST_HEADER_BYTES:
-            raise ValueError(claimed)
-        file.seek(-4, os.SEEK_CUR)
-        return np.lib.format.read_array_header_2_0(file)
-    # Version 3.0 names the fields of structured arrays.
-    raise ValueError(version)
 
 
 def _require_npy(path: Path) -> None:
@@ -333,13 +279,11 @@ def _require_npy(path: Path) -> None:
 
 
 def require_replaceable(path: str | os.PathLike[str]) -> None:
-    """Refuse to write latents where the `.json` beside them is not of one encoded file: it would be replaced.
-
-    That of a clip of a dataset is refused too. A link that leads nowhere holds nothing.
+    """Check that the `.json` file beside latents, if there is one, describes one encoded file and may be replaced.
 
     Raises:
         InputError: the suffix is not `.npy`.
-        OutputError: there is such a `.json`, or one that cannot be read.
+        OutputError: it describes something else, such as a clip of a dataset, or cannot be read.
     """
     path = checked_path(path)
     _require_npy(path)
@@ -354,12 +298,11 @@ def require_replaceable(path: str | os.PathLike[str]) -> None:
 
 
 def _json_path(path: Path) -> Path:
-    """Return where the metadata of a `.npy` file are."""
     return path.with_suffix(".json")
 
 
 def _metadata_path(path: Path) -> Path:
-    """Return where the metadata of latents are that are read: beside a link's target if none are beside the link."""
+    """Return the metadata file of latents: beside the link's target if `path` is a link and nothing is beside it."""
     beside = _json_path(path)
     if path.is_symlink() and not os.path.lexists(beside):
         return _json_path(Path(os.path.realpath(path)))
@@ -367,14 +310,14 @@ def _metadata_path(path: Path) -> Path:
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
-    """Read a `.json` file, or nothing if it is not there."""
+    """Read a `.json` file; return an empty dict if it is missing."""
+    with _opening_errors(path):
+        try:
+            data = read_regular(path)
+        except FileNotFoundError:
+            return {}
     try:
-        metadata = json.loads(read_regular(path).decode())
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        reason = error.strerror or error
-        raise LatentsFileError(f"{path}: cannot be opened ({reason}); check its permissions") from error
+        metadata = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
         raise LatentsFileError(f"{path}: is damaged; remove it") from error
     if not isinstance(metadata, dict):

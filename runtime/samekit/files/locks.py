@@ -1,4 +1,7 @@
-"""Locks of engine folders and dataset folders: a process that writes holds one, and readers need none."""
+"""Locks of engine folders and dataset folders: a process that writes holds one; readers take none.
+
+The system releases a lock when its process ends, for whatever reason.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import re
 import sys
 import time
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from samekit.errors import OutputError
 from samekit.files.atomic import output_errors
@@ -24,31 +27,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LOCK_FILE = ".lock"
-"""Name of the lock file, in the folder. It is there while a process holds the lock, or was killed while it did."""
+LOCK_FILE: Final = ".lock"
+"""Name of the lock file in an engine folder; it exists while a process holds the lock, or after it was killed."""
 
-_POLL_SECONDS = 0.1
-# More than this module writes; a file of another program may be of any size.
-_HOLDER_BYTES = 64
+_POLL_SECONDS: Final = 0.1
+# More than this module writes; a file of another program may have any size.
+_HOLDER_BYTES: Final = 64
 
 
 @contextmanager
 def folder_lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Create a folder if it is missing, and hold its lock.
+    """Create a folder if it is missing, and hold its lock. Then delete the lock file, and the folder if it is empty.
 
-    The system releases the lock when the process ends, however it ends. Afterwards the lock file is deleted, and the
-    folder too if nothing else is in it. A file system without locks is named in a warning, and the block runs.
-
-    Args:
-        folder: the folder.
-        wait: whether to wait, with one line in the log, while another process holds the lock.
-
-    Raises:
-        OutputError: the folder cannot be created or written.
-        OSError: `wait` is false, and another process holds the lock, or the file system has no locks.
+    With `wait`, log one warning and wait while another process holds the lock. If the file system has no locks, log a
+    warning and run the block without one. Without `wait`, both are an OutputError, as is a folder that is not writable.
     """
     path = folder / LOCK_FILE
-    descriptor = _acquire(path, wait=wait)
+    descriptor = _acquire(path, folder, wait=wait)
     try:
         yield
     finally:
@@ -63,85 +58,69 @@ def folder_lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
 
 @contextmanager
 def file_lock(path: Path, folder: Path) -> Iterator[None]:
-    """Hold the lock of a file that stays after it, empty.
+    """Hold the lock of a file, which stays and is empty afterwards; messages name the folder that it protects.
 
-    The system releases the lock when the process ends, however it ends.
-
-    Args:
-        path: the lock file; its folder must exist.
-        folder: the folder that the lock is about, for messages.
-
-    Raises:
-        OutputError: another process holds the lock, the file cannot be written, or the file system has no locks.
+    Raise OutputError if another process holds the lock, the file cannot be written, or the file system has no locks.
     """
-    with output_errors(folder):
-        descriptor = _open(path)
+    descriptor = _acquire(path, folder, wait=False)
     try:
-        with output_errors(folder):
-            if not _try_lock(descriptor):
-                raise OutputError(
-                    f"{folder}: {_holder(descriptor)} is writing there; wait for it, or pass another folder"
-                )
-            _write_holder(descriptor)
-        try:
-            yield
-        finally:
-            with output_errors(folder):
-                os.truncate(descriptor, 0)
+        yield
     finally:
+        with suppress(OSError):
+            os.truncate(descriptor, 0)
         os.close(descriptor)
 
 
-def _acquire(path: Path, *, wait: bool) -> int:
+def _acquire(path: Path, folder: Path, *, wait: bool) -> int:
     """Return the descriptor of the lock file, locked if the file system can do that."""
-    folder, waiting = path.parent, False
+    warned = False
     while True:
-        with output_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                descriptor = _open(path)
-            except FileNotFoundError:
-                # The process that held the lock has just deleted the folder.
-                continue
+        descriptor = _open(path, folder)
         try:
             locked = _try_lock(descriptor)
         except OSError as error:
-            if not wait:
-                os.close(descriptor)
+            if wait:
+                logger.warning(
+                    "%s: its file system has no locks (%s); start no other export there before this one has ended",
+                    folder,
+                    error.strerror,
+                )
+                return descriptor
+            os.close(descriptor)
+            with output_errors(folder):
                 raise
-            logger.warning(
-                "%s: its file system has no locks (%s); start no other export there before this one has ended",
-                folder,
-                error.strerror,
-            )
-            return descriptor
         if locked and _is_at(descriptor, path):
             with suppress(OSError):
-                _write_holder(descriptor)
+                os.truncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()}".encode("ascii"))
             return descriptor
-        holder = "" if locked else _holder(descriptor)
+        holder = _holder(descriptor)
         os.close(descriptor)
         if locked:
             continue
         if not wait:
-            raise BlockingIOError(f"{folder}: {holder} is writing there")
-        if not waiting:
+            raise OutputError(f"{folder}: {holder} is writing there; wait for it, or pass another folder")
+        if not warned:
             logger.warning("%s: %s is writing there; waiting until it has ended", folder, holder)
-            waiting = True
+            warned = True
         time.sleep(_POLL_SECONDS)
 
 
-def _open(path: Path) -> int:
-    """Open or create a lock file, but not through a link, which would make this write to a file elsewhere."""
+def _open(path: Path, folder: Path) -> int:
+    """Open a lock file, after creating it and its folder if they are missing."""
+    # Not through a link, which would make this write to a file elsewhere. A pipe must not block.
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    return os.open(path, flags, 0o666)
-
-
-def _write_holder(descriptor: int) -> None:
-    """Write into a lock file which process holds its lock."""
-    os.truncate(descriptor, 0)
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    os.write(descriptor, f"process {os.getpid()}".encode("ascii"))
+    while True:
+        # Both steps are repeated if the process that held the lock has deleted the folder meanwhile.
+        with output_errors(folder):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                return os.open(path, flags, 0o666)
+            except FileNotFoundError:
+                pass
+            except FileExistsError:
+                if os.path.lexists(path.parent):
+                    raise
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -153,9 +132,8 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _holder(descriptor: int) -> str:
-    """Return which process holds the lock, as far as the file tells."""
+    """Return the process that holds the lock, as far as the lock file tells."""
     with suppress(OSError):
-        os.lseek(descriptor, 0, os.SEEK_SET)
         text = os.read(descriptor, _HOLDER_BYTES).decode("ascii", "replace")
         if re.fullmatch(r"process \d+", text):
             return text
@@ -163,16 +141,15 @@ def _holder(descriptor: int) -> str:
 
 
 def _try_lock(descriptor: int) -> bool:
-    """Lock a file and return true, or return false if another process has locked it.
-
-    Raises:
-        OSError: the file system has no locks.
-    """
+    """Lock a file and return true, or return false if another process has locked it; raise OSError without locks."""
     try:
         if sys.platform == "win32":
             # A byte far behind the end, so that others can still read what the file holds.
             os.lseek(descriptor, 2**30, os.SEEK_SET)
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            try:
+                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            finally:
+                os.lseek(descriptor, 0, os.SEEK_SET)
         else:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):

@@ -1,4 +1,4 @@
-"""Paths of files: checks of names, and opening and reading regular files only."""
+"""Paths: checks of file names, and reading regular files only."""
 
 from __future__ import annotations
 
@@ -17,16 +17,12 @@ if TYPE_CHECKING:
     from io import BufferedReader
 
 
-# More than any document that is read at once has: configurations, facts, metadata.
+# More than any configuration, `spec.json` or metadata has.
 _DOCUMENT_BYTES: Final = 2**26
 
 
 def remove(path: Path) -> int:
-    """Remove a file or a folder; returns how many bytes it held.
-
-    Raises:
-        OSError: it cannot be removed, or is not there.
-    """
+    """Delete a file or a folder, and return how many bytes it held; raise OSError if that fails."""
     size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
     if path.is_dir():
         shutil.rmtree(path)
@@ -36,10 +32,9 @@ def remove(path: Path) -> int:
 
 
 def file_signature(path: Path | os.DirEntry[str]) -> tuple[int, int] | None:
-    """Size and time of a regular file, which change when it does; None if it is none, or gone."""
+    """Return the size in bytes and the modification time in ns of a regular file; None if there is none."""
     with suppress(OSError):
         status = path.stat()
-        # Whoever opens a pipe is blocked.
         if stat.S_ISREG(status.st_mode):
             return status.st_size, status.st_mtime_ns
     return None
@@ -47,32 +42,20 @@ def file_signature(path: Path | os.DirEntry[str]) -> tuple[int, int] | None:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[BufferedReader]:
-    """Open a file to be read; whoever opens a pipe is blocked, and whoever reads a device never ends.
+    """Open a regular file for reading; raise OSError for other kinds, as pipes block and devices may never end."""
 
-    Raises:
-        OSError: it cannot be opened, or is none.
-    """
-
-    def at_once(name: str, flags: int) -> int:
-        # Windows knows no such flag, and no such pipes.
+    def nonblocking(name: str, flags: int) -> int:
+        # Windows has no such flag, and no pipes that are files.
         return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
 
-    with open(path, "rb", opener=at_once) as file:
+    with open(path, "rb", opener=nonblocking) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is no regular file")
         yield file
 
 
 def read_regular(path: Path, most: int = _DOCUMENT_BYTES) -> bytes:
-    """What a regular file holds.
-
-    Args:
-        path: the file.
-        most: bytes that it may have; a file may claim any size and hold nothing.
-
-    Raises:
-        OSError: it cannot be opened, is none, or is larger.
-    """
+    """Return the contents of a regular file of at most `most` bytes; raise OSError for other kinds and larger files."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
@@ -81,11 +64,7 @@ def read_regular(path: Path, most: int = _DOCUMENT_BYTES) -> bytes:
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """A second name for a file, or a copy where the file system has no second names or is another one.
-
-    Raises:
-        OSError: the file cannot be read, or the target not written.
-    """
+    """Create a hard link to a file, or a copy where the file system has no hard links; raise OSError if that fails."""
     try:
         os.link(source, target)
     except OSError:
@@ -93,11 +72,7 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
 
 
 def checked_path(path: str | os.PathLike[str]) -> Path:
-    """The path, if a file may have this name.
-
-    Raises:
-        InputError: it holds a zero byte, or a character that is none.
-    """
+    """Return the path; raise InputError if it is no path, or holds a character that file names cannot have."""
     if not isinstance(path, (str, os.PathLike)):
         raise InputError(f"{path!r} is no path; pass a str or a pathlib.Path")
     try:
@@ -112,8 +87,7 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
 def expanded(path: str | os.PathLike[str]) -> Path:
     """Return a path with a leading `~` expanded, which shells leave as it is in `--option=~/name`.
 
-    Raises:
-        InputError: no file can have this name.
+    Raise InputError if no file can have this name.
     """
     text = expanded_text(path)
     path = Path(text)
@@ -122,10 +96,9 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 
 
 def expanded_text(path: str | os.PathLike[str]) -> str:
-    """Return a path with a leading `~` expanded, and else the text as it was given, which may be a model's name.
+    """Return a path with a leading `~` expanded; other text, such as a model's name, stays as it is.
 
-    Raises:
-        InputError: no file can have this name.
+    Raise InputError if no file can have this name.
     """
     checked_path(path)
     # Not Path.expanduser, which raises for users without a home folder.
@@ -133,11 +106,7 @@ def expanded_text(path: str | os.PathLike[str]) -> str:
 
 
 def utf8_path(path: Path) -> str:
-    """A path for libraries that take UTF-8 only, whatever the locale is.
-
-    Raises:
-        InputError: its name is no text.
-    """
+    """Return a path as UTF-8 text, for libraries that need it in every locale; raise InputError if it is not UTF-8."""
     try:
         return os.fsencode(path).decode("utf-8")
     except UnicodeDecodeError:

@@ -1,19 +1,18 @@
-"""An engine folder as a model repository of the Triton Inference Server.
+"""Write an engine folder as a model repository of the Triton Inference Server.
 
-    OUT/same-l-encoder/config.pbtxt        what the server has to know, in its protobuf text format
-    OUT/same-l-encoder/1/model.onnx        hard links to the engine folder's files, or copies of them;
-    OUT/same-l-encoder/1/encoder.onnx.data external data keep the name that the graph knows
+    OUT/same-l-encoder/config.pbtxt        the server's configuration, in protobuf's text format
+    OUT/same-l-encoder/1/model.onnx        a hard link to a file of the engine folder, or a copy
+    OUT/same-l-encoder/1/encoder.onnx.data external data keeps the name that the graph contains
     OUT/same-l-decoder/...
 
-Knows no server: it writes files.
+A server can load several such repositories.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from samekit.arguments import MOST_INT32, check_whole
 from samekit.engine.spec import (
@@ -22,12 +21,12 @@ from samekit.engine.spec import (
     ENCODER,
     GPU_PRECISIONS,
     INPUT_NAMES,
-    PRECISIONS,
     Direction,
+    Precision,
     opposite,
 )
 from samekit.errors import BackendUnavailableError, InputError, StaleEngineError
-from samekit.files.atomic import output_errors, publish_folder, remove_abandoned, temporary_folder
+from samekit.files.atomic import atomic_folder, remove_abandoned
 from samekit.files.json_fields import check_kind, check_kinds
 from samekit.files.paths import expanded, link_or_copy
 from samekit.tensorrt.builds import Build, build_command, builds_of, why_stale
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
     from samekit.files.json_fields import Kind
 
 FACTS: Final = "samekit"
-"""Name of the parameter that tells clients, as JSON, what they must know of the model: see `facts_of`."""
+"""Name of the parameter that holds the facts about the model for clients, as JSON: see `facts_of`."""
 _SPEC_FACTS: Final[dict[str, Kind]] = {
     **dict.fromkeys(("name", "source_sha256"), str),
     **dict.fromkeys(("sample_rate", "channels", "hop", "latent_width", "alignment"), int),
@@ -49,30 +48,32 @@ _SPEC_FACTS: Final[dict[str, Kind]] = {
 }
 _FACTS: Final[dict[str, Kind]] = {**_SPEC_FACTS, "precision": str, "longest_window": (int, type(None))}
 _VERSION: Final = "1"
-_KINDS: Final = ("auto", "gpu", "cpu")
-# File names that each backend of the server looks for.
-_FILES: Final = {"onnxruntime": "model.onnx", "tensorrt": "model.plan"}
+
+ServerBackend = Literal["onnxruntime", "tensorrt"]
+InstanceKind = Literal["auto", "gpu", "cpu"]
+# The file name that each backend of the server looks for.
+_FILES: Final[dict[str, str]] = {"onnxruntime": "model.onnx", "tensorrt": "model.plan"}
 
 
 @dataclass(frozen=True)
 class TritonOptions:
-    """How the server is to run both halves."""
+    """How the server runs encoder and decoder. Values that contradict each other raise InputError."""
 
-    backend: str = "onnxruntime"
-    """`onnxruntime` or `tensorrt`."""
-    precision: str = "fp32"
-    """Of the graphs or engines; int8 runs on CPUs, one request at a time whatever `max_batch` is."""
+    backend: ServerBackend = "onnxruntime"
+    precision: Precision = "fp32"
+    """Precision of the graphs or engines. int8 runs on CPUs, one request at a time whatever `max_batch` is."""
     max_batch: int = NARROW.batch[2]
     """Requests of one length that the server may run at once."""
     queue_delay: int = 2000
     """Microseconds that a request may wait for others."""
     instances: int = 1
-    """Copies of each half, on each GPU."""
-    kind: str = "auto"
-    """Where: `gpu`, `cpu`, or `auto` for GPUs if there are any."""
+    """Instances of encoder and decoder on each GPU."""
+    kind: InstanceKind = "auto"
+    """The device of the instances; `auto` uses GPUs if there are any."""
 
     def __post_init__(self) -> None:
-        for name, known in (("backend", tuple(_FILES)), ("precision", PRECISIONS), ("kind", _KINDS)):
+        for name, kind in (("backend", ServerBackend), ("precision", Precision), ("kind", InstanceKind)):
+            known = get_args(kind)
             if getattr(self, name) not in known:
                 raise InputError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}")
         for name, least in (("max_batch", 1), ("queue_delay", 0), ("instances", 1)):
@@ -91,69 +92,59 @@ class TritonOptions:
 
 
 def write_repository(engine: Engine, out: Path, options: TritonOptions | None = None) -> list[Path]:
-    """Write a model repository with the encoder and the decoder of an engine folder, whole or not at all.
+    """Write a model repository with the encoder and the decoder of an engine folder, atomically.
 
     Args:
         engine: the engine folder.
         out: the repository; must not exist.
-        options: how the server is to run it; `TritonOptions()` unless given.
+        options: how the server runs it; `TritonOptions()` by default.
 
     Returns:
         The folders of both models.
 
     Raises:
-        InputError: `out` exists, or nothing can have this name.
+        InputError: `out` exists, or no folder can have this name.
         BackendUnavailableError: there is no graph, or no TensorRT engine, of this precision.
-        StaleEngineError: there are TensorRT engines, but of something else.
+        StaleEngineError: there are TensorRT engines, but they are stale or damaged.
         OutputError: the repository cannot be written.
     """
     options, out = options or TritonOptions(), expanded(out)
     remove_abandoned(out.parent, out.name)
-    _require_new(out)
-    sources = {direction: _files(engine, direction, options) for direction in DIRECTIONS}
-    with output_errors(out), temporary_folder(out) as staging:
-        for direction, files in sources.items():
-            version = staging / model_name(engine.spec.name, direction) / _VERSION
+    with atomic_folder(out) as repository:
+        for direction in DIRECTIONS:
+            model = repository / model_name(engine.spec.name, direction)
+            version = model / _VERSION
             version.mkdir(parents=True)
-            for name, source in files.items():
+            for name, source in _files(engine, direction, options).items():
                 link_or_copy(source, version / name)
-            text = config_text(engine.spec, direction, options)
-            (version.parent / "config.pbtxt").write_bytes(_utf8(text, engine))
-        # Copies take their time, in which something else may have come there.
-        if not publish_folder(staging, out):
-            raise _taken(out)
-    return [out / model_name(engine.spec.name, direction) for direction in sources]
-
-
-def _require_new(out: Path) -> None:
-    """Refuse to replace anything: nobody knows what it is."""
-    if os.path.lexists(out):
-        raise _taken(out)
-
-
-def _taken(out: Path) -> InputError:
-    return InputError(f"{out}: exists; remove it, or write another repository: a server takes several")
+            try:
+                (model / "config.pbtxt").write_text(config_text(engine.spec, direction, options), "utf-8", newline="")
+            except UnicodeEncodeError:
+                raise InputError(
+                    f"{engine.folder}: the model's name is no text, which the server needs; export it under another"
+                ) from None
+    return [out / model_name(engine.spec.name, direction) for direction in DIRECTIONS]
 
 
 def model_name(name: str, direction: Direction) -> str:
-    """What the server calls one half of a model of this name."""
+    """Return the server's name for the encoder or decoder of a model."""
     return f"{name}-{direction}"
 
 
 def config_text(spec: EngineSpec, direction: Direction, options: TritonOptions) -> str:
-    """The `config.pbtxt` of one half; the batch is no dimension of its own there."""
+    """Return the `config.pbtxt` of encoder or decoder; its dimensions do not include the batch."""
     before, after = ([spec.layout(side)[0], -1] for side in (direction, opposite(direction)))
-    kind = "gpu" if options.backend == "tensorrt" else options.kind
-    # The profile for windows in batches; the other one takes no batches.
-    profile = f' profile: [ "{PROFILES.index(NARROW)}" ]' if options.backend == "tensorrt" else ""
-    batch, batching = options.max_batch, f"dynamic_batching {{ max_queue_delay_microseconds: {options.queue_delay} }}\n"
+    kind, batch = options.kind, options.max_batch
+    batching = f"dynamic_batching {{ max_queue_delay_microseconds: {options.queue_delay} }}\n"
+    profile, longest = "", None
+    if options.backend == "tensorrt":
+        # The profile for batches of windows.
+        kind, profile, longest = "gpu", f' profile: [ "{PROFILES.index(NARROW)}" ]', NARROW.latents[2]
     if options.precision not in GPU_PRECISIONS:
-        # Ranges are measured in each call: joined with a loud request, a quiet one would lose accuracy.
+        # int8 measures ranges in each call. In a batch with a loud request, a quiet one would lose accuracy.
         kind, batch, batching = "cpu", 1, ""
-    facts = {name: getattr(spec, name) for name in _SPEC_FACTS} | {
-        "precision": options.precision,
-        "longest_window": NARROW.latents[2] if options.backend == "tensorrt" else None,
-    }
+    facts = {name: getattr(spec, name) for name in _SPEC_FACTS}
+    facts |= {"precision": options.precision, "longest_window": longest}
     return f"""name: {_quoted(model_name(spec.name, direction))}
 backend: "{options.backend}"
 max_batch_size: {batch}
@@ -164,26 +155,17 @@ parameters {{ key: "{FACTS}" value {{ string_value: {_quoted(json.dumps(facts))}
 """
 
 
-def _utf8(text: str, engine: Engine) -> bytes:
-    """The bytes of a configuration; a model's name may be none that is text."""
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        raise InputError(
-            f"{engine.folder}: the model's name is no text, which the server needs; export it under another"
-        ) from None
-
-
 def _quoted(text: str) -> str:
-    """A string in protobuf's text format: JSON's quotes and backslashes are its own, other letters stay."""
+    """Return a string in protobuf's text format, which has the quotes and escapes of JSON."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _files(engine: Engine, direction: Direction, options: TritonOptions) -> dict[str, Path]:
-    """Name in the version's folder -> file of the engine folder."""
+    """Return the files of a model: name in the repository -> file of the engine folder."""
     model = _FILES[options.backend]
     if options.backend == "tensorrt":
         build = _build(engine, options.precision)
+        # Checks the digest.
         build.read(direction)
         return {model: build.folder / build.engines[direction].file}
     graph = engine.graph(direction, options.precision)
@@ -192,7 +174,7 @@ def _files(engine: Engine, direction: Direction, options: TritonOptions) -> dict
 
 
 def _build(engine: Engine, precision: str) -> Build:
-    """The one build for the server's TensorRT; those of TensorRT-RTX it cannot run."""
+    """Return the only build for TensorRT; the server cannot run those of TensorRT-RTX."""
     builds, damaged = builds_of(engine, precision)
     ours = [build for build in builds if build.fingerprint.flavour == TENSORRT]
     reasons = [reason for build in ours if (reason := why_stale(build.fingerprint, engine.spec, {}))]
@@ -212,16 +194,16 @@ def _build(engine: Engine, precision: str) -> Build:
 
 
 def facts_of(config: Any) -> dict[str, Any]:
-    """What `FACTS` in a parsed `config.pbtxt` says.
+    """Return the facts about the model in a parsed `config.pbtxt` from any source.
 
     Args:
-        config: a `ModelConfig` of the server's protobuf schema, from anywhere.
+        config: a `ModelConfig` of the server's protobuf schema.
 
     Returns:
-        Fields of `EngineSpec`; `precision`; and `longest_window` in latents, or None. Nothing else.
+        Fields of `EngineSpec`, `precision`, and `longest_window` in latents, or None.
 
     Raises:
-        InputError: it was not written here.
+        InputError: `write_repository` did not write this configuration.
     """
     try:
         facts: dict[str, Any] = json.loads(config.parameters[FACTS].string_value)
@@ -235,7 +217,7 @@ def facts_of(config: Any) -> dict[str, Any]:
 
 
 def _check_fields(name: str, fields: Any, kinds: dict[str, Kind]) -> None:
-    """Raise TypeError or ValueError unless it is an object with just these fields, each of its kind."""
+    """Raise TypeError or ValueError unless a value is an object with exactly these fields and types."""
     check_kind(name, fields, dict)
     if fields.keys() != kinds.keys():
         raise ValueError(f"{name} has {sorted(fields)}")

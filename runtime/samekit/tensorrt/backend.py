@@ -1,20 +1,19 @@
-"""TensorRT and TensorRT-RTX engines on an NVIDIA GPU; PyTorch, imported here only, gives memory and streams.
+"""The TensorRT backend: TensorRT and TensorRT-RTX engines on an NVIDIA GPU, with memory and streams of PyTorch.
 
-What goes wrong silently with TensorRT, and what stands here against it:
+Mistakes with TensorRT often go unnoticed. These rules prevent them:
 
 * Work on streams is ordered: an engine's own stream waits for the caller's, and the caller's for it (`Gpu.ordered`).
-* Every call that answers whether it worked is asked (`_must`); a failed launch leaves the old output in place.
-* A shape is refused before anything runs, with what would fit (`split`); the shape that TensorRT infers for the output
-  must be ours.
-* An output is new memory each time, and the caller's own.
-* Scratch memory is what the shape at hand needs, not what the largest one would.
-* An engine is read when its half is first used.
-* A build is chosen by everything that decides about it (`samekit.tensorrt.builds`), and the GPU is asked, not guessed.
+* The result of every call that reports success is checked (`_must`); a failed launch leaves the old output in place.
+* A shape that no profile accepts is refused before anything runs (`split`). The output shape that TensorRT infers must
+  equal the expected one.
+* Each output is new memory, which belongs to the caller.
+* Scratch memory is allocated for the current shape, not for the largest one.
+* An engine is read when its direction is first used.
+* A build is chosen by everything that decides about it (`samekit.tensorrt.builds`).
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -34,99 +33,84 @@ if TYPE_CHECKING:
     from samekit.engine.spec import EngineSpec
     from samekit.tensorrt.builds import Build
 
-logger = logging.getLogger(__name__)
-
 
 class TensorRTBackend(Backend):
-    """Runs a build's engines; each half is read when it is first used."""
+    """Runs the engines of a build."""
 
     name: ClassVar[str] = "tensorrt"
     device = "cuda"
-    # Longer ones would need the wide profile, which takes no batches.
+    # Longer windows would need the wide profile, which accepts no batches.
     longest_window = NARROW.latents[2]
 
-    def __init__(
-        self,
-        spec: EngineSpec,
-        build: Build,
-        module: Any,
-        gpu: Gpu,
-        *,
-        device_id: int = 0,
-        cuda_graph: bool = False,
-        window_batch: int | None = None,
-    ) -> None:
-        super().__init__(spec, build.fingerprint.precision, window_batch)
-        self.device_id = device_id
+    def __init__(self, spec: EngineSpec, build: Build, module: Any, gpu: Gpu, options: BackendOptions) -> None:
+        super().__init__(spec, build.fingerprint.precision, options.window_batch)
+        self.device_id = options.device_id
         self._build = build
         self._module = module
         self._gpu = gpu
-        self._cuda_graph = cuda_graph
+        self._cuda_graph = options.cuda_graph
         self._runners: dict[str, EngineRunner] = {}
         # An execution context serves one caller at a time.
         self._busy = threading.Lock()
 
     def _runner(self, direction: Direction) -> EngineRunner:
-        """The half's engine, read once."""
-        # Once more, so that no engine outlives a `close` in another thread.
+        """Return the engine of a direction; the caller holds `_busy`."""
+        # Another thread may have closed the backend meanwhile.
         self._check_open()
         if direction not in self._runners:
             data = self._build.read(direction)
-            origin = f"{self._build.folder / self._build.engines[direction].file}"
+            origin = str(self._build.folder / self._build.engines[direction].file)
             self._runners[direction] = EngineRunner(self._module, data, origin, self._gpu, cuda_graph=self._cuda_graph)
         return self._runners[direction]
 
     def _run(self, direction: Direction, array: Array) -> Array:
-        # Refused before anything is copied.
-        self._pieces(direction, array.shape)
+        # Shapes are refused before anything is copied.
+        self._split(direction, array.shape)
         return self._gpu.download(self._run_tensor(direction, self._gpu.upload(array)))
 
     def accepts(self, value: Any) -> bool:
-        """Whether a value is a float32 tensor on this GPU."""
+        """Return whether a value is a float32 tensor on this GPU."""
         return self._gpu.contains(value) and str(value.dtype) == "torch.float32"
 
     def _run_tensor(self, direction: Direction, tensor: Any) -> Any:
-        pieces = self._pieces(direction, tensor.shape)
+        latents, pieces = self._split(direction, tensor.shape)
         tensor = tensor.detach().contiguous()
-        latents = self._latents(direction, tensor.shape)
+        outputs = []
         with self._busy:
             runner = self._runner(direction)
-            outputs = []
             for piece in pieces:
                 rows = tensor[piece.rows]
                 shape = self.spec.input_shape(opposite(direction), rows.shape[0], latents)
                 outputs.append(runner.run(piece.profile, rows, shape))
             return self._gpu.join(outputs)
 
-    def _latents(self, direction: Direction, shape: Any) -> int:
-        """Length of an input in latents."""
-        return int(shape[-1]) // self.spec.layout(direction)[1]
-
-    def _pieces(self, direction: Direction, shape: Any) -> list[Piece]:
-        return split(int(shape[0]), self._latents(direction, shape))
+    def _split(self, direction: Direction, shape: Any) -> tuple[int, list[Piece]]:
+        """Return the latents of an input of this shape, and the pieces in which it runs."""
+        latents = int(shape[-1]) // self.spec.layout(direction)[1]
+        return latents, split(int(shape[0]), latents)
 
     def after_fork(self) -> None:
-        """Give up what lies on the GPU: nothing of it can be used or freed in a forked process."""
+        """Drop everything on the GPU, which can be neither used nor freed in a forked process."""
         super().after_fork()
         keep_for_ever((self._runners, self._gpu))
         self._runners = {}
-        # A thread of the parent may have held the old one.
+        # A thread of the parent may have held the old lock.
         self._busy = threading.Lock()
 
     def close(self) -> None:
-        """Free engines, contexts and recordings."""
+        """Free the engines and their memory."""
         with self._busy:
             super().close()
             self._runners.clear()
 
 
 def open_tensorrt(engine: Engine, options: BackendOptions) -> TensorRTBackend:
-    """Open the build of an engine folder that fits this machine.
+    """Open the build of an engine folder that runs on this machine.
 
     Raises:
         BackendUnavailableError: no GPU, no TensorRT, or no engine of this precision.
         BackendError: TensorRT or PyTorch is installed, but cannot be imported.
-        StaleEngineError: there are engines, but none that can run here.
+        StaleEngineError: there are engines, but none can run here.
     """
     if options.device == "cpu":
         raise BackendUnavailableError("TensorRT runs on GPUs only; choose device cuda or another backend")
@@ -135,7 +119,7 @@ def open_tensorrt(engine: Engine, options: BackendOptions) -> TensorRTBackend:
             f"TensorRT runs {' and '.join(GPU_PRECISIONS)}, {options.precision} is for CPUs; choose precision fp16, "
             "or the onnxruntime backend on the CPU"
         )
-    # First of all, as importing PyTorch takes seconds that "auto" should not spend in vain.
+    # Checked before PyTorch is imported, which takes seconds.
     if not build_folders(engine):
         raise BackendUnavailableError(
             f"{engine.folder}: no TensorRT engine, which needs an NVIDIA GPU to run; where there is one, and TensorRT, "
@@ -146,18 +130,9 @@ def open_tensorrt(engine: Engine, options: BackendOptions) -> TensorRTBackend:
     if not modules:
         for flavour in FLAVOURS:
             with suppress(BackendUnavailableError):
-                # Tells what is wrong with one that is installed.
+                # Raises BackendError if the flavour is installed but cannot be imported.
                 import_flavour(flavour)
         raise BackendUnavailableError(f"neither flavour of TensorRT is installed; run: {' or '.join(INSTALL.values())}")
     versions = {flavour: module.__version__ for flavour, module in modules.items()}
     build = choose_build(engine, options.precision, gpu.capability, versions)
-    module = modules[build.fingerprint.flavour]
-    return TensorRTBackend(
-        engine.spec,
-        build,
-        module,
-        gpu,
-        device_id=options.device_id,
-        cuda_graph=options.cuda_graph,
-        window_batch=options.window_batch,
-    )
+    return TensorRTBackend(engine.spec, build, modules[build.fingerprint.flavour], gpu, options)

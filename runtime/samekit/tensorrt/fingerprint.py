@@ -1,7 +1,7 @@
-"""What a TensorRT engine is built from and for, and which shapes it takes; pure, shared by builder and backend.
+"""What a TensorRT engine is built from and for, and the shapes that it accepts.
 
-Two profiles lie in one engine. The largest shape of a profile decides how much scratch memory it needs, the optimal
-one which kernels are chosen, so short windows in batches and whole songs each have their own:
+Each engine has two optimisation profiles. The largest shape of a profile decides how much scratch memory it needs, the
+optimal shape which kernels are chosen. So short windows in batches and whole songs each have a profile:
 
     profile    batch      latents
     narrow     1 ... 8    1 ... 256     windows, and many clips at once
@@ -10,52 +10,50 @@ one which kernels are chosen, so short windows in batches and whole songs each h
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from samekit.engine.digest import canonical_json
-from samekit.files.json_fields import check_kind
+from samekit.files.json_fields import check_kinds
 
 if TYPE_CHECKING:
     from samekit.engine.spec import EngineSpec
 
-TENSORRT, TENSORRT_RTX = "tensorrt", "tensorrt_rtx"
-"""The flavours of TensorRT, by the name of their Python module."""
+TENSORRT: Final = "tensorrt"
+TENSORRT_RTX: Final = "tensorrt_rtx"
+"""The two flavours of TensorRT, which are also the names of their Python modules."""
 
-BUILDER_REVISION = 1
+BUILDER_REVISION: Final = 1
 """Raise it when the same graph is built to another engine: after a change of the settings in
 `samekit_export.to_tensorrt`, or of those that ONNX Runtime's TensorRT provider gets. Engines of another revision are
 stale."""
 
-PORTABLE = "portable"
-"""The target of a TensorRT-RTX engine: what its builder takes unless told otherwise, see `runs_on`."""
+PORTABLE: Final = "portable"
+"""The target of a TensorRT-RTX engine that runs on several GPUs, see `runs_on`."""
 
-_PORTABLE_CAPABILITIES = ((8, 0), (8, 6), (8, 9))
-_PORTABLE_FROM = (12, 0)
+# Compute capabilities for which TensorRT-RTX's builder makes an engine by default.
+_PORTABLE_CAPABILITIES: Final = ((8, 0), (8, 6), (8, 9))
+_PORTABLE_FROM: Final = (12, 0)
 
 
-@dataclass(frozen=True)
-class Profile:
-    """The shapes that one optimisation profile takes, each as (least, optimal, most)."""
+class Profile(NamedTuple):
+    """The shapes that one optimisation profile accepts, each as (least, optimal, most)."""
 
     batch: tuple[int, int, int]
-    """Rows."""
     latents: tuple[int, int, int]
-    """Length of a row."""
 
     def takes(self, batch: int, latents: int) -> bool:
-        """Whether a shape lies inside."""
+        """Return whether a shape fits this profile."""
         return self.batch[0] <= batch <= self.batch[2] and self.latents[0] <= latents <= self.latents[2]
 
 
-NARROW = Profile(batch=(1, 1, 8), latents=(1, 256, 256))
+NARROW: Final = Profile(batch=(1, 1, 8), latents=(1, 256, 256))
 """For windows, several at once."""
-WIDE = Profile(batch=(1, 1, 1), latents=(1, 1292, 4096))
+WIDE: Final = Profile(batch=(1, 1, 1), latents=(1, 1292, 4096))
 """For whole songs in one pass; optimal at two minutes."""
-PROFILES = (NARROW, WIDE)
-"""In the order in which they lie in an engine; the first that takes a shape runs it."""
+PROFILES: Final = (NARROW, WIDE)
+"""The profiles in the order of an engine; the first that accepts a shape runs it."""
 
 
 @dataclass(frozen=True)
@@ -65,54 +63,45 @@ class Fingerprint:
     onnx: dict[str, str]
     """encoder / decoder -> sha256 of the graph, as in `spec.json`."""
     flavour: str
-    """What built it: `TENSORRT`, `TENSORRT_RTX`, or `onnxruntime` for its TensorRT provider."""
+    """The builder: `TENSORRT`, `TENSORRT_RTX`, or `onnxruntime` for its TensorRT provider."""
     version: str
-    """Of the flavour; an engine is read back by the same version only."""
+    """Version of the flavour; only the same version can load an engine."""
     target: str
-    """The compute capability that it was built for, such as `8.9`, or `PORTABLE`."""
+    """Compute capability of the GPU that it was built for, such as `8.9`, or `PORTABLE`."""
     precision: str
-    """Of the graphs."""
     profiles: list[dict[str, list[int]]]
-    """The profiles as plain JSON."""
+    """`PROFILES` as plain JSON."""
     builder_revision: int
     """`BUILDER_REVISION` of the build."""
 
     @property
     def name(self) -> str:
-        """A folder name: readable in front, a digest of everything behind."""
+        """The name of the build's folder, which ends in a digest of all fields."""
         digest = hashlib.sha256(canonical_json(self)).hexdigest()[:12]
         return f"{self.flavour}-{self.version}-{self.target}-{self.precision}-{digest}"
 
-    def differences(self, opposite: Fingerprint) -> list[str]:
-        """What differs from another fingerprint, in words; empty if they are equal."""
+    def differences(self, other: Fingerprint) -> list[str]:
+        """Describe each field that differs from another fingerprint."""
         words = []
-        for field in dataclasses.fields(self):
-            mine, others = getattr(self, field.name), getattr(opposite, field.name)
-            if mine != others:
-                short = isinstance(mine, str | int) and isinstance(others, str | int)
-                words.append(f"{field.name} {mine} instead of {others}" if short else f"other {field.name}")
+        for name, value in vars(self).items():
+            others = getattr(other, name)
+            if value != others:
+                short = isinstance(value, str | int) and isinstance(others, str | int)
+                words.append(f"{name} {value} instead of {others}" if short else f"other {name}")
         return words
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Fingerprint:
-        """A fingerprint from `dataclasses.asdict` of one; raises TypeError where fields are missing or unknown."""
-        fingerprint = cls(**document)
-        texts = (fingerprint.flavour, fingerprint.version, fingerprint.target, fingerprint.precision)
-        if not all(isinstance(text, str) for text in texts):
-            raise TypeError("fields of the fingerprint must be strings")
-        check_kind("builder_revision", fingerprint.builder_revision, int)
-        return fingerprint
+        """Return the fingerprint of parsed JSON; raise TypeError if a field is missing, unknown or of another type."""
+        texts = dict.fromkeys(("flavour", "version", "target", "precision"), str)
+        check_kinds(document, {**texts, "builder_revision": int})
+        return cls(**document)
 
 
 def fingerprint_of(spec: EngineSpec, precision: str, flavour: str, version: str, target: str) -> Fingerprint:
-    """The fingerprint that engines of a model's graphs have today.
+    """Return the fingerprint of an engine that is built now from the graphs of a model.
 
-    Args:
-        spec: of the model; has graphs of this precision.
-        precision: of the graphs.
-        flavour: what builds the engines.
-        version: of the flavour.
-        target: a compute capability or `PORTABLE`.
+    `spec` has graphs of this precision; `target` is a compute capability or `PORTABLE`.
     """
     return Fingerprint(
         onnx={direction: graph.sha256 for direction, graph in spec.graphs[precision].items()},
@@ -126,15 +115,12 @@ def fingerprint_of(spec: EngineSpec, precision: str, flavour: str, version: str,
 
 
 def runs_on(target: str, capability: tuple[int, int]) -> bool:
-    """Whether an engine for `target` runs on a GPU of this compute capability, (major, minor).
-
-    The portable set is that of TensorRT-RTX: 8.0, 8.6, 8.9, and everything from 12.0.
-    """
+    """Return whether an engine for `target` runs on a GPU of this compute capability, (major, minor)."""
     if target == PORTABLE:
         return capability in _PORTABLE_CAPABILITIES or capability >= _PORTABLE_FROM
     return target == capability_name(capability)
 
 
 def capability_name(capability: tuple[int, int]) -> str:
-    """(8, 9) as `8.9`."""
+    """Return (8, 9) as `8.9`."""
     return f"{capability[0]}.{capability[1]}"

@@ -1,10 +1,10 @@
-"""The Python modules of TensorRT and TensorRT-RTX behind one door; both have the same names for what samekit needs."""
+"""The Python modules of TensorRT and TensorRT-RTX, which have the same names for everything that samekit uses."""
 
 from __future__ import annotations
 
 import re
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from samekit.errors import BackendError, BackendUnavailableError
 from samekit.packages import import_onnxruntime, import_package
@@ -13,22 +13,22 @@ from samekit.tensorrt.fingerprint import TENSORRT, TENSORRT_RTX
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-OLDEST = {TENSORRT: (10, 15), TENSORRT_RTX: (1, 4)}
-"""The first whose parser knows RotaryEmbedding of ONNX opset 23, in TensorRT's and in TensorRT-RTX's own counting."""
+OLDEST: Final = {TENSORRT: (10, 15), TENSORRT_RTX: (1, 4)}
+"""The first version of each flavour whose parser supports RotaryEmbedding of ONNX opset 23."""
 
-FLAVOURS = tuple(OLDEST)
-"""The preferred one first: it compiles for the very GPU that it runs on."""
+FLAVOURS: Final = tuple(OLDEST)
+"""Both flavours. TensorRT is preferred: it compiles for the GPU of the machine."""
 
-INSTALL = {TENSORRT: "pip install 'samekit[gpu]'", TENSORRT_RTX: "pip install 'samekit[rtx]'"}
-"""How to get each flavour."""
+INSTALL: Final = {TENSORRT: "pip install 'samekit[gpu]'", TENSORRT_RTX: "pip install 'samekit[rtx]'"}
+"""The command that installs each flavour."""
 
 
 def import_flavour(flavour: str) -> Any:
-    """The module of a flavour, imported when first needed.
+    """Import the module of a flavour.
 
     Raises:
-        BackendUnavailableError: it is not installed, or is too old for our graphs.
-        BackendError: it is installed, but cannot be imported; or another module has its name.
+        BackendUnavailableError: it is not installed, or older than `OLDEST`.
+        BackendError: it is installed but cannot be imported, or another module has its name.
     """
     module = import_package(flavour, INSTALL[flavour])
     version = re.match(r"(\d+)\.(\d+)", str(getattr(module, "__version__", "")), re.ASCII)
@@ -47,7 +47,7 @@ def import_flavour(flavour: str) -> Any:
 
 
 def installed_flavours() -> dict[str, Any]:
-    """The modules that can be imported, by flavour, the preferred one first."""
+    """Return the modules that can be imported, by flavour, the preferred one first."""
     modules = {}
     for flavour in FLAVOURS:
         with suppress(BackendError):
@@ -56,12 +56,12 @@ def installed_flavours() -> dict[str, Any]:
 
 
 def installed_versions() -> dict[str, str]:
-    """The versions of the flavours that can be imported, the preferred one first."""
+    """Return the versions of the flavours that can be imported, the preferred one first."""
     return {flavour: module.__version__ for flavour, module in installed_flavours().items()}
 
 
 def builder_versions() -> dict[str, str]:
-    """The versions of what keeps engines: the flavours, and ONNX Runtime for its TensorRT provider."""
+    """Return the versions of everything that makes engines: the flavours, and ONNX Runtime's TensorRT provider."""
     versions = installed_versions()
     with suppress(BackendError):
         versions["onnxruntime"] = import_onnxruntime().__version__
@@ -69,21 +69,13 @@ def builder_versions() -> dict[str, str]:
 
 
 def make_logger(module: Any, write: Callable[[str, str], object]) -> Any:
-    """A logger to pass to TensorRT.
+    """Return a logger for TensorRT, which calls `write(severity, message)` from any thread, except for VERBOSE."""
 
-    Args:
-        module: as `import_flavour` returns it.
-        write: called with the severity, such as `WARNING`, and the message; never for VERBOSE.
-    """
-
-    class Logger(module.ILogger):  # type: ignore[misc] # the module is known only now
-        """Hands messages on."""
-
+    class Logger(module.ILogger):  # type: ignore[misc] # the base class is known at run time only
         def __init__(self) -> None:
             module.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            """Called by TensorRT, from any thread."""
             if severity != module.ILogger.Severity.VERBOSE:
                 write(severity.name, message)
 

@@ -1,4 +1,4 @@
-"""One CUDA device through PyTorch: memory, and the order of work on streams."""
+"""One CUDA device, used through PyTorch: its memory, and the order of work on its streams."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class Gpu:
-    """One CUDA device through PyTorch: memory, and the order of work on streams."""
+    """One CUDA device. The constructor raises BackendUnavailableError if it cannot be used."""
 
     def __init__(self, device_id: int) -> None:
-        # Asked before PyTorch, whose import takes a second that "auto" should not spend in vain.
+        # Checked before PyTorch is imported, which takes a second.
         if not has_driver():
             raise BackendUnavailableError("there is no NVIDIA driver, which TensorRT needs; use another backend")
         torch = import_package("torch", "pip install 'samekit[gpu]'")
@@ -41,38 +41,38 @@ class Gpu:
         return major, minor
 
     def contains(self, value: Any) -> bool:
-        """Whether a value is a tensor in this device's memory."""
+        """Return whether a value is a tensor in this device's memory."""
         return isinstance(value, self._torch.Tensor) and value.device == self._device
 
     def upload(self, array: Array) -> Any:
-        """A copy in device memory."""
-        # Not `from_numpy`, which warns where an array is read-only.
+        """Copy an array to device memory."""
+        # `from_numpy` warns of arrays that are read-only.
         return self._torch.tensor(array, device=self._device)
 
     def download(self, tensor: Any) -> Array:
-        """A copy in host memory; waits for everything that writes the tensor."""
+        """Copy a tensor to host memory; waits for all work that writes it."""
         array: Array = tensor.cpu().numpy()
         return array
 
     def empty(self, shape: tuple[int, ...]) -> Any:
-        """New float32 memory."""
+        """Allocate float32 memory."""
         return self._torch.empty(shape, dtype=self._torch.float32, device=self._device)
 
     def scratch(self, size: int) -> Any:
-        """New bytes, aligned as TensorRT wants them: PyTorch aligns to 512."""
+        """Allocate bytes. PyTorch aligns them to 512, which TensorRT needs."""
         return self._torch.empty(size, dtype=self._torch.uint8, device=self._device)
 
     def join(self, pieces: list[Any]) -> Any:
-        """Rows of a batch in one tensor."""
+        """Concatenate the rows of batches."""
         return pieces[0] if len(pieces) == 1 else self._torch.cat(pieces)
 
     @contextmanager
     def ordered(self) -> Iterator[int]:
-        """The handle of a stream whose work follows all of the caller's so far and precedes all that comes after.
+        """Yield the handle of a stream whose work follows the caller's earlier work and precedes its later work.
 
-        It is one stream for all callers, and PyTorch's current one inside the block. So memory that the caller's stream
-        wrote may be read, callers with streams of their own do not meet, and memory that is freed is not handed out
-        again too early: PyTorch reuses it on the stream on which it was made.
+        All callers share this stream, and it is PyTorch's current stream in the `with` block. So memory that the
+        caller's stream wrote may be read, and callers with different streams do not overlap. PyTorch reuses freed
+        memory on the stream on which it was allocated, so none is handed out too early.
         """
         torch = self._torch
         with torch.cuda.device(self._device):
@@ -85,7 +85,10 @@ class Gpu:
                 callers.wait_stream(self._stream)
 
     def capture(self, launch: Callable[[int], None]) -> Callable[[], None]:
-        """Record what `launch(stream)` enqueues as a CUDA graph; the result enqueues it on the current stream."""
+        """Record the work that `launch(stream)` enqueues as a CUDA graph.
+
+        The returned function enqueues this work on the current stream.
+        """
         torch = self._torch
         with torch.cuda.device(self._device):
             graph = torch.cuda.CUDAGraph()

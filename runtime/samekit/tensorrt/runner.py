@@ -1,10 +1,9 @@
-"""Run one TensorRT engine: profiles, execution contexts and CUDA graphs."""
+"""Run one TensorRT engine: optimisation profiles, execution contexts and CUDA graphs."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from samekit.errors import BackendError, InputError, StaleEngineError
 from samekit.tensorrt.fingerprint import PROFILES
@@ -19,26 +18,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Rows of a batch that one profile takes at once."""
+class Piece(NamedTuple):
+    """Rows of a batch that run at once."""
 
     profile: int
-    """Its place in `fingerprint.PROFILES`."""
+    """Index into `PROFILES`."""
     rows: slice
-    """Of the batch."""
 
 
 def split(batch: int, latents: int) -> list[Piece]:
-    """Which rows of a batch to run together, and in which profile.
-
-    Args:
-        batch: any number from 1; larger ones than a profile takes are done in several pieces.
-        latents: length of each row.
-
-    Raises:
-        InputError: no profile takes so many latents.
-    """
+    """Split a batch of rows into pieces that a profile accepts; raise InputError if none accepts so many latents."""
     for index, profile in enumerate(PROFILES):
         most = profile.batch[2]
         if profile.takes(1, latents):
@@ -48,27 +37,27 @@ def split(batch: int, latents: int) -> list[Piece]:
 
 
 def _must(done: object, what: str) -> None:
-    """Raise unless a call of TensorRT says that it worked."""
+    """Raise BackendError unless a call of TensorRT returned success."""
     if not done:
         raise BackendError(f"TensorRT could not {what}; see its messages in the log, or use backend onnxruntime")
 
 
-@dataclass(frozen=True)
-class _Recording:
-    """One shape that is launched as a CUDA graph, with all that the graph uses and does not keep alive itself."""
+class _Recording(NamedTuple):
+    """A CUDA graph for one shape."""
 
-    shape: tuple[int, ...]
     input: Any
     output: Any
-    scratch: Any
-    context: Any
-    config: Any
-    """How the context was made; TensorRT-RTX's is an object of its own."""
     replay: Callable[[], None]
+    used: tuple[Any, ...]
+    """What the graph uses and does not keep alive itself."""
 
 
 class EngineRunner:
-    """One deserialised engine: an execution context for each profile, made when it is first needed."""
+    """One deserialised engine, with an execution context for each profile that is in use.
+
+    With `cuda_graph`, a shape that repeats is recorded as a CUDA graph. `origin` is the engine's path, for messages.
+    Raise StaleEngineError if this version of TensorRT cannot load the engine.
+    """
 
     def __init__(self, module: Any, data: bytes, origin: str, gpu: Gpu, *, cuda_graph: bool) -> None:
         self._module = module
@@ -92,18 +81,9 @@ class EngineRunner:
         self._recording: _Recording | None = None
 
     def run(self, profile: int, tensor: Any, shape: tuple[int, ...]) -> Any:
-        """Run one piece.
+        """Run a contiguous float32 tensor in device memory with one of `PROFILES`; `shape` is that of the output.
 
-        Args:
-            profile: which of `PROFILES` takes it.
-            tensor: contiguous float32 in device memory.
-            shape: of the output.
-
-        Returns:
-            New device memory, complete for whatever is enqueued next on the caller's stream.
-
-        Raises:
-            BackendError: TensorRT refused something or failed.
+        Return new device memory, ready for the caller's stream. Raise BackendError if TensorRT fails.
         """
         if self._cuda_graph and tuple(tensor.shape) == self._last_shape:
             return self._replayed(profile, tensor, shape)
@@ -114,36 +94,36 @@ class EngineRunner:
         with self._gpu.ordered() as stream:
             scratch = self._bind(self._contexts[profile], profile, tensor, output)
             self._launch(self._contexts[profile], stream)
-        # Not before the caller's stream waits for the launch.
+        # Freed only now, when the caller's stream waits for the launch.
         del scratch
         return output
 
     def _new_context(self, profile: int, *, records: bool = False) -> tuple[Any, Any]:
-        """A context without memory of its own, and how it was made.
+        """Create an execution context without memory of its own; return it and its configuration.
 
-        By default it would take what the largest shape of any profile needs. TensorRT-RTX, which compiles kernels
-        late, records CUDA graphs by itself: `records` asks for that.
+        By default a context allocates what the largest shape of any profile needs. `records` lets TensorRT-RTX, which
+        compiles kernels late, record CUDA graphs by itself.
         """
-        how = self._module.ExecutionContextAllocationStrategy.USER_MANAGED
+        config = self._module.ExecutionContextAllocationStrategy.USER_MANAGED
         with self._gpu.ordered() as stream:
             if records:
-                strategy, how = how, self._engine.create_runtime_config()
-                how.set_execution_context_allocation_strategy(strategy)
-                how.cuda_graph_strategy = self._module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            context = self._engine.create_execution_context(how)
+                strategy, config = config, self._engine.create_runtime_config()
+                config.set_execution_context_allocation_strategy(strategy)
+                config.cuda_graph_strategy = self._module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            context = self._engine.create_execution_context(config)
             _must(context is not None, "create an execution context")
             _must(context.set_optimization_profile_async(profile, stream), f"select profile {profile}")
-        return context, how
+        return context, config
 
     def _bind(self, context: Any, profile: int, tensor: Any, output: Any) -> Any:
-        """Tell a context its shapes and memory; returns the scratch memory, which must live until the work is done."""
+        """Give a context its shapes and memory; return the scratch memory, to be kept until the work is done."""
         shape = tuple(tensor.shape)
         _must(context.set_input_shape(self._input, shape), f"take the shape {shape}")
         unknown = context.infer_shapes()
         _must(not unknown, f"infer the shapes of {unknown}")
         inferred = tuple(context.get_tensor_shape(self._output))
         _must(inferred == tuple(output.shape), f"give {tuple(output.shape)}: it infers {inferred}")
-        # Zero stands for failure as well as for none.
+        # Zero means failure or that no memory is needed.
         size = context.update_device_memory_size_for_shapes()
         scratch = self._gpu.scratch(size or self._engine.get_device_memory_size_for_profile_v2(profile))
         context.set_device_memory(scratch.data_ptr(), scratch.shape[0])
@@ -155,8 +135,8 @@ class EngineRunner:
         _must(context.execute_async_v3(stream), "launch the engine")
 
     def _replayed(self, profile: int, tensor: Any, shape: tuple[int, ...]) -> Any:
-        """Run a shape that has just been run, as a CUDA graph."""
-        if self._recording is None or self._recording.shape != tuple(tensor.shape):
+        """Run the shape of the last call as a CUDA graph."""
+        if self._recording is None or self._recording.input.shape != tensor.shape:
             self._recording = None
             self._recording = self._record(profile, tensor, shape)
         output = self._gpu.empty(shape)
@@ -173,7 +153,7 @@ class EngineRunner:
         with self._gpu.ordered() as stream:
             source, output = tensor.clone(), self._gpu.empty(shape)
             scratch = self._bind(context, profile, source, output)
-            # The first launch after a change of shape does more than a graph may hold.
+            # The first launch after a change of shape does more than a graph may contain.
             self._launch(context, stream)
 
         def launch() -> None:
@@ -181,10 +161,10 @@ class EngineRunner:
                 self._launch(context, stream)
 
         replay = launch if by_itself else self._gpu.capture(lambda stream: self._launch(context, stream))
-        return _Recording(tuple(tensor.shape), source, output, scratch, context, config, replay)
+        return _Recording(source, output, replay, used=(scratch, context, config))
 
 
 def _log(severity: str, message: str) -> None:
-    """A message of TensorRT to our log."""
+    """Write a message of TensorRT to the log."""
     level = {"WARNING": logging.WARNING, "INFO": logging.DEBUG}.get(severity, logging.ERROR)
     logger.log(level, "TensorRT: %s", message)
