@@ -119,7 +119,7 @@ def _open(path: Path, folder: Path) -> int:
             except FileNotFoundError:
                 pass
             except FileExistsError:
-                if os.path.lexists(path.parent):
+                if os.path.lexists(path.parent) and not os.path.isdir(path.parent):
                     raise
 
 
