@@ -516,7 +516,7 @@ def build_for_gpus(monkeypatch):
 @pytest.mark.parametrize("options", [{"device": "cuda"}, {"providers": ("CUDAExecutionProvider",)}], ids=str)
 def test_provider_that_did_not_start(engine_of, options):
     backend = open_backend(engine_of("tiny-s").folder, "onnxruntime", BackendOptions(device_id=1, **options))
-    assert (backend.device, backend.place) == ("cuda", "cuda:1")
+    assert (backend.device, backend.torch_device) == ("cuda", "cuda:1")
     with pytest.raises(BackendUnavailableError, match="CUDAExecutionProvider did not start"):
         backend.decode(np.zeros((1, 32, 1), np.float32))
 
@@ -529,7 +529,7 @@ def test_provider_that_nobody_asked_for_gives_way(engine_of, monkeypatch, caplog
     assert backend.device == ("cuda" if driver else "cpu")
     for _ in range(2):
         assert backend.decode(np.zeros((1, 32, 1), np.float32)).shape == (1, 2, 4096)
-    assert (backend.device, backend.place) == ("cpu", "cpu")
+    assert (backend.device, backend.torch_device) == ("cpu", "cpu")
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert record.getMessage().endswith(": running on the CPU")
