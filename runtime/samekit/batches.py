@@ -25,19 +25,8 @@ if TYPE_CHECKING:
 # The reference's defaults for chunked processing, in latents.
 CHUNK_SIZE, OVERLAP = 128, 32
 
-
-def default_window(context: int, alignment: int, longest: int | None = None) -> int:
-    """Return the default number of latents in a window.
-
-    It is at least 128, and so long that the context, which is computed and dropped, costs at most a sixteenth.
-
-    Args:
-        context: latents dropped at each inner edge.
-        alignment: the window is a multiple of it.
-        longest: the longest window that suits the backend; None for no limit.
-    """
-    size = alignment * math.ceil(max(128, 32 * context) / alignment)
-    return size if longest is None else min(size, longest - longest % alignment)
+# Of the default windows, in latents.
+_LEAST_WINDOW = 128
 
 
 class Autoencoder:
@@ -61,13 +50,16 @@ class Autoencoder:
         """Features of a latent."""
         self.min_length = spec.hop
         """Samples of the shortest audio; lengths are padded to multiples of it."""
+        self._plans: dict[str, ExactWindows] = {}
         # The wider context comes first: the least window that a refusal names must suit both directions.
-        self._plans = {
-            direction: ExactWindows(
-                window or default_window(context, spec.alignment, backend.longest_window), context, spec.alignment
-            )
-            for direction, context in sorted(spec.contexts.items(), key=lambda item: item[1], reverse=True)
-        }
+        for direction, context in sorted(spec.contexts.items(), key=lambda item: item[1], reverse=True):
+            size = window
+            if size is None:
+                # So long that the context, which is computed and dropped, costs at most a sixteenth.
+                size = spec.alignment * math.ceil(max(_LEAST_WINDOW, 32 * context) / spec.alignment)
+                if backend.longest_window is not None:
+                    size = min(size, backend.longest_window - backend.longest_window % spec.alignment)
+            self._plans[direction] = ExactWindows(size, context, spec.alignment)
 
     def windows(self, direction: Direction) -> ExactWindows:
         """Return how the input of `spec.ENCODER` or `spec.DECODER` is cut."""

@@ -35,15 +35,16 @@ def _device_options(device: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Add a device to options of a backend; `cuda:N`, as PyTorch names it, sets `device_id` too."""
     if device is None:
         return options
-    kind, _, number = str(device).partition(":")
-    if kind not in ("cpu", "cuda") or not re.fullmatch(r"\d{1,9}", number, re.ASCII):
+    match = re.fullmatch(r"(cpu|cuda):(\d{1,9})", str(device), re.ASCII)
+    if not match:
         return options | {"device": str(device)}
+    kind, number = match[1], int(match[2])
     if kind == "cpu":
         return options | {"device": kind}
-    given = options.get("device_id", int(number))
-    if type(given) is not int or given != int(number):
+    given = options.get("device_id", number)
+    if type(given) is not int or given != number:
         raise InputError(f"device {device} and device_id {given} differ; pass one of them")
-    return options | {"device": kind, "device_id": int(number)}
+    return options | {"device": kind, "device_id": number}
 
 
 @functools.cache
@@ -96,9 +97,8 @@ class AutoencoderModel:
         Raises:
             InputError: an unknown option or value.
             EngineNotFoundError: there is no engine of that name, and no checkpoint that can run instead.
-            EngineError: the engine folder is damaged.
+            EngineError, CheckpointError: the engine folder is damaged, or the checkpoint cannot be loaded.
             BackendUnavailableError: the backend cannot be used here.
-            CheckpointError: the checkpoint cannot be loaded.
         """
         known = [field.name for field in dataclasses.fields(BackendOptions)]
         for option in options:
@@ -199,10 +199,8 @@ class AutoencoderModel:
         Raises:
             AudioFileError: the file is no readable audio.
             InputError: its rate or channels cannot be converted, or `latents_path` has another suffix.
-            OutputError: the latents cannot be written, or the audio file or the `.json` of something else would be
-                replaced.
-            NonFiniteError: the model overflowed.
-            BackendError: the backend failed.
+            OutputError: the latents cannot be written, or would replace the audio file or the `.json` of something else.
+            NonFiniteError, BackendError: as `encode`.
         """
         audio_path, latents_path = expanded(audio_path), expanded(latents_path)
         with open_to_encode(audio_path, latents_path) as reader:
@@ -212,7 +210,7 @@ class AutoencoderModel:
         self, reader: AudioReader, latents_path: Path, progress: Callable[[int], object] | None = None
     ) -> dict[str, Any]:
         """`encode_file` of a file that `open_to_encode` has opened."""
-        encoder = self.stream_encoder(reader.info.sample_rate)
+        encoder = StreamEncoder(self.autoencoder.backend, self.autoencoder.windows(ENCODER), reader.info.sample_rate)
         with LatentsWriter(latents_path, self.latent_dim, follow_links=True) as writer:
             for block in reader:
                 writer.write(encoder.push_checked(block))
@@ -258,8 +256,7 @@ class AutoencoderModel:
             LatentsFileError: the file holds no latents of this model.
             InputError: `audio_path` has another suffix, or its format does not hold the subtype.
             OutputError: the audio cannot be written, or would replace such a recording.
-            NonFiniteError: the model overflowed.
-            BackendError: the backend failed.
+            NonFiniteError, BackendError: as `encode`.
         """
         latents_path, audio_path = expanded(latents_path), expanded(audio_path)
         reader = open_to_decode(latents_path, audio_path, subtype, force=force)

@@ -5,7 +5,6 @@ Arrays, files and streams all go through `run_windows`, so they give the same nu
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -112,23 +111,21 @@ class _Stream:
         self._received = 0
         self._is_broken = False
 
-    @contextmanager
-    def _step(self) -> Iterator[None]:
-        """Mark the stream as broken if the block raises: going on would drop or shift values."""
+    def _begin_step(self) -> None:
+        """Mark the stream as broken until `_advance` returns: after an error, going on would drop or shift values."""
         if self._is_broken:
             raise BackendError("an earlier error has cost this stream a part of its input; begin a new stream")
         self._is_broken = True
-        yield
-        self._is_broken = False
 
     def _advance(self, array: Array, *, final: bool = False) -> Array:
         """Take the next values `[features, n]` and return the outputs that they complete."""
         windows = self._cutter.push(array[None], final=final)
-        outputs = [output[0] for output in run_windows(self._backend, self._direction, windows)]
+        nothing = np.zeros((1, self._backend.spec.layout(opposite(self._direction))[0], 0), np.float32)
+        output: Array = np.concatenate([nothing, *run_windows(self._backend, self._direction, windows)], axis=-1)[0]
         if final:
             self._received = 0
-        nothing = np.zeros((self._backend.spec.layout(opposite(self._direction))[0], 0), np.float32)
-        return np.concatenate([nothing, *outputs], axis=-1)
+        self._is_broken = False
+        return output
 
 
 class StreamEncoder(_Stream):
@@ -163,13 +160,13 @@ class StreamEncoder(_Stream):
             InputError, NonFiniteError, BackendError: as `push`.
         """
         block = to_channels(block, self._backend.spec.channels)
-        with self._step():
-            if self._received == 0:
-                self.samples = 0
-            self._received += block.shape[-1]
-            audio = self._resampler.push(block)
-            self.samples += audio.shape[-1]
-            return self._advance(audio)
+        self._begin_step()
+        if self._received == 0:
+            self.samples = 0
+        self._received += block.shape[-1]
+        audio = self._resampler.push(block)
+        self.samples += audio.shape[-1]
+        return self._advance(audio)
 
     def finish(self) -> Array:
         """End the stream and return its last latents, `[latent_width, t]`; the last one is padded with silence.
@@ -180,11 +177,11 @@ class StreamEncoder(_Stream):
         """
         if self._received == 0:
             raise InputError("no samples were received; push some before finish")
-        with self._step():
-            audio = self._resampler.finish()
-            self.samples += audio.shape[-1]
-            padding = -self.samples % self._backend.spec.hop
-            return self._advance(np.pad(audio, [(0, 0), (0, padding)]), final=True)
+        self._begin_step()
+        audio = self._resampler.finish()
+        self.samples += audio.shape[-1]
+        padding = -self.samples % self._backend.spec.hop
+        return self._advance(np.pad(audio, [(0, 0), (0, padding)]), final=True)
 
 
 class StreamDecoder(_Stream):
@@ -203,9 +200,7 @@ class StreamDecoder(_Stream):
         Both t and n may be 0.
 
         Raises:
-            InputError: wrong shape or dtype, NaN or infinity. The stream can go on.
-            NonFiniteError: the model overflowed, which ends the stream.
-            BackendError: the backend failed, now or in an earlier call, which ends the stream.
+            InputError, NonFiniteError, BackendError: as `StreamEncoder.push`.
         """
         array, width = to_float32(latents, LATENTS, empty=True), self._backend.spec.latent_width
         if array.ndim != 2 or array.shape[0] != width:
@@ -213,9 +208,9 @@ class StreamDecoder(_Stream):
                 f"latents must be [{width}, length], got {list(array.shape)}; "
                 "pass one clip without its batch: latents[0]"
             )
-        with self._step():
-            self._received += array.shape[-1]
-            return self._advance(array)
+        self._begin_step()
+        self._received += array.shape[-1]
+        return self._advance(array)
 
     def finish(self) -> Array:
         """End the stream and return its last samples, `[channels, n]`.
@@ -226,5 +221,5 @@ class StreamDecoder(_Stream):
         """
         if self._received == 0:
             raise InputError("no latents were received; push some before finish")
-        with self._step():
-            return self._advance(np.zeros((self._backend.spec.latent_width, 0), np.float32), final=True)
+        self._begin_step()
+        return self._advance(np.zeros((self._backend.spec.latent_width, 0), np.float32), final=True)

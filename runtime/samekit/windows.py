@@ -29,9 +29,13 @@ class Window:
     """
 
     start: int
+    """First latent that runs."""
     stop: int
+    """End of the latents that run."""
     core_start: int
+    """First latent that is kept."""
     core_stop: int
+    """End of the latents that are kept."""
 
     @property
     def core(self) -> slice:
@@ -78,12 +82,9 @@ class ExactWindows:
             index += 1
 
     def next(self, index: int, available: int, *, final: bool) -> Window | None:
-        """Return window number `index`, or None if it cannot be run yet or is not needed.
+        """Return window number `index`, counted from 0, or None if it is not needed or cannot be run yet.
 
-        Args:
-            index: counts from 0.
-            available: latents of the sequence that are known so far.
-            final: whether the sequence ends there.
+        `available` latents of the sequence are known so far; `final` says whether the sequence ends there.
         """
         start = index * self.step
         stop = start + self.size

@@ -62,14 +62,11 @@ class BackendOptions:
             check_whole("threads", self.threads, least=1, most=MOST_THREADS)
         if self.window_batch is not None:
             check_whole("window_batch", self.window_batch, least=1)
-        if self.providers is not None and not _are_names(self.providers):
+        names = self.providers
+        is_list = isinstance(names, (tuple, list)) and len(names) > 0
+        if names is not None and not (is_list and all(isinstance(name, str) for name in names)):
             raise InputError(f"providers is {self.providers!r}; pass a tuple of names, or None to choose by device")
         check_flag("cuda_graph", self.cuda_graph)
-
-
-def _are_names(value: Any) -> bool:
-    """Return whether a value is a tuple or list of at least one string."""
-    return isinstance(value, (tuple, list)) and len(value) > 0 and all(isinstance(name, str) for name in value)
 
 
 def has_driver() -> bool:

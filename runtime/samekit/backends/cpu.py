@@ -51,14 +51,11 @@ def _groups(root: Path) -> Iterator[Path]:
         # proc_pid_mountinfo(5): the fourth field is the mounted part of the hierarchy, the fifth is the mount point.
         fields, _, source = (part.split() for part in line.partition(" - "))
         kind, options = source[0], source[-1].split(",")
-        if kind == "cgroup2":
-            group = group_of.get("")
-        else:
-            group = group_of.get("cpu") if kind == "cgroup" and "cpu" in options else None
-        if group is None:
+        controller = "" if kind == "cgroup2" else "cpu"
+        if controller not in group_of or not (kind == "cgroup2" or (kind == "cgroup" and "cpu" in options)):
             continue
         mounted, mount_point = (_unescaped(field).strip("/") for field in fields[3:5])
-        inner = Path(group.strip("/"))
+        inner = Path(group_of[controller].strip("/"))
         # In a container, the group may have its name on the host while only a part of the hierarchy is mounted.
         inner = inner.relative_to(mounted) if inner.is_relative_to(mounted) and ".." not in inner.parts else Path()
         yield from (root / mount_point / folder for folder in (inner, *inner.parents))

@@ -91,16 +91,11 @@ class OnnxRuntimeBackend(Backend):
                     f"this onnxruntime has no {provider} (it has {', '.join(known)}); run: pip uninstall onnxruntime, "
                     "then pip install onnxruntime-gpu, or choose another provider"
                 )
-        return [(provider, self._settings(provider, options.device_id)) for provider in wanted]
-
-    def _settings(self, provider: str, device_id: int) -> dict[str, Any]:
-        """Return what a provider is told for both directions."""
-        if provider == CUDA_PROVIDER:
-            # TF32 is on by default and has 10 bits of mantissa.
-            return {"device_id": device_id, "use_tf32": "0"}
-        if provider == TENSORRT_PROVIDER:
-            return {"device_id": device_id, **self._engine_cache()}
-        return {}
+        # TF32 is on by default and has 10 bits of mantissa.
+        settings: dict[str, dict[str, Any]] = {CUDA_PROVIDER: {"device_id": options.device_id, "use_tf32": "0"}}
+        if TENSORRT_PROVIDER in wanted:
+            settings[TENSORRT_PROVIDER] = {"device_id": options.device_id, **self._engine_cache()}
+        return [(provider, settings.get(provider, {})) for provider in wanted]
 
     def _engine_cache(self) -> dict[str, Any]:
         """Return where the TensorRT provider keeps engines, whose names include the compute capability."""
