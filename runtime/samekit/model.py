@@ -199,7 +199,7 @@ class AutoencoderModel:
         Raises:
             AudioFileError: the file is no readable audio.
             InputError: its rate or channels cannot be converted, or `latents_path` has another suffix.
-            OutputError: the latents cannot be written, or would replace the audio file or the `.json` of something else.
+            OutputError: the latents cannot be written, or would replace the audio file or a `.json` of something else.
             NonFiniteError, BackendError: as `encode`.
         """
         audio_path, latents_path = expanded(audio_path), expanded(latents_path)

@@ -29,8 +29,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CPU_PROVIDER = "CPUExecutionProvider"
+"""ONNX Runtime's name for the CPU."""
 CUDA_PROVIDER = "CUDAExecutionProvider"
+"""Its name for NVIDIA GPUs."""
 TENSORRT_PROVIDER = "TensorrtExecutionProvider"
+"""Its name for TensorRT, which compiles engines when a graph is first run."""
 
 # Packing SAME-L's weights for the CPU takes seconds. A session that maps the file instead opens in 0.1 s, but packs in
 # every call, which costs a tenth of the call's time. So the first calls run on the mapped file, and a direction that is
