@@ -116,12 +116,7 @@ class AutoencoderModel:
         return self.autoencoder.backend.torch_device.removesuffix(":0")
 
     def encode(
-        self,
-        audio: Any,
-        sr: Any,
-        chunked: bool = False,
-        chunk_size: int = CHUNK_SIZE,
-        overlap: int = OVERLAP,
+        self, audio: Any, sr: Any, chunked: bool = False, chunk_size: int = CHUNK_SIZE, overlap: int = OVERLAP
     ) -> Any:
         """Encode audio of any rate and length to latents.
 

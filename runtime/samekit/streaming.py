@@ -68,7 +68,6 @@ class WindowCutter:
         self._plan = plan
         self._unit = unit
         self._next = 0
-        self._offset = 0
         self._waiting: Array | None = None
 
     def push(self, array: Array, *, final: bool = False) -> list[tuple[Window, Array]]:
@@ -81,21 +80,19 @@ class WindowCutter:
         Returns:
             Windows and their inputs, `[batch, features, latents of the window * unit]`.
         """
+        unit, offset = self._unit, self._next * self._plan.step
         if self._waiting is not None and self._waiting.shape[-1]:
             array = np.concatenate([self._waiting, array], axis=-1)
-        available = self._offset + array.shape[-1] // self._unit
+        available = offset + array.shape[-1] // unit
         windows = []
         while (window := self._plan.next(self._next, available, final=final)) is not None:
-            begin, end = ((latent - self._offset) * self._unit for latent in (window.start, window.stop))
-            windows.append((window, array[:, :, begin:end]))
+            windows.append((window, array[:, :, (window.start - offset) * unit : (window.stop - offset) * unit]))
             self._next += 1
         if final:
-            self._next, self._offset, self._waiting = 0, 0, None
-            return windows
-        begin = self._next * self._plan.step
-        # A copy, so that the caller's block is not kept alive by its tail.
-        self._waiting = array[:, :, (begin - self._offset) * self._unit :].copy()
-        self._offset = begin
+            self._next, self._waiting = 0, None
+        else:
+            # A copy, so that the caller's block is not kept alive by its tail.
+            self._waiting = array[:, :, (self._next * self._plan.step - offset) * unit :].copy()
         return windows
 
 

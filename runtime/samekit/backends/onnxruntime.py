@@ -162,7 +162,7 @@ class OnnxRuntimeBackend(Backend):
 
     def _open(self, graph: Path, direction: Direction, *, packed: bool) -> Any:
         if (direction, self.precision) == (DECODER, "int8") and int8_saturates(self._runtime):
-            # ONNX Runtime has no exact products for weights that two nodes share, as in the decoder.
+            # ONNX Runtime has no exact products for weights that two nodes share, as they do in the decoder.
             raise BackendUnavailableError(
                 "int8 decoding needs a processor with VNNI instructions, and this one has none; choose precision fp32"
             )
@@ -264,7 +264,7 @@ def session_options(runtime: Any, threads: int, precision: str) -> Any:
     # decides for the thread that opens it and the threads which that one starts, so every session sets it.
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     if precision == "int8" and int8_saturates(runtime):
-        # Unsigned weights, whose products are exact, at half the speed.
+        # Products with unsigned weights, which are exact and half as fast.
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
