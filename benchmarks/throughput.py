@@ -1,4 +1,4 @@
-"""How much audio a second, by window, batch and length? The fastest window is `autoencoder.default_window`.
+"""How much audio a second, by window, batch and length? The fastest window is the default of `Autoencoder`.
 
 Windows and lengths are measured in turn, so that a processor that changes its speed favours none of them.
 

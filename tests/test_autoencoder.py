@@ -30,7 +30,7 @@ from samekit.audio import read_audio
 from samekit.batches import Autoencoder
 from samekit.engine.spec import ENCODER
 from samekit.errors import AudioFileError, BackendError, EngineNotFoundError, InputError, LatentsFileError, OutputError
-from samekit.model import _tell_of_random_weights
+from samekit.model import _warn_of_random_weights
 from samekit_export.verify import example_input
 
 LEAST_DB = 110
@@ -458,7 +458,7 @@ def test_random_weights_are_told_of_once(own_engine, caplog):
     path = own_engine.folder / "spec.json"
     document = json.loads(path.read_text(encoding="utf-8"))
     # Other tests have opened it in this process.
-    _tell_of_random_weights.cache_clear()
+    _warn_of_random_weights.cache_clear()
     for _ in range(2):
         AutoencoderModel.from_pretrained(own_engine.folder, "cpu", backend="onnxruntime")
     assert caplog.messages == ["tiny-s has random weights: good for tests and speed only"]

@@ -25,7 +25,7 @@ from helpers import (
 from samekit.backends.base import BackendOptions
 from samekit.engine.spec import DECODER, ENCODER
 from samekit.errors import CheckpointError
-from samekit.streaming import WindowedRun, WindowRunner
+from samekit.streaming import WindowCutter, run_windows
 from samekit.windows import ExactWindows
 from samekit_export.backend import EagerBackend
 from samekit_export.graph import GraphDecoder, GraphEncoder
@@ -133,7 +133,8 @@ def test_graph_equals_eager(variant_of, name, direction):
 
 def in_windows(backend, direction, plan, array):
     """One half over the windows of a plan."""
-    return np.concatenate(list(WindowedRun(WindowRunner(backend, direction), plan).push(array, final=True)), axis=-1)
+    windows = WindowCutter(plan, backend.spec.layout(direction)[1]).push(array, final=True)
+    return np.concatenate(list(run_windows(backend, direction, windows)), axis=-1)
 
 
 @each_variant

@@ -10,7 +10,7 @@ from samekit.backends.base import BackendOptions
 from samekit.batches import Autoencoder
 from samekit.engine.spec import DECODER
 from samekit.errors import InputError
-from samekit.streaming import WindowRunner
+from samekit.streaming import run_windows
 
 
 class CountingBackend(FakeBackend):
@@ -47,5 +47,5 @@ def test_a_batch_of_none_is_refused(window_batch):
 
 def test_no_windows_no_calls():
     backend = CountingBackend(4)
-    assert list(WindowRunner(backend, DECODER).valid_regions([])) == []
+    assert list(run_windows(backend, DECODER, [])) == []
     assert backend.batches == []

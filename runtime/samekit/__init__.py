@@ -9,9 +9,9 @@ __version__ = "0.1.0"
 
 __all__ = ["AutoencoderModel", "SamekitError", "__version__"]
 
-# Official builds of ONNX Runtime report usage from 1.29 on. When they are imported, they write a device id into the
-# user's cache and start an uploader, whose threads make forked children hang or crash when they end. They read this
-# variable then, and children inherit it. A value that the user has set stands.
+# Official builds of ONNX Runtime report usage from 1.29 on. On import they write a device id into the user's cache and
+# start an uploader, whose threads make forked children hang or crash when they end. This variable, which they read on
+# import and children inherit, turns that off. A value that the user has set stays.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use, so that `import samekit` costs nothing that is not used."""
+    """Import on first use, so that `import samekit` is fast."""
     if name == "AutoencoderModel":
         from samekit.model import AutoencoderModel  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""NumPy arrays and PyTorch tensors in, the same kind out; PyTorch is never imported, only recognised."""
+"""Accept NumPy arrays and PyTorch tensors, and return the same kind. PyTorch is recognised, never imported."""
 
 from __future__ import annotations
 
@@ -17,19 +17,24 @@ if TYPE_CHECKING:
 
 
 AUDIO = "audio"
-"""What messages call samples."""
+"""The name of samples in messages."""
 LATENTS = "latents"
-"""What messages call latents."""
+"""The name of latents in messages."""
+
+# libsndfile's limit, so no file has more channels.
+_MOST_CHANNELS = 1024
+# With more channels than this, and fewer samples than channels, the axes are probably swapped.
+_MANY_CHANNELS = 64
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether `value` is a PyTorch tensor."""
+    """Return whether `value` is a PyTorch tensor."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
 
 def to_float32(value: Any, name: str, *, empty: bool = False) -> Array:
-    """A finite float32 NumPy array of the same values.
+    """Return a finite, contiguous float32 NumPy array of the same values.
 
     Args:
         value: a NumPy array or PyTorch tensor of float16, bfloat16, float32 or float64, on any device, of any layout.
@@ -41,15 +46,11 @@ def to_float32(value: Any, name: str, *, empty: bool = False) -> Array:
     """
     if is_tensor(value):
         value = _from_tensor(value, name)
-    if isinstance(value, (str, os.PathLike)):
-        raise InputError(
-            f"{name} must be a NumPy array or a PyTorch tensor, it is a path; pass files to encode_file or decode_file"
-        )
     if not isinstance(value, np.ndarray):
-        raise InputError(
-            f"{name} must be a NumPy array or a PyTorch tensor, it is {type(value).__name__}; "
-            "convert it with numpy.asarray"
-        )
+        given, cure = type(value).__name__, "convert it with numpy.asarray"
+        if isinstance(value, (str, os.PathLike)):
+            given, cure = "a path", "pass files to encode_file or decode_file"
+        raise InputError(f"{name} must be a NumPy array or a PyTorch tensor, it is {given}; {cure}")
     if np.ma.is_masked(value):
         raise InputError(f"{name} has masked values, which stand for nothing; pass array.filled(0)")
     if value.dtype.kind != "f":
@@ -59,46 +60,67 @@ def to_float32(value: Any, name: str, *, empty: bool = False) -> Array:
     if value.size == 0 and not empty:
         raise InputError(f"{name} is empty: its shape is {list(value.shape)}; pass at least one value")
     with np.errstate(over="ignore"):
-        # Not `ascontiguousarray`, which makes a clip of one sample out of a single number.
+        # `ascontiguousarray` would turn an array of rank 0 into one of rank 1.
         array = np.asarray(value, dtype=np.float32, order="C")
     if not np.isfinite(array).all():
         raise InputError(f"{name} holds NaN, infinity or values beyond float32; repair the input")
     return array
 
 
-def sample_rates(value: Any, clips: int) -> list[Any]:
-    """The sample rates of clips, one for all or one each; whole numbers of any kind become integers.
+def as_clip(audio: Any, *, empty: bool = False) -> Array:
+    """Return one clip as float32 `[channels, n]`, from that shape, `[n]` or `[1, channels, n]`.
 
     Args:
-        value: a number, or a list, tuple, NumPy array or PyTorch tensor of numbers.
-        clips: how many.
-
-    Returns:
-        A rate for each clip. What is no whole number stays as it is, for the resampler to refuse.
+        audio: as `to_float32` takes it.
+        empty: whether n may be 0.
 
     Raises:
-        InputError: there are no clips, numbers of clips and rates differ, or a tensor has no values.
+        InputError: as `to_float32`, another rank, or samples in place of channels.
     """
-    value = _plain_numbers(value)
-    rates = [_plain_numbers(rate) for rate in value] if isinstance(value, (list, tuple)) else [value] * clips
+    array = to_float32(audio, AUDIO, empty=empty)
+    if array.ndim == 3 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim == 1:
+        array = array[None]
+    if array.ndim != 2:
+        raise InputError(
+            f"a clip must be [channels, samples] or [samples], got {list(array.shape)}; "
+            "pass several as a list or [batch, channels, samples]"
+        )
+    channels, samples = array.shape
+    if channels > _MOST_CHANNELS or (channels > _MANY_CHANNELS and samples < channels):
+        raise InputError(f"audio has {channels} channels; pass [channels, samples], such as waveform.T")
+    return array
+
+
+def sample_rates(value: Any, clips: int) -> list[Any]:
+    """Return the sample rate of each clip.
+
+    Floats without a fraction become integers. The resampler refuses what is not an integer.
+
+    Args:
+        value: one rate for all clips or one each: a number, a list, a tuple, a NumPy array or a PyTorch tensor.
+        clips: the number of clips.
+
+    Raises:
+        InputError: there are no clips, the numbers of clips and rates differ, or a tensor has no values.
+    """
+    value = _python_numbers(value)
+    rates = [_python_numbers(rate) for rate in value] if isinstance(value, (list, tuple)) else [value] * clips
     if not clips or len(rates) != clips:
         raise InputError(f"{clips} clips and {len(rates)} sample rates; pass one rate for all or one each")
     return [int(rate) if isinstance(rate, float) and rate.is_integer() else rate for rate in rates]
 
 
-def _plain_numbers(value: Any) -> Any:
-    """Numbers of Python's own in place of NumPy's and PyTorch's."""
+def _python_numbers(value: Any) -> Any:
+    """Convert NumPy's and PyTorch's numbers to Python's; leave other values as they are."""
     if is_tensor(value):
         value = _from_tensor(value, "a sample rate")
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
 
 
 def _from_tensor(value: Any, name: str) -> Any:
-    """The values of a tensor in a NumPy array, those of bfloat16 as float32.
-
-    Raises:
-        InputError: it has no values, or is of a kind that NumPy cannot hold.
-    """
+    """Copy a tensor to a NumPy array; bfloat16, which NumPy lacks, becomes float32."""
     try:
         dense = value.detach().cpu().to_dense().resolve_conj().resolve_neg()
         return (dense.float() if dense.is_floating_point() else dense).numpy()
@@ -109,7 +131,7 @@ def _from_tensor(value: Any, name: str) -> Any:
 
 
 def _scaling(dtype: np.dtype[Any]) -> str:
-    """How audio of another dtype becomes floating point in -1 ... 1."""
+    """Say how to convert audio of this dtype to floating point in -1 ... 1."""
     if dtype.kind not in "iu":
         return "convert it first"
     full_scale = 1 << (8 * dtype.itemsize - 1)
@@ -119,7 +141,7 @@ def _scaling(dtype: np.dtype[Any]) -> str:
 
 
 def as_one_batch(pieces: list[Any]) -> Any:
-    """Batches of one kind as one batch of it."""
+    """Concatenate batches of the same kind; a single batch is returned as it is."""
     if len(pieces) == 1:
         return pieces[0]
     return sys.modules["torch"].cat(pieces) if is_tensor(pieces[0]) else np.concatenate(pieces)

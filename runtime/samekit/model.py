@@ -10,63 +10,66 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from samekit.arrays import sample_rates
-from samekit.audio import AudioReader, AudioWriter, to_channels
+from samekit.audio import AudioReader, AudioWriter, format_of
 from samekit.backends.base import BackendOptions
 from samekit.backends.selection import AUTO, open_backend
 from samekit.batches import CHUNK_SIZE, OVERLAP, Autoencoder
+from samekit.engine.spec import DECODER, ENCODER
 from samekit.errors import InputError, LatentsFileError
 from samekit.files.latents import MODEL_DIGEST, LatentsReader, LatentsWriter, require_replaceable
 from samekit.files.overwriting import require_no_recording, require_other_file
 from samekit.files.paths import expanded, expanded_text
+from samekit.streaming import StreamDecoder, StreamEncoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
+    from pathlib import Path
     from typing import Self
 
     from samekit.backends.base import Backend
-    from samekit.engine.spec import EngineSpec
-    from samekit.streaming import StreamDecoder, StreamEncoder
 
 logger = logging.getLogger(__name__)
 
 
-def _placed(device: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Options with a device, which may number the GPU as PyTorch does.
-
-    Raises:
-        InputError: `device_id` says another number.
-    """
+def _device_options(device: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Add a device to options of a backend; `cuda:N`, as PyTorch names it, sets `device_id` too."""
     if device is None:
         return options
-    kind, _, number = str(device).partition(":")
-    if kind not in ("cpu", "cuda") or not re.fullmatch(r"\d{1,9}", number, re.ASCII):
+    match = re.fullmatch(r"(cpu|cuda):(\d{1,9})", str(device), re.ASCII)
+    if not match:
         return options | {"device": str(device)}
-    given = options.get("device_id", int(number))
-    if kind == "cuda" and (type(given) is not int or given != int(number)):
-        raise InputError(f"device {device} and device_id {options['device_id']} differ; pass one of them")
-    return options | {"device": kind} | ({"device_id": int(number)} if kind == "cuda" else {})
-
-
-# What `from_pretrained` takes besides fields of BackendOptions.
-_OPENING = ("backend", "window")
+    kind, number = match[1], int(match[2])
+    if kind == "cpu":
+        return options | {"device": kind}
+    given = options.get("device_id", number)
+    if type(given) is not int or given != number:
+        raise InputError(f"device {device} and device_id {given} differ; pass one of them")
+    return options | {"device": kind, "device_id": number}
 
 
 @functools.cache
-def _tell_of_random_weights(name: str) -> None:
-    """Warn of a model, once a process."""
+def _warn_of_random_weights(name: str) -> None:
+    """Warn of a model once per process."""
     logger.warning("%s has random weights: good for tests and speed only", name)
 
 
 class AutoencoderModel:
-    """A SAME autoencoder; takes the place of `stable_audio_3.AutoencoderModel`.
+    """A SAME autoencoder that takes the place of `stable_audio_3.AutoencoderModel`.
 
-    NumPy in, NumPy out; PyTorch in, PyTorch out. Decoding adds none of the reference's random noise.
+    NumPy in, NumPy out; PyTorch in, PyTorch out. Unlike the reference, decoding adds no random noise.
     """
 
     def __init__(self, backend: Backend, window: int | None = None) -> None:
         self.autoencoder = Autoencoder(backend, window)
-        """Whole batches of prepared audio, as the reference's attribute of this name."""
+        """Batches of prepared audio, as the reference's attribute of this name."""
+        self.spec = backend.spec
+        """Every fact about the model."""
+        self.sample_rate = backend.spec.sample_rate
+        """Sample rate of the model's audio in Hz."""
+        self.downsampling_ratio = backend.spec.hop
+        """Samples per latent."""
+        self.latent_dim = backend.spec.latent_width
+        """Features of a latent."""
 
     @classmethod
     def from_pretrained(
@@ -84,49 +87,28 @@ class AutoencoderModel:
         Args:
             model_name: a name (`same-s`, `same-l`, `same-tiny`), looked up in `./engines` and in the user's cache; an
                 engine folder; or a checkpoint folder, which runs in PyTorch.
-            device: `cpu`, `cuda` or `cuda:N`, or a `torch.device` of these; the best there is unless given.
+            device: `cpu`, `cuda` or `cuda:N`, or a `torch.device` of these; by default the best that is available.
             backend: `auto`, `tensorrt`, `onnxruntime` or `torch`.
             precision: `fp32`, `fp16` (the reference's `.half()`) or `int8`.
-            window: latents that are computed at once; bounds the memory, does not change the numbers, but for those of
-                `int8`, whose ranges are measured in each window.
+            window: latents that are computed at once, which bounds the memory. It changes the numbers of `int8` only,
+                whose activation ranges are computed in each window.
             options: further fields of `samekit.backends.base.BackendOptions`, such as `threads`.
 
         Raises:
             InputError: an unknown option or value.
-            EngineNotFoundError: no engine of that name and no way around it.
-            EngineError: the engine folder is damaged.
+            EngineNotFoundError: there is no engine of that name, and no checkpoint that can run instead.
+            EngineError, CheckpointError: the engine folder is damaged, or the checkpoint cannot be loaded.
             BackendUnavailableError: the backend cannot be used here.
-            CheckpointError: the checkpoint cannot be loaded.
         """
         known = [field.name for field in dataclasses.fields(BackendOptions)]
         for option in options:
             if option not in known:
-                raise InputError(f"unknown option {option!r}; choose of {', '.join((*_OPENING, *known))}")
-        opening = BackendOptions(precision, **_placed(device, options))
+                raise InputError(f"unknown option {option!r}; choose of {', '.join(('backend', 'window', *known))}")
+        opening = BackendOptions(precision, **_device_options(device, options))
         model = cls(open_backend(expanded_text(model_name), backend, opening), window)
         if model.spec.is_random:
-            _tell_of_random_weights(model.spec.name)
+            _warn_of_random_weights(model.spec.name)
         return model
-
-    @property
-    def spec(self) -> EngineSpec:
-        """Every fact about the model."""
-        return self.autoencoder.spec
-
-    @property
-    def sample_rate(self) -> int:
-        """Of the audio that the model takes and gives, in Hz."""
-        return self.spec.sample_rate
-
-    @property
-    def downsampling_ratio(self) -> int:
-        """Samples per latent."""
-        return self.spec.hop
-
-    @property
-    def latent_dim(self) -> int:
-        """Features of a latent."""
-        return self.spec.latent_width
 
     @property
     def device(self) -> str:
@@ -134,21 +116,16 @@ class AutoencoderModel:
         return self.autoencoder.backend.torch_device.removesuffix(":0")
 
     def encode(
-        self,
-        audio: Any,
-        sr: Any,
-        chunked: bool = False,
-        chunk_size: int = CHUNK_SIZE,
-        overlap: int = OVERLAP,
+        self, audio: Any, sr: Any, chunked: bool = False, chunk_size: int = CHUNK_SIZE, overlap: int = OVERLAP
     ) -> Any:
         """Encode audio of any rate and length to latents.
 
         Args:
             audio: `[channels, samples]`, `[samples]`, `[batch, channels, samples]`, or a list of clips; floating point
-                in -1 ... 1, NumPy or PyTorch. Mono is doubled, channels past the model's are dropped.
+                in -1 ... 1, NumPy or PyTorch. Mono is doubled; channels that the model lacks are dropped.
             sr: its sample rate in Hz; for a batch or list, one for all or one each: numbers, a list, NumPy or PyTorch.
-            chunked: give the reference's chunked numbers; otherwise those of one pass over everything, which are
-                computed in windows as well, so that memory stays flat either way.
+            chunked: give the reference's chunked numbers; otherwise those of one pass over everything. Either way the
+                audio is computed in windows, and memory stays flat.
             chunk_size: latents in a chunk; only with `chunked`.
             overlap: latents that neighbouring chunks share; only with `chunked`.
 
@@ -165,42 +142,36 @@ class AutoencoderModel:
         several = isinstance(audio, (list, tuple)) or getattr(audio, "ndim", 0) == 3
         clips = list(audio) if several else [audio]
         rates = sample_rates(sr, len(clips))
-        is_ready = inner.on_device(audio) and audio.shape[1] == self.spec.channels
-        if is_ready and all(rate == self.sample_rate for rate in rates):
-            return inner.encode_audio(audio, chunked, chunk_size, overlap)
-        ready = inner.preprocess_audio_list_for_encoder(clips, rates)
-        return inner.encode_audio(ready, chunked, chunk_size, overlap)
+        is_ready = inner.stays_on_device(audio) and audio.shape[1] == inner.io_channels
+        if not is_ready or any(rate != inner.sample_rate for rate in rates):
+            audio = inner.preprocess_audio_list_for_encoder(clips, rates)
+        return inner.encode_audio(audio, chunked, chunk_size, overlap)
 
     def decode(self, latents: Any, chunked: bool = False, chunk_size: int = CHUNK_SIZE, overlap: int = OVERLAP) -> Any:
-        """Decode latents to audio.
+        """Decode latents `[batch, latent_dim, latents]`, NumPy or PyTorch, to audio.
 
-        Args:
-            latents: `[batch, latent_dim, latents]`, NumPy or PyTorch.
-            chunked: give the reference's chunked numbers; otherwise those of one pass over everything.
-            chunk_size: latents in a chunk; only with `chunked`.
-            overlap: latents that neighbouring chunks share; only with `chunked`.
+        `chunked`, `chunk_size` and `overlap` are those of `encode`.
 
         Returns:
             Float32 audio `[batch, channels, latents * downsampling_ratio]`; not clipped.
 
         Raises:
-            InputError: wrong shape or dtype, NaN or infinity, unusable chunks.
-            NonFiniteError: the model overflowed.
-            BackendError: the backend failed.
+            InputError, NonFiniteError, BackendError: as `encode`.
         """
         return self.autoencoder.decode_audio(latents, chunked, chunk_size, overlap)
 
     def stream_encoder(self, sr: Any) -> StreamEncoder:
-        """An encoder of one stream at `sr` Hz: `push(samples)` as they arrive, then `finish()`.
+        """Return an encoder of one stream at `sr` Hz: `push(samples)` as they arrive, then `finish()`.
 
         Raises:
             InputError: the rate is out of range.
         """
-        return self.autoencoder.stream_encoder(sr)
+        (rate,) = sample_rates(sr, 1)
+        return StreamEncoder(self.autoencoder.backend, self.autoencoder.windows(ENCODER), rate)
 
     def stream_decoder(self) -> StreamDecoder:
-        """A decoder of one stream: `push(latents)` as they arrive, then `finish()`."""
-        return self.autoencoder.stream_decoder()
+        """Return a decoder of one stream: `push(latents)` as they arrive, then `finish()`."""
+        return StreamDecoder(self.autoencoder.backend, self.autoencoder.windows(DECODER))
 
     def encode_file(
         self,
@@ -210,45 +181,46 @@ class AutoencoderModel:
     ) -> dict[str, Any]:
         """Encode an audio file to `.npy` latents `[latent_dim, latents]` and a `.json` beside them.
 
-        Memory does not grow with the file, and the latents file appears whole or not at all.
+        Memory does not grow with the length of the file. The outputs are written atomically.
 
         Args:
-            audio_path: whatever soundfile reads.
+            audio_path: any file that soundfile reads.
             latents_path: ends in `.npy`.
             progress: called with the number of frames read since the last call.
 
         Returns:
-            What the `.json` holds.
+            The contents of the `.json`.
 
         Raises:
             AudioFileError: the file is no readable audio.
             InputError: its rate or channels cannot be converted, or `latents_path` has another suffix.
-            OutputError: the latents cannot be written, or the audio file or the `.json` of something else would be
-                replaced.
-            NonFiniteError: the model overflowed.
-            BackendError: the backend failed.
+            OutputError: the latents cannot be written, or would replace the audio file or a `.json` of something else.
+            NonFiniteError, BackendError: as `encode`.
         """
         audio_path, latents_path = expanded(audio_path), expanded(latents_path)
-        with AudioReader(audio_path) as reader:
-            encoder = self.stream_encoder(reader.info.sample_rate)
-            require_other_file(latents_path, audio_path)
-            require_replaceable(latents_path)
-            with LatentsWriter(latents_path, self.latent_dim, follow_links=True) as writer:
-                for block in reader:
-                    # Before the stream sees it: a file's last block may be shorter than its channels are many.
-                    writer.write(encoder.push(to_channels(block, self.spec.channels)))
-                    if progress:
-                        progress(block.shape[-1])
-                writer.write(encoder.finish())
-                writer.metadata = {
-                    "model": self.spec.name,
-                    MODEL_DIGEST: self.spec.source_sha256,
-                    "precision": self.autoencoder.backend.precision,
-                    "source": os.path.abspath(audio_path),  # noqa: PTH100 links are not resolved
-                    "sample_rate": self.sample_rate,
-                    "samples": encoder.samples,
-                    "latents": self.spec.latents(encoder.samples),
-                }
+        with open_to_encode(audio_path, latents_path) as reader:
+            return self.encode_reader(reader, latents_path, progress)
+
+    def encode_reader(
+        self, reader: AudioReader, latents_path: Path, progress: Callable[[int], object] | None = None
+    ) -> dict[str, Any]:
+        """`encode_file` of a file that `open_to_encode` has opened."""
+        encoder = StreamEncoder(self.autoencoder.backend, self.autoencoder.windows(ENCODER), reader.info.sample_rate)
+        with LatentsWriter(latents_path, self.latent_dim, follow_links=True) as writer:
+            for block in reader:
+                writer.write(encoder.push_checked(block))
+                if progress:
+                    progress(block.shape[-1])
+            writer.write(encoder.finish())
+            writer.metadata = {
+                "model": self.spec.name,
+                MODEL_DIGEST: self.spec.source_sha256,
+                "precision": self.autoencoder.backend.precision,
+                "source": os.path.abspath(reader.path),  # noqa: PTH100 links are not resolved
+                "sample_rate": self.sample_rate,
+                "samples": encoder.samples,
+                "latents": self.spec.latents(encoder.samples),
+            }
         return writer.metadata
 
     def decode_file(
@@ -262,10 +234,10 @@ class AutoencoderModel:
     ) -> int:
         """Decode a `.npy` latents file to a `.wav` or `.flac` file.
 
-        Memory does not grow with the file, and the audio file appears whole or not at all.
+        Memory does not grow with the length of the file. The output is written atomically.
 
         Args:
-            latents_path: `[latent_dim, latents]`; the `.json` beside it, if there, gives the exact length.
+            latents_path: `[latent_dim, latents]`; the `.json` beside it, if there is one, gives the exact length.
             audio_path: ends in `.wav` or `.flac`.
             subtype: `PCM_16`, `PCM_24`, `PCM_32` or `FLOAT`.
             clip: clip floating-point samples to -1 ... 1; integers always are.
@@ -279,39 +251,51 @@ class AutoencoderModel:
             LatentsFileError: the file holds no latents of this model.
             InputError: `audio_path` has another suffix, or its format does not hold the subtype.
             OutputError: the audio cannot be written, or would replace such a recording.
-            NonFiniteError: the model overflowed.
-            BackendError: the backend failed.
+            NonFiniteError, BackendError: as `encode`.
         """
         latents_path, audio_path = expanded(latents_path), expanded(audio_path)
-        reader = LatentsReader(latents_path, self.latent_dim)
-        metadata = reader.metadata
-        made_by = metadata.get(MODEL_DIGEST, self.spec.source_sha256)
-        if made_by != self.spec.source_sha256:
-            raise LatentsFileError(
-                f"{latents_path}: latents of another model ({metadata.get('model')}), not of this {self.spec.name}; "
-                "decode with the model that made them, or remove the .json if you know better"
-            )
-        length = self._exact_length(metadata, reader.latents, latents_path)
-        require_other_file(audio_path, latents_path)
-        if not force:
-            require_no_recording(audio_path, latents_path, metadata)
+        reader = open_to_decode(latents_path, audio_path, subtype, force=force)
+        return self.decode_reader(reader, latents_path, audio_path, subtype, clip, progress)
+
+    def decode_reader(
+        self,
+        reader: LatentsReader,
+        latents_path: Path,
+        audio_path: Path,
+        subtype: str = "PCM_16",
+        clip: bool = False,
+        progress: Callable[[int], object] | None = None,
+    ) -> int:
+        """`decode_file` of a file that `open_to_decode` has opened."""
+        length = self._exact_length(reader, latents_path)
         decoder = self.stream_decoder()
-        rate, channels, step = self.sample_rate, self.spec.channels, decoder.latency
-        with AudioWriter(audio_path, rate, channels, subtype, frames=length, clip=clip) as writer:
-            for block in reader.blocks(step):
+        with AudioWriter(audio_path, self.sample_rate, self.spec.channels, subtype, frames=length, clip=clip) as writer:
+            for block in reader.blocks(decoder.latency):
                 writer.write(decoder.push(block))
                 if progress:
                     progress(block.shape[-1])
-            # The padding of the last latent comes out here, and goes.
+            # The last latent may stand for padding, which is cut off here.
             writer.write(decoder.finish()[:, : length - writer.frames])
         return length
 
-    def _exact_length(self, metadata: dict[str, Any], latents: int, path: str | os.PathLike[str]) -> int:
-        """Samples of the original audio if the metadata know them, else whole latents."""
-        samples = metadata.get("samples", self.spec.samples(latents))
-        if type(samples) is not int or self.spec.latents(samples) != latents:
+    def _exact_length(self, reader: LatentsReader, path: Path) -> int:
+        """Return the samples that latents stand for, after checking that this model made them."""
+        if reader.width != self.latent_dim:
             raise LatentsFileError(
-                f"{path}: holds {latents} latents, but the .json beside it says {samples!r} samples; encode again"
+                f"{path}: its latents are {reader.width} wide, the model's {self.latent_dim}; "
+                "use the model that made them"
+            )
+        metadata = reader.metadata
+        if metadata.get(MODEL_DIGEST, self.spec.source_sha256) != self.spec.source_sha256:
+            raise LatentsFileError(
+                f"{path}: latents of another model ({metadata.get('model')}), not of this {self.spec.name}; "
+                "decode with the model that made them, or remove the .json if you know better"
+            )
+        samples = metadata.get("samples", self.spec.samples(reader.latents))
+        if type(samples) is not int or self.spec.latents(samples) != reader.latents:
+            raise LatentsFileError(
+                f"{path}: holds {reader.latents} latents, but the .json beside it says {samples!r} samples; "
+                "encode again"
             )
         return samples
 
@@ -322,7 +306,30 @@ class AutoencoderModel:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def open_to_encode(audio_path: Path, latents_path: Path) -> AudioReader:
+    """Open an audio file, and refuse an output that must not be replaced. This needs no model.
+
+    Raises:
+        AudioFileError, InputError, OutputError: as `AutoencoderModel.encode_file`.
+    """
+    require_other_file(latents_path, audio_path)
+    require_replaceable(latents_path)
+    return AudioReader(audio_path)
+
+
+def open_to_decode(latents_path: Path, audio_path: Path, subtype: str, *, force: bool = False) -> LatentsReader:
+    """Open a latents file, and refuse an output that cannot be written or must not be replaced. This needs no model.
+
+    Raises:
+        LatentsFileError, InputError, OutputError: as `AutoencoderModel.decode_file`.
+    """
+    reader = LatentsReader(latents_path)
+    format_of(audio_path, subtype)
+    require_other_file(audio_path, latents_path)
+    if not force:
+        require_no_recording(audio_path, latents_path, reader.metadata)
+    return reader

@@ -1,17 +1,16 @@
-"""Sequences that arrive in pieces: exact windows over them, and the encoder and decoder of a stream.
+"""Run a model over windows, and over streams that arrive in blocks.
 
-One array, a file and a live stream all go through `WindowedRun`, so all give the same numbers.
+Arrays, files and streams all go through `run_windows`, so they give the same numbers.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from samekit.arrays import AUDIO, LATENTS, as_one_batch, is_tensor, to_float32
-from samekit.audio import StreamResampler, pad_to, to_channels
+from samekit.arrays import LATENTS, as_clip, as_one_batch, is_tensor, to_float32
+from samekit.audio import StreamResampler, to_channels
 from samekit.engine.spec import DECODER, ENCODER, Direction, opposite
 from samekit.errors import BackendError, InputError
 
@@ -23,282 +22,201 @@ if TYPE_CHECKING:
     from samekit.backends.base import Backend
     from samekit.windows import ExactWindows, Window
 
-# libsndfile's limit, so no file has more.
-_MOST_CHANNELS = 1024
 
-# With more channels than this, and fewer samples than channels, samples stand in the place of channels.
-_MANY_CHANNELS = 64
+def run_windows(backend: Backend, direction: Direction, pieces: Iterable[tuple[Window, Array]]) -> Iterator[Array]:
+    """Run windows and yield the part of each output that is kept, in order.
 
+    Windows of one shape run together, up to `backend.window_batch` of them.
 
-class WindowRunner:
-    """One half of a model over windows: runs them and keeps their cores.
+    Args:
+        backend: runs the model.
+        direction: `spec.ENCODER` or `spec.DECODER`.
+        pieces: windows and their inputs `[batch, features, length]`: arrays, or tensors that the backend accepts.
 
-    Arrays stay arrays; tensors that the backend accepts stay tensors, where they lie.
+    Yields:
+        `[batch, features of the output, length of the core]`, of the kind of the input.
     """
-
-    def __init__(self, backend: Backend, direction: Direction) -> None:
-        spec = backend.spec
-        self._backend = backend
-        self._direction = direction
-        self._most = backend.window_batch
-        _, self.unit_in = spec.layout(direction)
-        self.features_out, self.unit_out = spec.layout(opposite(direction))
-        """Features of an output: the latents' width, or audio channels."""
-
-    def valid_regions(self, pieces: Iterable[tuple[Window, Array]]) -> Iterator[Array]:
-        """The kept part of each window's output, in order; equal windows run together where the backend wants that.
-
-        Args:
-            pieces: windows and their inputs `[batch, features, latents of the window * unit_in]`.
-
-        Yields:
-            `[batch, features_out, latents of the core * unit_out]`.
-        """
-        together: list[tuple[Window, Array]] = []
-        for window, piece in pieces:
-            full = together and len(together) * piece.shape[0] >= self._most
-            if full or (together and together[0][1].shape != piece.shape):
-                yield from self._run_together(together)
-                together = []
-            together.append((window, piece))
-        if together:
-            yield from self._run_together(together)
-
-    def _run_together(self, pieces: list[tuple[Window, Array]]) -> Iterator[Array]:
-        """The cores of windows of one shape, run as one batch."""
-        output = self._run(as_one_batch([piece for _, piece in pieces]))
-        outputs = output.reshape(len(pieces), -1, *output.shape[1:])
-        for (window, _), out in zip(pieces, outputs, strict=True):
-            yield out[:, :, window.core.start * self.unit_out : window.core.stop * self.unit_out]
-
-    def _run(self, batch: Any) -> Any:
-        if is_tensor(batch):
-            return self._backend.run_tensor(self._direction, batch)
-        return self._backend.run(self._direction, batch)
-
-    def cut(self, array: Array, windows: Iterable[Window]) -> Iterator[tuple[Window, Array]]:
-        """Windows with their inputs, from a whole array `[batch, features, length]`."""
-        for window in windows:
-            yield window, array[:, :, window.start * self.unit_in : window.stop * self.unit_in]
+    together: list[tuple[Window, Array]] = []
+    for window, piece in pieces:
+        is_full = len(together) * piece.shape[0] >= backend.window_batch
+        if together and (is_full or together[0][1].shape != piece.shape):
+            yield from _run_together(backend, direction, together)
+            together = []
+        together.append((window, piece))
+    if together:
+        yield from _run_together(backend, direction, together)
 
 
-class _Steps:
-    """The steps of a stream: after one that was left in its middle, another would drop or shift values."""
-
-    def __init__(self) -> None:
-        self._broken = False
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """Take one step; whatever raises inside ends the stream.
-
-        Raises:
-            BackendError: an earlier step was left in its middle.
-        """
-        if self._broken:
-            raise BackendError("an earlier error has cost this stream a part of its input; begin a new stream")
-        self._broken = True
-        yield
-        self._broken = False
+def _run_together(backend: Backend, direction: Direction, pieces: list[tuple[Window, Array]]) -> Iterator[Array]:
+    """Run windows of one shape as one batch."""
+    batch: Any = as_one_batch([piece for _, piece in pieces])
+    output = (backend.run_tensor if is_tensor(batch) else backend.run)(direction, batch)
+    _, unit = backend.spec.layout(opposite(direction))
+    for (window, _), rows in zip(pieces, output.reshape(len(pieces), -1, *output.shape[1:]), strict=True):
+        yield rows[:, :, window.core.start * unit : window.core.stop * unit]
 
 
 class WindowCutter:
-    """Cuts a sequence that arrives in pieces into exact windows; memory does not grow with its length."""
+    """Cut a sequence that arrives in pieces into exact windows; memory does not grow with its length.
+
+    Args:
+        plan: the windows.
+        unit: values of the sequence per latent.
+    """
 
     def __init__(self, plan: ExactWindows, unit: int) -> None:
         self._plan = plan
         self._unit = unit
-        self._steps = _Steps()
         self._next = 0
-        self._offset = 0
         self._waiting: Array | None = None
 
-    def push(self, array: Array, *, final: bool = False) -> Iterator[tuple[Window, Array]]:
-        """Take the next piece and yield the windows that it completes.
+    def push(self, array: Array, *, final: bool = False) -> list[tuple[Window, Array]]:
+        """Take the next piece and return the windows that it completes.
 
         Args:
-            array: `[batch, features, length]`, of any length, `unit` values a latent.
-            final: whether the sequence ends with it, after a whole latent; the next piece begins another one.
+            array: `[batch, features, length]`, of any length.
+            final: whether the sequence ends with this piece, after a whole latent; the next piece begins a new one.
 
-        Yields:
-            A window and its input, `[batch, features, latents of the window * unit]`.
-
-        Raises:
-            BackendError: not all windows of an earlier piece were taken.
+        Returns:
+            Windows and their inputs, `[batch, features, latents of the window * unit]`.
         """
-        with self._steps.step():
-            yield from self._cut(array, final=final)
-
-    def _cut(self, array: Array, *, final: bool) -> Iterator[tuple[Window, Array]]:
-        unit = self._unit
+        unit, offset = self._unit, self._next * self._plan.step
         if self._waiting is not None and self._waiting.shape[-1]:
             array = np.concatenate([self._waiting, array], axis=-1)
-        available = self._offset + array.shape[-1] // unit
+        available = offset + array.shape[-1] // unit
+        windows = []
         while (window := self._plan.next(self._next, available, final=final)) is not None:
-            begin, end = ((latent - self._offset) * unit for latent in (window.start, window.stop))
-            yield window, array[:, :, begin:end]
+            windows.append((window, array[:, :, (window.start - offset) * unit : (window.stop - offset) * unit]))
             self._next += 1
-        begin = self._next * self._plan.step
         if final:
-            self._next, self._offset, self._waiting = 0, 0, None
-            return
-        # A copy, so that the caller's block is not kept alive by its tail.
-        self._waiting = array[:, :, (begin - self._offset) * unit :].copy()
-        self._offset = begin
+            self._next, self._waiting = 0, None
+        else:
+            # A copy, so that the caller's block is not kept alive by its tail.
+            self._waiting = array[:, :, (self._next * self._plan.step - offset) * unit :].copy()
+        return windows
 
 
-class WindowedRun:
-    """Exact windows over a sequence that arrives in pieces; memory does not grow with its length."""
+class _Stream:
+    """One direction of a model over a sequence that arrives in blocks."""
 
-    def __init__(self, runner: WindowRunner, plan: ExactWindows) -> None:
-        self._runner = runner
-        self._cutter = WindowCutter(plan, runner.unit_in)
+    def __init__(self, backend: Backend, direction: Direction, plan: ExactWindows) -> None:
+        self.latency = plan.size + 1
+        """Most latents that are held back."""
+        self._backend = backend
+        self._direction = direction
+        self._cutter = WindowCutter(plan, backend.spec.layout(direction)[1])
+        self._received = 0
+        self._is_broken = False
 
-    def push(self, array: Array, *, final: bool = False) -> Iterator[Array]:
-        """Take the next piece and yield what it completes.
+    def _begin_step(self) -> None:
+        """Mark the stream as broken until `_advance` returns: after an error, going on would drop or shift values."""
+        if self._is_broken:
+            raise BackendError("an earlier error has cost this stream a part of its input; begin a new stream")
+        self._is_broken = True
 
-        Args:
-            array: `[batch, features, length]`, whole latents.
-            final: whether the sequence ends with it.
+    def _advance(self, array: Array, *, final: bool = False) -> Array:
+        """Take the next values `[features, n]` and return the outputs that they complete."""
+        windows = self._cutter.push(array[None], final=final)
+        nothing = np.zeros((1, self._backend.spec.layout(opposite(self._direction))[0], 0), np.float32)
+        output: Array = np.concatenate([nothing, *run_windows(self._backend, self._direction, windows)], axis=-1)[0]
+        if final:
+            self._received = 0
+        self._is_broken = False
+        return output
 
-        Yields:
-            The next values, `[batch, features_out, length]`.
-        """
-        yield from self._runner.valid_regions(self._cutter.push(array, final=final))
 
+class StreamEncoder(_Stream):
+    """Encode audio that arrives in blocks of any size. The latents equal those of one pass over everything.
 
-class StreamEncoder:
-    """Encodes audio that arrives in blocks of any size; the latents equal those of one pass over everything.
-
-    A latent comes out when the window that holds it is full: at the latest `latency` latents after its samples
-    (and what the resampler holds back, a few milliseconds). After `finish` the next block begins a new stream.
+    A latent is returned when the window that holds it is full, at the latest `latency` latents after its samples.
+    The resampler holds back a few more milliseconds. After `finish` the next block begins a new stream.
     """
 
     def __init__(self, backend: Backend, plan: ExactWindows, sample_rate: int) -> None:
-        spec = backend.spec
-        self.latency = plan.size + 1
-        """Latents that are held back at most."""
+        super().__init__(backend, ENCODER, plan)
         self.samples = 0
         """Samples of the stream so far, at the model's rate."""
-        self._finished = False
-        self._steps = _Steps()
-        self._channels = spec.channels
-        self._resampler = StreamResampler(sample_rate, spec.sample_rate, spec.channels)
-        self._run = WindowedRun(WindowRunner(backend, ENCODER), plan)
-        self._hop = spec.hop
-        self._width = spec.latent_width
-        self._rest: Array = np.zeros((spec.channels, 0), np.float32)
+        self._resampler = StreamResampler(sample_rate, backend.spec.sample_rate, backend.spec.channels)
 
     def push(self, audio: Any) -> Array:
-        """Take samples `[channels, n]` or `[n]`, return the latents they complete: `[latent_width, t]`, t from 0.
+        """Take samples `[channels, n]` or `[n]` and return the latents that they complete, `[latent_width, t]`.
+
+        Both n and t may be 0.
 
         Raises:
-            InputError: wrong shape or dtype, NaN or infinity; the stream goes on.
+            InputError: wrong shape or dtype, NaN or infinity. The stream can go on.
             NonFiniteError: the model overflowed, which ends the stream.
-            BackendError: the backend failed, which ends the stream, or it had ended so.
+            BackendError: the backend failed, now or in an earlier call, which ends the stream.
         """
-        block = to_channels(as_clip(audio, empty=True), self._channels)
-        with self._steps.step():
-            if self._finished:
-                self._finished, self.samples = False, 0
-            return self._advance(self._resampler.push(block), final=False)
+        return self.push_checked(as_clip(audio, empty=True))
+
+    def push_checked(self, block: Array) -> Array:
+        """`push` float32 samples `[channels, n]` that are known to be finite, such as those of `AudioReader`.
+
+        Raises:
+            InputError, NonFiniteError, BackendError: as `push`.
+        """
+        block = to_channels(block, self._backend.spec.channels)
+        self._begin_step()
+        if self._received == 0:
+            self.samples = 0
+        self._received += block.shape[-1]
+        audio = self._resampler.push(block)
+        self.samples += audio.shape[-1]
+        return self._advance(audio)
 
     def finish(self) -> Array:
-        """End of the stream: the last latents, `[latent_width, t]`; the last one is padded with silence.
+        """End the stream and return its last latents, `[latent_width, t]`; the last one is padded with silence.
 
         Raises:
             InputError: no samples were received.
-            NonFiniteError, BackendError: as of `push`.
+            NonFiniteError, BackendError: as `push`.
         """
-        with self._steps.step():
-            rest = self._resampler.finish()
-            if not self._finished and self.samples + rest.shape[-1] > 0:
-                self._finished = True
-                return self._advance(rest, final=True)
-        raise InputError("no samples were received; push some before finish")
-
-    def _advance(self, audio: Array, *, final: bool) -> Array:
+        if self._received == 0:
+            raise InputError("no samples were received; push some before finish")
+        self._begin_step()
+        audio = self._resampler.finish()
         self.samples += audio.shape[-1]
-        audio = np.concatenate([self._rest, audio], axis=-1)
-        if final:
-            audio = pad_to(audio, self._hop)
-        whole = audio.shape[-1] - audio.shape[-1] % self._hop
-        # A copy, as above.
-        self._rest = audio[:, whole:].copy()
-        return _joined(self._run.push(audio[None, :, :whole], final=final), self._width)
+        padding = -self.samples % self._backend.spec.hop
+        return self._advance(np.pad(audio, [(0, 0), (0, padding)]), final=True)
 
 
-class StreamDecoder:
-    """Decodes latents that arrive in blocks of any size; the audio equals that of one pass over everything.
+class StreamDecoder(_Stream):
+    """Decode latents that arrive in blocks of any size. The audio equals that of one pass over everything.
 
-    The audio of a latent comes out when the window that holds it is full: at the latest `latency` latents later.
+    The audio of a latent is returned when the window that holds it is full, at the latest `latency` latents later.
     After `finish` the next block begins a new stream.
     """
 
     def __init__(self, backend: Backend, plan: ExactWindows) -> None:
-        self.latency = plan.size + 1
-        """Latents that are held back at most."""
-        self._steps = _Steps()
-        self._run = WindowedRun(WindowRunner(backend, DECODER), plan)
-        self._width = backend.spec.latent_width
-        self._channels = backend.spec.channels
-        self._received = 0
+        super().__init__(backend, DECODER, plan)
 
     def push(self, latents: Any) -> Array:
-        """Take latents `[latent_width, t]`, return the samples they complete: `[channels, n]`, n from 0.
+        """Take latents `[latent_width, t]` and return the samples that they complete, `[channels, n]`.
+
+        Both t and n may be 0.
 
         Raises:
-            InputError: wrong shape or dtype, NaN or infinity; the stream goes on.
-            NonFiniteError: the model overflowed, which ends the stream.
-            BackendError: the backend failed, which ends the stream, or it had ended so.
+            InputError, NonFiniteError, BackendError: as `StreamEncoder.push`.
         """
-        array = to_float32(latents, LATENTS, empty=True)
-        if array.ndim != 2 or array.shape[0] != self._width:
+        array, width = to_float32(latents, LATENTS, empty=True), self._backend.spec.latent_width
+        if array.ndim != 2 or array.shape[0] != width:
             raise InputError(
-                f"latents must be [{self._width}, length], got {list(array.shape)}; "
+                f"latents must be [{width}, length], got {list(array.shape)}; "
                 "pass one clip without its batch: latents[0]"
             )
-        with self._steps.step():
-            self._received += array.shape[-1]
-            return _joined(self._run.push(array[None]), self._channels)
+        self._begin_step()
+        self._received += array.shape[-1]
+        return self._advance(array)
 
     def finish(self) -> Array:
-        """End of the stream: the last samples, `[channels, n]`.
+        """End the stream and return its last samples, `[channels, n]`.
 
         Raises:
             InputError: no latents were received.
-            NonFiniteError, BackendError: as of `push`.
+            NonFiniteError, BackendError: as `push`.
         """
-        with self._steps.step():
-            if self._received > 0:
-                self._received = 0
-                nothing = np.zeros((1, self._width, 0), np.float32)
-                return _joined(self._run.push(nothing, final=True), self._channels)
-        raise InputError("no latents were received; push some before finish")
-
-
-def as_clip(audio: Any, *, empty: bool = False) -> Array:
-    """One clip as float32 `[channels, n]`, from that, `[n]` or `[1, channels, n]`; `empty` allows n = 0.
-
-    Raises:
-        InputError: another rank, wrong dtype, no samples, NaN or infinity, or samples in the place of channels.
-    """
-    array = to_float32(audio, AUDIO, empty=empty)
-    if array.ndim == 3 and array.shape[0] == 1:
-        array = array[0]
-    if array.ndim == 1:
-        array = array[None]
-    if array.ndim != 2:
-        raise InputError(
-            f"a clip must be [channels, samples] or [samples], got {list(array.shape)}; "
-            "pass several as a list or [batch, channels, samples]"
-        )
-    channels, samples = array.shape
-    if channels > _MOST_CHANNELS or (channels > _MANY_CHANNELS and samples < channels):
-        raise InputError(f"audio has {channels} channels; pass [channels, samples], such as waveform.T")
-    return array
-
-
-def _joined(pieces: Iterator[Array], features: int) -> Array:
-    """Pieces `[1, features, n]` as one `[features, n]`, empty where there are none."""
-    return np.concatenate([np.zeros((features, 0), np.float32), *(piece[0] for piece in pieces)], axis=-1)
+        if self._received == 0:
+            raise InputError("no latents were received; push some before finish")
+        self._begin_step()
+        return self._advance(np.zeros((self._backend.spec.latent_width, 0), np.float32), final=True)

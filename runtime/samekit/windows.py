@@ -1,12 +1,12 @@
-"""Which windows of a sequence to run, and which latents of each to keep. Pure planning: numbers in, numbers out.
+"""Plan which windows of a sequence to run, and which latents of each to keep.
 
     exact windows, context 1                         the reference's chunks, overlap 2
     |xxxxxxx.|                                       |xxxxxxx.|
           |.xxxxxx.|          x kept (the core)            |.xxxxxx.|
                 |.xxxx|       . context, dropped            |..xxxxxx|  <- anchored at the end
 
-Exact windows give the numbers of one pass over everything, whatever their size; the reference's chunks give the
-numbers of its `chunked=True`.
+Exact windows give the numbers of one pass over everything, whatever their size. The reference's chunks give the
+numbers of its `chunked=True`. This module computes with positions only, not with arrays.
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of latents to run, and the part of it to keep; all ends are exclusive, all counts from the start."""
+    """A range of latents to run, and the part of it to keep.
+
+    All positions count from the start of the sequence; the ends are exclusive.
+    """
 
     start: int
     """First latent that runs."""
     stop: int
-    """Its end."""
+    """End of the latents that run."""
     core_start: int
     """First latent that is kept."""
     core_stop: int
-    """Its end."""
+    """End of the latents that are kept."""
 
     @property
     def core(self) -> slice:
@@ -45,16 +48,16 @@ class ExactWindows:
     """Windows of one size whose cores tile any sequence and equal one pass over it.
 
     Every window starts at a multiple of `alignment` and drops `context` latents at each inner edge. Only the last
-    one may be shorter than `size`, and only it may end anywhere: there the sequence itself ends.
+    window may be shorter than `size`, and only the last one may end at a position that is not aligned.
 
     Raises:
-        InputError: `size` has no room for a core.
+        InputError: `size` leaves no core.
     """
 
     size: int
     """Latents in a window."""
     context: int
-    """Latents at an inner edge that lack what they would have to see."""
+    """Latents at an inner edge that lack a part of what they attend to."""
     alignment: int
     """Starts and inner ends are multiples of this."""
 
@@ -72,22 +75,16 @@ class ExactWindows:
         return room - room % self.alignment
 
     def over(self, latents: int) -> Iterator[Window]:
-        """The windows of a sequence of `latents`."""
+        """Yield the windows of a sequence of `latents`."""
         index = 0
         while (window := self.next(index, latents, final=True)) is not None:
             yield window
             index += 1
 
     def next(self, index: int, available: int, *, final: bool) -> Window | None:
-        """Window number `index` if it can be run already.
+        """Return window number `index`, counted from 0, or None if it is not needed or cannot be run yet.
 
-        Args:
-            index: counts from 0.
-            available: latents of the sequence that are known so far.
-            final: whether the sequence ends there.
-
-        Returns:
-            The window, or None while it may still change or if the sequence needs no such window.
+        `available` latents of the sequence are known so far; `final` says whether the sequence ends there.
         """
         start = index * self.step
         stop = start + self.size
@@ -101,11 +98,11 @@ class ExactWindows:
 
 
 def reference_chunks(latents: int, chunk_size: int, overlap: int) -> list[Window]:
-    """The chunks of the reference's `chunked=True`.
+    """Return the chunks of the reference's `chunked=True`.
 
-    Chunks of `chunk_size` start every `chunk_size - overlap` latents; where these do not end with the sequence, one
-    more is anchored at its end. `overlap // 2` is dropped at each inner edge, and where two chunks both keep a latent
-    the later one wins. A sequence no longer than a chunk is done in one pass.
+    Chunks start every `chunk_size - overlap` latents. If the last one does not end with the sequence, one more chunk
+    is anchored at the end. `overlap // 2` latents are dropped at each inner edge. Where two chunks keep the same
+    latent, the later chunk wins. A sequence no longer than a chunk is run in one pass.
 
     Raises:
         InputError: `chunk_size` or `overlap` leaves no step.
@@ -116,11 +113,10 @@ def reference_chunks(latents: int, chunk_size: int, overlap: int) -> list[Window
         raise InputError(f"chunk_size {chunk_size} and overlap {overlap} do not work; pass 0 <= overlap < chunk_size")
     if latents <= chunk_size:
         return [Window(0, latents, 0, latents)]
-    step, trim = chunk_size - overlap, overlap // 2
-    starts = list(range(0, latents - chunk_size + 1, step))
+    starts = list(range(0, latents - chunk_size + 1, chunk_size - overlap))
     if starts[-1] + chunk_size != latents:
         starts.append(latents - chunk_size)
-    core_starts = [0] + [start + trim for start in starts[1:]]
+    core_starts = [0] + [start + overlap // 2 for start in starts[1:]]
     core_stops = [*core_starts[1:], latents]
     return [
         Window(start, start + chunk_size, core_start, core_stop)

@@ -1,8 +1,8 @@
-"""The contract of every backend, and the checks that all of them share.
+"""The contract of every backend, and the checks that all backends share.
 
-A backend runs the two halves of one model on whole windows. It knows nothing of files, rates or windows. In and out are
-float32 NumPy arrays; an output is the caller's own, never a buffer that the next call writes to; every number of
-latents and every batch size from 1 works, or is refused before anything runs; NaN and infinity are errors.
+A backend runs the encoder and the decoder of one model on whole windows. Inputs and outputs are float32 NumPy arrays.
+The caller owns each output: the next call does not write to it. Every batch size and every number of latents from 1
+works, or is refused before anything runs. NaN and infinity in an output are errors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from samekit.errors import BackendError, InputError, NonFiniteError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from types import TracebackType
     from typing import Self
 
     from samekit.arrays import Array
@@ -31,27 +30,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """How to open a backend; what a backend has no use for, it ignores.
+    """How to open a backend. A backend ignores the fields that do not apply to it.
 
     Raises:
-        InputError: a value that no backend could use.
+        InputError: a value that no backend can use.
     """
 
     precision: str = "fp32"
     """One of `spec.PRECISIONS`."""
     device: str | None = None
-    """`cpu` or `cuda`; None takes the best there is."""
+    """`cpu` or `cuda`; None takes the best that is available."""
     device_id: int = 0
-    """Which GPU."""
+    """The number of the GPU."""
     threads: int | None = None
-    """CPU threads; None takes every core that this process may use. PyTorch has one number for the whole process."""
+    """CPU threads; None takes every core that this process may use. PyTorch has one setting for the whole process."""
     providers: tuple[str, ...] | None = None
-    """ONNX Runtime's execution providers, most wanted first; None chooses by `device`."""
+    """ONNX Runtime's execution providers, the preferred one first; None chooses by `device`."""
     window_batch: int | None = None
-    """Windows that run as one batch where there are several: the memory limit. None takes 1 on CPUs, where more is no
-    faster, and 4 on GPUs."""
+    """Most windows that run as one batch, which bounds the memory. None takes 1 on CPUs, where more is no faster, and
+    4 on GPUs."""
     cuda_graph: bool = False
-    """TensorRT only: launch a shape that comes again as one CUDA graph; holds its memory meanwhile."""
+    """TensorRT only: launch a shape that comes again as one CUDA graph, which keeps its memory allocated."""
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -63,18 +62,15 @@ class BackendOptions:
             check_whole("threads", self.threads, least=1, most=MOST_THREADS)
         if self.window_batch is not None:
             check_whole("window_batch", self.window_batch, least=1)
-        if self.providers is not None and not _are_names(self.providers):
+        names = self.providers
+        is_list = isinstance(names, (tuple, list)) and len(names) > 0
+        if names is not None and not (is_list and all(isinstance(name, str) for name in names)):
             raise InputError(f"providers is {self.providers!r}; pass a tuple of names, or None to choose by device")
         check_flag("cuda_graph", self.cuda_graph)
 
 
-def _are_names(value: Any) -> bool:
-    """Whether a value is a sequence of at least one name, and no name itself."""
-    return isinstance(value, (tuple, list)) and len(value) > 0 and all(isinstance(name, str) for name in value)
-
-
 def has_driver() -> bool:
-    """Whether the library of NVIDIA's driver can be loaded."""
+    """Return whether the library of NVIDIA's driver can be loaded."""
     try:
         ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     except OSError:
@@ -85,7 +81,7 @@ def has_driver() -> bool:
 def keep_for_ever(value: Any) -> None:
     """Keep an object from being destroyed, even when Python ends.
 
-    Sessions of a forked process are such objects: their destructors wait for threads that only its parent has.
+    The sessions of a forked process need this: their destructors wait for threads that exist in the parent only.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
 
@@ -93,41 +89,40 @@ def keep_for_ever(value: Any) -> None:
 _backends: weakref.WeakSet[Backend] = weakref.WeakSet()
 
 
-def _tell_of_fork() -> None:
-    """Called in a process that has just been forked."""
+def _after_fork_in_child() -> None:
     for backend in list(_backends):
-        # One that was refused while it was opened lives on in the traceback of the error, without all of its parts.
+        # A backend whose opening failed lacks attributes, and lives on in the traceback of the error.
         with suppress(AttributeError):
             backend.after_fork()
 
 
-# Python has it where processes can be forked.
+# Python has this function only on systems that can fork.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_tell_of_fork)
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class Backend(ABC):
-    """Runs the two halves of one model; a context manager.
+    """Runs the encoder and the decoder of one model; a context manager.
 
-    A backend that `open_backend` opened can be pickled and copied: the other one opens the same files again.
+    A backend that `open_backend` opened can be pickled and copied: the copy opens the same files again.
     """
 
     name: ClassVar[str]
-    """What users pass as `backend=`."""
+    """The name that users pass as `backend=`."""
     device: str = "cpu"
     """Where it computes: `cpu` or `cuda`."""
     device_id: int = 0
-    """Which GPU."""
+    """The number of the GPU."""
     longest_window: int | None = None
-    """Latents in a window, unless the user chooses; None leaves it to the model."""
+    """Longest default window in latents; None for no limit."""
     reopening: tuple[Callable[..., Backend], tuple[Any, ...]] | None = None
-    """A function and its arguments that open this backend again; None where nothing does."""
+    """A function and its arguments that open this backend again; None if that is impossible."""
 
     def __init__(self, spec: EngineSpec, precision: str, window_batch: int | None = None) -> None:
         self.spec = spec
         """Every fact about the model."""
         self.precision = precision
-        """That it computes in, one of `spec.PRECISIONS`."""
+        """The precision that it computes in, one of `spec.PRECISIONS`."""
         self._window_batch = window_batch
         self._closed = False
         self._lost_to_fork = False
@@ -135,7 +130,7 @@ class Backend(ABC):
 
     @property
     def window_batch(self) -> int:
-        """Windows that run as one batch where there are several."""
+        """Most windows that run as one batch."""
         return self._window_batch or (1 if self.device == "cpu" else 4)
 
     @property
@@ -144,51 +139,40 @@ class Backend(ABC):
         return "cpu" if self.device == "cpu" else f"cuda:{self.device_id}"
 
     def encode(self, audio: Array) -> Array:
-        """Audio `[batch, channels, latents * hop]` to latents `[batch, latent_width, latents]`.
-
-        Raises:
-            InputError: wrong shape or dtype.
-            NonFiniteError: the model produced NaN or infinity.
-            BackendError: the backend failed, or is closed.
-        """
+        """Encode audio `[batch, channels, latents * hop]` to latents `[batch, latent_width, latents]`; see `run`."""
         return self.run(ENCODER, audio)
 
     def decode(self, latents: Array) -> Array:
-        """Latents `[batch, latent_width, latents]` to audio `[batch, channels, latents * hop]`.
+        """Decode latents `[batch, latent_width, latents]` to audio `[batch, channels, latents * hop]`; see `run`."""
+        return self.run(DECODER, latents)
+
+    def run(self, direction: Direction, array: Array) -> Array:
+        """Encode (`spec.ENCODER`) or decode (`spec.DECODER`) an array.
 
         Raises:
             InputError: wrong shape or dtype.
             NonFiniteError: the model produced NaN or infinity.
             BackendError: the backend failed, or is closed.
         """
-        return self.run(DECODER, latents)
-
-    def run(self, direction: Direction, array: Array) -> Array:
-        """`encode` (`spec.ENCODER`) or `decode` (`spec.DECODER`)."""
         self._check_open()
         self._check_input(direction, str(array.dtype), array.shape)
         result = self._run(direction, np.ascontiguousarray(array))
         self._check_output(direction, array.shape, result.shape, finite=bool(np.isfinite(result).all()))
         return result
 
-    def accepts(self, value: Any) -> bool:  # noqa: ARG002 most backends take none
-        """Whether `run_tensor` takes a value: a float32 tensor in the memory of this backend's device."""
+    def accepts(self, value: Any) -> bool:  # noqa: ARG002 most backends accept none
+        """Return whether `run_tensor` takes a value: a float32 tensor in the memory of this backend's device."""
         return False
 
     def run_tensor(self, direction: Direction, tensor: Any) -> Any:
         """Encode or decode a tensor that the backend `accepts`, without a copy through the host.
 
-        Args:
-            direction: `spec.ENCODER` or `spec.DECODER`.
-            tensor: of the shape that `encode` or `decode` takes.
-
         Returns:
             A new tensor on the same device.
 
         Raises:
-            InputError: wrong shape.
-            NonFiniteError: the model produced NaN or infinity.
-            BackendError: the backend failed, is closed, or takes arrays only.
+            InputError, NonFiniteError: as `run`.
+            BackendError: as `run`, or the backend takes arrays only.
         """
         self._check_open()
         self._check_input(direction, "float32", tensor.shape)
@@ -196,32 +180,31 @@ class Backend(ABC):
         self._check_output(direction, tensor.shape, result.shape, finite=bool(result.isfinite().all()))
         return result
 
-    def _run_tensor(self, direction: Direction, tensor: Any) -> Any:  # noqa: ARG002 as above
-        """Run a half on a checked tensor in device memory."""
-        raise BackendError(f"the {self.name} backend takes NumPy arrays only; copy the tensor to the host")
-
-    def _check_open(self) -> None:
-        """Refuse to go on after `close`, and with a GPU in a forked process."""
-        if self._closed:
-            raise BackendError(f"this {self.name} backend is closed; open the model again")
-        if self._lost_to_fork:
-            raise BackendError(
-                f"this {self.name} backend was opened on a GPU before this process was forked, and CUDA does not work "
-                "in forked processes; start them by spawn, or open the model in each of them"
-            )
+    def use_packed_weights(self, direction: Direction) -> None:  # noqa: B027 most backends run every call alike
+        """Prepare a direction for many calls. From now on equal inputs give equal outputs, bit for bit."""
 
     def after_fork(self) -> None:
-        """Prepare for use in a process that has just been forked, where only the calling thread exists.
+        """Prepare for use in a forked process, where only the calling thread exists.
 
-        A backend that uses a GPU cannot be used there. Others override this.
+        The default refuses every later call, because CUDA does not work in forked processes.
         """
         self._lost_to_fork = True
+
+    def close(self) -> None:
+        """Free what the backend holds; it cannot be used afterwards."""
+        self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __reduce__(self) -> tuple[Callable[..., Backend], tuple[Any, ...]]:
         """Pickle how to open it again.
 
         Raises:
-            BackendError: it is closed, or was made from something else than a path or a name.
+            BackendError: it is closed, or was not opened from a path or a name.
         """
         self._check_open()
         if self.reopening is None:
@@ -231,18 +214,32 @@ class Backend(ABC):
             )
         return self.reopening
 
+    @abstractmethod
+    def _run(self, direction: Direction, array: Array) -> Array:
+        """Run a checked, contiguous array."""
+
+    def _run_tensor(self, direction: Direction, tensor: Any) -> Any:  # noqa: ARG002 as above
+        """Run a checked tensor in device memory."""
+        raise BackendError(f"the {self.name} backend takes NumPy arrays only; copy the tensor to the host")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BackendError(f"this {self.name} backend is closed; open the model again")
+        if self._lost_to_fork:
+            raise BackendError(
+                f"this {self.name} backend was opened on a GPU before this process was forked, and CUDA does not work "
+                "in forked processes; start them by spawn, or open the model in each of them"
+            )
+
     def _check_input(self, direction: Direction, dtype: str, shape: Sequence[int]) -> None:
         features, unit = self.spec.layout(direction)
+        expected = ""
         if dtype != "float32" or len(shape) != 3 or shape[1] != features:
-            raise InputError(
-                f"the {direction} takes float32 [batch, {features}, length], got {dtype} {list(shape)}; "
-                "pass such an array"
-            )
-        if shape[0] == 0 or shape[2] == 0 or shape[2] % unit:
-            raise InputError(
-                f"the {direction} takes a batch and a length of at least one latent of {unit}, got {list(shape)}; "
-                "pass such an array"
-            )
+            expected = f"float32 [batch, {features}, length], got {dtype} {list(shape)}"
+        elif shape[0] == 0 or shape[2] == 0 or shape[2] % unit:
+            expected = f"a batch and a length of at least one latent of {unit}, got {list(shape)}"
+        if expected:
+            raise InputError(f"the {direction} takes {expected}; pass such an array")
 
     def _check_output(self, direction: Direction, before: Sequence[int], after: Sequence[int], *, finite: bool) -> None:
         expected = self.spec.input_shape(opposite(direction), before[0], before[2] // self.spec.layout(direction)[1])
@@ -255,22 +252,3 @@ class Backend(ABC):
             if self.precision != "fp32":
                 cure = 'use precision "fp32", which cannot overflow here'
             raise NonFiniteError(f"the {self.precision} {direction} ({self.name}) produced NaN or infinity; {cure}")
-
-    def use_packed_weights(self, direction: Direction) -> None:  # noqa: B027 most backends run every call alike
-        """Be told that a half is going to run often: from now on equal inputs give equal outputs, bit for bit."""
-
-    @abstractmethod
-    def _run(self, direction: Direction, array: Array) -> Array:
-        """Run `spec.ENCODER` or `spec.DECODER` on a checked, contiguous array."""
-
-    def close(self) -> None:
-        """Free what the backend holds; it cannot be used afterwards."""
-        self._closed = True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

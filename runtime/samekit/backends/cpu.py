@@ -1,4 +1,4 @@
-"""CPUs that this process may use: those of its affinity mask, within the CPU quota of its control groups."""
+"""Count the CPUs that this process may use: its affinity mask, limited by the CPU quota of its control groups."""
 
 from __future__ import annotations
 
@@ -13,16 +13,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SYSTEM = Path("/")
-"""Where Linux describes a process and mounts control groups."""
+"""The folder that holds `proc/self` and the mount points named there."""
 
 
 def available_cpus(root: Path = SYSTEM) -> int:
     """Return how many CPUs this process can keep busy, at least 1.
 
-    A quota that is no whole number is rounded up: with fewer threads a part of it could not be used.
-
-    Args:
-        root: the folder that holds `proc/self` and the mount points named there.
+    A fractional quota is rounded up: with fewer threads a part of it could not be used.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(allowed, cpu_quota(root))))
@@ -31,53 +28,47 @@ def available_cpus(root: Path = SYSTEM) -> int:
 def cpu_quota(root: Path = SYSTEM) -> float:
     """Return the CPUs that the control groups of this process grant it, infinity without a limit.
 
-    Both versions of control groups are read, as cgroups(7) describes them. The smallest quota of a group and those that
-    contain it counts.
-
-    Args:
-        root: as of `available_cpus`.
+    Both versions of control groups are read, as cgroups(7) describes them. The smallest quota of a group and of its
+    parents counts.
     """
     return min((_quota_of(folder) for folder in _groups(root)), default=math.inf)
 
 
 def _groups(root: Path) -> Iterator[Path]:
-    """Yield the folder of each control group that may limit the CPU, and of those that contain it."""
+    """Yield the folder of each control group that may limit the CPU, and those of its parents."""
     try:
         memberships = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape")
         mounts = (root / "proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
-        # Another system, or no /proc.
+        # Not Linux, or /proc is not mounted.
         return
     group_of = {}
     for line in memberships.splitlines():
         _, controllers, path = line.split(":", 2)
-        # Version 2 names no controllers.
+        # The line of version 2 has no controllers, so its key is "".
         group_of.update(dict.fromkeys(controllers.split(","), path))
     for line in mounts.splitlines():
-        # The fields of proc_pid_mountinfo(5): the fourth is the mounted part of the hierarchy, the fifth its place.
+        # proc_pid_mountinfo(5): the fourth field is the mounted part of the hierarchy, the fifth is the mount point.
         fields, _, source = (part.split() for part in line.partition(" - "))
         kind, options = source[0], source[-1].split(",")
-        if kind == "cgroup2" and "" in group_of:
-            group = group_of[""]
-        elif kind == "cgroup" and "cpu" in options and "cpu" in group_of:
-            group = group_of["cpu"]
-        else:
+        controller = "" if kind == "cgroup2" else "cpu"
+        if controller not in group_of or not (kind == "cgroup2" or (kind == "cgroup" and "cpu" in options)):
             continue
-        mounted, place = (_unescaped(field).strip("/") for field in fields[3:5])
-        inner = Path(group.strip("/"))
-        # In a container, the group may be named as the host sees it while only a part of the hierarchy is mounted.
+        mounted, mount_point = (_unescaped(field).strip("/") for field in fields[3:5])
+        inner = Path(group_of[controller].strip("/"))
+        # In a container, the group may have its name on the host while only a part of the hierarchy is mounted.
         inner = inner.relative_to(mounted) if inner.is_relative_to(mounted) and ".." not in inner.parts else Path()
-        yield from (root / place / folder for folder in (inner, *inner.parents))
+        yield from (root / mount_point / folder for folder in (inner, *inner.parents))
 
 
 def _unescaped(field: str) -> str:
-    """Return a path of mountinfo, which writes blanks and backslashes as octal numbers."""
+    """Decode the octal escapes with which mountinfo writes blanks and backslashes."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
 
 
 def _quota_of(group: Path) -> float:
     """Return the CPUs that one control group grants, infinity without a limit."""
-    # A group without this controller has no such files; "max" and -1 mean no limit.
+    # A group without this controller lacks these files; "max" and -1 mean no limit.
     with suppress(OSError, ValueError):
         quota, period = (group / "cpu.max").read_text(encoding="ascii").split()
         return _ratio(quota, period)

@@ -1,4 +1,4 @@
-"""ONNX Runtime: the embedded default on any CPU, and a way onto NVIDIA GPUs through its CUDA and TensorRT providers."""
+"""Run engine folders in ONNX Runtime: on CPUs, and on NVIDIA GPUs through its CUDA and TensorRT providers."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ CPU_PROVIDER = "CPUExecutionProvider"
 CUDA_PROVIDER = "CUDAExecutionProvider"
 """Its name for NVIDIA GPUs."""
 TENSORRT_PROVIDER = "TensorrtExecutionProvider"
-"""Its name for NVIDIA GPUs through TensorRT, which compiles engines when a graph is first run."""
+"""Its name for TensorRT, which compiles engines when a graph is first run."""
 
-# Packing SAME-L's weights for the CPU takes seconds, a session without it opens in 0.1 s and maps the file, but packs
-# in every call, a tenth of that time. So the first calls run on the mapped file, and whoever calls more often gets
-# packed weights; a short clip never waits for them.
+# Packing SAME-L's weights for the CPU takes seconds. A session that maps the file instead opens in 0.1 s, but packs in
+# every call, which costs a tenth of the call's time. So the first calls run on the mapped file, and a direction that is
+# called more often gets packed weights.
 MAPPED_CALLS = 2
-"""Calls of a half that run on the mapped file, before its weights are packed."""
+"""Calls of a direction that run on the mapped file, before its weights are packed."""
 
-# Of ONNX Runtime's log.
+# Severity in ONNX Runtime's log.
 _FATAL = 4
 
-# A graph of one MatMulInteger: `x`, uint8 [1, 4], times a column of four 127, int8. A test writes it anew.
+# A graph of one MatMulInteger: `x`, uint8 [1, 4], times a column of four 127, int8. A test builds the same graph.
 _PROBE = (
     b'\x08\x08:\\\n\x18\n\x01x\n\x01w\x12\x01y"\rMatMulInteger\x12\x05probe*\x0f\x08\x04\x08\x01\x10\x03B\x01wJ\x04\x7f\x7f\x7f\x7f'
     b"Z\x13\n\x01x\x12\x0e\n\x0c\x08\x02\x12\x08\n\x02\x08\x01\n\x02\x08\x04b\x13\n\x01y\x12\x0e\n\x0c\x08\x06\x12\x08\n\x02\x08\x01\n\x02\x08\x01B\x04\n\x00\x10\n"
@@ -52,7 +52,7 @@ _PROBE = (
 
 
 class OnnxRuntimeBackend(Backend):
-    """Runs an engine folder's ONNX graphs; each half is opened when it is first used."""
+    """Runs the ONNX graphs of an engine folder; each is opened when it is first used."""
 
     name: ClassVar[str] = "onnxruntime"
 
@@ -61,9 +61,9 @@ class OnnxRuntimeBackend(Backend):
         self._runtime = import_onnxruntime()
         self._engine = engine
         self._threads = options.threads or available_cpus()
-        # A missing precision or a damaged folder must show now, not at the first clip.
+        # A missing precision or a damaged folder is an error of opening, not of the first call.
         engine.check(options.precision)
-        self._gpu_is_asked_for = options.device == "cuda" or options.providers is not None
+        self._gpu_was_requested = options.device == "cuda" or options.providers is not None
         self._providers = self._choose_providers(options)
         self.device_id = options.device_id
         self.device = "cpu" if self._providers[0][0] == CPU_PROVIDER else "cuda"
@@ -74,7 +74,7 @@ class OnnxRuntimeBackend(Backend):
         self._opening = threading.Lock()
 
     def _choose_providers(self, options: BackendOptions) -> list[tuple[str, dict[str, Any]]]:
-        """Providers with their settings, all of them known to this build."""
+        """Return providers and their settings; this build of ONNX Runtime has all of them."""
         known = self._runtime.get_available_providers()
         if options.precision not in GPU_PRECISIONS:
             if options.device == "cuda" or options.providers not in (None, (CPU_PROVIDER,)):
@@ -84,7 +84,7 @@ class OnnxRuntimeBackend(Backend):
             return [(CPU_PROVIDER, {})]
         if options.providers is not None:
             wanted = options.providers
-        elif options.device == "cuda" or (options.device is None and self._finds_cuda(known)):
+        elif options.device == "cuda" or (options.device is None and _finds_cuda(known)):
             wanted = (CUDA_PROVIDER, CPU_PROVIDER)
         else:
             wanted = (CPU_PROVIDER,)
@@ -94,28 +94,14 @@ class OnnxRuntimeBackend(Backend):
                     f"this onnxruntime has no {provider} (it has {', '.join(known)}); run: pip uninstall onnxruntime, "
                     "then pip install onnxruntime-gpu, or choose another provider"
                 )
-        return [(provider, self._settings(provider, options.device_id)) for provider in wanted]
-
-    def _finds_cuda(self, known: Sequence[str]) -> bool:
-        """Whether this build has CUDA, and the machine what it cannot do without: builds tell of themselves only."""
-        if CUDA_PROVIDER not in known:
-            return False
-        if not has_driver():
-            logger.warning("%s needs an NVIDIA driver, and there is none: running on the CPU", CUDA_PROVIDER)
-            return False
-        return True
-
-    def _settings(self, provider: str, device_id: int) -> dict[str, Any]:
-        """What a provider is told, but for what depends on the half."""
-        if provider == CUDA_PROVIDER:
-            # TF32 is on by default and has 10 bits of mantissa.
-            return {"device_id": device_id, "use_tf32": "0"}
-        if provider == TENSORRT_PROVIDER:
-            return {"device_id": device_id, **self._engine_cache()}
-        return {}
+        # TF32 is on by default and has 10 bits of mantissa.
+        settings: dict[str, dict[str, Any]] = {CUDA_PROVIDER: {"device_id": options.device_id, "use_tf32": "0"}}
+        if TENSORRT_PROVIDER in wanted:
+            settings[TENSORRT_PROVIDER] = {"device_id": options.device_id, **self._engine_cache()}
+        return [(provider, settings.get(provider, {})) for provider in wanted]
 
     def _engine_cache(self) -> dict[str, Any]:
-        """Where the TensorRT provider keeps engines; it adds the compute capability to their names by itself."""
+        """Return where the TensorRT provider keeps engines, whose names include the compute capability."""
         try:
             folder = open_cache(self._engine, self.precision, self.name, self._runtime.__version__)
         except OutputError as error:
@@ -129,10 +115,9 @@ class OnnxRuntimeBackend(Backend):
         }
 
     def _providers_of(self, direction: Direction) -> list[tuple[str, dict[str, Any]]]:
-        """Providers with all settings; TensorRT is told shapes, for without them every new length builds an engine."""
-        limits = dict(zip(("min", "opt", "max"), zip(NARROW.batch, NARROW.latents, strict=True), strict=True))
+        """Add the shapes of one direction; without them TensorRT would build an engine for every new length."""
         shapes = {}
-        for name, (batch, latents) in limits.items():
+        for name, batch, latents in zip(("min", "opt", "max"), NARROW.batch, NARROW.latents, strict=True):
             shape = "x".join(map(str, self.spec.input_shape(direction, batch, latents)))
             shapes[f"trt_profile_{name}_shapes"] = f"{INPUT_NAMES[direction]}:{shape}"
         return [
@@ -141,17 +126,17 @@ class OnnxRuntimeBackend(Backend):
         ]
 
     def use_packed_weights(self, direction: Direction) -> None:
-        """Pack the weights at the next call; packed or not, sums round differently."""
+        """Pack the weights at the next call, because packed and mapped weights round sums differently."""
         with self._opening:
             self._calls[direction] = max(self._calls.get(direction, 0), MAPPED_CALLS)
 
     def _session(self, direction: Direction) -> Any:
-        """The half's session for its next call."""
+        """Return the session for the next call of a direction."""
         with self._opening:
-            # Once more, so that no session outlives a `close` in another thread.
+            # Checked again, so that no session outlives a `close` in another thread.
             self._check_open()
             calls = self._calls[direction] = self._calls.get(direction, 0) + 1
-            # No name may hold a session here: `_pack` frees the old one before it opens the new one.
+            # No local name may hold a session here: `_pack` frees the old one before it opens the new one.
             if direction not in self._sessions:
                 packed = calls > MAPPED_CALLS or self.device != "cpu"
                 self._sessions[direction] = self._open(self._graph(direction), direction, packed=packed)
@@ -160,34 +145,30 @@ class OnnxRuntimeBackend(Backend):
             return self._sessions[direction]
 
     def _graph(self, direction: Direction) -> Path:
-        """The graph of a half, if it is still that of the engine which was opened.
-
-        Raises:
-            EngineError: it is damaged, or another export has taken its place.
-        """
+        """Return a graph, if it is still that of the export which was opened; otherwise raise EngineError."""
         self._engine.check_not_replaced(self.precision)
         return self._engine.graph(direction, self.precision)
 
     def _pack(self, direction: Direction) -> None:
-        """Open a half again with packed weights, or go on with the mapped ones where its file is no longer there."""
+        """Open a session again with packed weights, or keep the mapped ones if the file has gone."""
         try:
             path = self._graph(direction)
         except EngineError as error:
             logger.warning("weights of the %s are not packed, which costs a tenth of the speed: %s", direction, error)
             return
-        # Freed first: both at once would hold the weights twice.
+        # The old session is freed first, because both together would hold the weights twice.
         del self._sessions[direction]
         self._sessions[direction] = self._open(path, direction, packed=True)
 
     def _open(self, graph: Path, direction: Direction, *, packed: bool) -> Any:
         if (direction, self.precision) == (DECODER, "int8") and int8_saturates(self._runtime):
-            # The exact products are not to be had where two steps share a weight, as in a decoder.
+            # ONNX Runtime has no exact products for weights that two nodes share, as they do in the decoder.
             raise BackendUnavailableError(
                 "int8 decoding needs a processor with VNNI instructions, and this one has none; choose precision fp32"
             )
         options = session_options(self._runtime, self._threads, self.precision)
         if self.device == "cpu":
-            # What goes wrong is raised; on GPUs its log says more.
+            # Errors are raised too, so the log adds nothing. On GPUs it says more than the error.
             options.log_severity_level = _FATAL
         if not packed:
             options.add_session_config_entry("session.disable_prepacking", "1")
@@ -201,10 +182,10 @@ class OnnxRuntimeBackend(Backend):
                 or f"{path}: ONNX Runtime {self._runtime.__version__} cannot open it ({first_line(error)}); "
                 "export it again, or update ONNX Runtime if it is older than 1.24"
             ) from None
-        # A provider that cannot start is dropped with a warning only, and the CPU takes its place.
+        # If a provider cannot start, ONNX Runtime only warns and uses the CPU.
         wanted = self._providers[0][0]
         if wanted not in session.get_providers():
-            if not self._gpu_is_asked_for:
+            if not self._gpu_was_requested:
                 logger.warning("%s did not start, see ONNX Runtime's log: running on the CPU", wanted)
                 self._providers = [(CPU_PROVIDER, {})]
                 self.device = "cpu"
@@ -219,8 +200,8 @@ class OnnxRuntimeBackend(Backend):
         """Return a message if ONNX Runtime refused a graph because its weights are a link that leaves the folder.
 
         Every version refuses weights whose real path lies neither in the graph's folder nor beside the graph's real
-        path. Versions 1.24.0 and 1.24.1 refuse those beside the real path too, which is how the cache of
-        `huggingface_hub` stores files; only there the error's text must tell the cause.
+        path. Versions 1.24.0 and 1.24.1 also refuse weights beside the real path, where the cache of `huggingface_hub`
+        stores them. There the error's text decides, because other versions accept such links.
         """
         for name in self._engine.spec.graphs[self.precision][direction].sizes:
             weights = graph.with_name(name)
@@ -250,12 +231,12 @@ class OnnxRuntimeBackend(Backend):
         return output
 
     def after_fork(self) -> None:
-        """Give up the sessions, whose threads are in the parent; the next call opens new ones."""
+        """Drop the sessions, whose threads exist in the parent only; the next call opens new ones."""
         if self._sessions:
             keep_for_ever(self._sessions)
             self._lost_to_fork = self.device != "cpu"
         self._sessions = {}
-        # A thread of the parent may have held the old one.
+        # A thread of the parent may have held the old lock.
         self._opening = threading.Lock()
 
     def close(self) -> None:
@@ -265,22 +246,32 @@ class OnnxRuntimeBackend(Backend):
             self._sessions.clear()
 
 
+def _finds_cuda(known: Sequence[str]) -> bool:
+    """Return whether this build has the CUDA provider and the machine has a driver, which builds do not check."""
+    if CUDA_PROVIDER not in known:
+        return False
+    if not has_driver():
+        logger.warning("%s needs an NVIDIA driver, and there is none: running on the CPU", CUDA_PROVIDER)
+        return False
+    return True
+
+
 def session_options(runtime: Any, threads: int, precision: str) -> Any:
-    """What every session is opened with, `runtime` being ONNX Runtime."""
+    """Return the options of every session; `runtime` is the module `onnxruntime`."""
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Subnormal products cost hundreds of cycles each and nothing that fp32 can show. The first session of a process
-    # decides for the thread that opens it and those that this one starts, so every session asks for it.
+    # Subnormal products cost hundreds of cycles each and do not change fp32 results. The first session of a process
+    # decides for the thread that opens it and the threads which that one starts, so every session sets it.
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     if precision == "int8" and int8_saturates(runtime):
-        # Exact products of unsigned weights, at half the speed.
+        # Products with unsigned weights, which are exact and half as fast.
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 
 @functools.cache
 def int8_saturates(runtime: Any) -> bool:
-    """Whether ONNX Runtime adds pairs of int8 products in 16 bits, which do not hold them: on x86 without VNNI."""
+    """Return whether ONNX Runtime adds pairs of int8 products in 16 bits, which can overflow: on x86 without VNNI."""
     options = session_options(runtime, 1, "fp32")
     session = runtime.InferenceSession(_PROBE, options, providers=[CPU_PROVIDER])
     (total,) = session.run(None, {"x": np.full((1, 4), 255, np.uint8)})

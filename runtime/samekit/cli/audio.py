@@ -23,26 +23,20 @@ if TYPE_CHECKING:
 @model_options
 def encode(audio: Path, latents: Path, **options: Any) -> None:
     """Encode an AUDIO file to a LATENTS.npy file and a .json beside it."""
-    from samekit.audio import AudioReader  # noqa: PLC0415
     from samekit.dataset.progress import bar  # noqa: PLC0415
-    from samekit.files.latents import require_replaceable  # noqa: PLC0415
-    from samekit.files.overwriting import require_other_file  # noqa: PLC0415
+    from samekit.model import open_to_encode  # noqa: PLC0415
 
-    # Before a model is opened, which may be downloaded.
     if os.path.isdir(audio):  # noqa: PTH112 Path.is_dir raises for names that are too long
         command = shlex.join(["samekit", "pre-encode", "--data_dir", str(audio)])
         raise InputError(f"{audio}: is a folder; pass one audio file, or encode a dataset with: {command}")
-    with AudioReader(audio) as reader:
-        frames = reader.info.frames
-    require_other_file(latents, audio)
-    require_replaceable(latents)
-    for name in (latents.name, f"{latents.stem}.json"):
-        remove_abandoned(latents.parent, name)
-    with open_model(**options) as model, bar(total=frames, unit="frame", unit_scale=True) as shown:
-        done = model.encode_file(audio, latents, shown.update)
-    say(
-        f"{latents}: {done['latents']} latents of {model.latent_dim} from {done['samples'] / done['sample_rate']:.2f} s"
-    )
+    # The files are checked before the model is opened, which may be downloaded.
+    with open_to_encode(audio, latents) as reader:
+        for name in (latents.name, f"{latents.stem}.json"):
+            remove_abandoned(latents.parent, name)
+        with open_model(**options) as model, bar(total=reader.info.frames, unit="frame", unit_scale=True) as shown:
+            done = model.encode_reader(reader, latents, shown.update)
+    seconds = done["samples"] / done["sample_rate"]
+    say(f"{latents}: {done['latents']} latents of {model.latent_dim} from {seconds:.2f} s")
 
 
 @click.command()
@@ -54,19 +48,13 @@ def encode(audio: Path, latents: Path, **options: Any) -> None:
 @model_options
 def decode(latents: Path, audio: Path, bits: str, clip: bool, force: bool, **options: Any) -> None:
     """Decode a LATENTS.npy file to an AUDIO file, .wav or .flac."""
-    from samekit.audio import format_of  # noqa: PLC0415
     from samekit.dataset.progress import bar  # noqa: PLC0415
-    from samekit.files.latents import LatentsReader  # noqa: PLC0415
-    from samekit.files.overwriting import require_no_recording, require_other_file  # noqa: PLC0415
+    from samekit.model import open_to_decode  # noqa: PLC0415
 
-    # Before a model is opened, which may be downloaded.
-    reader = LatentsReader(latents)
     subtype = "FLOAT" if bits == "float" else f"PCM_{bits}"
-    format_of(audio, subtype)
-    require_other_file(audio, latents)
-    if not force:
-        require_no_recording(audio, latents, reader.metadata)
+    # The files are checked before the model is opened, which may be downloaded.
+    reader = open_to_decode(latents, audio, subtype, force=force)
     remove_abandoned(audio.parent, audio.name)
     with open_model(**options) as model, bar(total=reader.latents, unit="latent") as shown:
-        samples = model.decode_file(latents, audio, subtype, clip, shown.update, force)
+        samples = model.decode_reader(reader, latents, audio, subtype, clip, shown.update)
     say(f"{audio}: {samples / model.sample_rate:.2f} s at {model.sample_rate} Hz")
