@@ -29,7 +29,7 @@ from common import (
 
 from samekit.engine.spec import DECODER, ENCODER, Direction
 from samekit_export.config import BandSpan
-from samekit_export.diffusers import diffusers_tensor, published_key
+from samekit_export.diffusers import published_key
 from samekit_export.verify import FLOOR_DB, example_input, snr_db
 
 if TYPE_CHECKING:
@@ -81,6 +81,14 @@ def compile_bfloat16_(backend: Any) -> None:
 def diffusers_(backend: Any) -> None:
     """The same weights in `diffusers`' own class, for models of the band kind."""
     backend._model = DiffusersPeer(backend._model)  # noqa: SLF001 as above
+
+
+def diffusers_tensor(key: str, tensor: Tensor) -> Tensor:
+    """Return a published tensor, given with the key of `diffusers`, in the order of rows of that class."""
+    if not key.endswith("to_qkv.weight"):
+        return tensor
+    q1, k1, v, q2, k2 = tensor.chunk(5)
+    return torch.cat([q1, q2, k1, k2, v])
 
 
 class DiffusersPeer:

@@ -39,7 +39,7 @@ OF_MODELS = {
         "--plot",
         "int8_trade.png",
     ],
-    "islands": ["tiny-s", "--latents", 2, "--only", "exported", "--only", "none", "--plot", "islands.png"],
+    "fp32_ops": ["tiny-s", "--latents", 2, "--only", "exported", "--only", "none", "--plot", "fp32_ops.png"],
 }
 
 

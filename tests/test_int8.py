@@ -43,7 +43,7 @@ from samekit.tensorrt.backend import open_tensorrt
 from samekit_export import int8, int8_layers, to_onnx
 from samekit_export.checkpoint import load_bundled
 from samekit_export.export import GRAPHS, export
-from samekit_export.gptq import GptqRounder, to_int8
+from samekit_export.gptq import GptqRounder
 from samekit_export.int8 import prepare_, quantize_
 from samekit_export.int8_layers import Int8Linear
 from samekit_export.model import Same
@@ -168,9 +168,9 @@ def test_rotation_spares_rare_large_values():
     rows[:, 7] *= 50
     linear = functools.partial(torch.nn.functional.linear, rows)
     weight = torch.from_numpy(noise((64, 192), seed=1, level=1))
-    original = int8.Linear(weight.double())
+    original, uncorrelated = int8.Linear(weight.double()), GptqRounder(torch.eye(192))
     plain, rotated = (
-        snr_db(linear(weight).numpy(), Int8Linear(original, rotation=rotation)(rows).numpy())
+        snr_db(linear(weight).numpy(), Int8Linear(original, uncorrelated, rotation)(rows).numpy())
         for rotation in (None, int8.rotation_for(192, int8.INNER_ROTATION))
     )
     assert rotated > plain + 3
@@ -192,16 +192,22 @@ def correlated(features, seed):
     return torch.from_numpy(noise((400, 12), seed, 1) @ mixed + noise((400, features), seed + 7, 0.1))
 
 
+def nearest(weight):
+    """Every weight at the nearest step, and the scale of the steps."""
+    scale = weight.abs().amax(dim=0) / 127
+    return torch.round(weight / scale).to(torch.int8), scale
+
+
 @pytest.mark.parametrize("features", [96, 300])
 def test_errors_of_weights_cancel_over_rows_that_are_correlated(features):
     """There is room for most of the error; rows of the kind that were not seen gain as much."""
     seen, others = (correlated(features, seed) for seed in (1, 2))
     weight = torch.from_numpy(noise((features, 64), seed=3, level=1))
-    nearest, compensated = (
+    plain, compensated = (
         snr_db((others @ weight).numpy(), (others @ (steps.float() * scale)).numpy())
-        for steps, scale in (to_int8(weight), to_int8(weight, GptqRounder(seen.T @ seen)))
+        for steps, scale in (nearest(weight), GptqRounder(seen.T @ seen).to_int8(weight))
     )
-    assert compensated > nearest + 8
+    assert compensated > plain + 8
 
 
 @pytest.mark.parametrize("features", [96, 128, 300])
@@ -210,7 +216,7 @@ def test_rounding_is_the_formula(features):
     seen = correlated(features, 1)
     moment = (seen.T @ seen).double()
     weight = torch.from_numpy(noise((features, 8), seed=3, level=1))
-    steps, scale = to_int8(weight, GptqRounder(moment.float()))
+    steps, scale = GptqRounder(moment.float()).to_int8(weight)
     order = moment.diagonal().argsort(descending=True)
     left = (weight / scale)[order].double()
     damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(features)
@@ -233,8 +239,8 @@ def error_db(weight, output, rows):
 
 def test_rows_without_correlation_lose_nothing():
     rows, weight = torch.from_numpy(noise((4000, 96))), torch.from_numpy(noise((96, 64), seed=3))
-    steps, scale = to_int8(weight)
-    compensated, same_scale = to_int8(weight, GptqRounder(rows.T @ rows))
+    steps, scale = nearest(weight)
+    compensated, same_scale = GptqRounder(rows.T @ rows).to_int8(weight)
     assert torch.equal(scale, same_scale)
     assert steps.abs().max() == 127
     assert (steps != compensated).float().mean() < 0.05
@@ -242,7 +248,7 @@ def test_rows_without_correlation_lose_nothing():
 
 def test_rows_of_zeros_are_rounded_to_nearest():
     weight = torch.from_numpy(noise((96, 64), seed=3))
-    assert torch.equal(to_int8(weight, GptqRounder(torch.zeros(96, 96)))[0], to_int8(weight)[0])
+    assert torch.equal(GptqRounder(torch.zeros(96, 96)).to_int8(weight)[0], nearest(weight)[0])
 
 
 def test_learned_row_counts_as_often_as_it_is_read(eager_of, kind):
@@ -285,8 +291,8 @@ def test_large_features_are_made_small(direction):
         after = int8.moments_of(graph, given)
         for x, output in zip(given, outputs, strict=True):
             assert torch.equal(graph(x), output)
-    for place in int8.QUANTIZED_INPUTS:
-        assert any(not torch.equal(before[key], scaled[key]) for key in before if key.endswith(f".{place}"))
+    for name in int8.QUANTIZED_INPUTS:
+        assert any(not torch.equal(before[key], scaled[key]) for key in before if key.endswith(f".{name}"))
 
     def unevenness(moment):
         size = moment.diagonal().sqrt()
@@ -380,11 +386,11 @@ def test_no_more_stays_float32_than_that(graph, eager_of, monkeypatch):
     """With one product more in int8, the target is missed."""
     tried = []
 
-    def use(graph, found, int8, **_):
-        original(graph, found, int8)
-        tried.append((len(found) - len(int8), worst()))
+    def select(graph, prepared, int8):
+        original(graph, prepared, int8)
+        tried.append((len(prepared) - len(int8), worst()))
 
-    model, original = eager_of("tiny-l"), int8.use_
+    model, original = eager_of("tiny-l"), int8.select_int8_
     given = list(int8.examples(graph, model, 5, int8.EVALUATION_SEED))
     with torch.no_grad():
         wanted = [graph(x).numpy() for x in given]
@@ -392,13 +398,13 @@ def test_no_more_stays_float32_than_that(graph, eager_of, monkeypatch):
         def worst():
             return min(snr_db(y, graph(x).numpy()) for x, y in zip(given, wanted, strict=True))
 
-        monkeypatch.setattr(int8, "use_", use)
+        monkeypatch.setattr(int8, "select_int8_", select)
         kept = len(quantize_(graph, model, 42, latents=5))
     reached = dict(tried)
     assert reached[kept] >= 42 > reached[kept - 1]
 
 
-def test_feeding_apart_is_the_same_function(graph):
+def test_separate_rows_of_latents_are_the_same_function(graph):
     array = noise((2, 32, 7), level=1)
     expected = in_one_pass(graph, array)
     for block in graph.trunk.blocks:
@@ -448,7 +454,8 @@ def test_folder(int8_of, engine_of):
 
 
 def test_operator_equals_onnx_runtime(tmp_path):
-    layer = Int8Linear(int8.Linear(torch.from_numpy(noise((48, 32))).double(), torch.ones(48).double()))
+    linear = int8.Linear(torch.from_numpy(noise((48, 32))).double(), torch.ones(48).double())
+    layer = Int8Linear(linear, GptqRounder(torch.eye(32)))
     path = tmp_path / "layer.onnx"
     with to_onnx._quiet_exporter():
         torch.onnx.export(

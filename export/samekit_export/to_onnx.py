@@ -48,7 +48,7 @@ def write_onnx(graph: GraphEncoder | GraphDecoder, path: Path) -> None:
     config = graph.config
     batch, latents = torch.export.Dim("batch"), torch.export.Dim("latents")
     # Sizes of 0 and 1 would be taken as constants, those of groups too; any others do.
-    several = max(6, 3 * graph.trunk.layout.latents)
+    several = max(6, 3 * graph.trunk.tables.latents)
     if isinstance(graph, GraphEncoder):
         example = torch.zeros(2, config.channels, several * config.hop)
         length = config.hop * latents
