@@ -454,7 +454,7 @@ ANSWERS = [
         "Access to this resource is disabled.",
         "take another repository",
     ),
-    (503, {"X-Error-Message": "Service Unavailable"}, "Service Unavailable", "the hub has a fault of its own"),
+    (503, {"X-Error-Message": "Service Unavailable"}, "Service Unavailable", "the hub has an internal fault"),
     (
         429,
         {"ratelimit": '"api";r=0;t=55', "ratelimit-policy": '"fixed window";"api";q=500;w=300'},
