@@ -33,7 +33,6 @@ from helpers import (
 from samekit import AutoencoderModel
 from samekit.backends.base import BackendOptions
 from samekit.backends.cpu import available_cpus
-from samekit.backends.pytorch import EagerBackend
 from samekit.backends.selection import AUTO, BACKENDS, open_backend
 from samekit.engine.spec import ENCODER
 from samekit.errors import (
@@ -46,6 +45,7 @@ from samekit.errors import (
     NonFiniteError,
     SamekitError,
 )
+from samekit_export.backend import EagerBackend
 from samekit_export.verify import example_input
 
 
@@ -392,7 +392,7 @@ def test_no_engine(tmp_path):
 @pytest.mark.parametrize("backend", [AUTO, "torch"])
 def test_name_of_nothing(monkeypatch, caplog, backend, name):
     monkeypatch.setenv("SAMEKIT_CACHE", "/my/cache")
-    for package in ("onnx", "torch"):
+    for package in ("safetensors", "torch"):
         with pytest.raises(EngineNotFoundError) as caught:
             open_backend(name, backend, BackendOptions())
         message = str(caught.value)
@@ -440,14 +440,14 @@ def test_package_that_is_missing(engine_of, checkpoint_of, monkeypatch):
         open_backend(engine, "onnxruntime", BackendOptions())
     assert isinstance(caught.value, ImportError)
     assert open_backend(engine, AUTO, BackendOptions(device="cpu")).name == "torch"
-    monkeypatch.setitem(sys.modules, "samekit_export.checkpoint", None)
+    monkeypatch.setitem(sys.modules, "samekit_export.open_checkpoint", None)
     with pytest.raises(BackendUnavailableError, match=r"pip install 'samekit\[export\]'"):
         open_backend(engine, "torch", BackendOptions())
     with pytest.raises(EngineNotFoundError, match=r"pip install 'samekit\[export\]'"):
         open_backend(checkpoint_of("tiny-s"), AUTO, BackendOptions())
 
 
-@pytest.mark.parametrize("package", ["torch", "safetensors", "onnx", "onnxscript"])
+@pytest.mark.parametrize("package", ["torch", "safetensors"])
 def test_packages_that_the_checkpoint_needs(engine_of, checkpoint_of, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     install = rf"{package}.*; run: pip install 'samekit\[export\]'"
@@ -516,7 +516,7 @@ def build_for_gpus(monkeypatch):
 @pytest.mark.parametrize("options", [{"device": "cuda"}, {"providers": ("CUDAExecutionProvider",)}], ids=str)
 def test_provider_that_did_not_start(engine_of, options):
     backend = open_backend(engine_of("tiny-s").folder, "onnxruntime", BackendOptions(device_id=1, **options))
-    assert (backend.device, backend.place) == ("cuda", "cuda:1")
+    assert (backend.device, backend.torch_device) == ("cuda", "cuda:1")
     with pytest.raises(BackendUnavailableError, match="CUDAExecutionProvider did not start"):
         backend.decode(np.zeros((1, 32, 1), np.float32))
 
@@ -529,7 +529,7 @@ def test_provider_that_nobody_asked_for_gives_way(engine_of, monkeypatch, caplog
     assert backend.device == ("cuda" if driver else "cpu")
     for _ in range(2):
         assert backend.decode(np.zeros((1, 32, 1), np.float32)).shape == (1, 2, 4096)
-    assert (backend.device, backend.place) == ("cpu", "cpu")
+    assert (backend.device, backend.torch_device) == ("cpu", "cpu")
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert record.getMessage().endswith(": running on the CPU")

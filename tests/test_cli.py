@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import soundfile as sf
@@ -24,7 +25,7 @@ from samekit.audio import read_audio
 from samekit.cli.main import main
 from samekit_export.random_weights import published_config
 
-COMMANDS = sorted(main.commands)
+COMMANDS = main.list_commands(click.Context(main))
 SAMPLES = 70 * HOP + 1000
 
 

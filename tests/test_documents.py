@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+import click
 import pytest
 import soundfile as sf
 from click.testing import CliRunner
@@ -114,7 +115,7 @@ def test_nothing_is_missed():
     readme = {step.words[1] for step in commands_of("samekit") if step.document == "README.md"}
     assert {"export", "encode", "decode", "pre-encode", "doctor"} <= readme
     shown = {word for step in commands_of("samekit") for word in step.words[1:3]}
-    assert set(main.commands) <= shown, "a command that no document shows"
+    assert set(main.list_commands(click.Context(main))) <= shown, "a command that no document shows"
     assert {step.words[0] for step in COMMANDS} == set(PROGRAM_RUNNERS)
 
 
@@ -352,9 +353,9 @@ def prose_of(name):
 
 def test_options_in_running_text_exist():
     """Every `--option` is one of the commands, of the benchmarks, or of a program that is named."""
-    options = {
-        option for command in main.commands.values() for parameter in command.params for option in parameter.opts
-    }
+    context = click.Context(main)
+    commands = [main.get_command(context, name) for name in main.list_commands(context)]
+    options = {option for command in commands for parameter in command.params for option in parameter.opts}
     benchmarks = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
     others = {"--encoded_dir", "--cpuset-cpus", "--cpus", "--gpus", "--help", *re.findall(r'"(--\w+)"', benchmarks)}
     for name in TEXTS:

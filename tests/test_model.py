@@ -23,11 +23,11 @@ from helpers import (
 )
 
 from samekit.backends.base import BackendOptions
-from samekit.backends.pytorch import EagerBackend
 from samekit.engine.spec import DECODER, ENCODER
 from samekit.errors import CheckpointError
 from samekit.streaming import WindowedRun, WindowRunner
 from samekit.windows import ExactWindows
+from samekit_export.backend import EagerBackend
 from samekit_export.graph import GraphDecoder, GraphEncoder
 from samekit_export.graph_attention import mask_value
 from samekit_export.model import Same, band_mask

@@ -56,7 +56,10 @@ def test_wheel_says_what_it_is(wheel):
     assert "\nLicense-Expression: MIT\n" in metadata
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist: ") and "extra ==" not in line]
     assert sorted(line.split()[1].split(">")[0] for line in required) == ["click", "numpy", "soundfile", "tqdm"]
-    assert "samekit = samekit.cli.main:main" in wheel.read(f"{information}/entry_points.txt").decode()
+    entries = wheel.read(f"{information}/entry_points.txt").decode()
+    assert "samekit = samekit.cli.main:main" in entries
+    assert "[samekit.backends]\ntorch = " in entries
+    assert "[samekit.commands]\nexport = " in entries
     assert f"{information}/licenses/LICENSE" in wheel.namelist()
 
 

@@ -1,1 +1,1 @@
-"""Makes engine folders out of SAME checkpoints; needs torch and onnx, and `samekit` imports it only on use."""
+"""Makes engine folders from SAME checkpoints, and runs checkpoints in PyTorch. Its entry points register both."""

@@ -28,7 +28,7 @@ from samekit_export.graph import GRAPH_REVISION, GraphDecoder, GraphEncoder
 from samekit_export.int8 import quantize_
 from samekit_export.model import Same
 from samekit_export.model_spec import spec_of
-from samekit_export.to_onnx import write_onnx
+from samekit_export.to_onnx import tool_versions, write_onnx
 from samekit_export.verify import verify
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def export(
     except ValueError:
         raise InputError(f"no engine folder can be called {checkpoint.name!r}; pass a name without / and \\") from None
     folder = expanded(out) / checkpoint.name
-    spec = spec_of(checkpoint)
+    spec = dataclasses.replace(spec_of(checkpoint), tools=tool_versions())
     present = _present(folder)
     if present and not force and not _missing(present, spec, precisions):
         _clear_away(folder)

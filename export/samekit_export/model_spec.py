@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from samekit.engine.spec import DECODER, ENCODER, EngineSpec
 from samekit_export.config import ChunkSpan
 from samekit_export.graph import GRAPH_REVISION
-from samekit_export.to_onnx import OPSET
 
 if TYPE_CHECKING:
     from samekit_export.config import TrunkConfig
@@ -46,11 +44,4 @@ def spec_of(checkpoint: Checkpoint) -> EngineSpec:
         source=checkpoint.source,
         source_sha256=checkpoint.sha256,
         graph_revision=GRAPH_REVISION,
-        tools=_tools(),
     )
-
-
-def _tools() -> dict[str, str]:
-    """Versions of the packages that an export runs with, for people who look into a difference."""
-    packages = ("samekit", "torch", "onnx", "onnxscript")
-    return {**{package: version(package) for package in packages}, "opset": str(OPSET)}

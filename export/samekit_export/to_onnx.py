@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,12 @@ OPSET = 23
 
 EXTERNAL_DATA_ABOVE = 64 * 1024 * 1024
 """Bytes of weights above which they lie beside the graph, where a runtime can map them: protobuf ends at 2 GiB."""
+
+
+def tool_versions() -> dict[str, str]:
+    """Return the versions of the packages that write graphs, by name, and the operator set."""
+    packages = ("samekit", "torch", "onnx", "onnxscript")
+    return {**{package: version(package) for package in packages}, "opset": str(OPSET)}
 
 
 @contextlib.contextmanager

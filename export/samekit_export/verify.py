@@ -9,10 +9,10 @@ import numpy as np
 
 from samekit.backends.base import BackendOptions
 from samekit.backends.onnxruntime import OnnxRuntimeBackend
-from samekit.backends.pytorch import EagerBackend
 from samekit.batches import Autoencoder
 from samekit.engine.spec import DIRECTIONS, ENCODER, Direction
 from samekit.errors import NonFiniteError, VerificationError
+from samekit_export.backend import EagerBackend
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,11 +1,17 @@
-"""Imports of optional packages: one that is not installed is told from one that is broken or was interrupted."""
+"""Imports of optional packages, and of what packages register in entry points; messages say what to install."""
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from samekit.errors import BackendError, BackendUnavailableError, first_line
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+INSTALL_EXPORT = "pip install 'samekit[export]'"
+"""The command that installs what `samekit_export` needs."""
 
 
 def import_installed(name: str) -> Any:
@@ -59,6 +65,29 @@ def import_onnxruntime() -> Any:
         BackendUnavailableError, BackendError, KeyboardInterrupt: as `import_package`.
     """
     return import_package("onnxruntime", "pip install 'samekit[cpu]' or 'samekit[gpu]'")
+
+
+def registered(group: str) -> dict[str, EntryPoint]:
+    """Return the entry points of a group by name. Other packages add to those of samekit, but cannot replace them."""
+    # Importing it takes as long as all else that `samekit --help` needs.
+    from importlib.metadata import distribution, entry_points
+
+    found = (*entry_points(group=group), *distribution("samekit").entry_points.select(group=group))
+    return {entry.name: entry for entry in found}
+
+
+def load_registered(entry: EntryPoint) -> Any:
+    """Import what an entry point names.
+
+    Raises:
+        BackendUnavailableError, BackendError, KeyboardInterrupt: as `import_package`.
+    """
+    package = entry.dist.name if entry.dist else entry.module
+    module = import_package(entry.module, INSTALL_EXPORT if package == "samekit" else f"pip install {package}")
+    try:
+        return getattr(module, entry.attr)
+    except AttributeError:
+        raise BackendError(f"{package} registers {entry.value}, which does not exist; update {package}") from None
 
 
 def _broken(name: str, error: Exception, install: str) -> BackendError:

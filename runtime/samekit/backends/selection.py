@@ -1,13 +1,18 @@
-"""Backends behind one contract (`base.Backend`), opened by name; each imports its framework when it is opened."""
+"""Backends are opened by name, or the first that can be opened; each imports its framework when it is opened.
+
+Other packages add backends by entry points of the group `samekit.backends`. Such an entry point names a function that
+takes an `Engine` and `BackendOptions`, and returns a `Backend` of the same name. samekit_export registers `torch` so.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from samekit.backends.base import has_driver
-from samekit.engine.folder import Engine, find_engine
+from samekit.engine.folder import find_engine
 from samekit.engine.spec import GPU_PRECISIONS
 from samekit.errors import (
     BackendUnavailableError,
@@ -17,10 +22,9 @@ from samekit.errors import (
     InputError,
     StaleEngineError,
 )
+from samekit.packages import load_registered, registered
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from samekit.backends.base import Backend, BackendOptions
 
 logger = logging.getLogger(__name__)
@@ -28,44 +32,22 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"
 """The backend that tries the others in order."""
 
+BACKENDS = (AUTO, "tensorrt", "onnxruntime", "torch")
+"""What users pass as `backend=`, in the order in which "auto" tries them. "auto" tries no backend of other packages."""
 
-def _open_tensorrt(engine: Engine, options: BackendOptions) -> Backend:
-    from samekit.tensorrt.backend import open_tensorrt  # noqa: PLC0415
+GROUP = "samekit.backends"
+"""The entry points that name functions which open backends."""
 
-    return open_tensorrt(engine, options)
-
-
-def _open_onnxruntime(engine: Engine, options: BackendOptions) -> Backend:
-    from samekit.backends.onnxruntime import OnnxRuntimeBackend  # noqa: PLC0415
-
-    return OnnxRuntimeBackend(engine, options)
-
-
-def _open_eager_engine(engine: Engine, options: BackendOptions) -> Backend:
-    from samekit.backends.pytorch import load_checkpoint, open_eager  # noqa: PLC0415
-
-    checkpoint = load_checkpoint(engine.spec.name, engine.spec.source)
-    if checkpoint.sha256 != engine.spec.source_sha256:
-        raise BackendUnavailableError(
-            f"{checkpoint.source}: not the checkpoint that {engine.folder} was exported from; export it again"
-        )
-    return open_eager(checkpoint, options)
-
-
-# In the order in which "auto" tries them.
-_OPENERS: dict[str, Callable[[Engine, BackendOptions], Backend]] = {
-    "tensorrt": _open_tensorrt,
-    "onnxruntime": _open_onnxruntime,
-    "torch": _open_eager_engine,
+# These are not entry points, because reading those would slow down every opening.
+_BUILT_IN = {
+    "tensorrt": ("samekit.tensorrt.backend", "open_tensorrt"),
+    "onnxruntime": ("samekit.backends.onnxruntime", "OnnxRuntimeBackend"),
 }
 
-BACKENDS = (AUTO, *_OPENERS)
-"""What users pass as `backend=`."""
+# The backend that "auto" does not try if the CPU was asked for.
+_GPU_BACKEND = "tensorrt"
 
-# What "auto" does not try where the CPU was asked for.
-_GPU_ONLY = ("tensorrt",)
-
-# The only one that "auto" tries for a precision that does not run on GPUs.
+# The only backend that "auto" tries for a precision that does not run on GPUs.
 _CPU_PRECISIONS_BACKEND = "onnxruntime"
 
 
@@ -74,8 +56,8 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
 
     Args:
         model: a name, an engine folder, or a checkpoint folder (run in PyTorch).
-        backend: one of `BACKENDS`. "auto" tries them in order, logs every refusal and its choice; a name is opened or
-            fails.
+        backend: one of `BACKENDS`, or a name that another package has registered. "auto" tries its backends in order,
+            logs every refusal and its choice. A named backend is opened or fails.
         options: how to open it.
 
     Raises:
@@ -85,8 +67,9 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
         BackendUnavailableError: the backend cannot be used here.
         CheckpointError: PyTorch was asked for, or there is no engine, and the checkpoint cannot be loaded.
     """
-    if backend not in BACKENDS:
-        raise InputError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    if backend not in BACKENDS and backend not in registered(GROUP):
+        known = dict.fromkeys([*BACKENDS, *registered(GROUP)])
+        raise InputError(f"unknown backend {backend!r}; choose one of {', '.join(known)}")
     if backend == AUTO and options.device == "cuda" and not has_driver():
         # Each backend would name a package to install, which does not help.
         raise BackendUnavailableError("device cuda needs an NVIDIA driver, and there is none; choose device cpu")
@@ -95,18 +78,16 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
     except EngineNotFoundError as error:
         return _open_without_engine(os.fspath(model), backend, options, error)
     if backend != AUTO:
-        return _reopenable(_OPENERS[backend](engine, options), engine.folder, options)
+        return _reopenable(_opener(backend)(engine, options), engine.folder, options)
     refusals = []
     for_cpus = options.precision not in GPU_PRECISIONS
-    for name, opener in _OPENERS.items():
-        if name in _GPU_ONLY and options.device == "cpu":
-            continue
-        if for_cpus and name != _CPU_PRECISIONS_BACKEND:
+    for name in (_CPU_PRECISIONS_BACKEND,) if for_cpus else BACKENDS[1:]:
+        if name == _GPU_BACKEND and options.device == "cpu":
             continue
         try:
-            opened = opener(engine, options)
+            opened = _opener(name)(engine, options)
         except (BackendUnavailableError, StaleEngineError, CheckpointError) as error:
-            # An engine that was built and cannot be used is news; a backend that is not there is not.
+            # The user built the engine that cannot be used, so that is a warning. A missing backend is not.
             level = logging.WARNING if isinstance(error, StaleEngineError) else logging.INFO
             logger.log(level, "backend %s passed over: %s", name, error)
             refusals.append(f"{name}: {error}")
@@ -116,22 +97,28 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
             reasons = "; ".join(refusals)
             logger.warning("running in PyTorch, slower than the engine %s, for: %s", engine.folder, reasons)
         return _reopenable(opened, engine.folder, options)
-    # What needs a GPU comes last: it is not what most people miss.
-    refusals.sort(key=lambda refusal: refusal.startswith(_GPU_ONLY))
+    # Most people have no GPU and miss something else, so what needs a GPU comes last.
+    refusals.sort(key=lambda refusal: refusal.startswith(_GPU_BACKEND))
     only = f" (only {_CPU_PRECISIONS_BACKEND} runs {options.precision})" if for_cpus else ""
     raise BackendUnavailableError(f"no backend can open {engine.folder}{only}; " + "; ".join(refusals))
 
 
+def _opener(name: str) -> Any:
+    """Import the function that opens a backend."""
+    if name in _BUILT_IN:
+        module, function = _BUILT_IN[name]
+        return getattr(import_module(module), function)
+    return load_registered(registered(GROUP)[name])
+
+
 def _open_without_engine(model: str, backend: str, options: BackendOptions, error: EngineNotFoundError) -> Backend:
-    """PyTorch on the checkpoint, where the backend asked for allows it."""
-    # A folder mistyped beside others is no repository on the hub, which would be asked for half a minute.
-    mistyped = os.path.isdir(os.path.dirname(model)) and not os.path.exists(model)  # noqa: PTH110, PTH112, PTH120
+    """Open the checkpoint `model` in PyTorch, if the chosen backend allows that."""
+    # A mistyped path beside other folders is no repository on the hub, which would delay the error by half a minute.
+    mistyped = os.path.isdir(os.path.dirname(model)) and not os.path.exists(model)
     if backend not in (AUTO, "torch") or mistyped:
         raise error
-    from samekit.backends.pytorch import load_checkpoint, open_eager  # noqa: PLC0415
-
     try:
-        return _reopenable(open_eager(load_checkpoint(model, None), options), model, options)
+        return _reopenable(_opener("torch")(model, options), model, options)
     except BackendUnavailableError as unavailable:
         raise EngineNotFoundError(f"{error} (PyTorch cannot take its place: {unavailable})") from None
 
@@ -139,7 +126,7 @@ def _open_without_engine(model: str, backend: str, options: BackendOptions, erro
 def _reopenable(opened: Backend, model: str | os.PathLike[str], options: BackendOptions) -> Backend:
     """Let a backend be pickled and copied."""
     # The other process may have another working folder.
-    path = os.path.abspath(model) if os.path.isdir(model) else os.fspath(model)  # noqa: PTH100, PTH112
+    path = os.path.abspath(model) if os.path.isdir(model) else os.fspath(model)
     opened.reopening = reopen, (path, opened.name, options, opened.spec.source_sha256)
     return opened
 

@@ -78,10 +78,6 @@ class Command(click.Command):
         sys.exit(128 + came[0])
 
 
-class Group(Command, click.Group):
-    """Does so for all of its commands."""
-
-
 class UserPath(click.Path):
     """A path with a leading `~` expanded, which shells leave as it is in `--option=~/name`.
 

@@ -1,4 +1,4 @@
-"""The `samekit` command: its subcommands are thin, and import what they need when they run."""
+"""The `samekit` command. Its subcommands import what they need when they run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,48 @@ import click
 from samekit import __version__
 from samekit.cli.audio import decode, encode
 from samekit.cli.dataset import pre_encode
-from samekit.cli.export import clean, export, info, report, verify
-from samekit.cli.group import EscapingFormatter, Group, say
+from samekit.cli.engine import clean, info
+from samekit.cli.group import Command, EscapingFormatter, say
 from samekit.cli.serve import triton
+from samekit.errors import SamekitError
+from samekit.packages import load_registered, registered
+
+GROUP = "samekit.commands"
+"""The entry points that add commands; samekit_export registers `export`, `report` and `verify`."""
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+class _Group(Command, click.Group):
+    """Adds the commands of other packages, which are imported when they are run or listed."""
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        """Return the names of all commands."""
+        return sorted({*self.commands, *registered(GROUP)})
+
+    def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command, None if there is none of that name."""
+        if cmd_name in self.commands:
+            return self.commands[cmd_name]
+        entry = registered(GROUP).get(cmd_name)
+        if entry is None:
+            return None
+        try:
+            loaded: click.Command = load_registered(entry)
+        except SamekitError as error:
+            return _unavailable(cmd_name, error)
+        return loaded
+
+
+def _unavailable(name: str, error: SamekitError) -> click.Command:
+    """Return a command that raises an error, so that the list of commands can be shown."""
+
+    def fail() -> None:
+        raise error
+
+    anything = {"ignore_unknown_options": True, "allow_extra_args": True}
+    return click.Command(name, anything, fail, help=f"Unavailable: {error}")
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 @click.option("-v", "--verbose", is_flag=True, help="Say which backend was chosen and why others were not.")
 def main(verbose: bool) -> None:
@@ -22,18 +58,18 @@ def main(verbose: bool) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(EscapingFormatter("samekit: %(message)s"))
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
-    # This library installs a log handler. Without this each of its lines would be shown twice.
+    # This library installs a log handler of its own, so each of its lines would be shown twice.
     logging.getLogger("huggingface_hub").propagate = False
 
 
 @click.command()
 def doctor() -> None:
     """Show what of samekit works on this machine, and what would have to be installed for the rest."""
-    from samekit.doctor import examine  # noqa: PLC0415
+    from samekit.doctor import examine
 
     for line in examine():
         say(line)
 
 
-for command in (encode, decode, pre_encode, export, report, info, doctor, triton, clean, verify):
+for command in (encode, decode, pre_encode, info, doctor, triton, clean):
     main.add_command(command)

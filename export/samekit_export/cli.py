@@ -1,4 +1,4 @@
-"""The commands that make and inspect engine folders: export, report, info, clean, verify."""
+"""The commands `export`, `report` and `verify`: what the entry points of `samekit.commands` name."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ import click
 from samekit.cli.group import UserPath, say
 from samekit.errors import BackendUnavailableError, InputError
 from samekit.files.atomic import remove_abandoned
+from samekit.packages import INSTALL_EXPORT, import_package
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
-
-    from samekit.engine.folder import Engine
 
 
 @click.command()
@@ -41,10 +39,10 @@ def export(
 ) -> None:
     """Export MODEL (same-s, same-l, same-tiny, a checkpoint folder, or owner/name on the hub) to an engine folder."""
     _need_export()
-    from samekit_export.checkpoint import load  # noqa: PLC0415
-    from samekit_export.export import check_precisions  # noqa: PLC0415
-    from samekit_export.export import export as run  # noqa: PLC0415
-    from samekit_export.hub import PUBLISHED_WEIGHTS  # noqa: PLC0415
+    from samekit_export.checkpoint import load
+    from samekit_export.export import check_precisions
+    from samekit_export.export import export as run
+    from samekit_export.hub import PUBLISHED_WEIGHTS
 
     # Before gigabytes are downloaded.
     precisions = check_precisions(precision.split(","))
@@ -54,21 +52,20 @@ def export(
         say(f"{PUBLISHED_WEIGHTS} of {checkpoint.source['name']}, revision {checkpoint.source['revision']}")
     engine = run(checkpoint, out, precisions, force=force, report=say)
     if tensorrt != "off":
-        from samekit_export.to_tensorrt import add_engines  # noqa: PLC0415
+        from samekit_export.to_tensorrt import add_engines
 
         add_engines(engine, precisions, tensorrt, say)
 
 
 def _need_export() -> None:
-    """Say what to install where the export's packages are missing."""
-    from samekit.packages import import_package  # noqa: PLC0415
-
-    install = "pip install 'samekit[export]'"
+    """Raise InputError with the command that installs what is missing."""
     try:
         for package in ("torch", "safetensors", "onnx", "onnxscript"):
-            import_package(package, install)
+            import_package(package, INSTALL_EXPORT)
     except BackendUnavailableError as error:
-        raise InputError(f"this command needs packages that are missing ({error.cause}); run: {install}") from None
+        raise InputError(
+            f"this command needs packages that are missing ({error.cause}); run: {INSTALL_EXPORT}"
+        ) from None
 
 
 @click.command()
@@ -80,9 +77,9 @@ def _need_export() -> None:
 def report(audio: Path, model: str, out: Path, seconds: float, threads: int | None) -> None:
     """Write a page about a model on the audio file IN: players, pictures, accuracy and speed of all that runs here."""
     _need_export()
-    from samekit.engine.folder import find_engine  # noqa: PLC0415
-    from samekit.files.overwriting import require_other_file  # noqa: PLC0415
-    from samekit_export.report import write_report  # noqa: PLC0415
+    from samekit.engine.folder import find_engine
+    from samekit.files.overwriting import require_other_file
+    from samekit_export.report import write_report
 
     require_other_file(out, audio)
     remove_abandoned(out.parent, out.name)
@@ -94,64 +91,13 @@ def report(audio: Path, model: str, out: Path, seconds: float, threads: int | No
 
 @click.command()
 @click.argument("engine", type=UserPath())
-def info(engine: Path) -> None:
-    """Show what an ENGINE folder (or a model's name) holds."""
-    from samekit.engine.folder import find_engine  # noqa: PLC0415
-
-    found = find_engine(engine)
-    spec = found.spec
-    say(f"{spec.name} in {found.folder}")
-    say(f"  audio      {spec.sample_rate} Hz, {spec.channels} channels, {spec.hop} samples per latent")
-    say(f"  latents    {spec.latent_width} wide")
-    say(
-        f"  windows    start at multiples of {spec.alignment}; "
-        + ", ".join(f"{direction} context {context}" for direction, context in spec.contexts.items())
-    )
-    say(f"  source     {spec.origin}")
-    say(f"  tools      {', '.join(f'{k} {v}' for k, v in spec.tools.items())}")
-    for precision, pair in spec.graphs.items():
-        size = sum(sum(graph.sizes.values()) for graph in pair.values())
-        worst = min((case["snr_db"] for case in spec.verification.get(precision, [])), default=None)
-        against = "not verified" if worst is None else f"at least {worst} dB against eager PyTorch"
-        found.check(precision)
-        say(f"  {precision:10} {size / 1e6:.0f} MB, {against}")
-    for line in _describe_builds(found):
-        say(f"  tensorrt   {line}")
-
-
-def _describe_builds(engine: Engine) -> Iterator[str]:
-    """A line for each TensorRT build; TensorRT itself is imported only if there is one."""
-    from samekit.tensorrt.builds import build_folders, describe_builds  # noqa: PLC0415
-    from samekit.tensorrt.flavours import builder_versions  # noqa: PLC0415
-
-    if build_folders(engine):
-        yield from describe_builds(engine, builder_versions())
-
-
-@click.command()
-@click.argument("engine", type=UserPath())
-def clean(engine: Path) -> None:
-    """Remove the TensorRT engines of an ENGINE folder (or a model's name) that are stale or damaged."""
-    from samekit.engine.folder import find_engine  # noqa: PLC0415
-    from samekit.tensorrt.builds import remove_stale  # noqa: PLC0415
-    from samekit.tensorrt.flavours import builder_versions  # noqa: PLC0415
-
-    removed = remove_stale(find_engine(engine), builder_versions())
-    for folder, size in removed:
-        say(f"removed {folder}, {size / 1e6:.0f} MB")
-    if not removed:
-        say("nothing to remove")
-
-
-@click.command()
-@click.argument("engine", type=UserPath())
 def verify(engine: Path) -> None:
     """Measure every graph of an ENGINE folder (or a model's name) against eager PyTorch again."""
     _need_export()
-    from samekit.engine.folder import find_engine  # noqa: PLC0415
-    from samekit_export.checkpoint import load_source  # noqa: PLC0415
-    from samekit_export.model import Same  # noqa: PLC0415
-    from samekit_export.verify import verify as measure  # noqa: PLC0415
+    from samekit.engine.folder import find_engine
+    from samekit_export.checkpoint import load_source
+    from samekit_export.model import Same
+    from samekit_export.verify import verify as measure
 
     found = find_engine(engine)
     found.check_digests()
