@@ -50,7 +50,7 @@ question = click.command(cls=Command)
 """Makes a benchmark of a function; its errors are one line each."""
 
 
-def counts(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:  # noqa: ARG001 click's shape
+def counts(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
     """Whole numbers from 1, separated by commas."""
     parts = value.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
@@ -64,7 +64,7 @@ class Refusal(click.ClickException):
     exit_code = 2
 
 
-def _engine(context: click.Context, parameter: click.Parameter, value: str) -> Engine:  # noqa: ARG001
+def _engine(context: click.Context, parameter: click.Parameter, value: str) -> Engine:
     """Found, and whole, before anything is measured."""
     try:
         return find_engine(value)
@@ -76,7 +76,7 @@ engine_argument = click.argument("engine", callback=_engine)
 """A model's name or its engine folder; gives a `samekit.engine.folder.Engine`."""
 
 
-def _plottable(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:  # noqa: ARG001
+def _plottable(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
     """Refused before anything is measured."""
     if value is not None:
         try:

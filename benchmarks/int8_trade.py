@@ -88,7 +88,7 @@ VARIANTS = {
 }
 
 
-def listed(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:  # noqa: ARG001
+def listed(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:
     """Parse names of variants, separated by commas."""
     known = [FLOAT32, EXPORTED, *VARIANTS]
     chosen = value.split(",") if value else known

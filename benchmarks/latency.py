@@ -60,16 +60,16 @@ def open_all(engine: Path, precisions: list[str], threads: int, yardsticks: list
 def compile_(backend: Any) -> None:
     """`torch.compile` for each length, with packed weights; the warming up does not count."""
     # More shapes than this would run uncompiled under its name.
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # noqa: SLF001 there is no other way
-    model = backend._model  # noqa: SLF001 a yardstick, not a backend that we offer
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # there is no public switch
+    model = backend._model
     compiled = partial(torch.compile, dynamic=False, options={"freezing": True})
     model.encode, model.decode = compiled(model.encode), compiled(model.decode)
 
 
 def bfloat16_(backend: Any) -> None:
     """All weights and steps in bfloat16."""
-    backend._model.to(torch.bfloat16)  # noqa: SLF001 as above
-    backend._dtype = torch.bfloat16  # noqa: SLF001
+    backend._model.to(torch.bfloat16)
+    backend._dtype = torch.bfloat16
 
 
 def compile_bfloat16_(backend: Any) -> None:
@@ -80,7 +80,7 @@ def compile_bfloat16_(backend: Any) -> None:
 
 def diffusers_(backend: Any) -> None:
     """The same weights in `diffusers`' own class, for models of the band kind."""
-    backend._model = DiffusersPeer(backend._model)  # noqa: SLF001 as above
+    backend._model = DiffusersPeer(backend._model)
 
 
 def diffusers_tensor(key: str, tensor: Tensor) -> Tensor:

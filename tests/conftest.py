@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from helpers import EACH_BACKEND, FAULTS, INPUTS, KINDS, SUMMARY, WRONG, seeded
 from samekit import AutoencoderModel
 from samekit.engine.folder import Engine
 from samekit_export.checkpoint import load, save_folder
+from samekit_export.cli import PROGRESS
 from samekit_export.export import export
 from samekit_export.model import Same
 from samekit_export.random_weights import published_config
@@ -180,7 +182,7 @@ def built_of(engine_of, tmp_path_factory):
 
     def build(name):
         shutil.copytree(engine_of(name).folder, folder / name)
-        add_engines(Engine.load(folder / name), ["fp32"], "auto", print)
+        add_engines(Engine.load(folder / name), ["fp32"], "auto")
         return Engine.load(folder / name)
 
     return functools.cache(build)
@@ -252,6 +254,19 @@ def ready_graphs(engine_of, monkeypatch):
     monkeypatch.setattr("samekit_export.export.write_onnx", write)
     monkeypatch.setattr("samekit_export.export.verify", lambda *_: [])
     return written
+
+
+@pytest.fixture
+def progress(caplog):
+    """What the steps of an export report: a function that returns the lines since it was called before."""
+    caplog.set_level(logging.INFO, "samekit_export")
+
+    def lines():
+        found = [record.getMessage() for record in caplog.records if record.name in PROGRESS]
+        caplog.clear()
+        return found
+
+    return lines
 
 
 @pytest.fixture

@@ -188,12 +188,12 @@ def test_name_that_leads_out_of_the_folder(ready_graphs, tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_current_folder_is_left_alone(exported, ready_graphs):
-    before, lines = contents(exported), []
-    engine = export(seeded("tiny-s"), exported, report=lines.append)
+def test_current_folder_is_left_alone(exported, ready_graphs, progress):
+    before = contents(exported)
+    engine = export(seeded("tiny-s"), exported)
     assert ready_graphs == []
     assert engine.folder == exported / "tiny-s"
-    assert lines == [f"{engine.folder} is current; --force exports it again"]
+    assert progress() == [f"{engine.folder} is current; --force exports it again"]
     assert contents(exported) == before
 
 
@@ -259,27 +259,26 @@ def test_stale_folder_is_exported_again(exported, ready_graphs, cause):
     assert names(exported) == ["tiny-s"]
 
 
-def test_other_weights_are_exported(exported, ready_graphs):
-    other, lines = random_checkpoint("tiny-s", seed=1), []
-    assert export(other, exported, report=lines.append).spec.source_sha256 == other.sha256
+def test_other_weights_are_exported(exported, ready_graphs, progress):
+    other = random_checkpoint("tiny-s", seed=1)
+    assert export(other, exported).spec.source_sha256 == other.sha256
     assert ready_graphs == WRITTEN_AGAIN
-    assert lines[0] == "replaces an export of other weights (kind random, name tiny-s, seed 0)"
+    assert progress()[0] == "replaces an export of other weights (kind random, name tiny-s, seed 0)"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_random_weights_replace_others_by_force_only(exported, ready_graphs, checkpoint_of, precision):
+def test_random_weights_replace_others_by_force_only(exported, ready_graphs, checkpoint_of, precision, progress):
     real = dataclasses.replace(load_folder(checkpoint_of("tiny-s"), "tiny-s"), sha256="real")
-    lines = []
-    export(real, exported, report=lines.append)
-    assert any("replaces an export of other weights (kind random" in line for line in lines)
+    export(real, exported)
+    assert any("replaces an export of other weights (kind random" in line for line in progress())
     before = contents(exported)
     ready_graphs.clear()
     with pytest.raises(OutputError, match=r"holds other weights \(kind folder.*--force, or another --out") as caught:
         export(seeded("tiny-s"), exported, [precision])
     assert_one_line(caught.value)
     assert (contents(exported), ready_graphs) == (before, [])
-    engine = export(seeded("tiny-s"), exported, [precision], force=True, report=lines.append)
-    assert lines[-4].startswith("replaces an export of other weights (kind folder")
+    engine = export(seeded("tiny-s"), exported, [precision], force=True)
+    assert progress()[-4].startswith("replaces an export of other weights (kind folder")
     assert engine.spec.is_random
 
 
@@ -293,18 +292,18 @@ def test_versions_of_tools_do_not_count(exported, ready_graphs):
     assert engine.spec.tools["samekit"] == importlib.metadata.version("samekit")
 
 
-def test_what_another_graph_revision_made_does_not_stay(exported, ready_graphs):
-    folder, lines = exported / "tiny-s", []
+def test_what_another_graph_revision_made_does_not_stay(exported, ready_graphs, progress):
+    folder = exported / "tiny-s"
     change_spec(folder, graph_revision=GRAPH_REVISION + 1)
     stale = folder / "tensorrt" / "some-build" / "fingerprint.json"
     stale.parent.mkdir(parents=True)
     stale.touch()
-    engine = export(seeded("tiny-s"), exported, ["fp16"], report=lines.append)
+    engine = export(seeded("tiny-s"), exported, ["fp16"])
     assert list(engine.spec.graphs) == ["fp16"]
     assert engine.spec.graph_revision == GRAPH_REVISION
     assert names(folder) == sorted([*files_of(engine), "tensorrt"])
     assert names(folder / "tensorrt") == []
-    assert lines[0] == (
+    assert progress()[0] == (
         f"replaces an export of graph revision {GRAPH_REVISION + 1} by one of revision {GRAPH_REVISION} and keeps "
         "nothing of it"
     )
@@ -526,9 +525,9 @@ def test_wrong_graph_is_not_exported(ready_graphs, tmp_path, monkeypatch):
     assert list((tmp_path / "engines").iterdir()) == []
 
 
-def test_verify_reports_every_case(engine_of, eager_of):
-    lines = []
-    rows = verify(engine_of("tiny-s"), eager_of("tiny-s"), "fp32", lines.append)
+def test_verify_reports_every_case(engine_of, eager_of, progress):
+    rows = verify(engine_of("tiny-s"), eager_of("tiny-s"), "fp32")
+    lines = progress()
     assert len(lines) == len(rows)
     assert all(line.startswith("fp32 ") and line.endswith(" dB") for line in lines)
     assert min(row["snr_db"] for row in rows) >= FLOOR_DB["fp32"] == 90

@@ -245,9 +245,9 @@ class QuickBuilder:
     __version__ = "1.7.1.116"
 
 
-def quick_halves(engine, fingerprint, module, folder, report):
+def quick_halves(engine, fingerprint, module, folder):
     """Engines that are none."""
-    del engine, fingerprint, module, report
+    del engine, fingerprint, module
     for direction in ("encoder", "decoder"):
         (folder / f"{direction}.engine").write_bytes(direction.encode())
     (folder / "build.log").touch()
@@ -258,10 +258,10 @@ def quick_halves(engine, fingerprint, module, folder, report):
 @pytest.mark.parametrize("damaged", [False, True])
 def test_killed_build(engine, tmp_path, monkeypatch, damaged, faults):
     folder = tmp_path / "engine"
-    monkeypatch.setattr(to_tensorrt, "_build_halves", quick_halves)
+    monkeypatch.setattr(to_tensorrt, "_build_engines", quick_halves)
 
     def run():
-        to_tensorrt.build_engines(Engine.load(folder), "fp32", QuickBuilder(), "portable", lambda _: None)
+        to_tensorrt.build_engines(Engine.load(folder), "fp32", QuickBuilder(), "portable")
 
     def prepare():
         shutil.rmtree(folder, ignore_errors=True)
@@ -696,8 +696,8 @@ def test_builds_into_one_folder_at_once(engine, tmp_path, monkeypatch):
         time.sleep(0.3)
         return engines
 
-    monkeypatch.setattr(to_tensorrt, "_build_halves", slow_halves)
-    work = partial(to_tensorrt.build_engines, Engine.load(folder), "fp32", QuickBuilder(), "portable", lambda _: None)
+    monkeypatch.setattr(to_tensorrt, "_build_engines", slow_halves)
+    work = partial(to_tensorrt.build_engines, Engine.load(folder), "fp32", QuickBuilder(), "portable")
     for before in ("no build", "a damaged build"):
         built.write_text("")
         if before == "no build":
@@ -989,7 +989,7 @@ import sys
 from pathlib import Path
 from samekit.engine.folder import Engine
 from samekit_export.to_tensorrt import add_engines
-add_engines(Engine.load(Path(sys.argv[1])), ["fp32"], "rtx", print)
+add_engines(Engine.load(Path(sys.argv[1])), ["fp32"], "rtx")
 """
     command = [sys.executable, "-c", script, folder]
     begun = time.monotonic()

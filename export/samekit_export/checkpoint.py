@@ -56,9 +56,6 @@ HUB = "hub"
 BUNDLED = "bundled"
 """Weights that come with samekit."""
 
-# The methods of Path raise errors for names that no file system takes.
-_exists, _is_file, _is_folder = os.path.exists, os.path.isfile, os.path.isdir
-
 
 def load(model: str, weights: str = HUB, revision: str | None = None) -> Checkpoint:
     """Load a checkpoint.
@@ -74,7 +71,8 @@ def load(model: str, weights: str = HUB, revision: str | None = None) -> Checkpo
         CheckpointError: the checkpoint is missing, damaged, or not exactly what we implement.
     """
     model, weights = expanded_text(model), expanded_text(weights)
-    is_folder = weights == HUB and _is_folder(model)
+    # Functions of os.path, because the methods of Path raise for names that no file system takes.
+    is_folder = weights == HUB and os.path.isdir(model)
     if not is_folder:
         model = known_name(model)
     if weights == HUB and not is_folder and model not in BUNDLED_FOLDERS:
@@ -136,17 +134,17 @@ def load_folder(folder: str | Path, name: str | None = None) -> Checkpoint:
     """
     folder = Path(os.path.realpath(checked_path(folder)))
     _check_permissions(folder)
-    if _is_file(folder / diffusers.WEIGHTS_FILE):
+    if os.path.isfile(folder / diffusers.WEIGHTS_FILE):
         path = folder / diffusers.CONFIG_FILE
         document = diffusers.published_config(_read_config(path), str(path))
         config, _ = parse_config(document, f"{path} (fields under their published names)")
         tensors = _read_tensors(folder / diffusers.WEIGHTS_FILE, config, diffusers.published_key, "")
         tensors = {key: diffusers.published_tensor(key, tensor) for key, tensor in tensors.items()}
     else:
-        if not _is_folder(folder):
+        if not os.path.isdir(folder):
             raise CheckpointError(f"{folder}: there is no such folder; check the path")
         for file in (CONFIG_FILE, WEIGHTS_FILE):
-            if not _is_file(folder / file):
+            if not os.path.isfile(folder / file):
                 raise CheckpointError(
                     f"{folder}: no {file} here; pass a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}, "
                     f"or {diffusers.CONFIG_FILE} and {diffusers.WEIGHTS_FILE}"
@@ -162,7 +160,7 @@ def _check_permissions(folder: Path) -> None:
     """Refuse files that may not be read; the library that reads weights would say that they do not exist."""
     files = (CONFIG_FILE, WEIGHTS_FILE, diffusers.CONFIG_FILE, diffusers.WEIGHTS_FILE)
     for path, mode in ((folder, os.R_OK | os.X_OK), *((folder / file, os.R_OK) for file in files)):
-        if _exists(path) and not os.access(path, mode):
+        if os.path.exists(path) and not os.access(path, mode):
             raise CheckpointError(f"{path}: cannot be read ({os.strerror(errno.EACCES)}); check its permissions")
 
 
@@ -177,7 +175,7 @@ def _read_tensors(
     path: Path, config: SameConfig, published_key: Callable[[str], str], prefix: str
 ) -> dict[str, torch.Tensor]:
     """Read the tensors of the autoencoder from a safetensors file, and check their shapes before that."""
-    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 not needed to look up names of models
+    from safetensors import SafetensorError, safe_open  # not needed to look up names of models
 
     expected = tensor_shapes(config)
     try:
@@ -248,7 +246,7 @@ def _autoencoder_keys(names: Mapping[str, str], expected: AbstractSet[str], pref
 
 def save_folder(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     """Write a checkpoint folder in the published format."""
-    from safetensors.torch import save_file  # noqa: PLC0415 as above
+    from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2), encoding="utf-8")
@@ -261,7 +259,7 @@ def hub_repository(name: str) -> str:
     Raises:
         CheckpointError: `name` is neither, or it is a path.
     """
-    if name not in hub.HUB_REPOSITORIES and _is_file(name):
+    if name not in hub.HUB_REPOSITORIES and os.path.isfile(name):
         raise CheckpointError(f"{name}: is no folder; pass the folder of the checkpoint")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         # No name on the hub is like that (`huggingface_hub.utils.validate_repo_id`).

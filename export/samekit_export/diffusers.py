@@ -63,7 +63,7 @@ def published_tensor(key: str, tensor: Tensor) -> Tensor:
     """Return a tensor, given with its published key, in the published order of rows: q, k, v, q2, k2."""
     if not key.endswith("to_qkv.weight"):
         return tensor
-    import torch  # noqa: PLC0415 slow, and not needed to look up names of models
+    import torch  # slow, and not needed to look up names of models
 
     q1, q2, k1, k2, v = tensor.chunk(5)
     return torch.cat([q1, k1, v, q2, k2])

@@ -171,8 +171,8 @@ def _pinned(repository: str) -> str | None:
 
 def _cached(repository: str, revision: str | None) -> Path | None:
     """Return the folder of a revision in the cache, if both files are there."""
-    from huggingface_hub import snapshot_download  # noqa: PLC0415
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = Path(
@@ -189,7 +189,7 @@ def _is_complete(folder: Path) -> bool:
 
 def _cached_revisions(repository: str) -> list[Path]:
     """Return all complete snapshots of a repository in the cache, the newest first."""
-    from huggingface_hub import constants  # noqa: PLC0415
+    from huggingface_hub import constants
 
     try:
         # This is the documented structure of the cache. The hub's client needs the name of a revision.
@@ -217,8 +217,8 @@ def _describe_if_sizes_fit(repository: str, folder: Path) -> str | None:
 
 def _downloaded(repository: str, revision: str | None) -> Path:
     """Download a revision of a repository: the one that is asked for, else the pinned one, else the newest one."""
-    from huggingface_hub import HfApi, snapshot_download  # noqa: PLC0415
-    from huggingface_hub.errors import RevisionNotFoundError  # noqa: PLC0415
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import RevisionNotFoundError
 
     def download(wanted: str | None) -> Path:
         # This request is not repeated. For a pinned revision, snapshot_download would first repeat others for 23 s
@@ -243,7 +243,7 @@ def _downloaded(repository: str, revision: str | None) -> Path:
 
 def _failure(repository: str, error: Exception) -> CheckpointError:
     """Describe an error of the hub's client in one line, with a cure that fits it."""
-    from huggingface_hub.errors import LocalEntryNotFoundError  # noqa: PLC0415
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     # The client wraps errors of connections, and some answers of the hub, in an error about its cache.
     while isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
@@ -267,7 +267,7 @@ def _failure(repository: str, error: Exception) -> CheckpointError:
 
 def _cure(repository: str, error: Exception, status: int | None) -> str:
     """Return what helps against an error of the hub's client; `status` is the HTTP status of the hub's answer."""
-    from huggingface_hub import errors  # noqa: PLC0415
+    from huggingface_hub import errors
 
     log_in = "log in (hf auth login, or HF_TOKEN)"
     # The first that fits counts: GatedRepoError is a RepositoryNotFoundError too.

@@ -94,7 +94,7 @@ def random_checkpoint(name: str, seed: int = 0) -> Checkpoint:
     Every tensor is a function of its key, its shape and `seed`, through NumPy's frozen `RandomState` stream. So the
     same call gives the same model on every machine.
     """
-    import torch  # noqa: PLC0415 slow, and not needed to look up names of models
+    import torch  # slow, and not needed to look up names of models
 
     config, _ = parse_config(published_config(name))
     tensors = {**derived_tensors(config), "bottleneck.running_std": torch.tensor([1.25])}

@@ -104,7 +104,7 @@ def is_derived(key: str) -> bool:
 
 def derived_tensors(config: SameConfig) -> dict[str, torch.Tensor]:
     """Return the tensors that follow from the configuration."""
-    import torch  # noqa: PLC0415 slow, and not needed to look up names of models
+    import torch  # slow, and not needed to look up names of models
 
     return {
         key: torch.as_tensor(rotary_frequencies(2 * shape[0]), dtype=torch.float32)
