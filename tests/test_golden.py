@@ -9,7 +9,7 @@ LEAST_DB = 100
 
 
 def describe(case):
-    """An id such as `encode-21-chunked`."""
+    """Return an id such as `encode-21-chunked`."""
     words = [case["op"], case.get("latents"), f"batch{case['batch']}" if "batch" in case else None]
     return "-".join(str(word) for word in [*words, "chunked" if case.get("chunked") else None] if word)
 
@@ -38,7 +38,7 @@ def test_encode_and_decode(model_of, backend_name, name, case):
     else:
         output = model.decode(noise((batch, model.latent_dim, latents), case["seed"], level=1), **chunks)
         length = latents * HOP
-    # The reference returns one latent more where its chunks do not fit.
+    # The reference returns one more latent if its chunks do not fit.
     assert_close(case["output"][..., :length], output, LEAST_DB)
 
 

@@ -32,6 +32,7 @@ class DynamicTanh(nn.Module):
         self.beta = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return `[..., width]` from the same shape."""
         return self.gamma * torch.tanh(self.alpha * x) + self.beta
 
 
@@ -124,6 +125,7 @@ class GatedFeedForward(nn.Module):
         return cast("nn.Linear", self.ff[0].proj), cast("nn.Linear", self.ff[2])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return `[..., width]` from the same shape."""
         project, back = self.linears
         value, gate = project(x).chunk(2, dim=-1)
         gate = torch.sin(torch.pi * gate) if self.sine else functional.silu(gate)
