@@ -20,7 +20,7 @@ NAME = $(notdir $(patsubst %/,%,$(MODEL)))
 ENGINE = $(OUT)/$(if $(wildcard $(MODEL)),$(NAME),$(shell echo '$(NAME)' | tr A-Z a-z))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo export bench test test-slow lint format docs wheel clean
+.PHONY: help setup demo export bench test test-slow test-min lint format docs wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -73,10 +73,30 @@ endif
 test-slow: $(READY) $(RTX) ## run the tests that need minutes or gigabytes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-lint: $(READY) ## check style and types
+# The lowest version of every package that pyproject.toml allows for these extras, and the tools of the tests as pinned.
+# diffusers needs a newer huggingface-hub. TORCH_MIN=2.13.0 tests with another PyTorch, such as one that needs no
+# download.
+MIN := .venv-min
+TORCH_MIN ?= 2.9.0
+MIN_TOOLS := build hatchling pytest pytest-xdist hypothesis psutil pdoc
+
+test-min: ## run every test but the slow ones with the lowest versions of the packages; TORCH_MIN=2.9.0
+	$(PYTHON) -m venv --clear $(MIN)
+	grep -vE '^(dev|requires) = ' pyproject.toml | grep -oE '"[a-zA-Z0-9_.-]+(\[[a-z]+\])?>=[0-9.]+"' | tr -d '"' \
+		| sed -E 's/\[[a-z]+\]//; s/>=/==/; s/^torch==.*/torch==$(TORCH_MIN)/' > $(MIN)/constraints.txt
+	for tool in $(MIN_TOOLS); do grep "^$$tool==" constraints.txt; done >> $(MIN)/constraints.txt
+	$(MIN)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(MIN)/constraints.txt \
+		--editable '.[cpu,export,report,ray,triton]' $(MIN_TOOLS)
+	$(MIN)/bin/python -m pytest -m "not slow" $(WORKERS) --ignore tests/test_diffusers.py $(ARGS)
+
+DOCUMENTS := $(wildcard *.md docs/*.md benchmarks/*.md)
+
+lint: $(READY) ## check style, types, layers, and the spelling of the documents
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/codespell $(DOCUMENTS)
 
 format: $(READY) ## bring the code into the project's format
 	$(BIN)/ruff format .
@@ -88,4 +108,4 @@ wheel: $(READY) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel
 
 clean: ## remove what the other targets made, engines excepted
-	rm -rf $(VENV) dist build demo .mypy_cache .ruff_cache .pytest_cache .coverage
+	rm -rf $(VENV) $(MIN) dist build demo .mypy_cache .ruff_cache .pytest_cache .coverage

@@ -1,6 +1,6 @@
-"""Encode and decode files with models that a Triton Inference Server runs: a backend of samekit that calls it.
+"""Encode and decode files on a Triton Inference Server: a backend of samekit that sends requests to the server.
 
-Audio is read, resampled and cut here; the server gets windows of one size, which it can batch across clients.
+The client reads, resamples and cuts the audio. The server gets windows of one size, which it can batch across clients.
 
     pip install 'samekit[triton]'
     python examples/triton_client.py encode song.flac song.npy --model same-l --url localhost:8001
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 
 class TritonBackend(Backend):
-    """Both halves of a model on a server that serves what `samekit triton` wrote.
+    """Run the encoder and the decoder of a model on a server that serves a repository of `samekit triton`.
 
     Args:
         url: HOST:PORT of the server's gRPC service.
-        model: its name, such as `same-l`.
+        model: the name of the model, such as `same-l`.
 
     Raises:
         BackendError: the server does not answer, or has no such model.
@@ -57,7 +57,7 @@ class TritonBackend(Backend):
         return np.concatenate([self._infer(direction, array[row : row + self._most]) for row in rows])
 
     def _infer(self, direction: Direction, array: Array) -> Array:
-        """One request."""
+        """Send one request."""
         values = triton.InferInput(INPUT_NAMES[direction], list(array.shape), "FP32")
         values.set_data_from_numpy(np.ascontiguousarray(array))
         answer = self._called(self._client.infer, model_name(self.spec.name, direction), [values])
@@ -71,7 +71,7 @@ class TritonBackend(Backend):
             raise BackendError(f"{self._url}: {error.message()}; check the server and its log") from None
 
     def close(self) -> None:
-        """End the connection."""
+        """Close the connection."""
         super().close()
         self._client.close()
 
@@ -80,7 +80,7 @@ class TritonBackend(Backend):
 @click.argument("task", type=click.Choice(["encode", "decode"]))
 @click.argument("source", type=click.Path())
 @click.argument("target", type=click.Path())
-@click.option("--model", required=True, help="Its name, such as same-l.")
+@click.option("--model", required=True, help="Name of the model, such as same-l.")
 @click.option("--url", default="localhost:8001", show_default=True, help="HOST:PORT of the server's gRPC service.")
 def main(task: str, source: str, target: str, model: str, url: str) -> None:
     """Encode audio SOURCE to latents TARGET, or decode them."""

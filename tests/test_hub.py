@@ -86,7 +86,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, body=json.dumps({"id": repository, "sha": commit}).encode())
         elif kind == "tree":
             entries = [
-                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}  # noqa: S324
+                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
                 for name, data in files.items()
             ]
             self.answer(200, {"Content-Type": "application/json"}, json.dumps(entries).encode())

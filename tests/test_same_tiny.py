@@ -87,7 +87,7 @@ def test_round_trip_of_a_few_synthesised_clips(eager):
 @pytest.mark.slow
 def test_round_trip_of_synthesised_audio(eager):
     snrs = snrs_of_round_trips(eager, unheard(48, 4.0))
-    print({"mean": np.mean(snrs), "median": np.median(snrs)})  # noqa: T201 for the model card, with -s
+    print({"mean": np.mean(snrs), "median": np.median(snrs)})
     assert np.mean(snrs) >= 15
     assert np.median(snrs) >= 15
 
@@ -147,7 +147,7 @@ def test_round_trip_of_music_never_heard(folder, music):
         for track, (audio, rate) in music.items():
             ready = model.autoencoder.preprocess_audio_for_encoder(audio, rate)
             snrs[track] = snr_db(ready, model.autoencoder.decode_audio(model.autoencoder.encode_audio(ready)))
-    print({track: round(snr, 1) for track, snr in snrs.items()})  # noqa: T201 for the model card, with -s
+    print({track: round(snr, 1) for track, snr in snrs.items()})
     assert min(snrs.values()) >= 10
 
 

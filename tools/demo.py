@@ -1,4 +1,4 @@
-"""Export `same-tiny`, send a piece of music through it, and show the result.
+"""Export `same-tiny`, encode and decode a piece of music with every backend, and write a report.
 
 Writes `demo/piece.flac`, `demo/engines/same-tiny` and `demo/report.html`.
 """
@@ -23,7 +23,7 @@ from samekit_export.verify import FLOOR_DB
 FOLDER = Path("demo")
 MODEL = "same-tiny"
 SECONDS = 24.0
-# A piece with bass, chords, melody and drums; training drew its clips from other seeds.
+# This seed gives a piece with bass, chords, melody and drums. Training used other seeds.
 SEED = 4
 PEAK = 0.7
 

@@ -14,12 +14,12 @@ import samekit_export
 from samekit import dataset
 
 FOLDER = Path("build", "docs")
-# Its reference is `samekit COMMAND --help`.
+# The reference of the commands is `samekit COMMAND --help`.
 LEFT_OUT = "samekit.cli"
 
 
 def modules() -> list[str]:
-    """Names of the public modules: those without a leading underscore."""
+    """Return the names of the public modules, which do not begin with an underscore."""
     names = []
     for package in (samekit, samekit_export):
         within = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
@@ -28,8 +28,8 @@ def modules() -> list[str]:
 
 
 def prepare() -> None:
-    """Import what pdoc reads from modules and does not import by itself."""
-    # Names that a package imports on first use.
+    """Import what pdoc reads from modules but does not import itself."""
+    # These packages import their public names on first use.
     for package in (samekit, dataset):
         for name in package.__all__:
             vars(package)[name] = getattr(package, name)
@@ -38,19 +38,15 @@ def prepare() -> None:
 
 
 def write(folder: Path) -> None:
-    """Write a page for each public module, and an index.
-
-    Args:
-        folder: what lies there is replaced.
-    """
+    """Write a page for each public module and an index to a folder, and replace what it holds."""
     prepare()
     pdoc.render.configure(docformat="google", footer_text=f"samekit {samekit.__version__}", show_source=False)
-    # A package brings its modules along unless it has an `__all__` that leaves them out.
-    pdoc.pdoc(*[name for name in modules() if not _is_brought_along(name)], output_directory=folder)
+    # pdoc adds the modules of a package itself, unless the package has an `__all__`.
+    pdoc.pdoc(*[name for name in modules() if not _is_added_by_pdoc(name)], output_directory=folder)
 
 
-def _is_brought_along(name: str) -> bool:
-    """Whether pdoc adds a module with the package that it is in."""
+def _is_added_by_pdoc(name: str) -> bool:
+    """Return whether pdoc adds a module together with its package."""
     package = name.rpartition(".")[0]
     return bool(package) and not hasattr(sys.modules[package], "__all__")
 

@@ -1,4 +1,4 @@
-"""What this machine has of what samekit can use: packages, GPUs, engines; and what each missing part would enable."""
+"""Report for `samekit doctor`: installed packages, GPUs and engines, and what each missing package would enable."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import subprocess
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+import soundfile
 
 from samekit import __version__
 from samekit.backends.base import has_driver
@@ -27,16 +29,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """A package that samekit uses if it is there."""
+    """An optional package."""
 
     module: str
-    """What is imported."""
+    """Its name in Python."""
     enables: str
-    """What it is for."""
+    """What samekit uses it for."""
     install: str
-    """How to get it."""
+    """The command that installs it."""
     needs_gpu: bool = False
-    """Whether it is of use on a machine with an NVIDIA GPU only."""
+    """Whether it needs an NVIDIA GPU."""
 
 
 PARTS = (
@@ -58,36 +60,29 @@ PARTS = (
     Part("fsspec", "datasets written to s3://, gs:// and the like", "pip install 'samekit[ray]'"),
     Part("tritonclient", "example client of a Triton server", "pip install 'samekit[triton]'"),
 )
-"""In the order in which they matter to most people."""
+"""The optional packages, most important first."""
 
 _GPU_QUERY = ("--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader")
 
 
 def examine() -> Iterator[str]:
-    """The lines of `samekit doctor`."""
+    """Yield the lines of the report."""
     yield f"samekit {__version__}, Python {platform.python_version()}, {platform.platform()}, {available_cpus()} cores"
     yield "packages"
-    yield f"  numpy {version('numpy')}, soundfile {version('soundfile')} ({_libsndfile()})"
-    for part in PARTS:
-        yield f"  {_describe(part)}"
+    yield (
+        f"  numpy {version('numpy')}, soundfile {version('soundfile')} (libsndfile {soundfile.__libsndfile_version__})"
+    )
+    yield from (f"  {_describe(part)}" for part in PARTS)
     yield "GPUs"
-    for line in _gpus():
-        yield f"  {line}"
+    yield from (f"  {line}" for line in _gpus())
     yield "engines"
     versions = builder_versions()
     for root in engine_roots():
         yield from (f"  {line}" for line in _engines(root, versions))
 
 
-def _libsndfile() -> str:
-    """Version of the library that reads and writes audio files."""
-    import soundfile  # noqa: PLC0415
-
-    return f"libsndfile {soundfile.__libsndfile_version__}"
-
-
 def _describe(part: Part) -> str:
-    """A package's version and what more there is to know of it, or what it would enable."""
+    """Return the version and capabilities of a package, or what it would enable."""
     try:
         module: Any = import_installed(part.module)
     except ModuleNotFoundError as error:
@@ -95,8 +90,7 @@ def _describe(part: Part) -> str:
             return f"{part.module} cannot be imported ({error}): no {part.enables}; run: {part.install}"
         cure = "it needs an NVIDIA GPU" if part.needs_gpu and not has_driver() else f"run: {part.install}"
         return f"{part.module} is not installed: no {part.enables}; {cure}"
-    # A package whose libraries are missing raises whatever its loader raises.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:  # noqa: BLE001 a package whose shared libraries are missing can raise any error
         return f"{part.module} cannot be imported ({error}): no {part.enables}; reinstall it: {part.install}"
     if part.module == "onnxruntime":
         shown = f"onnxruntime {module.__version__}: {', '.join(module.get_available_providers())}"
@@ -104,22 +98,19 @@ def _describe(part: Part) -> str:
         return f"{shown}; int8 {kind}"
     if part.module == "torch":
         return f"torch {module.__version__}: {'CUDA' if module.cuda.is_available() else 'no CUDA device'}"
-    return f"{part.module} {_version(part.module, module)}"
+    return f"{part.module} {_version(module)}"
 
 
-def _version(name: str, module: Any) -> str:
+def _version(module: Any) -> str:
+    """Return the version of a package, which not every module has."""
     try:
-        return str(module.__version__)
-    except AttributeError:
-        pass
-    try:
-        return version(name)
+        return str(module.__version__) if hasattr(module, "__version__") else version(module.__name__)
     except PackageNotFoundError:
         return "of unknown version"
 
 
 def _gpus() -> Iterator[str]:
-    """A line for each GPU, or why there is none."""
+    """Yield a line for each GPU, or the reason why there is none."""
     if not has_driver():
         yield "none: no NVIDIA driver"
         return
@@ -128,7 +119,7 @@ def _gpus() -> Iterator[str]:
         yield "an NVIDIA driver, but no nvidia-smi to ask"
         return
     try:
-        done = subprocess.run([tool, *_GPU_QUERY], capture_output=True, text=True, timeout=20, check=True)  # noqa: S603
+        done = subprocess.run([tool, *_GPU_QUERY], capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         yield f"an NVIDIA driver, but nvidia-smi failed ({error})"
         return
@@ -136,7 +127,7 @@ def _gpus() -> Iterator[str]:
 
 
 def _engines(root: Path, versions: Mapping[str, str]) -> Iterator[str]:
-    """A line for each engine folder under a root, and for each of its TensorRT builds."""
+    """Yield a line for each engine folder under `root`, and for each of its TensorRT builds."""
     folders = sorted(path.parent for path in root.glob(f"*/{SPEC_FILE}"))
     if not folders:
         yield f"none in {root}"

@@ -1,4 +1,4 @@
-"""Imports of optional packages, and of what packages register in entry points; messages say what to install."""
+"""Import optional packages and entry points; the errors say what to install."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ INSTALL_EXPORT = "pip install 'samekit[export]'"
 
 
 def import_installed(name: str) -> Any:
-    """Import a package, but no folder that only has its name.
+    """Import a package, but not a folder of the same name.
 
     Python imports a folder without `__init__.py` as a namespace package. `python -m` searches the working folder first,
     and an engine folder holds a folder called `tensorrt`.
 
     Raises:
-        ModuleNotFoundError: the package is not installed.
-        Exception: whatever the package raises while it is imported.
+        ModuleNotFoundError: the package is not installed. The package itself can raise any other error.
     """
     module = importlib.import_module(name)
     if hasattr(module, "__path__") and getattr(module, "__file__", None) is None:
@@ -31,14 +30,7 @@ def import_installed(name: str) -> Any:
 
 
 def import_package(name: str, install: str) -> Any:
-    """Import an optional package.
-
-    Args:
-        name: of the package, or of a module in it.
-        install: the command that installs it.
-
-    Returns:
-        The module.
+    """Import an optional package or a module in it; `install` is the command that installs it.
 
     Raises:
         BackendUnavailableError: the package is not installed.
@@ -50,26 +42,26 @@ def import_package(name: str, install: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name and f"{name}.".startswith(f"{error.name}."):
             raise BackendUnavailableError(f"{error.name} is not installed; run: {install}") from None
-        raise _broken(name, error, install) from None
-    # The loader of a package whose libraries are missing raises errors of many kinds.
+        cause: Exception = error
+    # A package whose shared libraries are missing can raise errors of any type.
     except Exception as error:
         if _was_interrupted(error):
             raise KeyboardInterrupt from error
-        raise _broken(name, error, install) from None
+        cause = error
+    raise BackendError(
+        f"{name} is installed, but cannot be imported ({first_line(cause)}); "
+        f"install what is missing, or run: pip uninstall {name.replace('_', '-')}, then {install}"
+    )
 
 
 def import_onnxruntime() -> Any:
-    """Import ONNX Runtime.
-
-    Raises:
-        BackendUnavailableError, BackendError, KeyboardInterrupt: as `import_package`.
-    """
+    """Import ONNX Runtime; raises what `import_package` raises."""
     return import_package("onnxruntime", "pip install 'samekit[cpu]' or 'samekit[gpu]'")
 
 
 def registered(group: str) -> dict[str, EntryPoint]:
     """Return the entry points of a group by name. Other packages add to those of samekit, but cannot replace them."""
-    # Importing it takes as long as all else that `samekit --help` needs.
+    # This import takes longer than the others of `samekit`, and most commands do not need it.
     from importlib.metadata import distribution, entry_points
 
     found = (*entry_points(group=group), *distribution("samekit").entry_points.select(group=group))
@@ -77,11 +69,7 @@ def registered(group: str) -> dict[str, EntryPoint]:
 
 
 def load_registered(entry: EntryPoint) -> Any:
-    """Import what an entry point names.
-
-    Raises:
-        BackendUnavailableError, BackendError, KeyboardInterrupt: as `import_package`.
-    """
+    """Import what an entry point names; raises what `import_package` raises."""
     package = entry.dist.name if entry.dist else entry.module
     module = import_package(entry.module, INSTALL_EXPORT if package == "samekit" else f"pip install {package}")
     try:
@@ -90,15 +78,8 @@ def load_registered(entry: EntryPoint) -> Any:
         raise BackendError(f"{package} registers {entry.value}, which does not exist; update {package}") from None
 
 
-def _broken(name: str, error: Exception, install: str) -> BackendError:
-    return BackendError(
-        f"{name} is installed, but cannot be imported ({first_line(error)}); "
-        f"install what is missing, or run: pip uninstall {name.replace('_', '-')}, then {install}"
-    )
-
-
 def _was_interrupted(error: BaseException | None) -> bool:
-    """Whether an error was caused by Ctrl-C."""
+    """Return whether an error was caused by Ctrl-C."""
     seen = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, KeyboardInterrupt):

@@ -9,55 +9,45 @@ import click
 from samekit.cli.group import UserPath, say
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
-
-    from samekit.engine.folder import Engine
 
 
 @click.command()
 @click.argument("engine", type=UserPath())
 def info(engine: Path) -> None:
     """Show what an ENGINE folder (or a model's name) holds."""
-    from samekit.engine.folder import find_engine  # noqa: PLC0415
+    from samekit.engine.folder import find_engine
+    from samekit.tensorrt.builds import build_folders, describe_builds
+    from samekit.tensorrt.flavours import builder_versions
 
     found = find_engine(engine)
     spec = found.spec
     say(f"{spec.name} in {found.folder}")
     say(f"  audio      {spec.sample_rate} Hz, {spec.channels} channels, {spec.hop} samples per latent")
     say(f"  latents    {spec.latent_width} wide")
-    say(
-        f"  windows    start at multiples of {spec.alignment}; "
-        + ", ".join(f"{direction} context {context}" for direction, context in spec.contexts.items())
-    )
+    contexts = ", ".join(f"{direction} context {context}" for direction, context in spec.contexts.items())
+    say(f"  windows    start at multiples of {spec.alignment}; {contexts}")
     say(f"  source     {spec.origin}")
-    say(f"  tools      {', '.join(f'{k} {v}' for k, v in spec.tools.items())}")
+    say(f"  tools      {', '.join(f'{name} {version}' for name, version in spec.tools.items())}")
     for precision, pair in spec.graphs.items():
         size = sum(sum(graph.sizes.values()) for graph in pair.values())
         worst = min((case["snr_db"] for case in spec.verification.get(precision, [])), default=None)
         against = "not verified" if worst is None else f"at least {worst} dB against eager PyTorch"
         found.check(precision)
         say(f"  {precision:10} {size / 1e6:.0f} MB, {against}")
-    for line in _describe_builds(found):
-        say(f"  tensorrt   {line}")
-
-
-def _describe_builds(engine: Engine) -> Iterator[str]:
-    """A line for each TensorRT build; TensorRT itself is imported only if there is one."""
-    from samekit.tensorrt.builds import build_folders, describe_builds  # noqa: PLC0415
-    from samekit.tensorrt.flavours import builder_versions  # noqa: PLC0415
-
-    if build_folders(engine):
-        yield from describe_builds(engine, builder_versions())
+    # TensorRT is slow to import, so its versions are looked up only if there are builds to compare with.
+    if build_folders(found):
+        for line in describe_builds(found, builder_versions()):
+            say(f"  tensorrt   {line}")
 
 
 @click.command()
 @click.argument("engine", type=UserPath())
 def clean(engine: Path) -> None:
     """Remove the TensorRT engines of an ENGINE folder (or a model's name) that are stale or damaged."""
-    from samekit.engine.folder import find_engine  # noqa: PLC0415
-    from samekit.tensorrt.builds import remove_stale  # noqa: PLC0415
-    from samekit.tensorrt.flavours import builder_versions  # noqa: PLC0415
+    from samekit.engine.folder import find_engine
+    from samekit.tensorrt.builds import remove_stale
+    from samekit.tensorrt.flavours import builder_versions
 
     removed = remove_stale(find_engine(engine), builder_versions())
     for folder, size in removed:

@@ -1,4 +1,4 @@
-"""The command group: errors and stops become one line and an exit code, and what is printed is safe for terminals."""
+"""What all commands share: errors and signals end in one line and an exit code, and output is safe for terminals."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ from samekit.files.paths import expanded
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+STOPPED = "samekit.stopped"
+"""Key of `click.Context.meta` for the message that is shown when a command is stopped."""
+
 
 def escape_control_characters(text: str) -> str:
-    """One line that any terminal takes and that steers none, although names in files and of files may hold anything."""
+    """Return text as one line without control characters, in characters that standard output can encode."""
     shown = (
         character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
         for character in " ".join(text.splitlines())
@@ -31,17 +34,17 @@ def escape_control_characters(text: str) -> str:
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print one line, if there is somebody to read it; work goes on where there is nobody or no room."""
+    """Print one line. The command goes on if the line cannot be written, for example because a pipe was closed."""
     try:
         click.echo(escape_control_characters(text), err=err)
     except OSError:
         stream = sys.stderr if err else sys.stdout
-        # What waits in its buffer would be tried again when the program ends.
+        # Python would try to write the rest of the stream's buffer again when the program ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class EscapingFormatter(logging.Formatter):
-    """Messages as `escape_control_characters` gives them."""
+    """Format log messages as `escape_control_characters` does."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return one line."""
@@ -49,39 +52,39 @@ class EscapingFormatter(logging.Formatter):
 
 
 class Command(click.Command):
-    """Turns every error that samekit raises on purpose into one line and exit code 2, and what stops it into one too.
+    """Print every `SamekitError` as one line and exit with code 2; do likewise for signals that stop the command.
 
-    Ctrl-C gives exit code 130, SIGTERM 143, as shells say it of programs that these end. Files that were being written
-    are cleared away first.
+    As in shells, the exit code is 130 after Ctrl-C and 143 after SIGTERM. The signals raise KeyboardInterrupt, so that
+    unfinished files are deleted first.
     """
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run it."""
-        with _catch_signals() as came:
+        """Run the command."""
+        with _catch_signals() as received:
             try:
                 result = super().invoke(ctx)
-                # A library may have caught a stop and gone on.
-                if not came:
+                # A library may have caught KeyboardInterrupt and continued.
+                if not received:
                     return result
             except SamekitError as error:
-                if not came:
+                if not received:
                     raise _Failure(escape_control_characters(str(error))) from None
             except KeyboardInterrupt:
-                # From a library, or a thread that could not ask for signals.
-                if not came:
-                    came.append(signal.SIGINT)
-            # Some libraries turn a stop into errors of their own.
+                # Raised by a library, or in a thread that cannot install signal handlers.
+                if not received:
+                    received.append(signal.SIGINT)
+            # Some libraries turn KeyboardInterrupt into other errors.
             except Exception:
-                if not came:
+                if not received:
                     raise
         say(ctx.meta.get(STOPPED, "stopped; run the same command again"), err=True)
-        sys.exit(128 + came[0])
+        sys.exit(128 + received[0])
 
 
 class UserPath(click.Path):
-    """A path with a leading `~` expanded, which shells leave as it is in `--option=~/name`.
+    """A path whose leading `~` is expanded: shells do not expand it in `--option=~/name`.
 
-    Whether it can be read is found out by what opens it, in samekit's own message.
+    Whether the path can be read is checked where it is opened, which gives the better message.
     """
 
     def __init__(self) -> None:
@@ -96,28 +99,27 @@ class _Failure(click.ClickException):
     exit_code = 2
 
 
-# Key of what a context has to say when its command is stopped.
-STOPPED = "samekit.stopped"
-
-
 @contextmanager
 def _catch_signals() -> Iterator[list[signal.Signals]]:
-    """Yield the signals that came to stop the program; each raises KeyboardInterrupt, where it would end it at once."""
-    came: list[signal.Signals] = []
+    """Raise KeyboardInterrupt for SIGINT and SIGTERM, and yield a list of those that were received.
+
+    Signals that have another handler or are ignored stay as they are.
+    """
+    received: list[signal.Signals] = []
 
     def stop(number: int, _frame: object) -> None:
-        came.append(signal.Signals(number))
+        received.append(signal.Signals(number))
         raise KeyboardInterrupt
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    ours = [number for number, handler in before.items() if handler in (signal.SIG_DFL, signal.default_int_handler)]
-    # No other thread can ask for that.
+    caught = [number for number, handler in before.items() if handler in (signal.SIG_DFL, signal.default_int_handler)]
+    # Python installs signal handlers from the main thread only.
     if threading.current_thread() is not threading.main_thread():
-        ours = []
-    for number in ours:
+        caught = []
+    for number in caught:
         signal.signal(number, stop)
     try:
-        yield came
+        yield received
     finally:
-        for number in ours:
+        for number in caught:
             signal.signal(number, before[number])

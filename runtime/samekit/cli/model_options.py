@@ -1,4 +1,4 @@
-"""The command-line options that say which model to run, and how."""
+"""Command-line options that select a model, its backend, and how it runs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say which model to run, and how."""
+    """Add `--model` and the options of `backend_options` to a command."""
     model = click.option("--model", required=True, help="A name, an engine folder or a checkpoint folder.")
     return model(backend_options(command))
 
 
 def backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say how to run a model."""
+    """Add the options that say how to run a model."""
     for option in reversed(
         (
             click.option("--backend", default="auto", show_default=True, help="auto, tensorrt, onnxruntime or torch."),
@@ -36,7 +36,7 @@ def backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def open_model(model: str, **options: Any) -> AutoencoderModel:
-    """Open the model that the options name."""
-    from samekit.model import AutoencoderModel  # noqa: PLC0415
+    """Open the model of `model_options`."""
+    from samekit.model import AutoencoderModel
 
     return AutoencoderModel.from_pretrained(model, **options)

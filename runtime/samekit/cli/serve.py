@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 @click.option("--kind", default="auto", show_default=True, type=click.Choice(["auto", "gpu", "cpu"]))
 def triton(out: Path, model: str, **options: Any) -> None:
     """Write a model repository OUT for the Triton Inference Server."""
-    from samekit.engine.folder import find_engine  # noqa: PLC0415
-    from samekit.serving.triton import TritonOptions, write_repository  # noqa: PLC0415
+    from samekit.engine.folder import find_engine
+    from samekit.serving.triton import TritonOptions, write_repository
 
     for folder in write_repository(find_engine(model), out, TritonOptions(**options)):
         say(str(folder))
