@@ -204,22 +204,10 @@ def _read_tensors(
 
 
 def _autoencoder_keys(names: Mapping[str, str], expected: AbstractSet[str], prefix: str, source: str) -> dict[str, str]:
-    """Find the tensors of the autoencoder in a file.
+    """Return name without prefix -> key of the file, for the autoencoder's tensors in `names` (key -> name).
 
     A name that the model does not have is tried again with one of its components (any but the first) left out, as the
-    reference does.
-
-    Args:
-        names: key of the file -> published name with its prefix.
-        expected: the names of the model's tensors, without prefix.
-        prefix: of the autoencoder's names.
-        source: the file, for messages.
-
-    Returns:
-        Name without prefix -> key of the file, also for names that begin with `prefix` and match nothing.
-
-    Raises:
-        CheckpointError: two keys match the same tensor.
+    reference does. Names that begin with the prefix and match nothing are returned too.
     """
     model = {prefix + name for name in expected}
     missing = model.difference(names.values())

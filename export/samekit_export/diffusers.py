@@ -70,11 +70,7 @@ def published_tensor(key: str, tensor: Tensor) -> Tensor:
 
 
 def published_config(document: Any, source: str = CONFIG_FILE) -> dict[str, Any]:
-    """Return the published `model_config.json` of a `diffusers` configuration, which is always of the band kind.
-
-    Args:
-        document: the parsed JSON.
-        source: the file that it was read from, for messages.
+    """Return the published `model_config.json` for parsed JSON of `diffusers`; messages name the file `source`.
 
     Raises:
         CheckpointError: the configuration is of another class, or incomplete.

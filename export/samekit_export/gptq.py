@@ -21,12 +21,9 @@ STEPS = 127
 
 
 class GptqRounder:
-    """Rounds the weights of all products that read the same rows.
+    """Rounds the weights of all products that read the same rows, from the second moments `[in, in]` of these rows.
 
     This is step 3 of GPTQ: the upper Cholesky factor of the inverse second moments, features of large moments first.
-
-    Args:
-        moment: second moments of the rows, `[in, in]`.
     """
 
     def __init__(self, moment: Tensor) -> None:

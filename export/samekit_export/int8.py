@@ -117,11 +117,8 @@ def _check_finite(tensors: Iterable[Tensor]) -> None:
 def scale_features_(graph: GraphEncoder | GraphDecoder, moments: dict[str, Tensor]) -> None:
     """Divide features by the root of their size at each of `QUANTIZED_INPUTS`, and multiply weights by it; in place.
 
-    The factors are powers of two, so float32 products stay bit for bit the same.
-
-    Args:
-        graph: float32.
-        moments: of `moments_of`; replaced by those of the scaled rows.
+    The factors are powers of two, so float32 products stay bit for bit the same. The moments of `moments_of` are
+    replaced by those of the scaled rows.
     """
     block: GraphBlock
     for i, block in enumerate(graph.trunk.blocks):  # type: ignore[assignment]
@@ -171,9 +168,7 @@ class Product:
 def products(graph: GraphEncoder | GraphDecoder, moments: dict[str, Tensor]) -> Iterator[Product]:
     """Yield both forms of the products of the blocks; the layers at the ends are a hundredth of the work.
 
-    Args:
-        graph: float32.
-        moments: of `moments_of`; emptied, so that their memory is freed.
+    The graph is float32. The moments of `moments_of` are removed from the dict, so that their memory is freed.
     """
     for i, block in enumerate(graph.trunk.blocks):
         for name, layers in QUANTIZED_INPUTS.items():

@@ -99,11 +99,9 @@ class Int8Branch(Int8Linear):
 
 
 def rotation_for(features: int, most: int | None = None) -> Tensor:
-    """Return an orthogonal Hadamard matrix, float64, whose size is the largest power of two that divides `features`.
+    """Return an orthogonal Hadamard matrix, float64.
 
-    Args:
-        features: of the rows to be rotated.
-        most: a power of two that the size does not exceed.
+    Its size is the largest power of two that divides `features` and does not exceed `most`.
     """
     divisor = features & -features
     size = min(divisor, most or divisor)

@@ -51,15 +51,9 @@ AUTO, RTX, OFF = MODES = ("auto", "rtx", "off")
 
 
 def add_engines(engine: Engine, precisions: Sequence[str], mode: str) -> list[Build]:
-    """Build the TensorRT engines that an engine folder lacks; log each step, and what is left out and why.
+    """Build the TensorRT engines that a finished engine folder lacks; log each step, and what is left out and why.
 
-    Args:
-        engine: a finished engine folder.
-        precisions: of its graphs.
-        mode: of `MODES`.
-
-    Returns:
-        The builds of these precisions, current ones included.
+    The mode is one of `MODES`. Returns the builds of these precisions, also current ones.
 
     Raises:
         InputError: unknown mode.
