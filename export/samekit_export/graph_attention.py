@@ -30,6 +30,7 @@ class AttentionGroups:
 
     def __init__(self, tables: AttentionTables, batch: int, groups: int) -> None:
         self.tables = tables
+        """The constants."""
         self.total = batch * groups
         """Groups of all sequences."""
         # A range times zero takes fewer ONNX operators than an expansion to a shape.
