@@ -1,7 +1,7 @@
-"""How near is each precision to eager PyTorch, by length, level and seed?
+"""How accurate is each precision against eager PyTorch, by length, level and seed?
 
-`samekit verify` holds one usual input of a few lengths to a floor; this measures others, to the same definition of SNR.
-Quiet inputs have none: what a graph rounds does not all shrink with its input.
+`samekit verify` checks inputs of a usual level against a floor. This benchmark measures other inputs with the same SNR.
+No floor applies to quiet inputs, because not all rounding errors of a graph shrink with its input.
 
     python benchmarks/accuracy.py engines/same-s --latents 1,32,128
 """
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from samekit.engine.folder import Engine
 
 LEVELS = (1.0, 0.01)
-"""Times the usual level of an input."""
+"""Factors of the usual level of an input."""
 
 
 def measure(
     eager: Autoencoder, tested: dict[str, Autoencoder], direction: Direction, lengths: list[int], seeds: int
 ) -> list[dict[str, Any]]:
-    """A row for each precision and input."""
+    """Return a row for each precision and input."""
     rows = []
     for latents in lengths:
         for seed in range(seeds):
@@ -74,7 +74,7 @@ def main(
         panels[direction][f"{of}, {length} latents, level {level:g}"] = snr
         print(f"{direction:10}{of:10}{length:>8}{level:>8g}{snr:>9.1f} dB")
     if plot_path:
-        plot_bars(plot_path, panels, x="SNR in dB, the least of all inputs")
+        plot_bars(plot_path, panels, x="least SNR of all inputs, in dB")
     finish("accuracy", rows)
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, sessions, honest timing, pictures, and the last line of JSON."""
+"""Shared by the benchmarks: options, sessions, timing, pictures, and the last line of JSON."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ __all__ = [
 ]
 
 STARTED = machine()
-"""The machine before anything was measured: its load is that of others."""
+"""The machine before anything was measured, so its load is caused by other programs."""
 
 question = click.command(cls=Command)
-"""Makes a benchmark of a function; its errors are one line each."""
+"""Makes a function a benchmark command, whose errors are one line each."""
 
 
-def counts(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:  # noqa: ARG001 click's shape
-    """Whole numbers from 1, separated by commas."""
+def counts(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
+    """Parse whole numbers from 1, separated by commas."""
     parts = value.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise click.BadParameter(f"{value!r} is no list of whole numbers from 1")
@@ -59,13 +59,13 @@ def counts(context: click.Context, parameter: click.Parameter, value: str) -> li
 
 
 class Refusal(click.ClickException):
-    """One line, as `Command` says it, which begins after options are read."""
+    """An error in the arguments, shown in one line as `Command` shows errors of samekit."""
 
     exit_code = 2
 
 
-def _engine(context: click.Context, parameter: click.Parameter, value: str) -> Engine:  # noqa: ARG001
-    """Found, and whole, before anything is measured."""
+def _engine(context: click.Context, parameter: click.Parameter, value: str) -> Engine:
+    """Find an engine folder before anything is measured."""
     try:
         return find_engine(value)
     except SamekitError as error:
@@ -73,11 +73,11 @@ def _engine(context: click.Context, parameter: click.Parameter, value: str) -> E
 
 
 engine_argument = click.argument("engine", callback=_engine)
-"""A model's name or its engine folder; gives a `samekit.engine.folder.Engine`."""
+"""A model's name or its engine folder, as a `samekit.engine.folder.Engine`."""
 
 
-def _plottable(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:  # noqa: ARG001
-    """Refused before anything is measured."""
+def _plottable(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+    """Refuse a picture that cannot be written before anything is measured."""
     if value is not None:
         try:
             import matplotlib as mpl  # noqa: F401
@@ -95,23 +95,23 @@ plot_option = click.option(
     callback=_plottable,
     help="Write a picture; needs matplotlib.",
 )
-"""Where a benchmark writes its picture."""
+"""The path of a benchmark's picture."""
 
 
 def call_of(codec: Autoencoder, direction: Direction) -> Callable[[Any], Any]:
-    """The call that users make."""
+    """Return the method that users call."""
     return codec.encode_audio if direction == ENCODER else codec.decode_audio
 
 
 def open_codec(engine: Path, backend: str, precision: str, threads: int | None) -> Autoencoder:
-    """One candidate on the CPU."""
+    """Open one candidate on the CPU."""
     return AutoencoderModel.from_pretrained(
         engine, "cpu", backend=backend, precision=precision, threads=threads
     ).autoencoder
 
 
 def open_session(graph: bytes | Path, threads: int, precision: str, profile: Path | None = None) -> InferenceSession:
-    """A session as the runtime opens it, with a profiler if it has a place to write to."""
+    """Open a session as the runtime does, with a profiler that writes to `profile` if given."""
     onnxruntime = import_onnxruntime()
     options = session_options(onnxruntime, threads, precision)
     if profile:
@@ -121,10 +121,10 @@ def open_session(graph: bytes | Path, threads: int, precision: str, profile: Pat
 
 
 def child(*command: str | Path) -> str:
-    """What a command prints.
+    """Run a command and return its output.
 
     Raises:
-        click.ClickException: it failed; says what it said last.
+        click.ClickException: the command failed; the message is the last line of its errors.
     """
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
@@ -134,10 +134,10 @@ def child(*command: str | Path) -> str:
 
 
 def plot_lines(path: Path, points: Iterable[tuple[str, str, float, float]], x: str, y: str) -> None:
-    """Write a picture of points (panel, line, abscissa, ordinate)."""
+    """Write a picture of points (panel, line, x, y)."""
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for panel, line, abscissa, ordinate in points:
-        panels.setdefault(panel, {}).setdefault(line, []).append((abscissa, ordinate))
+    for panel, line, x_value, y_value in points:
+        panels.setdefault(panel, {}).setdefault(line, []).append((x_value, y_value))
 
     def draw(axes: Any, title: str) -> None:
         for name, line_points in panels[title].items():
@@ -150,7 +150,7 @@ def plot_lines(path: Path, points: Iterable[tuple[str, str, float, float]], x: s
 
 
 def plot_bars(path: Path, panels: Mapping[str, Mapping[str, float]], x: str) -> None:
-    """Write a picture of panels, each with a bar for every name."""
+    """Write a picture of panels, each with one bar for every name."""
 
     def draw(axes: Any, title: str) -> None:
         bars = axes.barh(list(panels[title]), list(panels[title].values()))
@@ -174,12 +174,7 @@ def _plot(path: Path, titles: Iterable[str], draw: Callable[[Any, str], None]) -
 
 
 def finish(question: str, results: object) -> None:
-    """The last line: everything, for machines; options and engine are those of the running command.
-
-    Args:
-        question: the benchmark's name.
-        results: what it measured.
-    """
+    """Print the last line: machine, options, engine and results of the benchmark `question` as JSON."""
     options = click.get_current_context().params
     engine: Engine | None = options.get("engine")
     document: dict[str, Any] = {"benchmark": question, "machine": STARTED, "options": options}

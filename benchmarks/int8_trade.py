@@ -1,7 +1,7 @@
-"""What does int8 cost in accuracy and give in time, and what does each measure that keeps the error small?
+"""What does int8 cost in accuracy and save in time, and what does each step contribute that keeps the error small?
 
-Every variant is written as an ONNX graph, of seeded random weights or of `same-tiny`'s trained ones, and run in ONNX
-Runtime, in turn with the others; the yardstick of accuracy is eager PyTorch in float32.
+Every variant is written as an ONNX graph, of seeded random weights or of the trained weights of `same-tiny`. All run in
+ONNX Runtime in turn. Accuracy is measured against eager PyTorch in float32.
 
     python benchmarks/int8_trade.py same-s --direction encoder --latents 64
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
-from dataclasses import fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +28,19 @@ from samekit.audio import read_audio, to_channels
 from samekit.engine.spec import DECODER, ENCODER, Direction
 from samekit_export.checkpoint import BUNDLED_FOLDERS, load
 from samekit_export.export import GRAPHS
-from samekit_export.int8 import MEASURES, QuantizationOptions, prepare_, quantize_, use_
-from samekit_export.int8_layers import Int8Linear
+from samekit_export.gptq import GptqRounder
+from samekit_export.int8 import (
+    CALIBRATION_LATENTS,
+    CALIBRATION_SEED,
+    examples,
+    moments_of,
+    products,
+    quantize_,
+    rotate_heads_,
+    scale_features_,
+    select_int8_,
+)
+from samekit_export.int8_layers import Int8Branch, Int8Linear
 from samekit_export.model import Same
 from samekit_export.model_spec import spec_of
 from samekit_export.random_weights import random_checkpoint
@@ -39,27 +50,46 @@ from samekit_export.verify import example_input, snr_db
 if TYPE_CHECKING:
     from samekit_export.graph import GraphDecoder, GraphEncoder
 
-FLOAT32, EXPORTED, TOGETHER = "float32", "as exported", "rows not apart"
-NONE = QuantizationOptions(**dict.fromkeys((field.name for field in fields(QuantizationOptions)), False))
 
-# Variant -> what is done, and the roles that stay float32.
-VARIANTS: dict[str, tuple[QuantizationOptions, tuple[str, ...]]] = {
-    "every product int8": (MEASURES, ()),
-    "feed-forward's end float32": (MEASURES, ("ff",)),
-    "value and gate float32": (MEASURES, ("value", "gate")),
-    "attention float32": (MEASURES, ("q.linear", "k.linear", "v", "out")),
-    "attention int8 only": (MEASURES, ("value", "gate", "ff")),
-    "inner activations not rotated": (replace(MEASURES, rotate_inner=False), ()),
-    "heads not rotated": (replace(MEASURES, rotate_heads=False), ()),
-    "features not scaled": (replace(MEASURES, scale_features=False), ()),
-    "rounded to nearest": (replace(MEASURES, compensate=False), ()),
-    TOGETHER: (replace(MEASURES, split_latent_rows=False), ()),
-    "none of these measures": (NONE, ()),
+@dataclass(frozen=True)
+class QuantizationOptions:
+    """The steps that keep the error of int8 products small, and the layers that stay float32."""
+
+    rotate_heads: bool = True
+    """Rotate the outputs of heads."""
+    rotate_inner: bool = True
+    """Rotate the inner activations of the feed-forward."""
+    scale_features: bool = True
+    """Make large features smaller."""
+    compensate: bool = True
+    """Round weights so that errors cancel."""
+    split_latent_rows: bool = True
+    """Give the rows of the decoder's latents a range of their own in the feed-forward."""
+    float32: tuple[str, ...] = ()
+    """Roles of the products that stay float32."""
+
+
+FLOAT32, EXPORTED, NOT_SPLIT = "float32", "as exported", "rows not split"
+
+VARIANTS = {
+    "every product int8": QuantizationOptions(),
+    "feed-forward's end float32": QuantizationOptions(float32=("ff",)),
+    "value and gate float32": QuantizationOptions(float32=("value", "gate")),
+    "attention float32": QuantizationOptions(float32=("q.linear", "k.linear", "v", "out")),
+    "attention int8 only": QuantizationOptions(float32=("value", "gate", "ff")),
+    "inner activations not rotated": QuantizationOptions(rotate_inner=False),
+    "heads not rotated": QuantizationOptions(rotate_heads=False),
+    "features not scaled": QuantizationOptions(scale_features=False),
+    "rounded to nearest": QuantizationOptions(compensate=False),
+    NOT_SPLIT: QuantizationOptions(split_latent_rows=False),
+    "none of these steps": QuantizationOptions(
+        rotate_heads=False, rotate_inner=False, scale_features=False, compensate=False, split_latent_rows=False
+    ),
 }
 
 
-def listed(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:  # noqa: ARG001
-    """Names of variants, separated by commas."""
+def listed(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:
+    """Parse names of variants, separated by commas."""
     known = [FLOAT32, EXPORTED, *VARIANTS]
     chosen = value.split(",") if value else known
     if unknown := [name for name in chosen if name not in known]:
@@ -67,19 +97,42 @@ def listed(context: click.Context, parameter: click.Parameter, value: str | None
     return chosen
 
 
+@torch.no_grad()
+def quantize_with_(graph: GraphEncoder | GraphDecoder, model: Same, options: QuantizationOptions) -> None:
+    """Turn the products of a float32 graph into int8, in place, without the steps that the options leave out."""
+    if options.rotate_heads:
+        rotate_heads_(graph)
+    moments = moments_of(graph, examples(graph, model, CALIBRATION_LATENTS, CALIBRATION_SEED))
+    if options.scale_features:
+        scale_features_(graph, moments)
+    if not options.compensate:
+        # For rows that are not correlated, every weight is rounded to the nearest step.
+        moments = {key: torch.eye(len(moment)) for key, moment in moments.items()}
+    inner = {key: moment for key, moment in moments.items() if key.endswith(".inner")}
+    prepared = list(products(graph, moments))
+    if not options.rotate_inner:
+        for i, product in enumerate(prepared):
+            if product.role == "ff":
+                rounder = GptqRounder(inner[f"{product.block}.inner"])
+                prepared[i] = replace(product, int8=Int8Branch(product.float32, rounder))  # type: ignore[arg-type]
+    select_int8_(graph, prepared, [product for product in prepared if product.role not in options.float32])
+    if not options.split_latent_rows:
+        block: Any
+        for block in graph.trunk.blocks:
+            block.split_latent_rows = False
+
+
 def change(graph: GraphEncoder | GraphDecoder, model: Same, variant: str) -> int:
-    """Make a variant of a float32 graph, in place; returns how many products of its blocks are int8."""
+    """Make a variant of a float32 graph, in place; return how many products of its blocks are int8."""
     if variant == EXPORTED:
         quantize_(graph, model)
     elif variant != FLOAT32:
-        measures, kept = VARIANTS[variant]
-        found = prepare_(graph, model, measures)
-        use_(graph, found, [product for product in found if product.role not in kept], measures)
+        quantize_with_(graph, model, VARIANTS[variant])
     return sum(isinstance(module, Int8Linear) for module in graph.modules())
 
 
 def from_file(path: Path, model: Same, direction: Direction, latents: int) -> np.ndarray[Any, Any]:
-    """The start of a file, or its latents."""
+    """Return the start of a file, or its latents for a decoder."""
     config, length = model.config, latents * model.config.hop
     samples, rate = read_audio(path)
     if rate != config.sample_rate or samples.shape[1] < length:
@@ -96,7 +149,9 @@ def from_file(path: Path, model: Same, direction: Direction, latents: int) -> np
 @click.option("--direction", default=ENCODER, show_default=True, type=click.Choice([ENCODER, DECODER]))
 @click.option("--variants", callback=listed, help="Separated by commas. [default: all]")
 @click.option("--latents", default=64, show_default=True, type=click.IntRange(1))
-@click.option("--audio", type=click.Path(path_type=Path, exists=True), help="Its start in place of noise.")
+@click.option(
+    "--audio", type=click.Path(path_type=Path, exists=True), help="Use the start of this file instead of noise."
+)
 @click.option("--seed", default=0, show_default=True, help="Of the weights.")
 @click.option("--runs", default=5, show_default=True, type=click.IntRange(1))
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="[default: all cores]")
@@ -112,12 +167,12 @@ def main(
     threads: int | None,
     plot_path: Path | None,
 ) -> None:
-    """Print the table for one half of one model; the last line is JSON."""
+    """Print the table for the encoder or decoder of one model; the last line is JSON."""
     threads = threads or machine()["cores"]
-    # The encoder feeds no rows apart.
-    chosen = [variant for variant in variants if direction == DECODER or variant != TOGETHER]
+    # Encoders never split rows.
+    chosen = [variant for variant in variants if direction == DECODER or variant != NOT_SPLIT]
     if not chosen:
-        raise click.UsageError(f"{TOGETHER!r} is a variant of decoders")
+        raise click.UsageError(f"{NOT_SPLIT!r} is a variant of decoders")
     torch.set_num_threads(threads)
     checkpoint = load(name) if name in BUNDLED_FOLDERS else random_checkpoint(name, seed)
     model = Same.from_checkpoint(checkpoint)

@@ -1,7 +1,7 @@
-"""How long does one clip take, by length, against eager PyTorch?
+"""How long does one clip take, by length, compared with eager PyTorch?
 
-Every candidate runs in the same process, in turn, in inference mode, warmed up, with the same threads. A ratio is
-reported only where the outputs agree to the precision's floor.
+All candidates run in the same process in turn, in inference mode, after a warm-up, with the same number of threads. A
+ratio is reported only if the outputs agree to the floor of the precision.
 
     python benchmarks/latency.py engines/same-s --latents 32,128 --plot latency.png
 """
@@ -29,7 +29,7 @@ from common import (
 
 from samekit.engine.spec import DECODER, ENCODER, Direction
 from samekit_export.config import BandSpan
-from samekit_export.diffusers import diffusers_tensor, published_key
+from samekit_export.diffusers import published_key
 from samekit_export.verify import FLOOR_DB, example_input, snr_db
 
 if TYPE_CHECKING:
@@ -45,11 +45,11 @@ if TYPE_CHECKING:
 EAGER = "torch fp32"
 
 FLOORS = FLOOR_DB | {"bf16": 30.0}
-"""Least SNR in dB with which a candidate of a precision is one at all."""
+"""Least SNR in dB for which the time of a candidate counts, by precision."""
 
 
 def open_all(engine: Path, precisions: list[str], threads: int, yardsticks: list[str]) -> dict[str, Autoencoder]:
-    """The candidates by name, eager PyTorch first."""
+    """Open the candidates by name, eager PyTorch first."""
     codecs = {EAGER: open_codec(engine, "torch", "fp32", threads)}
     for name in yardsticks:
         codecs[name] = open_codec(engine, "torch", "fp32", threads)
@@ -58,29 +58,37 @@ def open_all(engine: Path, precisions: list[str], threads: int, yardsticks: list
 
 
 def compile_(backend: Any) -> None:
-    """`torch.compile` for each length, with packed weights; the warming up does not count."""
-    # More shapes than this would run uncompiled under its name.
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # noqa: SLF001 there is no other way
-    model = backend._model  # noqa: SLF001 a yardstick, not a backend that we offer
+    """Compile the model for each length, with packed weights; the warm-up is not counted."""
+    # Without this, shapes beyond a limit would run without compilation. No public setting exists.
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    model = backend._model
     compiled = partial(torch.compile, dynamic=False, options={"freezing": True})
     model.encode, model.decode = compiled(model.encode), compiled(model.decode)
 
 
 def bfloat16_(backend: Any) -> None:
-    """All weights and steps in bfloat16."""
-    backend._model.to(torch.bfloat16)  # noqa: SLF001 as above
-    backend._dtype = torch.bfloat16  # noqa: SLF001
+    """Use bfloat16 for all weights and steps."""
+    backend._model.to(torch.bfloat16)
+    backend._dtype = torch.bfloat16
 
 
 def compile_bfloat16_(backend: Any) -> None:
-    """Both."""
+    """Use bfloat16 and compile the model."""
     bfloat16_(backend)
     compile_(backend)
 
 
 def diffusers_(backend: Any) -> None:
-    """The same weights in `diffusers`' own class, for models of the band kind."""
-    backend._model = DiffusersPeer(backend._model)  # noqa: SLF001 as above
+    """Use the same weights in the class of `diffusers`, for models of the band kind."""
+    backend._model = DiffusersPeer(backend._model)
+
+
+def diffusers_tensor(key: str, tensor: Tensor) -> Tensor:
+    """Return a published tensor, given with the key of `diffusers`, in the order of rows of that class."""
+    if not key.endswith("to_qkv.weight"):
+        return tensor
+    q1, k1, v, q2, k2 = tensor.chunk(5)
+    return torch.cat([q1, q2, k1, k2, v])
 
 
 class DiffusersPeer:
@@ -108,12 +116,12 @@ class DiffusersPeer:
         )
 
     def encode(self, audio: Tensor) -> Tensor:
-        """`[batch, channels, samples]` to `[batch, latent_width, latents]`."""
+        """Return latents `[batch, latent_width, latents]` from audio `[batch, channels, samples]`."""
         latents: Tensor = self._theirs.encode(audio).latents
         return latents
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The way back."""
+        """Return audio `[batch, channels, samples]` from latents `[batch, latent_width, latents]`."""
         audio: Tensor = self._theirs.decode(latents).sample
         return audio
 
@@ -124,15 +132,15 @@ YARDSTICKS: dict[str, Callable[[Any], None]] = {
     "compiled bf16": compile_bfloat16_,
     "diffusers fp32": diffusers_,
 }
-"""What else to measure beside eager PyTorch in float32, by name: each changes an eager backend in place."""
+"""Further candidates by name: each function changes an eager backend in place."""
 
 
 def measure(codecs: dict[str, Autoencoder], direction: Direction, latents: int, runs: int) -> list[dict[str, Any]]:
-    """A row for each candidate on one length."""
+    """Return a row for each candidate on one length."""
     spec = codecs[EAGER].spec
     given = example_input(spec, direction, 1, latents, seed=latents)
     for codec in codecs.values():
-        # What a service sees: the engine would otherwise pack its weights in one of the counted runs.
+        # As in a service. Otherwise the engine would pack its weights in one of the counted runs.
         codec.backend.use_packed_weights(direction)
     calls = {name: call_of(codec, direction) for name, codec in codecs.items()}
     expected = calls[EAGER](given)
@@ -160,7 +168,7 @@ def measure(codecs: dict[str, Autoencoder], direction: Direction, latents: int, 
 
 
 def show(row: dict[str, Any]) -> str:
-    """One line of the table."""
+    """Format one line of the table."""
     ratio = "refused" if row["times_eager"] is None else f"{row['times_eager']:.2f} x"
     snr = "" if row["snr_db"] is None else f"{row['snr_db']:.1f} dB"
     seconds = row["seconds"]
@@ -177,7 +185,11 @@ def show(row: dict[str, Any]) -> str:
 @click.option("--runs", default=5, show_default=True, type=click.IntRange(1))
 @click.option("--threads", type=click.IntRange(1), help="For every candidate. [default: all cores]")
 @click.option(
-    "--yardstick", "yardsticks", multiple=True, type=click.Choice(list(YARDSTICKS)), help="Measured as well; several."
+    "--yardstick",
+    "yardsticks",
+    multiple=True,
+    type=click.Choice(list(YARDSTICKS)),
+    help="Measure this candidate as well; may be repeated.",
 )
 @plot_option
 def main(

@@ -1,8 +1,8 @@
-"""How near is a graph to what this machine can do, and where does the rest of the time go?
+"""What fraction of this machine's speed does a graph reach, and which operators take the time?
 
-The limit is that of one large matrix product in ONNX Runtime with the same threads. The arithmetic is counted from the
-shapes of the products that ran, so what the graph leaves out does not count. The breakdown by operator is of ONNX
-Runtime's profiler, which itself costs some percent; the fraction is of runs without it.
+The limit is the speed of one large matrix product in ONNX Runtime with the same number of threads. Operations are
+counted from the shapes of the products that ran. The times by operator are those of ONNX Runtime's profiler, which
+costs a few percent. The fraction is measured without it.
 
     python benchmarks/limit.py engines/same-s --latents 64
 """
@@ -45,22 +45,22 @@ if TYPE_CHECKING:
     from samekit.arrays import Array
     from samekit.engine.folder import Engine
 
-# Rows, inner size, columns: of the size of the models' feed-forward products, and larger.
+# Rows, inner size and columns: as large as the models' feed-forward products, and larger.
 LARGE = ((2176, 768, 4608), (2176, 1536, 9216), (4096, 4096, 4096))
-QUANTISED = "int8"
+QUANTIZED = "int8"
 RUNS = 12
 
 
 def product_graph(inner: int, columns: int, precision: str) -> bytes:
-    """One matrix product with constant weights, dynamically quantised for int8."""
+    """Return an ONNX graph of one matrix product with constant weights, dynamically quantized for int8."""
     weight = np.random.default_rng(0).standard_normal((inner, columns), np.float32)
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", None]) for name in "xy")
-    if precision == QUANTISED:
-        quantised = numpy_helper.from_array((weight * 30).clip(-127, 127).astype(np.int8), "w")
-        constants = [quantised, numpy_helper.from_array(np.array(1 / 30, np.float32), "scale")]
+    if precision == QUANTIZED:
+        quantized = numpy_helper.from_array((weight * 30).clip(-127, 127).astype(np.int8), "w")
+        constants = [quantized, numpy_helper.from_array(np.array(1 / 30, np.float32), "scale")]
         nodes = [
-            helper.make_node("DynamicQuantizeLinear", ["x"], ["quantised", "x_scale", "zero"]),
-            helper.make_node("MatMulInteger", ["quantised", "w", "zero"], ["sums"]),
+            helper.make_node("DynamicQuantizeLinear", ["x"], ["quantized", "x_scale", "zero"]),
+            helper.make_node("MatMulInteger", ["quantized", "w", "zero"], ["sums"]),
             helper.make_node("Cast", ["sums"], ["total"], to=TensorProto.FLOAT),
             helper.make_node("Mul", ["x_scale", "scale"], ["both"]),
             helper.make_node("Mul", ["total", "both"], ["y"]),
@@ -75,13 +75,13 @@ def product_graph(inner: int, columns: int, precision: str) -> bytes:
 
 
 def fastest(engine: InferenceSession, given: Array) -> float:
-    """Seconds of the fastest of several runs: the limit is what the machine can do, not what it usually does."""
+    """Return the seconds of the fastest of several runs."""
     run = partial(engine.run, None, {engine.get_inputs()[0].name: given})
     return summary(interleaved({"": run}, RUNS)[""])["min"]
 
 
 def measured_limit(precision: str, threads: int) -> float:
-    """The most operations a second of the large products."""
+    """Return the most operations a second of the large products."""
     speeds = []
     for rows, inner, columns in LARGE:
         engine = open_session(product_graph(inner, columns, precision), threads, precision)
@@ -96,7 +96,7 @@ def _size(shapes: list[dict[str, list[int]]], index: int) -> list[int]:
 
 
 def operations(event: dict[str, Any]) -> int:
-    """Multiplications and additions of one node that ran, if it is a matrix product: 2 * inner * outputs."""
+    """Count multiplications and additions of a node: 2 * inner * outputs for a matrix product, 0 for others."""
     name = event["args"]["op_name"]
     if not any(part in name for part in ("MatMul", "Gemm")):
         return 0
@@ -107,7 +107,7 @@ def operations(event: dict[str, Any]) -> int:
 
 
 def profile(path: Path, given: Array, threads: int, precision: str) -> list[dict[str, Any]]:
-    """Events of the nodes of one warm run."""
+    """Return the events of the nodes in one run after a warm-up."""
     with tempfile.TemporaryDirectory() as folder:
         engine = open_session(path, threads, precision, Path(folder) / "profile")
         feeds = {engine.get_inputs()[0].name: given}
@@ -119,7 +119,7 @@ def profile(path: Path, given: Array, threads: int, precision: str) -> list[dict
 
 
 def breakdown(events: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Share of the time by operator, largest first."""
+    """Return the fraction of the time of each operator, largest first."""
     times: dict[str, float] = defaultdict(float)
     for event in events:
         times[event["args"]["op_name"]] += event["dur"]
@@ -138,7 +138,7 @@ def breakdown(events: Iterable[dict[str, Any]]) -> dict[str, float]:
     multiple=True,
     default=(ENCODER, DECODER),
     type=click.Choice((ENCODER, DECODER)),
-    help="Alone, in memory that nothing else has used. [default: both]",
+    help="Measure only this one, in memory that nothing else has used. [default: both]",
 )
 @plot_option
 def main(
@@ -162,7 +162,7 @@ def main(
         del opened
         events = profile(path, given, threads, precision)
         rows[direction] = {"seconds": seconds, "operations": sum(map(operations, events)), "shares": breakdown(events)}
-    # Last: memory that large products have used and freed makes graphs up to 8 % slower than in a fresh process.
+    # Measured last, because graphs are up to 8 % slower in memory that large products have used and freed.
     limit = measured_limit(precision, threads)
     print(f"large {precision} products: {limit / 1e9:.0f} GOP/s with {threads} threads")
     for name, row in rows.items():

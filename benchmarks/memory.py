@@ -1,4 +1,4 @@
-"""How much memory, by length? Files encoded and decoded by the command, each in a process of its own.
+"""How much memory does a file take, by length? The command encodes and decodes each file in a new process.
 
 python benchmarks/memory.py engines/same-s --latents 64,1024,4096
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from samekit.engine.folder import Engine
     from samekit.engine.spec import EngineSpec
 
-# Reports the peak of its own memory in KiB, from Linux: what `getrusage` gives begins with the parent's peak.
+# Prints the peak memory of this process in KiB. The value of `getrusage` starts at the parent's peak.
 PEAK = """
 import sys
 from samekit.cli.main import main
@@ -31,12 +31,12 @@ print(*(line.split()[1] for line in open("/proc/self/status") if line.startswith
 
 
 def peak(*arguments: str | Path) -> float:
-    """MiB that a command of samekit held at most."""
+    """Run a command of samekit and return its peak memory in MiB."""
     return int(child(sys.executable, "-c", PEAK, *arguments).split()[-1]) / 1024
 
 
 def write_noise(path: Path, spec: EngineSpec, latents: int) -> None:
-    """A file of so many latents, written in blocks."""
+    """Write a file of this many latents."""
     noise = np.random.default_rng(0)
     with sf.SoundFile(path, "w", spec.sample_rate, spec.channels) as file:
         for _ in range(latents):

@@ -1,4 +1,4 @@
-"""How long until the first latent? Opening an engine, with its files in the page cache, and a cold command.
+"""How long does it take to open an engine whose files are in the page cache, and to run the whole command?
 
 python benchmarks/opening.py engines/same-s
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from samekit.engine.folder import Engine
 
 
-# Runs in a process of its own, as opening warms up what the next opening finds.
+# Runs in a new process each time, because opening warms up the next opening.
 OPEN = """
 import time, sys, numpy as np
 from samekit import AutoencoderModel
@@ -36,7 +36,7 @@ print(opened - start, time.perf_counter() - opened)
 
 
 def one_second(folder: Path) -> Path:
-    """A clip of noise."""
+    """Write a clip of noise."""
     path = folder / "clip.wav"
     sf.write(path, 0.1 * np.random.default_rng(0).standard_normal((44100, 2)), 44100)
     return path

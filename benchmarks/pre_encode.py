@@ -1,8 +1,8 @@
-"""How fast a dataset is encoded: `samekit pre-encode`, the bare encoder, and the reference's way, on the same clips.
+"""How fast is a dataset encoded by `samekit pre-encode`, the bare encoder, and the reference's method?
 
 The reference pads every clip to 12,582,912 samples (3,072 latents) and encodes it in one pass in eager PyTorch. That
-takes minutes a clip on a CPU, so a few clips are measured and the rest is scaled; the table says so. A ratio is
-reported only where its latents are those that `samekit pre-encode` wrote.
+takes minutes for each clip on a CPU, so a few clips are measured and the time is scaled to all; the table says so. A
+ratio is reported only if its latents equal those of `samekit pre-encode`.
 
     python benchmarks/pre_encode.py engines/same-s --clips 100 --seconds 10
 """
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from samekit.engine.folder import Engine
 
 RATE = 44_100
-OURS, BARE, REFERENCE = "samekit pre-encode", "bare encoder", "reference's way"
+OURS, BARE, REFERENCE = "samekit pre-encode", "bare encoder", "reference"
 
 
 def write_dataset(folder: Path, clips: int, seconds: float) -> list[np.ndarray]:
-    """Noise of -20 dB in stereo, as 16-bit WAV with captions; returns the clips as they are read back."""
+    """Write stereo noise of -20 dB as 16-bit WAV with captions; return the clips as they are read back."""
     folder.mkdir()
     audio = []
     for index in range(clips):
@@ -46,7 +46,7 @@ def write_dataset(folder: Path, clips: int, seconds: float) -> list[np.ndarray]:
 
 
 def bare_encoder(model: AutoencoderModel, audio: list[np.ndarray]) -> float:
-    """Seconds for the clips alone: in memory already, and no file written."""
+    """Return the seconds for encoding clips that are in memory, without writing files."""
     start = time.perf_counter()
     for clip in audio:
         model.autoencoder.encode_audio(clip[None])
@@ -54,12 +54,12 @@ def bare_encoder(model: AutoencoderModel, audio: list[np.ndarray]) -> float:
 
 
 def whole_pipeline(model: AutoencoderModel, data: Path, out: Path, batch_size: int) -> float:
-    """Seconds from the first clip read to the last one on disk."""
+    """Return the seconds from reading the first clip to writing the last one."""
     return pre_encode(model, data, out, PreEncodeOptions(batch_size=batch_size)).elapsed
 
 
 def reference_way(engine: Path, audio: list[np.ndarray], threads: int | None) -> tuple[float, list[np.ndarray]]:
-    """Seconds for clips padded to the reference's length, encoded in one pass of eager PyTorch, and their latents."""
+    """Pad clips to the reference's length, encode each in one pass of eager PyTorch, return seconds and latents."""
     latents = []
     with AutoencoderModel.from_pretrained(engine, "cpu", backend="torch", threads=threads) as eager:
         eager.autoencoder.backend.encode(np.zeros((1, 2, 2 * eager.downsampling_ratio), np.float32))
@@ -72,7 +72,7 @@ def reference_way(engine: Path, audio: list[np.ndarray], threads: int | None) ->
 
 
 def least_snr_db(latents: list[np.ndarray], out: Path) -> float:
-    """How near the files of a run are to the latents of its first clips."""
+    """Return the least SNR of the files of a run against the latents of its first clips."""
     written = [np.load(out / f"{index:012d}.npy") for index in range(len(latents))]
     return min(snr_db(clip[:, : ours.shape[1]], ours) for clip, ours in zip(latents, written, strict=True))
 
@@ -88,7 +88,7 @@ def least_snr_db(latents: list[np.ndarray], out: Path) -> float:
     default=1,
     show_default=True,
     type=click.IntRange(0),
-    help="Measured the reference's way; 0 leaves it out.",
+    help="Clips for the reference's method; 0 leaves it out.",
 )
 @plot_option
 def main(
@@ -107,7 +107,7 @@ def main(
         with AutoencoderModel.from_pretrained(engine.folder, "cpu", threads=threads) as model:
             model.autoencoder.backend.use_packed_weights("encoder")
             bare_encoder(model, audio[:2])
-            # The bare encoder before and after, so that other work on the machine falls on both.
+            # The bare encoder runs before and after, so that other work on the machine affects both.
             half = math.ceil(clips / 2)
             bare = bare_encoder(model, audio[:half])
             ours = whole_pipeline(model, folder / "data", folder / "out", batch_size)
@@ -139,7 +139,7 @@ def main(
     if snr is not None:
         agrees = snr >= FLOOR_DB["fp32"]
         result |= {"snr_db": round(snr, 1), "times_reference": round(times[REFERENCE] / ours, 1) if agrees else None}
-        print(f"against the reference's way: {snr:.1f} dB, {result['times_reference'] or 'refused'} times as fast")
+        print(f"against the reference: {snr:.1f} dB, {result['times_reference'] or 'refused'} times as fast")
     if plot_path:
         plot_bars(
             plot_path, {name: {way: total / taken for way, taken in times.items()}}, x="seconds of audio a second"

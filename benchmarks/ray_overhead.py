@@ -1,12 +1,11 @@
-"""What does Ray cost against the plain command, on one machine and the same cores?
+"""How much slower is Ray than the plain command, on one machine and the same cores?
 
-Three ways to encode the same clips, each a new folder: this process with every core; one actor with every core, which
-shows what a cluster adds to the same work; and an actor for each core. The cluster and the actors are started once and
-timed apart: "start" is what a run pays before its first clip, and no run of hours notices. The rest is counted from
-planning to the finished manifest.
+The same clips are encoded in three ways, each into a new folder: this process with every core; one actor with every
+core, which shows the overhead of a cluster; and an actor for each core. The start of the cluster and of the actors is
+timed separately as "start". The other times are from planning to the finished manifest.
 
-Rounds go A B C A B C, the minimum of each counts: other work on the machine only ever adds time. Where there is much of
-it, "cpu" is the better witness: seconds that cores spent on this process and all that it started, Ray's own included.
+Rounds run in turn, A B C A B C, and the minimum of each counts, because other work on the machine only adds time. If
+there is much of it, compare "cpu": seconds that cores spent on this process and all that it started, including Ray's.
 
     python benchmarks/ray_overhead.py engines/same-s --clips 500 --seconds 10
 """
@@ -37,19 +36,19 @@ if TYPE_CHECKING:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
+    """Return every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def started(stack: ExitStack, engine: str, options: RayOptions) -> tuple[RayExecutor, float]:
-    """Actors that have opened the model, and the seconds that took."""
+    """Start actors that have opened the model, and return the seconds that took."""
     start = time.perf_counter()
     encoder = stack.enter_context(RayExecutor(engine, options, device="cpu", backend="onnxruntime"))
     return encoder, time.perf_counter() - start
 
 
 def cpu_seconds() -> float:
-    """Of this process and of those below it that live."""
+    """Return the processor time of this process and of its living children."""
     total = 0.0
     for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
         with suppress(psutil.Error):
@@ -59,7 +58,7 @@ def cpu_seconds() -> float:
 
 
 def one_run(encoder: AutoencoderModel | Executor, data: Path, out: Path) -> tuple[float, float]:
-    """Seconds of a whole run into a new folder, and those of the cores."""
+    """Encode into a new folder; return the seconds and the processor time."""
     shutil.rmtree(out, ignore_errors=True)
     cpu, start = cpu_seconds(), time.perf_counter()
     pre_encode(encoder, data, out)
@@ -84,12 +83,12 @@ def copies(folder: Path, clips: int) -> None:
 def main(engine: Engine, clips: int, seconds: float, runs: int, plot_path: Path | None) -> None:
     """Print the table for one ENGINE folder; the last line is JSON."""
     cores = available_cpus()
-    # Workers run in folders of their own.
+    # An absolute path, because workers run in other folders.
     folder = str(engine.folder.absolute())
     times: dict[str, list[tuple[float, float]]] = {"one process": [], "Ray, one actor": [], "Ray, an actor a core": []}
     starts: dict[str, Any] = {}
     same = True
-    # Ray's workers give way to all other work on a machine (nice 15); here both must compete alike.
+    # Ray's workers have a low priority (nice 15). Here all ways must compete alike.
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     with tempfile.TemporaryDirectory() as scratch:
         data, outs = Path(scratch, "data"), {way: Path(scratch, way) for way in times}
@@ -108,10 +107,10 @@ def main(engine: Engine, clips: int, seconds: float, runs: int, plot_path: Path 
                     times[way].append(one_run(encoder, data, outs[way]))
             folders = [contents(out) for out in outs.values()]
             same = same and all(folder == folders[0] for folder in folders)
-    # Seconds and seconds of the cores each have a minimum of their own.
+    # Seconds and processor time each have their own minimum.
     best = {way: tuple(map(min, zip(*taken, strict=True))) for way, taken in times.items()}
     plain = best["one process"]
-    # What differs is no measure of the same work.
+    # If the results differ, the work was not the same.
     overhead = {
         way: [value / of - 1 for value, of in zip(pair, plain, strict=True)] for way, pair in best.items() if same
     }

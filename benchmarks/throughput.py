@@ -1,6 +1,6 @@
-"""How much audio a second, by window, batch and length? The fastest window is the default of `Autoencoder`.
+"""How many seconds of audio are encoded in a second, by window, batch and length?
 
-Windows and lengths are measured in turn, so that a processor that changes its speed favours none of them.
+Windows and lengths are measured in turn, so that changes of the processor's speed affect all of them alike.
 
     python benchmarks/throughput.py engines/same-s --windows 32,64,128,256 --batches 1,2,4
     python benchmarks/throughput.py engines/same-s --windows 128 --batches 1 --latents 64,512,4096
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @engine_argument
 @click.option("--windows", default="32,64,128,256", show_default=True, callback=counts, help="In latents.")
 @click.option("--batches", default="1,2,4", show_default=True, callback=counts, help="Sequences encoded at once.")
-@click.option("--latents", default="1024", show_default=True, callback=counts, help="Of each batch, in all.")
+@click.option("--latents", default="1024", show_default=True, callback=counts, help="Total of each batch.")
 @click.option("--precision", default="fp32", show_default=True)
 @click.option("--runs", default=3, show_default=True, type=click.IntRange(1))
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="[default: all cores]")
@@ -58,7 +58,7 @@ def main(
     """Print seconds of audio a second for one ENGINE folder; the last line is JSON."""
     if min(latents) < max(batches):
         raise click.UsageError("fewer latents than sequences in a batch")
-    # One backend for all, so that the weights are held once.
+    # One backend for all windows, so that the weights are in memory once.
     default = open_codec(engine.folder, "onnxruntime", precision, threads or machine()["cores"])
     codecs = {window: type(default)(default.backend, window) for window in windows}
     rows: list[dict[str, Any]] = []

@@ -6,6 +6,7 @@ No test reads a file of the user or uses the network.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ from helpers import EACH_BACKEND, FAILED, FAULTS, INPUTS, KINDS, SUMMARY, seeded
 from samekit import AutoencoderModel
 from samekit.engine.folder import Engine
 from samekit_export.checkpoint import load, save_folder
+from samekit_export.cli import PROGRESS
 from samekit_export.export import export
 from samekit_export.model import Same
 from samekit_export.random_weights import published_config
@@ -192,7 +194,7 @@ def built_of(engine_of, tmp_path_factory):
 
     def build(name):
         shutil.copytree(engine_of(name).folder, folder / name)
-        add_engines(Engine.load(folder / name), ["fp32"], "auto", print)
+        add_engines(Engine.load(folder / name), ["fp32"], "auto")
         return Engine.load(folder / name)
 
     return functools.cache(build)
@@ -268,6 +270,19 @@ def ready_graphs(engine_of, monkeypatch):
     monkeypatch.setattr("samekit_export.export.write_onnx", write)
     monkeypatch.setattr("samekit_export.export.verify", lambda *_: [])
     return written
+
+
+@pytest.fixture
+def progress(caplog):
+    """What the steps of an export report: a function that returns the lines since it was called before."""
+    caplog.set_level(logging.INFO, "samekit_export")
+
+    def lines():
+        found = [record.getMessage() for record in caplog.records if record.name in PROGRESS]
+        caplog.clear()
+        return found
+
+    return lines
 
 
 @pytest.fixture

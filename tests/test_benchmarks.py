@@ -1,4 +1,4 @@
-"""The benchmarks on models of test size: what they print, and what they refuse. Their figures mean nothing here."""
+"""The benchmarks on tiny models: their output and their errors. The figures mean nothing here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from samekit.engine.spec import ENCODER, PRECISIONS
 
-# Those that take an engine folder, with arguments for a short run.
+# Benchmarks that take an engine folder, with arguments for a short run.
 OF_ENGINES = {
     "accuracy": ["--latents", "1,3", "--seeds", 1, "--plot", "accuracy.png"],
     "latency": ["--latents", 2, "--runs", 1, "--yardstick", "torch bf16", "--plot", "latency.png"],
@@ -39,17 +39,17 @@ OF_MODELS = {
         "--plot",
         "int8_trade.png",
     ],
-    "islands": ["tiny-s", "--latents", 2, "--only", "exported", "--only", "none", "--plot", "islands.png"],
+    "fp32_ops": ["tiny-s", "--latents", 2, "--only", "exported", "--only", "none", "--plot", "fp32_ops.png"],
 }
 
 
 def run(name, *arguments):
-    """A benchmark as it is run from the command line."""
+    """Run a benchmark as from the command line."""
     return CliRunner().invoke(importlib.import_module(name).main, list(map(str, arguments)))
 
 
 def results_of(done, name):
-    """What stands on its last line."""
+    """Return the results from the last line."""
     assert done.exit_code == 0, done.output
     *table, last = done.stdout.splitlines()
     assert table
@@ -63,7 +63,7 @@ def results_of(done, name):
 
 
 def assert_plots(arguments):
-    """Every picture that was asked for is one."""
+    """Check that every picture is a PNG file."""
     for option, plot in itertools.pairwise(arguments):
         if option == "--plot":
             assert Path(plot).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -75,7 +75,7 @@ def quick(monkeypatch):
     limit = importlib.import_module("limit")
     monkeypatch.setattr(limit, "LARGE", ((64, 64, 64),))
     monkeypatch.setattr(limit, "RUNS", 2)
-    # Its shortest way costs a minute of padding to 3,072 latents.
+    # Padding to 3,072 latents would take a minute.
     monkeypatch.setattr(importlib.import_module("pre_encode"), "SAMPLE_SIZE", 8 * 4096)
 
 

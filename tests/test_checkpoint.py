@@ -1,4 +1,4 @@
-"""Checkpoints: both nestings, everything refused by name, seeded weights, the hub without a network."""
+"""Checkpoints: both nestings, refusals by name, seeded weights, the hub without a network."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def assert_same(checkpoint, other):
 
 
 def refused(call, *arguments):
-    """The one-line message of a CheckpointError."""
+    """Return the message of a CheckpointError, which is one line."""
     with pytest.raises(CheckpointError) as caught:
         call(*arguments)
     message = str(caught.value)
@@ -82,7 +82,7 @@ def test_relative_folder_can_be_loaded_again(folder, monkeypatch):
 
 
 def nested(name):
-    """Configuration and tensors of a full checkpoint that holds an autoencoder among other parts."""
+    """Return configuration and tensors of a full checkpoint that contains an autoencoder and other parts."""
     inner = published_config(name)
     config = {
         "model_type": "diffusion_cond",
@@ -141,14 +141,14 @@ def test_other_precisions_load(folder, dtype):
     save_folder(published_config("tiny-s"), {key: tensor.to(dtype) for key, tensor in original.items()}, folder)
     for key, tensor in load_folder(folder).tensors.items():
         assert tensor.dtype == torch.float32
-        # The frequencies are computed anew: rounded, they would turn the last tokens too far.
+        # The frequencies are computed again, because rounded ones would turn the last tokens too far.
         exact = original[key] if key.endswith("inv_freq") else original[key].to(dtype).float()
         assert torch.equal(tensor, exact)
 
 
 # --- Tensors -----------------------------------------------------------------------------------------------
 
-# One of every part.
+# One tensor of every part.
 WEIGHTS = [
     "encoder.layers.0.mapping.weight_g",
     "encoder.layers.0.new_tokens",
@@ -246,7 +246,7 @@ def test_configuration_of_something_else(folder, document):
 
 # --- What is not implemented -------------------------------------------------------------------------------
 
-# Path from `model`, value, what the message names if it is not the field.
+# Path from `model`, value, and what the message names if not the field.
 NOT_IMPLEMENTED = [
     *[
         (f"{direction}.config.{field}", True)
@@ -448,7 +448,7 @@ def test_sources_that_are_none(source):
 
 
 class Hub:
-    """In place of `snapshot_download`: serves folders from a cache and from a network, remembers the calls."""
+    """Replaces `snapshot_download`: serves folders from a cache and from a network, and records the calls."""
 
     def __init__(self):
         self.cached = {}
@@ -465,7 +465,7 @@ class Hub:
 
 @pytest.fixture
 def hub(monkeypatch):
-    """The hub, empty."""
+    """An empty hub."""
     fake = Hub()
     monkeypatch.setattr("huggingface_hub.snapshot_download", fake)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
@@ -503,9 +503,9 @@ def test_cached_full_checkpoint_serves(hub, tmp_path):
     assert_same(loaded, seeded("tiny-s"))
     assert loaded.name == "same-s"
     assert all(where == "cache" for _, _, where in hub.calls)
-    # It is loaded again from where it was found, and is the same model.
+    # Its source loads the same model again.
     assert_same(load_source(loaded.source), loaded)
-    # A revision belongs to one repository; another's cache cannot stand in for it.
+    # A revision belongs to one repository, so the cache of another one is not used.
     hub.calls.clear()
     refused(load, "same-s", "hub", "v1.0")
     assert {repository for repository, _, _ in hub.calls} == {"stabilityai/SAME-S"}
@@ -529,7 +529,7 @@ def test_any_repository(hub, snapshot):
 
 @pytest.mark.parametrize("name", ["same-s", "same-l", "someone/model"])
 def test_without_hub_or_cache(name):
-    # Not the fake: what huggingface_hub itself raises when it is offline.
+    # This is the error of huggingface_hub itself when it is offline, not of the fake.
     message = refused(load, name)
     assert "cannot be fetched from the hub" in message
     assert "--weights DIR" in message

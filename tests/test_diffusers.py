@@ -1,4 +1,4 @@
-"""The `diffusers` format, with `diffusers`' own `AutoencoderSAME` as an oracle that was not written here."""
+"""The `diffusers` format, with the independent `AutoencoderSAME` of `diffusers` as the reference."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from samekit_export.verify import snr_db
 
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory):
-    """The oracle with random weights, and the folder that it saved itself."""
+    """The class of `diffusers` with random weights, and the folder that it saved."""
     with warnings.catch_warnings():
         # Its imports warn about packages that it does not need here, its model about old weight norm.
         warnings.simplefilter("ignore")
@@ -36,7 +36,7 @@ def oracle(tmp_path_factory):
         ).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                # The branches start at zero, and a model of zeros proves nothing.
+                # The branches start at zero, which would hide errors.
                 if parameter.ndim > 1 and not parameter.any():
                     parameter.normal_(std=parameter.shape[-1] ** -0.5)
                 elif name.endswith(("gamma", "beta", "bias", "scale", "new_tokens")):
@@ -51,7 +51,7 @@ def oracle(tmp_path_factory):
 
 @pytest.fixture
 def changed(oracle, tmp_path):
-    """A function that copies the oracle's folder with changed configuration fields."""
+    """Return a function that copies the saved folder with changed configuration fields."""
 
     def change(**fields):
         folder = shutil.copytree(oracle[1], tmp_path / "vae")

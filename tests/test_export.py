@@ -1,4 +1,4 @@
-"""The exported graphs, and exports: complete, current and verified, or the older one stays."""
+"""The exported graphs, and exports: complete, current and verified; a failed export leaves the older one."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from samekit_export.verify import FLOOR_DB, example_input, verify
 
 @pytest.fixture(scope="module")
 def graph_of(engine_of):
-    """A parsed graph: model and half -> ModelProto."""
+    """A parsed graph: model and direction -> ModelProto."""
     return lambda name, direction: onnx.load(engine_of(name).folder / f"{direction}.onnx")
 
 
@@ -57,7 +57,7 @@ def kind(request):
 
 
 def nodes(graph):
-    """Every node, those of subgraphs included."""
+    """Return every node, also those of subgraphs."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
@@ -94,12 +94,12 @@ class TestGraph:
             sizes.append({name: np.size(value) for name, value in values.items()})
         short, middle, long = sizes
         assert sum(middle[name] > short[name] for name in short) > 100
-        # Equal steps for equal lengths; a square would show as a second difference.
+        # The size grows linearly with the length, so second differences are zero.
         quadratic = [name for name in short if long[name] - middle[name] != middle[name] - short[name]]
         assert quadratic == []
 
     def test_reference_evaluator_agrees(self, graph_of, engine_of, eager_of, kind, direction):
-        """What the standard says the graph computes, not only what one runtime makes of it."""
+        """ONNX's reference implementation gives the same result as ONNX Runtime."""
         evaluator, eager = ReferenceEvaluator(graph_of(kind, direction)), eager_of(kind)
         array = example_input(engine_of(kind).spec, direction, 2, 3, seed=0)
         (output,) = evaluator.run(None, {evaluator.input_names[0]: array})
@@ -160,13 +160,13 @@ def test_verification_is_recorded(engine_of, kind):
 
 
 WRITTEN = ["GraphEncoder encoder.onnx", "GraphDecoder decoder.onnx"]
-# While the first ones can still be used.
+# The first graphs can still be used meanwhile.
 WRITTEN_AGAIN = ["GraphEncoder encoder.2.onnx", "GraphDecoder decoder.2.onnx"]
 
 
 @pytest.fixture
 def exported(ready_graphs, tmp_path):
-    """A folder of engine folders with tiny-s in it."""
+    """A folder of engine folders that contains tiny-s."""
     export(seeded("tiny-s"), tmp_path / "engines")
     assert ready_graphs == WRITTEN
     ready_graphs.clear()
@@ -174,7 +174,7 @@ def exported(ready_graphs, tmp_path):
 
 
 def contents(folder):
-    """Every file below a folder with a digest of what it holds."""
+    """Return every file below a folder with the digest of its contents."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -188,17 +188,17 @@ def test_name_that_leads_out_of_the_folder(ready_graphs, tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_current_folder_is_left_alone(exported, ready_graphs):
-    before, lines = contents(exported), []
-    engine = export(seeded("tiny-s"), exported, report=lines.append)
+def test_current_folder_is_left_alone(exported, ready_graphs, progress):
+    before = contents(exported)
+    engine = export(seeded("tiny-s"), exported)
     assert ready_graphs == []
     assert engine.folder == exported / "tiny-s"
-    assert lines == [f"{engine.folder} is current; --force exports it again"]
+    assert progress() == [f"{engine.folder} is current; --force exports it again"]
     assert contents(exported) == before
 
 
 def files_of(engine):
-    """The names of everything in an engine folder that its `spec.json` names, and of `spec.json`."""
+    """Return the names of `spec.json` and of all files that it names."""
     halves = engine.spec.graphs.values()
     return sorted({"spec.json", *(name for graphs in halves for graph in graphs.values() for name in graph.sizes)})
 
@@ -212,7 +212,7 @@ def test_force(exported, ready_graphs):
     assert ready_graphs == WRITTEN_AGAIN
     assert names(exported) == ["tiny-s"]
     assert names(engine.folder) == files_of(engine) == ["decoder.2.onnx", "encoder.2.onnx", "spec.json"]
-    # No name comes twice: who has read an older spec.json finds no other graph under a name in it.
+    # No name is used twice, so a reader of an older spec.json never opens another graph under an old name.
     engine = export(seeded("tiny-s"), exported, force=True)
     assert names(engine.folder) == files_of(engine) == ["decoder.3.onnx", "encoder.3.onnx", "spec.json"]
     engine.check_digests()
@@ -259,32 +259,31 @@ def test_stale_folder_is_exported_again(exported, ready_graphs, cause):
     assert names(exported) == ["tiny-s"]
 
 
-def test_other_weights_are_exported(exported, ready_graphs):
-    other, lines = random_checkpoint("tiny-s", seed=1), []
-    assert export(other, exported, report=lines.append).spec.source_sha256 == other.sha256
+def test_other_weights_are_exported(exported, ready_graphs, progress):
+    other = random_checkpoint("tiny-s", seed=1)
+    assert export(other, exported).spec.source_sha256 == other.sha256
     assert ready_graphs == WRITTEN_AGAIN
-    assert lines[0] == "replaces an export of other weights (kind random, name tiny-s, seed 0)"
+    assert progress()[0] == "replaces an export of other weights (kind random, name tiny-s, seed 0)"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_random_weights_replace_others_by_force_only(exported, ready_graphs, checkpoint_of, precision):
+def test_random_weights_replace_others_by_force_only(exported, ready_graphs, checkpoint_of, precision, progress):
     real = dataclasses.replace(load_folder(checkpoint_of("tiny-s"), "tiny-s"), sha256="real")
-    lines = []
-    export(real, exported, report=lines.append)
-    assert any("replaces an export of other weights (kind random" in line for line in lines)
+    export(real, exported)
+    assert any("replaces an export of other weights (kind random" in line for line in progress())
     before = contents(exported)
     ready_graphs.clear()
     with pytest.raises(OutputError, match=r"holds other weights \(kind folder.*--force, or another --out") as caught:
         export(seeded("tiny-s"), exported, [precision])
     assert_one_line(caught.value)
     assert (contents(exported), ready_graphs) == (before, [])
-    engine = export(seeded("tiny-s"), exported, [precision], force=True, report=lines.append)
-    assert lines[-4].startswith("replaces an export of other weights (kind folder")
+    engine = export(seeded("tiny-s"), exported, [precision], force=True)
+    assert progress()[-4].startswith("replaces an export of other weights (kind folder")
     assert engine.spec.is_random
 
 
 def test_versions_of_tools_do_not_count(exported, ready_graphs):
-    """They are information: every export is verified against eager PyTorch, whatever wrote it."""
+    """Every export is verified against eager PyTorch, so versions of tools are information only."""
     change_spec(exported / "tiny-s", tools={"samekit": "0.0.1", "torch": "1.0"})
     export(seeded("tiny-s"), exported)
     assert ready_graphs == []
@@ -293,18 +292,18 @@ def test_versions_of_tools_do_not_count(exported, ready_graphs):
     assert engine.spec.tools["samekit"] == importlib.metadata.version("samekit")
 
 
-def test_what_another_graph_revision_made_does_not_stay(exported, ready_graphs):
-    folder, lines = exported / "tiny-s", []
+def test_what_another_graph_revision_made_does_not_stay(exported, ready_graphs, progress):
+    folder = exported / "tiny-s"
     change_spec(folder, graph_revision=GRAPH_REVISION + 1)
     stale = folder / "tensorrt" / "some-build" / "fingerprint.json"
     stale.parent.mkdir(parents=True)
     stale.touch()
-    engine = export(seeded("tiny-s"), exported, ["fp16"], report=lines.append)
+    engine = export(seeded("tiny-s"), exported, ["fp16"])
     assert list(engine.spec.graphs) == ["fp16"]
     assert engine.spec.graph_revision == GRAPH_REVISION
     assert names(folder) == sorted([*files_of(engine), "tensorrt"])
     assert names(folder / "tensorrt") == []
-    assert lines[0] == (
+    assert progress()[0] == (
         f"replaces an export of graph revision {GRAPH_REVISION + 1} by one of revision {GRAPH_REVISION} and keeps "
         "nothing of it"
     )
@@ -394,7 +393,7 @@ def test_failure_to_take_its_place_leaves_the_older_engine(exported, monkeypatch
 
 
 def test_spec_of_a_newer_samekit_is_valid_until_it_is_replaced(exported, monkeypatch):
-    """It cannot be read here, so its graphs are not known; they are no leftovers."""
+    """Its graphs are not known here, because the file cannot be read. They are not deleted as leftovers."""
     change_spec(exported / "tiny-s", format=2)
     before = contents(exported)
     monkeypatch.setattr(export_module, "verify", failing(VerificationError("too far; report this")))
@@ -428,10 +427,10 @@ def test_files_of_the_user_stay_in_an_engine_folder(exported):
     "name", ["encoder.fp16.onnx", "encoder.2.onnx.data", ".lock", ".spec.json.1-0123abcd.tmp", "spec.json"]
 )
 def test_links_in_an_engine_folder_are_not_written_through(exported, tmp_path, name):
-    """An engine folder may come from anyone."""
+    """Engine folders are treated as untrusted."""
     target = tmp_path / "precious"
     link = exported / "tiny-s" / name
-    # Of spec.json the contents are kept, without which this would be no engine folder.
+    # The contents of spec.json stay, because without them this would be no engine folder.
     text = link.read_text() if link.exists() else "mine"
     target.write_text(text)
     link.unlink(missing_ok=True)
@@ -461,7 +460,7 @@ def test_file_in_the_way(ready_graphs, tmp_path, place):
 
 @pytest.mark.parametrize("file", ["model.safetensors", "model.onnx", "encoder.fp8.onnx"])
 def test_folder_of_something_else_is_not_replaced(ready_graphs, tmp_path, file):
-    """Such as the checkpoint itself, where `--out` is the folder of checkpoints; or graphs of another program."""
+    """Examples are the checkpoint itself, if `--out` is its parent, and graphs of another program."""
     weights = tmp_path / "tiny-s" / file
     weights.parent.mkdir()
     weights.write_bytes(b"not to be lost")
@@ -526,9 +525,9 @@ def test_wrong_graph_is_not_exported(ready_graphs, tmp_path, monkeypatch):
     assert list((tmp_path / "engines").iterdir()) == []
 
 
-def test_verify_reports_every_case(engine_of, eager_of):
-    lines = []
-    rows = verify(engine_of("tiny-s"), eager_of("tiny-s"), "fp32", lines.append)
+def test_verify_reports_every_case(engine_of, eager_of, progress):
+    rows = verify(engine_of("tiny-s"), eager_of("tiny-s"), "fp32")
+    lines = progress()
     assert len(lines) == len(rows)
     assert all(line.startswith("fp32 ") and line.endswith(" dB") for line in lines)
     assert min(row["snr_db"] for row in rows) >= FLOOR_DB["fp32"] == 90

@@ -244,9 +244,9 @@ class QuickBuilder:
     __version__ = "1.7.1.116"
 
 
-def quick_halves(engine, fingerprint, module, folder, report):
+def quick_engines(engine, fingerprint, module, folder):
     """Write files in place of engines."""
-    del engine, fingerprint, module, report
+    del engine, fingerprint, module
     for direction in ("encoder", "decoder"):
         (folder / f"{direction}.engine").write_bytes(direction.encode())
     (folder / "build.log").touch()
@@ -257,10 +257,10 @@ def quick_halves(engine, fingerprint, module, folder, report):
 @pytest.mark.parametrize("damaged", [False, True])
 def test_killed_build(engine, tmp_path, monkeypatch, damaged, faults):
     folder = tmp_path / "engine"
-    monkeypatch.setattr(to_tensorrt, "_build_engines", quick_halves)
+    monkeypatch.setattr(to_tensorrt, "_build_engines", quick_engines)
 
     def run():
-        to_tensorrt.build_engines(Engine.load(folder), "fp32", QuickBuilder(), "portable", lambda _: None)
+        to_tensorrt.build_engines(Engine.load(folder), "fp32", QuickBuilder(), "portable")
 
     def prepare():
         shutil.rmtree(folder, ignore_errors=True)
@@ -666,15 +666,15 @@ def test_builds_into_one_folder_at_once(engine, tmp_path, monkeypatch):
     (build,) = (folder / "tensorrt").iterdir()
     built = tmp_path / "built"
 
-    def slow_halves(*arguments):
+    def slow_engines(*arguments):
         with built.open("a") as file:
             file.write("built\n")
-        engines = quick_halves(*arguments)
+        engines = quick_engines(*arguments)
         time.sleep(0.3)
         return engines
 
-    monkeypatch.setattr(to_tensorrt, "_build_engines", slow_halves)
-    work = partial(to_tensorrt.build_engines, Engine.load(folder), "fp32", QuickBuilder(), "portable", lambda _: None)
+    monkeypatch.setattr(to_tensorrt, "_build_engines", slow_engines)
+    work = partial(to_tensorrt.build_engines, Engine.load(folder), "fp32", QuickBuilder(), "portable")
     for before in ("no build", "a damaged build"):
         built.write_text("")
         if before == "no build":
@@ -962,7 +962,7 @@ import sys
 from pathlib import Path
 from samekit.engine.folder import Engine
 from samekit_export.to_tensorrt import add_engines
-add_engines(Engine.load(Path(sys.argv[1])), ["fp32"], "rtx", print)
+add_engines(Engine.load(Path(sys.argv[1])), ["fp32"], "rtx")
 """
     command = [sys.executable, "-c", script, folder]
     begun = time.monotonic()

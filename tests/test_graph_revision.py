@@ -38,7 +38,7 @@ def tools():
 
 
 def described(path):
-    """How often each operator comes, how often each kind of constant, and the sizes of all floats."""
+    """Count each operator and each kind of constant, and sum all floats."""
     graph = onnx.load(path).graph
     arrays = [numpy_helper.to_array(tensor) for tensor in graph.initializer]
     floats = [array.astype(np.float64) for array in arrays if array.dtype.kind == "f"]

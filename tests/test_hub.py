@@ -1,4 +1,4 @@
-"""Checkpoints from the hub: the real client, its cache, and a server on loopback that answers as the hub does."""
+"""Checkpoints from the hub: the real client, its cache, and a local server that answers as the hub does."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, body=json.dumps({"id": repository, "sha": commit}).encode())
         elif kind == "tree":
             entries = [
-                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}  # noqa: S324
+                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
                 for name, data in files.items()
             ]
             self.answer(200, {"Content-Type": "application/json"}, json.dumps(entries).encode())
@@ -140,7 +140,7 @@ def checkpoints(tmp_path_factory):
 
 
 def cache(repository, commit, folder, main_is=True):
-    """Put a checkpoint into the hub's cache, in its documented layout."""
+    """Put a checkpoint into the hub's cache, in its documented structure."""
     root = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}")
     shutil.copytree(folder, root / "snapshots" / commit)
     if main_is:
@@ -153,7 +153,7 @@ def pin(repository):
 
 
 def know(monkeypatch, repository, folder):
-    """Take the files of a folder for the published ones of a repository."""
+    """Treat the files of a folder as the published ones of a repository."""
     files = {file: (folder / file).read_bytes() for file in hub.FILES}
     published = hub.Published(
         pin(repository),
@@ -195,14 +195,14 @@ def test_every_repository_is_known():
 
 def test_the_pinned_revision_is_fetched(server, checkpoints, monkeypatch, caplog):
     know(monkeypatch, SAME_S, checkpoints["SAME-S"])
-    # The default branch has moved on.
+    # The default branch has a newer commit.
     server.repositories[SAME_S] = {OTHER: checkpoints["medium"], pin(SAME_S): checkpoints["SAME-S"]}
     loaded = load("same-s")
     assert_is_tiny(loaded)
     assert loaded.name == "same-s"
     expected = {"kind": "hub", "name": SAME_S, "revision": pin(SAME_S), "weights": "published weights"}
     assert loaded.source == expected
-    # The client also asks for the default branch, of which nothing is fetched.
+    # The client also asks about the default branch, but downloads nothing of it.
     assert {revision for _, _, kind, revision in server.requests if kind in ("resolve", "tree")} == {pin(SAME_S)}
     assert "not the published weights" not in caplog.text
     # The second time it comes from the cache, and so does what a source names.
@@ -221,7 +221,7 @@ def test_other_files_are_named_and_not_refused(server, checkpoints, caplog):
     assert loaded.source["weights"].startswith("not the published weights: model_config.json has SHA-256 ")
     assert loaded.source["weights"].endswith(f" and model.safetensors has SHA-256 {digest}")
     assert digest in caplog.text
-    # Once is enough: the engine's own digest tells whether it is the same checkpoint.
+    # Hashing once is enough, because the engine records the digest of its checkpoint.
     caplog.clear()
     assert load_source(loaded.source).source == loaded.source
     assert caplog.text == ""
@@ -232,7 +232,7 @@ def test_export_and_info_tell(server, checkpoints, engine_of, tmp_path, monkeypa
     server.repositories[SAME_S] = {pin(SAME_S): checkpoints["SAME-S"]}
     if is_published:
         know(monkeypatch, SAME_S, checkpoints["SAME-S"])
-    # An export of the same weights by the same tools is current, so that nothing is computed here.
+    # An export of the same weights is current, so nothing is computed here.
     folder = shutil.copytree(engine_of("tiny-s").folder, tmp_path / "same-s")
     spec = json.loads((folder / "spec.json").read_text())
     (folder / "spec.json").write_text(json.dumps(spec | {"source": load("same-s").source}))
@@ -300,7 +300,7 @@ def test_the_pinned_revision_in_the_cache_is_preferred(server, checkpoints):
 
 
 def test_another_revision_with_the_published_files_is_taken_before_a_download(server, checkpoints, monkeypatch):
-    """A commit that changes the model card leaves the files as they were."""
+    """A commit that changes only the model card does not change the files."""
     know(monkeypatch, MUSIC, checkpoints["small-music"])
     cache(MUSIC, OTHER, checkpoints["small-music"])
     loaded = load("same-s")
@@ -316,13 +316,13 @@ def test_another_revision_is_not_taken_before_a_download(server, checkpoints):
 
 @pytest.mark.usefixtures("offline")
 def test_files_are_hashed_once(checkpoints, monkeypatch):
-    """The weights of a full checkpoint have up to 9 GB."""
+    """Hashing is avoided, because the weights of a full checkpoint have up to 9 GB."""
     know(monkeypatch, MUSIC, checkpoints["small-music"])
     cache(MUSIC, OTHER, checkpoints["small-music"])
     with mock.patch("hashlib.file_digest", wraps=hashlib.file_digest) as hashed:
         assert load("same-s").source["weights"] == "published weights"
     assert hashed.call_count == len(hub.FILES)
-    # A source that says what its weights are needs no digests.
+    # A source that describes its weights needs no digests.
     with mock.patch("hashlib.file_digest", wraps=hashlib.file_digest) as hashed:
         load_source({"kind": "hub", "name": MUSIC, "revision": OTHER, "weights": "published weights"})
     assert hashed.call_count == 0
@@ -330,7 +330,7 @@ def test_files_are_hashed_once(checkpoints, monkeypatch):
 
 @pytest.mark.usefixtures("offline")
 def test_files_of_a_known_size_that_are_not_the_published_ones_are_hashed_once(checkpoints, monkeypatch, tmp_path):
-    """They are taken only where nothing else serves, and are described then."""
+    """Other revisions are used only if nothing else is available, and are described then."""
     know(monkeypatch, MUSIC, checkpoints["small-music"])
     other = shutil.copytree(checkpoints["small-music"], tmp_path / "other")
     config = (other / "model_config.json").read_text()
@@ -454,7 +454,7 @@ ANSWERS = [
         "Access to this resource is disabled.",
         "take another repository",
     ),
-    (503, {"X-Error-Message": "Service Unavailable"}, "Service Unavailable", "the hub has a fault of its own"),
+    (503, {"X-Error-Message": "Service Unavailable"}, "Service Unavailable", "the hub has an internal fault"),
     (
         429,
         {"ratelimit": '"api";r=0;t=55', "ratelimit-policy": '"fixed window";"api";q=500;w=300'},
@@ -504,7 +504,7 @@ def test_no_server(server):
 
 
 def test_gated_and_cached(server, checkpoints, caplog):
-    """Whoever lost access to the pinned revision goes on with another one that is in the cache."""
+    """Without access to the pinned revision, another one in the cache is used."""
     caplog.set_level(logging.WARNING)
     server.answers[SAME_S] = ANSWERS[0][:2]
     cache(MUSIC, OTHER, checkpoints["small-music"])

@@ -1,4 +1,4 @@
-"""int8 graphs: accuracy of every kind, length and level; what stays float32; what runs them and what refuses to."""
+"""int8 graphs: accuracy for every model, length and level; products that stay float32; backends that run them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from samekit.tensorrt.backend import open_tensorrt
 from samekit_export import int8, int8_layers, to_onnx
 from samekit_export.checkpoint import load_bundled
 from samekit_export.export import GRAPHS, export
-from samekit_export.gptq import GptqRounder, to_int8
+from samekit_export.gptq import GptqRounder
 from samekit_export.int8 import prepare_, quantize_
 from samekit_export.int8_layers import Int8Linear
 from samekit_export.model import Same
@@ -52,10 +52,10 @@ from samekit_export.report import measure
 from samekit_export.to_onnx import OPSET
 from samekit_export.verify import snr_db
 
-# What the tier promises on seeded weights.
+# The least accuracy of int8 on seeded weights.
 LEAST_DB = 37
 
-# A processor that adds pairs of int8 products in 16 bits, as far as the runtime can tell.
+# Let the runtime take this processor for one that adds pairs of int8 products in 16 bits.
 saturating = mock.patch("samekit.backends.onnxruntime.int8_saturates", return_value=True)
 
 INT8 = BackendOptions(precision="int8", device="cpu", threads=THREADS)
@@ -80,7 +80,7 @@ def opened(int8_of, kind):
 
 
 def inputs(direction, latents, seed, batch=1):
-    """Loud, usual and quiet noise, and a tone, none of which the export has seen."""
+    """Return loud, usual and quiet noise, and a tone, which the export has not used."""
     if direction == ENCODER:
         shape = (batch, 2, latents * HOP)
         seconds = np.arange(latents * HOP) / 44_100
@@ -149,7 +149,7 @@ def test_odd_widths(direction):
 
 @each_direction
 def test_blocks_that_add_nothing(kind, direction):
-    """All rows are zero where values are: a range of nothing, and no size to divide by."""
+    """All rows of a value are zero, so their range is empty and their size is zero."""
     model = Same.from_checkpoint(random_checkpoint(kind))
     graph = GRAPHS[direction](model)
     first, second = graph.trunk.blocks[:2]
@@ -163,14 +163,14 @@ def test_blocks_that_add_nothing(kind, direction):
 
 
 def test_rotation_spares_rare_large_values():
-    """One value a row that is 50 times as large takes the range; rotated it is spread."""
+    """One value in each row is 50 times as large and determines the range; rotation spreads it."""
     rows = torch.from_numpy(noise((256, 192), level=1))
     rows[:, 7] *= 50
     linear = functools.partial(torch.nn.functional.linear, rows)
     weight = torch.from_numpy(noise((64, 192), seed=1, level=1))
-    original = int8.Linear(weight.double())
+    original, uncorrelated = int8.Linear(weight.double()), GptqRounder(torch.eye(192))
     plain, rotated = (
-        snr_db(linear(weight).numpy(), Int8Linear(original, rotation=rotation)(rows).numpy())
+        snr_db(linear(weight).numpy(), Int8Linear(original, uncorrelated, rotation)(rows).numpy())
         for rotation in (None, int8.rotation_for(192, int8.INNER_ROTATION))
     )
     assert rotated > plain + 3
@@ -187,30 +187,36 @@ def test_rotation(features, most, size):
 
 
 def correlated(features, seed):
-    """Rows of twelve dimensions, but for a little noise."""
+    """Return rows that span twelve dimensions, plus a little noise."""
     mixed = noise((12, features), level=1)
     return torch.from_numpy(noise((400, 12), seed, 1) @ mixed + noise((400, features), seed + 7, 0.1))
 
 
+def nearest(weight):
+    """Round every weight to the nearest step; return the steps and their scale."""
+    scale = weight.abs().amax(dim=0) / 127
+    return torch.round(weight / scale).to(torch.int8), scale
+
+
 @pytest.mark.parametrize("features", [96, 300])
 def test_errors_of_weights_cancel_over_rows_that_are_correlated(features):
-    """There is room for most of the error; rows of the kind that were not seen gain as much."""
+    """Most of the error is cancelled, also for similar rows that were not used for rounding."""
     seen, others = (correlated(features, seed) for seed in (1, 2))
     weight = torch.from_numpy(noise((features, 64), seed=3, level=1))
-    nearest, compensated = (
+    plain, compensated = (
         snr_db((others @ weight).numpy(), (others @ (steps.float() * scale)).numpy())
-        for steps, scale in (to_int8(weight), to_int8(weight, GptqRounder(seen.T @ seen)))
+        for steps, scale in (nearest(weight), GptqRounder(seen.T @ seen).to_int8(weight))
     )
-    assert compensated > nearest + 8
+    assert compensated > plain + 8
 
 
 @pytest.mark.parametrize("features", [96, 128, 300])
 def test_rounding_is_the_formula(features):
-    """One feature after the other, each error passed on to all that follow (GPTQ's algorithm without its blocks)."""
+    """The result equals GPTQ without blocks: one feature after the other, each error compensated by all that follow."""
     seen = correlated(features, 1)
     moment = (seen.T @ seen).double()
     weight = torch.from_numpy(noise((features, 8), seed=3, level=1))
-    steps, scale = to_int8(weight, GptqRounder(moment.float()))
+    steps, scale = GptqRounder(moment.float()).to_int8(weight)
     order = moment.diagonal().argsort(descending=True)
     left = (weight / scale)[order].double()
     damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(features)
@@ -218,10 +224,10 @@ def test_rounding_is_the_formula(features):
     for i in range(features):
         rest = damped[order[i:]][:, order[i:]]
         expected[order[i]] = left[i].round().clamp(-127, 127)
-        # What minimises the error of the rest (Optimal Brain Surgeon, eq. 5).
+        # The change that minimizes the error of the rest (Optimal Brain Surgeon, eq. 5).
         pull = torch.linalg.inv(rest)[0]
         left[i + 1 :] -= pull[1:, None] / pull[0] * (left[i] - expected[order[i]])
-    # float32 sums break rare ties the other way, and all that follow depend on them.
+    # float32 sums can decide rare ties differently, and all later features depend on them.
     outputs = [seen.double() @ (rounded.double() * scale) for rounded in (expected, steps)]
     assert (expected == steps).float().mean() > 0.97
     assert abs(error_db(weight, outputs[0], seen) - error_db(weight, outputs[1], seen)) < 0.3
@@ -233,8 +239,8 @@ def error_db(weight, output, rows):
 
 def test_rows_without_correlation_lose_nothing():
     rows, weight = torch.from_numpy(noise((4000, 96))), torch.from_numpy(noise((96, 64), seed=3))
-    steps, scale = to_int8(weight)
-    compensated, same_scale = to_int8(weight, GptqRounder(rows.T @ rows))
+    steps, scale = nearest(weight)
+    compensated, same_scale = GptqRounder(rows.T @ rows).to_int8(weight)
     assert torch.equal(scale, same_scale)
     assert steps.abs().max() == 127
     assert (steps != compensated).float().mean() < 0.05
@@ -242,11 +248,11 @@ def test_rows_without_correlation_lose_nothing():
 
 def test_rows_of_zeros_are_rounded_to_nearest():
     weight = torch.from_numpy(noise((96, 64), seed=3))
-    assert torch.equal(to_int8(weight, GptqRounder(torch.zeros(96, 96)))[0], to_int8(weight)[0])
+    assert torch.equal(GptqRounder(torch.zeros(96, 96)).to_int8(weight)[0], nearest(weight)[0])
 
 
 def test_learned_row_counts_as_often_as_it_is_read(eager_of, kind):
-    """The first block's rows are given once; its moment is that of the rows that stand in their places."""
+    """The first block holds the learned row once; its moment is that of all rows that it represents."""
     model = eager_of(kind)
     graph = GRAPHS["decoder"](model)
     given = []
@@ -261,7 +267,7 @@ def test_learned_row_counts_as_often_as_it_is_read(eager_of, kind):
 
 @each_direction
 def test_preparing_changes_no_function(eager_of, kind, direction):
-    """Rotated heads, scaled features: the float32 products of a prepared graph give what those of the graph gave."""
+    """With rotated heads and scaled features, a prepared graph still computes the same function."""
     array = inputs(direction, 5, seed=1)[0]
     model = eager_of(kind)
     graph = GRAPHS[direction](model)
@@ -274,7 +280,7 @@ def test_preparing_changes_no_function(eager_of, kind, direction):
 
 @each_direction
 def test_large_features_are_made_small(direction):
-    """A trained model has a few features that are far larger than the others; powers of two change no product."""
+    """Large features of trained weights get smaller, and powers of two change no result."""
     model = Same.from_checkpoint(load_bundled("same-tiny"))
     graph = GRAPHS[direction](model)
     with torch.no_grad():
@@ -285,8 +291,8 @@ def test_large_features_are_made_small(direction):
         after = int8.moments_of(graph, given)
         for x, output in zip(given, outputs, strict=True):
             assert torch.equal(graph(x), output)
-    for place in int8.QUANTIZED_INPUTS:
-        assert any(not torch.equal(before[key], scaled[key]) for key in before if key.endswith(f".{place}"))
+    for name in int8.QUANTIZED_INPUTS:
+        assert any(not torch.equal(before[key], scaled[key]) for key in before if key.endswith(f".{name}"))
 
     def unevenness(moment):
         size = moment.diagonal().sqrt()
@@ -299,7 +305,7 @@ def test_large_features_are_made_small(direction):
 
 @each_direction
 def test_trained_weights(direction):
-    """Outliers of trained weights cost accuracy, not the tier: all but a few products are int8."""
+    """All but a few products of trained weights are int8 and reach the required accuracy."""
     model = Same.from_checkpoint(load_bundled("same-tiny"))
     graph = GRAPHS[direction](model)
     kept = quantize_(graph, model)
@@ -312,7 +318,7 @@ def test_trained_weights(direction):
 
 @each_direction
 def test_values_whose_squares_overflow(kind, direction):
-    """The same function as with small ones: what a value is multiplied by, the layer after it is divided by."""
+    """Values are multiplied and the next layer is divided by the same factor, so the function stays the same."""
     checkpoint = random_checkpoint(kind)
     model = Same.from_checkpoint(checkpoint)
     graph = GRAPHS[direction](model)
@@ -337,7 +343,7 @@ def test_models_that_are_not_finite(eager_of):
 
 
 def test_export_is_refused_where_it_could_not_be_verified(tmp_path):
-    """At once, not when all is written."""
+    """The error comes before anything is written."""
     with saturating, pytest.raises(BackendUnavailableError, match="export it on another machine") as caught:
         export(seeded("tiny-s"), tmp_path, ["fp32", "int8"])
     assert_one_line(caught.value)
@@ -357,7 +363,7 @@ def test_report_leaves_out_what_does_not_run(int8_of, tmp_path):
 
 @pytest.fixture
 def graph(eager_of):
-    """The graph that amplifies errors most."""
+    """Return the graph that amplifies errors most."""
     return GRAPHS["decoder"](eager_of("tiny-l"))
 
 
@@ -380,11 +386,11 @@ def test_no_more_stays_float32_than_that(graph, eager_of, monkeypatch):
     """With one product more in int8, the target is missed."""
     tried = []
 
-    def use(graph, found, int8, **_):
-        original(graph, found, int8)
-        tried.append((len(found) - len(int8), worst()))
+    def select(graph, prepared, int8):
+        original(graph, prepared, int8)
+        tried.append((len(prepared) - len(int8), worst()))
 
-    model, original = eager_of("tiny-l"), int8.use_
+    model, original = eager_of("tiny-l"), int8.select_int8_
     given = list(int8.examples(graph, model, 5, int8.EVALUATION_SEED))
     with torch.no_grad():
         wanted = [graph(x).numpy() for x in given]
@@ -392,13 +398,13 @@ def test_no_more_stays_float32_than_that(graph, eager_of, monkeypatch):
         def worst():
             return min(snr_db(y, graph(x).numpy()) for x, y in zip(given, wanted, strict=True))
 
-        monkeypatch.setattr(int8, "use_", use)
+        monkeypatch.setattr(int8, "select_int8_", select)
         kept = len(quantize_(graph, model, 42, latents=5))
     reached = dict(tried)
     assert reached[kept] >= 42 > reached[kept - 1]
 
 
-def test_feeding_apart_is_the_same_function(graph):
+def test_separate_rows_of_latents_are_the_same_function(graph):
     array = noise((2, 32, 7), level=1)
     expected = in_one_pass(graph, array)
     for block in graph.trunk.blocks:
@@ -410,11 +416,11 @@ def test_feeding_apart_is_the_same_function(graph):
 
 
 def fused_graph(path):
-    """What ONNX Runtime makes of a graph, opened as the runtime opens it."""
+    """Return the graph after ONNX Runtime's optimization, with the options of our runtime."""
     with tempfile.TemporaryDirectory() as folder:
         options = session_options(onnxruntime, THREADS, "int8")
         options.optimized_model_filepath = f"{folder}/fused.onnx"
-        # It notes that such a file is for this machine only.
+        # ONNX Runtime warns that such a file is for this machine only.
         options.log_severity_level = 3
         onnxruntime.InferenceSession(path, options, providers=[CPU_PROVIDER])
         return onnx.load(options.optimized_model_filepath).graph
@@ -428,7 +434,7 @@ def test_graphs_are_standard_and_fuse(int8_of, kind, direction):
     assert {node.domain for node in proto.graph.node} == {""}
     found = Counter(node.op_type for node in proto.graph.node)
     # A block has 7 products of 4 kinds of rows, and the last one's queries are of fewer rows than its keys. All but the
-    # last of a decoder feed forward twice: 3 more products of 2 kinds.
+    # last block of a decoder have two feed-forward passes: 3 more products of 2 kinds.
     blocks, twice = (4, 0) if direction == ENCODER else (4, 3)
     assert found["MatMulInteger"] == 7 * blocks + 3 * twice
     assert found["DynamicQuantizeLinear"] == 4 * blocks + 1 + 2 * twice
@@ -448,7 +454,8 @@ def test_folder(int8_of, engine_of):
 
 
 def test_operator_equals_onnx_runtime(tmp_path):
-    layer = Int8Linear(int8.Linear(torch.from_numpy(noise((48, 32))).double(), torch.ones(48).double()))
+    linear = int8.Linear(torch.from_numpy(noise((48, 32))).double(), torch.ones(48).double())
+    layer = Int8Linear(linear, GptqRounder(torch.eye(32)))
     path = tmp_path / "layer.onnx"
     with to_onnx._quiet_exporter():
         torch.onnx.export(
@@ -472,7 +479,7 @@ def test_operator_equals_onnx_runtime(tmp_path):
 
 
 def test_saturating_processors_encode_the_same_numbers(opened, int8_of, kind):
-    """They are given other steps, which take unsigned weights."""
+    """They get other operators, which have unsigned weights."""
     array = inputs(ENCODER, 9, seed=3)[0]
     with saturating:
         types = {weight.data_type for weight in fused_graph(int8_of(kind).graph(ENCODER, "int8")).initializer}
@@ -494,7 +501,7 @@ def test_saturating_processors_do_not_decode(int8_of, kind):
 
 
 def test_probe_of_the_processor():
-    """The runtime has no package that writes graphs, and so carries one."""
+    """The runtime contains this graph as bytes, because it has no package that writes graphs."""
     graph = helper.make_graph(
         [helper.make_node("MatMulInteger", ["x", "w"], ["y"])],
         "probe",
@@ -511,7 +518,7 @@ def test_saturation_is_seen(total, saturates):
     session = mock.Mock(**{"run.return_value": [np.array([[total]], np.int32)]})
     runtime = mock.Mock(**{"InferenceSession.return_value": session})
     assert ort.int8_saturates(runtime) == saturates
-    # The first session of a process decides for its threads.
+    # The first session of a process decides this setting for all threads.
     runtime.SessionOptions().add_session_config_entry.assert_called_once_with("session.set_denormal_as_zero", "1")
 
 
@@ -531,7 +538,7 @@ def test_command_line(int8_of, tmp_path):
 
 
 def test_verification_measures_what_it_can(int8_of):
-    """All but int8, where that cannot decode."""
+    """All precisions except int8 are measured on a processor that cannot decode int8."""
     with saturating:
         done = CliRunner().invoke(main, ["verify", str(int8_of("tiny-s").folder)])
     assert done.exit_code == 2

@@ -1,4 +1,4 @@
-"""The eager model and the graphs that are exported from it, for every value that a configuration may take."""
+"""The eager model and the graphs that are exported from it, for all values that a configuration can have."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ BAND = {
     "*.config.chunk_midpoint_shift": REMOVED,
 }
 
-# The seeded checkpoint that is changed, and the changes.
+# Name -> the seeded checkpoint that is changed, and the changes.
 VARIANTS = {
     "tiny-s": ("tiny-s", {}),
     "tiny-l": ("tiny-l", {}),
@@ -132,7 +132,7 @@ def test_graph_equals_eager(variant_of, name, direction):
 
 
 def in_windows(backend, direction, plan, array):
-    """One half over the windows of a plan."""
+    """Run one direction over the windows of a plan."""
     windows = WindowCutter(plan, backend.spec.layout(direction)[1]).push(array, final=True)
     return np.concatenate(list(run_windows(backend, direction, windows)), axis=-1)
 
@@ -161,7 +161,7 @@ def test_less_context_shows(variant_of, name, less, direction):
         assert snr_db(run_direction(backend, direction, array), in_windows(backend, direction, plan, array)) < 110
 
 
-# These leave every tensor's shape and value as it was: if the field were not honoured, so would be the output.
+# These change no tensor, so the output would stay the same if the field were ignored.
 SAME_WEIGHTS = [
     "chunks of 4 latents",
     "chunks not shifted",
@@ -191,7 +191,7 @@ def test_configuration_is_honoured(variant_of, name):
 
 
 def dense_attention(attention, x, sees):
-    """The formula over a whole sequence `[tokens, width]` in double precision; `sees[i, j]`: i attends to j."""
+    """Compute the formula for a whole sequence `[tokens, width]` in float64; `sees[i, j]`: i attends to j."""
     width, tokens = attention.config.head_width, len(x)
     angles = np.outer(np.arange(tokens), 10_000.0 ** (-np.arange(0, 32, 2) / 32))
 
@@ -271,7 +271,7 @@ def test_folding_leaves_the_model_alone(name):
 
 
 def with_tensors(name, change):
-    """A seeded checkpoint with some of its tensors changed."""
+    """Return a seeded checkpoint with some of its tensors changed."""
     tensors = dict(seeded(name).tensors)
     return dataclasses.replace(seeded(name), tensors=tensors | change(tensors))
 
@@ -296,7 +296,7 @@ def test_alpha_of_zero_cannot_be_folded(norm, direction):
 
 
 def test_hidden_keys_weigh_nothing_and_are_not_subnormal():
-    """Also where every key in sight has the least score that there is, and the hidden one the largest."""
+    """Masking also works if all visible keys have the least possible score, and the hidden one the largest."""
     model = Same.from_checkpoint(seeded("tiny-l"))
     for trunk in (model.encoder_parts[0], model.decoder_parts[1]):
         hides = np.float32(mask_value(trunk))

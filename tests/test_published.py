@@ -1,4 +1,4 @@
-"""The configurations that are published: read as they are, with additions that change nothing, and each refusal."""
+"""Published configurations: unchanged, with additions that change nothing, and each refusal."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from samekit_export.random_weights import published_config, random_checkpoint
 
 FOLDER = Path(__file__).with_name("published")
 FILES = ("SAME-S", "small-music", "medium")
-# Where the autoencoder's fields are, and which model they describe.
+# Path of the autoencoder's fields, and the model that they describe.
 INNER = {"SAME-S": "model", "small-music": "model.pretransform.config", "medium": "model.pretransform.config"}
 KIND = {"SAME-S": "s", "small-music": "s", "medium": "l"}
-# What makes a published configuration one of the tiny models.
+# Changes that make a published configuration one of the tiny models.
 TINY = {
     "*.config.channels": 32,
     "*.config.c_mults": [4],
@@ -106,7 +106,8 @@ def test_loads_as_published(file, tmp_path):
 
 # --- Additions that change nothing -------------------------------------------------------------------------
 
-# Fields that the reference reads, all null: its defaults are those of the published models. A null window means chunks.
+# Fields that the reference reads, all null: its defaults are those of the published models.
+# A null window selects chunks.
 NULLS = dict.fromkeys(
     (
         "*.config.conformer",
@@ -142,7 +143,7 @@ HARMLESS = [
     {"in_channels": 2, "out_channels": 2},
     {"*.config.layer_scale": False, "*.config.conformer": False, "*.config.feat_scale": False},
     {"*.config.cross_attn": False, "*.config.mapping_bias": True, "*.config.ff_mult": 3},
-    # The reference reads it and passes False on.
+    # The reference reads it and uses False instead.
     {"*.config.causal": True},
     {"*.config.use_flash": False, "*.config.use_snake": True, "*.config.mapping_style": "film"},
     {"*.config.conv_bias": True, "*.config.use_dilated_conv": True, "*.config.enable_inner_layer_dropout": True},
@@ -150,7 +151,7 @@ HARMLESS = [
     {"*.config.checkpointing": True, "*.config.mask_noise": 0.5, "*.config.freeze_backbone": True},
     {"*.requires_grad": True, "*.gizmo": 1, "pretransform.enable_grad": True, "pretransform.gizmo": [1]},
     {"bottleneck.config.noise_regularize": False, "bottleneck.config.freeze": False, "bottleneck.config.momentum": 0.9},
-    # It is read beside the decoder's `config` only.
+    # It is read only beside the decoder's `config`.
     {"encoder.soft_clip": True, "*.config.soft_clip": True, "soft_clip": True},
     {"decoder.soft_clip": False, "encoder.config.sinusoidal_blocks": 0},
     {"loss_configs": {"spectral": {"weight": 1.0}}, "": 0, "gizmo": "on"},
@@ -165,7 +166,7 @@ def test_additions_that_change_nothing(file, changes, tmp_path):
     assert_loads_as_the_seeded_model(document, file, tmp_path)
 
 
-# The same outside of the autoencoder, in the files that this can be in.
+# Fields outside of the autoencoder, and the files that can hold them.
 @pytest.mark.parametrize(
     "changes",
     [
@@ -202,7 +203,7 @@ def test_additions_beside_the_autoencoder(file, changes, tmp_path):
         *[(file, {"*.config.sliding_window": None}) for file in ("SAME-S", "small-music")],
         *[(file, {"decoder.config.sinusoidal_blocks": blocks}) for file in FILES[:2] for blocks in (None, REMOVED, 0)],
         ("SAME-S", {"decoder.config.sinusoidal_blocks": [0, 0, 0, 0]}),
-        # Read only where there is no window.
+        # The reference reads it only if there is no window.
         ("medium", {"*.config.chunk_size": 33, "*.config.chunk_midpoint_shift": True}),
         ("medium", {"*.config.chunk_size": None, "decoder.config.conv_mapping": None}),
     ],
@@ -216,7 +217,7 @@ def test_additions_of_one_kind(file, changes, tmp_path):
 
 @pytest.mark.parametrize("file", FILES)
 def test_the_other_nesting(file, tmp_path):
-    """The standalone file's fields in a full checkpoint, and the fields of a full checkpoint standalone."""
+    """The standalone fields work in a full checkpoint, and the fields of a full checkpoint in a standalone one."""
     inner = autoencoder(tiny(file), file)
     if file == "SAME-S":
         document = edit(tiny("small-music"), {"model.pretransform.config": inner})
@@ -238,7 +239,7 @@ def test_fields_that_are_not_read_are_logged(caplog):
     inner = "config.model.pretransform.config"
     for field in ("encoder.type", "encoder.config.gizmo", "encoder.config.mapping_style", "bottleneck.config.momentum"):
         assert f"{inner}.{field}" in message
-    # What is read is not among them, and what it says is all of one line.
+    # Fields that are read are not listed, and the message is one line.
     assert f"{inner}.encoder.config.dyt" not in message
     assert "\n" not in message
 
@@ -247,7 +248,7 @@ def test_fields_that_are_not_read_are_logged(caplog):
 
 
 def test_default_chunk_is_128_patches():
-    """That is 8 latents at the published stride; not shifted unless it says so."""
+    """The default chunk is 8 latents at the published stride, not shifted."""
     document = tiny("SAME-S")
     for absent in (REMOVED, None):
         changed = edit(copy.deepcopy(document), {"model.encoder.config.chunk_size": absent})
@@ -258,7 +259,7 @@ def test_default_chunk_is_128_patches():
 
 
 def test_default_sizes():
-    """`channels` 128, heads of 128 and latents of 32, as the reference has them."""
+    """The defaults are those of the reference: `channels` 128, heads of 128, latents of 32."""
     sizes = ("channels", "dim_heads", "latent_dim", "ff_mult")
     document = edit(
         tiny("SAME-S"),
@@ -391,7 +392,7 @@ def test_a_second_copy_of_a_tensor_is_not_chosen_at_random(file, tmp_path):
     found = tensors(file)
     prefix = "" if file == "SAME-S" else NESTED_PREFIX
     bias = f"{prefix}encoder.layers.2.bias"
-    # Beside the exact key, another one is a tensor too many ...
+    # Beside the exact key, another one is an unexpected tensor ...
     save_folder(tiny(file), found | {f"{prefix}encoder.ema.layers.2.bias": torch.ones(32)}, tmp_path)
     with pytest.raises(
         CheckpointError, match=r"tensor encoder\.ema\.layers\.2\.bias is not part of a SAME autoencoder"
@@ -405,7 +406,7 @@ def test_a_second_copy_of_a_tensor_is_not_chosen_at_random(file, tmp_path):
 
 
 def test_copies_outside_of_the_autoencoder_are_other_parts(tmp_path):
-    """A full checkpoint may hold averaged weights of the same names elsewhere."""
+    """A full checkpoint may contain averaged weights with the same names under another prefix."""
     found = tensors("small-music")
     copies = {key.replace("pretransform.", "pretransform.ema."): t + 1 for key, t in found.items() if "pretr" in key}
     assert_loads_as_the_seeded_model(tiny("small-music"), "small-music", tmp_path, found | copies)
@@ -441,7 +442,7 @@ BIG = 6 * 2**30
 
 
 def test_other_parts_of_a_full_checkpoint_are_not_read(tmp_path):
-    """A file of 6 GiB, almost all of it a hole, in a process that may not hold more than 3."""
+    """A sparse file of 6 GiB is read in a process that may use at most 3 GiB of memory."""
     save_folder(tiny("small-music"), tensors("small-music"), tmp_path)
     weights = tmp_path / "model.safetensors"
     data = weights.read_bytes()

@@ -35,7 +35,7 @@ def documented(namespace):
         )
         if member.kind == "module" or member.name.startswith("_") or inherited:
             continue
-        # What layers are called is the checkpoint's business, and what they compute is said by their module.
+        # The checkpoint gives the names of layers, and their module describes what they compute.
         if not (member.kind == "variable" and namespace.kind == "class" and issubclass(namespace.obj, nn.Module)):
             yield member
         if member.kind == "class":
@@ -70,7 +70,7 @@ def test_every_public_name_is_described(name):
 
 @pytest.mark.parametrize("name", reference.modules())
 def test_arguments_and_errors_are_those_that_there_are(name):
-    """Sections name no argument that a function lacks, and all of them if any; errors are classes that exist."""
+    """An Args section names all arguments of its function and no others; errors are existing classes."""
     reference.prepare()
     for member in documented(pdoc.doc.Module.from_name(name)):
         if member.kind != "function":

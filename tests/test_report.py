@@ -1,4 +1,4 @@
-"""The page about a model on one piece of audio: right figures, one file, and a browser that plays and shows it."""
+"""The report page: right figures, one file, and a browser that plays and shows it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_every_backend_is_measured_or_named(measured):
     assert np.isposinf([eager.latents_db, eager.audio_db]).all()
     assert 90 < engine.latents_db < 200
     assert 90 < engine.audio_db < 200
-    # Random weights give back nothing of what they were given.
+    # Random weights reproduce nothing of their input.
     assert engine.round_trip_db < 3
     assert min(engine.encode_speed, engine.decode_speed) > 0
 
@@ -196,7 +196,7 @@ def test_browser_plays_and_shows_it(page):
         tab.wait_for_function("[...document.querySelectorAll('audio')].every(a => a.readyState == 4)", timeout=30_000)
         players = tab.evaluate("[...document.querySelectorAll('audio')].map(a => a.duration)")
         widths = tab.evaluate("[...document.images].map(i => i.naturalWidth)")
-        # Played, not only loaded; muted, because browsers keep pages quiet until they are touched.
+        # The audio is played, not only loaded. It is muted, because browsers block sound before a click.
         played = tab.evaluate(
             "Promise.all([...document.querySelectorAll('audio')].map(async a => "
             "{ a.muted = true; await a.play(); await new Promise(r => a.onended = r); return a.currentTime }))"

@@ -1,4 +1,4 @@
-"""The model that comes with samekit: found by name, as good as its card says, and the same at every precision."""
+"""The bundled model: it is found by name, as accurate as its card says, and the same at every precision."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from samekit_export.model import Same
 from samekit_export.verify import snr_db
 
 NAME = "same-tiny"
-# Training draws from even streams of its seed, and is judged on stream 1.
+# Training uses even streams of its seed; stream 1 is for tests.
 UNHEARD = 3
 MUSIC_PACKAGE = "extremetuxracer-data"
 
 
 @functools.cache
 def unheard(count=8, length=3.0):
-    """Synthesised clips that training never drew, `[count, 2, samples]`, whole latents."""
+    """Return synthesized clips that training has not used, `[count, 2, samples]`, whole latents."""
     clips = np.stack([train_tiny.make_clip((0, UNHEARD, i), length) for i in range(count)])
     return clips[..., : clips.shape[-1] // 384 * 384].astype(np.float32) / 32767
 
@@ -80,14 +80,14 @@ def snrs_of_round_trips(model, clips):
 def test_round_trip_of_a_few_synthesised_clips(eager):
     snrs = snrs_of_round_trips(eager, unheard())
     assert np.mean(snrs) >= 13
-    # Noise is what no codec predicts.
+    # No codec can predict noise.
     assert min(snrs) >= 4
 
 
 @pytest.mark.slow
 def test_round_trip_of_synthesised_audio(eager):
     snrs = snrs_of_round_trips(eager, unheard(48, 4.0))
-    print({"mean": np.mean(snrs), "median": np.median(snrs)})  # noqa: T201 for the model card, with -s
+    print({"mean": np.mean(snrs), "median": np.median(snrs)})
     assert np.mean(snrs) >= 15
     assert np.median(snrs) >= 15
 
@@ -113,14 +113,14 @@ def test_precisions_agree_on_music(folder, eager, precision):
     least = {"fp32": 100, "fp16": 50, "int8": 25}[precision]
     assert_close(in_one_pass(eager.encode, unheard()), latents, least)
     assert_close(round_trip(eager, unheard()), audio, least)
-    # What a precision loses must not be heard beside what the model loses.
+    # The error of a precision must be small against the error of the model.
     lost = snr_db(unheard(), round_trip(eager, unheard())) - snr_db(unheard(), audio)
     assert lost < (0.02 if precision != "int8" else 0.5)
 
 
 @pytest.fixture(scope="session")
 def music(tmp_path_factory):
-    """Game music that no training heard, by track: 20 s of each that is long enough, from a Debian package."""
+    """Return game music from a Debian package by track: 20 s of each that is long enough."""
     folder = tmp_path_factory.mktemp("music")
     if not shutil.which("apt-get"):
         pytest.skip("no apt-get: the music is in a Debian package")
@@ -147,7 +147,7 @@ def test_round_trip_of_music_never_heard(folder, music):
         for track, (audio, rate) in music.items():
             ready = model.autoencoder.preprocess_audio_for_encoder(audio, rate)
             snrs[track] = snr_db(ready, model.autoencoder.decode_audio(model.autoencoder.encode_audio(ready)))
-    print({track: round(snr, 1) for track, snr in snrs.items()})  # noqa: T201 for the model card, with -s
+    print({track: round(snr, 1) for track, snr in snrs.items()})
     assert min(snrs.values()) >= 10
 
 
@@ -192,7 +192,7 @@ def test_training_can_be_interrupted(monkeypatch, tmp_path):
 
 
 def stop_at(step, make_batch):
-    """A `make_batch` that is interrupted."""
+    """Return a `make_batch` that is interrupted."""
 
     def interrupted(pool, samples, number):
         if number == step:

@@ -99,7 +99,7 @@ def built(engine_of, tmp_path_factory):
 
     def build(name, precision):
         engine = exported(name, precision)
-        (build,) = add_engines(engine, [precision], "rtx", lambda _: None)
+        (build,) = add_engines(engine, [precision], "rtx")
         return engine, build
 
     return functools.cache(build)
@@ -157,7 +157,7 @@ class TestBuilding:
 @pytest.mark.slow
 def test_full_size(tmp_path):
     engine = export(seeded("same-s"), tmp_path, PRECISIONS)
-    full, half = add_engines(engine, PRECISIONS, "rtx", print)
+    full, half = add_engines(engine, PRECISIONS, "rtx")
     for build in (full, half):
         assert {line.split("]")[0] for line in log_of(build).splitlines()} == {"[INFO"}
         # An export of the plain model has 2,600 layers. Fewer layers are fused better and build faster.
@@ -175,11 +175,10 @@ def own_built(built, tmp_path):
 
 
 @needs_rtx
-def test_current_engines_are_left_alone(own_built):
-    lines = []
+def test_current_engines_are_left_alone(own_built, progress):
     (folder,) = build_folders(own_built)
-    assert add_engines(own_built, ["fp32"], "auto", lines.append) == [Build.load(folder)]
-    assert lines == [f"{folder} is current"]
+    assert add_engines(own_built, ["fp32"], "auto") == [Build.load(folder)]
+    assert progress() == [f"{folder} is current"]
 
 
 @needs_rtx
@@ -189,18 +188,18 @@ def test_a_damaged_engine_is_built_again(own_built, monkeypatch):
     # The size stays the same, so only the digest shows the damage.
     engine.write_bytes(engine.read_bytes()[:-1] + b"x")
 
-    def build(self, path, report):  # noqa: ARG001 the signature of _HalfBuilder.build
+    def build(self, path):  # noqa: ARG001 the signature of _EngineBuilder.build
         path.write_bytes(b"new")
         return BuiltEngine(path.name, 3, hashlib.sha256(b"new").hexdigest(), 1, 1.0, None)
 
     monkeypatch.setattr(to_tensorrt._EngineBuilder, "build", build)
-    (again,) = add_engines(own_built, ["fp32"], "auto", lambda _: None)
+    (again,) = add_engines(own_built, ["fp32"], "auto")
     assert again.folder == folder
     assert again.read(ENCODER) == b"new"
 
 
 @needs_rtx
-def test_a_graph_that_it_does_not_take(own_engine):
+def test_a_graph_that_it_does_not_take(own_engine, progress):
     graph = own_engine.folder / "encoder.onnx"
     model = onnx.load(graph)
     model.graph.node[3].op_type, model.graph.node[3].domain = "Mystery", "elsewhere"
@@ -209,11 +208,10 @@ def test_a_graph_that_it_does_not_take(own_engine):
     document = json.loads((own_engine.folder / "spec.json").read_text(encoding="utf-8"))
     document["graphs"]["fp32"][ENCODER]["sizes"]["encoder.onnx"] = graph.stat().st_size
     (own_engine.folder / "spec.json").write_text(json.dumps(document), encoding="utf-8")
-    lines = []
     with pytest.raises(BuildError, match=f"tensorrt_rtx .* cannot build it .*Mystery {node}: ") as caught:
-        add_engines(Engine.load(own_engine.folder), ["fp32"], "rtx", lines.append)
+        add_engines(Engine.load(own_engine.folder), ["fp32"], "rtx")
     assert_one_line(caught.value)
-    assert lines[-1].startswith(f"encoder.onnx: Mystery {node}: ")
+    assert progress()[-1].startswith(f"encoder.onnx: Mystery {node}: ")
     # Only the log of the failed build is left.
     (log,) = (own_engine.folder / "tensorrt").iterdir()
     assert log.name.endswith(".failed.log")
@@ -238,25 +236,24 @@ def nothing_builds(monkeypatch):
     monkeypatch.setattr(
         to_tensorrt,
         "build_engines",
-        lambda engine, precision, module, target, report: asked.append((precision, module.__name__, target)),  # noqa: ARG005
+        lambda engine, precision, module, target: asked.append((precision, module.__name__, target)),  # noqa: ARG005
     )
     return asked
 
 
-def test_nothing_is_installed(nothing_builds, engine_of):
-    lines = []
-    assert add_engines(engine_of("tiny-s"), ["fp32"], "auto", lines.append) == []
-    (line,) = lines
+def test_nothing_is_installed(nothing_builds, engine_of, progress):
+    assert add_engines(engine_of("tiny-s"), ["fp32"], "auto") == []
+    (line,) = progress()
     assert line.startswith("left out: TensorRT engines")
     assert "pip install 'samekit[gpu]'" in line
     assert "pip install 'samekit[rtx]'" in line
     with pytest.raises(BackendUnavailableError, match=r"run: pip install 'samekit\[rtx\]'") as caught:
-        add_engines(engine_of("tiny-s"), ["fp32"], "rtx", lines.append)
+        add_engines(engine_of("tiny-s"), ["fp32"], "rtx")
     assert_one_line(caught.value)
-    assert add_engines(engine_of("tiny-s"), ["fp32"], "off", lines.append) == []
+    assert add_engines(engine_of("tiny-s"), ["fp32"], "off") == []
     with pytest.raises(InputError, match="unknown TensorRT mode 'on'; choose one of auto, rtx, off"):
-        add_engines(engine_of("tiny-s"), ["fp32"], "on", lines.append)
-    assert (len(lines), nothing_builds) == (1, [])
+        add_engines(engine_of("tiny-s"), ["fp32"], "on")
+    assert (progress(), nothing_builds) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -269,16 +266,15 @@ def test_nothing_is_installed(nothing_builds, engine_of):
         (None, True, (TENSORRT_RTX, PORTABLE)),
     ],
 )
-def test_auto_prefers_the_gpu_at_hand(nothing_builds, monkeypatch, engine_of, version, gpu, chosen):
+def test_auto_prefers_the_gpu_at_hand(nothing_builds, monkeypatch, engine_of, version, gpu, chosen, progress):
     if version:
         monkeypatch.setitem(sys.modules, TENSORRT, fake_module(TENSORRT, version))
     monkeypatch.setitem(sys.modules, TENSORRT_RTX, fake_module(TENSORRT_RTX, "1.7.1.116"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 9))
-    lines = []
-    add_engines(engine_of("tiny-s"), ["fp32", "int8"], "auto", lines.append)
+    add_engines(engine_of("tiny-s"), ["fp32", "int8"], "auto")
     assert nothing_builds == [("fp32", *chosen)]
-    assert lines == ["no TensorRT engine of int8, which is for ONNX Runtime on the CPU"]
+    assert progress() == ["no TensorRT engine of int8, which is for ONNX Runtime on the CPU"]
 
 
 def test_versions_that_are_too_old(monkeypatch):
@@ -387,8 +383,7 @@ def test_timing_cache_that_cannot_be_used(half_builder, tmp_path, monkeypatch, b
             return read(self)
 
         monkeypatch.setattr(Path, "read_bytes", refuse)
-    lines = []
-    built = half_builder.build(tmp_path / "encoder.engine", lines.append)
+    built = half_builder.build(tmp_path / "encoder.engine")
     assert (tmp_path / "encoder.engine").read_bytes() == b"engine"
     assert built.size == 6
     half_builder._log.flush()
@@ -396,13 +391,13 @@ def test_timing_cache_that_cannot_be_used(half_builder, tmp_path, monkeypatch, b
 
 
 def test_disk_that_is_full_while_building(own_engine, monkeypatch):
-    def build(self, path, report):  # noqa: ARG001 the signature of _HalfBuilder.build
+    def build(self, path):  # noqa: ARG001 the signature of _EngineBuilder.build
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(to_tensorrt._EngineBuilder, "build", build)
     module = FakeTensorRT(own_engine.spec)
     with pytest.raises(OutputError, match=r"tensorrt-11\.4\.0.* cannot be written \(No space left.*; choose") as caught:
-        to_tensorrt.build_engines(own_engine, "fp32", module, "8.9", lambda _: None)
+        to_tensorrt.build_engines(own_engine, "fp32", module, "8.9")
     assert_one_line(caught.value)
     assert list((own_engine.folder / "tensorrt").iterdir()) == []
 
@@ -413,7 +408,7 @@ def test_build_log_that_cannot_be_written(half_builder, tmp_path):
         raise OSError(28, "No space left on device")
 
     half_builder._log = SimpleNamespace(write=write)
-    half_builder.build(tmp_path / "encoder.engine", lambda _: None)
+    half_builder.build(tmp_path / "encoder.engine")
     assert (tmp_path / "encoder.engine").read_bytes() == b"engine"
 
 

@@ -14,6 +14,7 @@ import synthesis
 from samekit.audio import AudioWriter
 from samekit.engine.spec import PRECISIONS
 from samekit_export.checkpoint import load
+from samekit_export.cli import progress_on_stdout
 from samekit_export.export import export
 from samekit_export.report import write_report
 from samekit_export.to_tensorrt import AUTO, add_engines
@@ -34,9 +35,10 @@ def main() -> None:
     music = synthesis.clip(np.random.default_rng(SEED), SECONDS, music=True).T
     with AudioWriter(piece, synthesis.RATE, channels=2) as writer:
         writer.write(music * (PEAK / np.abs(music).max()))
-    engine = export(load(MODEL), FOLDER / "engines", PRECISIONS, report=print)
-    add_engines(engine, PRECISIONS, AUTO, print)
-    report = write_report(piece, engine, page, report=print)
+    with progress_on_stdout():
+        engine = export(load(MODEL), FOLDER / "engines", PRECISIONS)
+        add_engines(engine, PRECISIONS, AUTO)
+        report = write_report(piece, engine, page)
     print(f"\n{piece} through {MODEL}:\n\n{report.table()}\n\nListen and look: {page.resolve().as_uri()}")
     worst = min(row.audio_db for row in report.rows if row.precision == "fp32")
     if worst < FLOOR_DB["fp32"]:

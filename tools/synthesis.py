@@ -1,4 +1,4 @@
-"""Music and sounds made from nothing but a seed: what `same-tiny` learns from, is judged on, and the demo's piece.
+"""Make music and sounds from a seed: the training and test data of `same-tiny`, and the piece of the demo.
 
     notes ──┐
     drums ──┤                      ┌─ pan, width ─┐
@@ -6,7 +6,7 @@
     noise ──┤                      └─ reverb ─────┘
     chirps ─┘
 
-Knows no model and no file. Everything is a function of a `numpy.random.Generator`; 44,100 Hz, float32.
+Every clip is a function of a `numpy.random.Generator`; 44,100 Hz, float32.
 """
 
 from __future__ import annotations
@@ -36,21 +36,19 @@ VOWELS = (
     (500, 1500, 2500),
 )
 
-# ---------------------------------------------------------------------------------------------- building blocks
-
 
 def seconds(samples: int) -> Line:
-    """The time of each sample."""
+    """Return the time of each sample in seconds."""
     return np.arange(samples) / RATE
 
 
 def phases(frequency: float | Line, samples: int, start: float = 0.0) -> Line:
-    """Turns (not radians) of an oscillator whose frequency in Hz may vary."""
+    """Return the phase, in turns, of an oscillator whose frequency in Hz may vary."""
     return start + np.cumsum(np.broadcast_to(frequency, samples)) / RATE
 
 
 def oscillator(turns: Line, harmonics: Line) -> Line:
-    """A periodic wave from the amplitudes of its harmonics, read out of a table."""
+    """Return a periodic wave with these amplitudes of harmonics, read from a table."""
     size = 4096
     spectrum = np.zeros(size // 2 + 1, complex)
     spectrum[1 : len(harmonics) + 1] = -0.5j * size * harmonics
@@ -59,24 +57,24 @@ def oscillator(turns: Line, harmonics: Line) -> Line:
 
 
 def filtered(line: Line, gain: Callable[[Line], Line]) -> Line:
-    """A line times a gain over frequency in Hz."""
+    """Return a line whose spectrum is multiplied by a gain over frequency in Hz."""
     padded = 2 ** int(np.ceil(np.log2(len(line) + 2048)))
     spectrum = np.fft.rfft(line, padded) * gain(np.fft.rfftfreq(padded, 1 / RATE))
     return np.fft.irfft(spectrum, padded)[: len(line)]
 
 
 def low_pass(cutoff: float, slope: float = 2.0) -> Callable[[Line], Line]:
-    """The gain of a filter that passes what lies under `cutoff`."""
+    """Return the gain of a low-pass filter."""
     return lambda frequency: 1 / (1 + (frequency / cutoff) ** (2 * slope)) ** 0.5
 
 
 def band(centre: float, width: float) -> Callable[[Line], Line]:
-    """The gain of a resonance, `width` in octaves."""
+    """Return the gain of a resonance; `width` is in octaves."""
     return lambda frequency: np.exp(-0.5 * (np.log2(np.maximum(frequency, 1) / centre) / width) ** 2)
 
 
 def envelope(random: Generator, samples: int, attack: float, release: float, decay: float) -> Line:
-    """Attack and release in seconds; `decay` per second, with a little tremolo now and then."""
+    """Return an envelope, sometimes with tremolo; attack and release in seconds, `decay` per second."""
     time = seconds(samples)
     shape = np.minimum(time / attack, 1) * np.clip((time[-1] - time) / release, 0, 1) * np.exp(-decay * time)
     if random.random() < 0.2:
@@ -84,11 +82,8 @@ def envelope(random: Generator, samples: int, attack: float, release: float, dec
     return shape
 
 
-# ---------------------------------------------------------------------------------------------- instruments
-
-
 def sustained(random: Generator, frequency: float, samples: int) -> Line:
-    """Strings, organs, winds, synthesizers: harmonics with a slope, some with vibrato, some detuned in unison."""
+    """Strings, organs, winds, synthesizers: harmonics with a slope, vibrato and detuned copies."""
     count = max(1, min(int(random.uniform(4, 60)), int(0.9 * RATE / 2 / frequency)))
     n = np.arange(1, count + 1)
     harmonics = n ** -random.uniform(0.8, 2.5) * np.exp(0.5 * random.standard_normal(count))
@@ -104,7 +99,7 @@ def sustained(random: Generator, frequency: float, samples: int) -> Line:
 
 
 def plucked(random: Generator, frequency: float, samples: int) -> Line:
-    """A string after Karplus and Strong (1983): noise that circulates through an averaging filter, a period a step."""
+    """A plucked string (Karplus and Strong, 1983): noise circulates through an averaging filter."""
     period = max(int(RATE / frequency), 2)
     excitation = random.uniform(-1, 1, period)
     smoothing = np.exp(-np.arange(period) * random.uniform(0.02, 1.0))
@@ -154,7 +149,7 @@ def drum(random: Generator, kind: int, samples: int) -> Line:
 
 
 def voice(random: Generator, samples: int) -> Line:
-    """Syllables like speech or song: pulses through three formants that change, consonants of noise between them."""
+    """Syllables of speech or song: pulses through three changing formants, with consonants of noise between them."""
     line = np.zeros(samples)
     base = random.uniform(80, 300)
     start = 0
@@ -192,9 +187,6 @@ def noise(random: Generator, samples: int) -> Line:
     return coloured * swell
 
 
-# ---------------------------------------------------------------------------------------------- mixing
-
-
 def add(line: Line, start: int, part: Line) -> None:
     """Add a part to a line, cut at the line's end."""
     stop = min(start + len(part), len(line))
@@ -203,7 +195,7 @@ def add(line: Line, start: int, part: Line) -> None:
 
 
 def reverb(random: Generator, line: Line) -> Line:
-    """The sound of a room, `[samples, 2]`: a different decaying noise for each ear."""
+    """Return the reverberation of a room, `[samples, 2]`: a different decaying noise for each ear."""
     length = int(random.uniform(0.1, 1.2) * RATE)
     response = random.standard_normal((2, length)) * np.exp(-6.9 * np.arange(length) / length)
     padded = 2 ** int(np.ceil(np.log2(len(line) + length)))
@@ -213,7 +205,7 @@ def reverb(random: Generator, line: Line) -> Line:
 
 
 def placed(random: Generator, line: Line) -> Line:
-    """A mono line somewhere between the speakers, `[samples, 2]`: panned, perhaps delayed to one side, with a room."""
+    """Place a mono line between the speakers, `[samples, 2]`: panned, sometimes delayed or with reverberation."""
     angle = np.pi / 4 * (1 + np.clip(random.normal(0, 0.35), -1, 1))
     stereo = np.stack([line * np.cos(angle), line * np.sin(angle)], axis=1)
     if random.random() < 0.15:
@@ -224,17 +216,17 @@ def placed(random: Generator, line: Line) -> Line:
 
 
 def level(line: Line) -> float:
-    """Root mean square."""
+    """Return the root mean square."""
     return float(np.sqrt(np.mean(line**2))) + 1e-9
 
 
 def note(midi: float) -> float:
-    """Frequency in Hz of a MIDI note number."""
+    """Return the frequency in Hz of a MIDI note number."""
     return float(440 * 2 ** ((midi - 69) / 12))
 
 
 def music_lines(random: Generator, samples: int) -> list[tuple[Line, float]]:
-    """Bass, chords, melody and drums of one piece, each with its level."""
+    """Return bass, chords, melody and drums of one piece, each with its level."""
     beat = int(RATE * 60 / random.uniform(60, 170))
     scale = SCALES[random.integers(len(SCALES))]
     progression = PROGRESSIONS[random.integers(len(PROGRESSIONS))]
@@ -245,7 +237,7 @@ def music_lines(random: Generator, samples: int) -> list[tuple[Line, float]]:
 
     bass, chords, melody, drums = (np.zeros(samples) for _ in range(4))
     instruments = [INSTRUMENTS[i] for i in random.integers(len(INSTRUMENTS), size=3)]
-    grid = random.choice([1, 2, 2, 4])
+    notes_per_beat = random.choice([1, 2, 2, 4])
     pattern = [random.random(8) < chance for chance in (0.4, 0.3, 0.7, 0.1)]
     step = int(random.integers(0, 7))
     for number, start in enumerate(range(0, samples, beat)):
@@ -256,11 +248,11 @@ def music_lines(random: Generator, samples: int) -> list[tuple[Line, float]]:
             length = int(beat * random.choice([1, 4]))
             for tone in (0, 2, 4, 6)[: random.integers(2, 5)]:
                 add(chords, start, instruments[1](random, degree(chord + tone), length))
-        for part in range(grid):
+        for part in range(notes_per_beat):
             if random.random() < 0.6:
                 step = int(np.clip(step + random.integers(-2, 3), -3, 12))
-                tone = instruments[2](random, degree(step, 1), int(beat / grid * random.uniform(0.8, 2)))
-                add(melody, start + part * beat // grid, tone)
+                tone = instruments[2](random, degree(step, 1), int(beat / notes_per_beat * random.uniform(0.8, 2)))
+                add(melody, start + part * beat // notes_per_beat, tone)
         _add_drums(random, drums, start, beat, [hits[2 * number % 8 :][:2] for hits in pattern])
     return [
         (bass, random.uniform(0.3, 1)),
@@ -271,7 +263,7 @@ def music_lines(random: Generator, samples: int) -> list[tuple[Line, float]]:
 
 
 def _add_drums(random: Generator, line: Line, start: int, beat: int, hits: list[Line]) -> None:
-    """The drums of one beat, from whether each kind is struck in its first and its second half."""
+    """Add the drums of one beat; `hits` says whether each drum plays in the first and the second half."""
     for half in range(2):
         for kind, struck in enumerate(hits):
             if struck[half]:
@@ -279,14 +271,14 @@ def _add_drums(random: Generator, line: Line, start: int, beat: int, hits: list[
 
 
 def sound_lines(random: Generator, samples: int) -> list[tuple[Line, float]]:
-    """Everything that is no piece: voices, chirps, noise, single notes."""
+    """Return sounds other than music: voices, chirps, noise, single notes, each with its level."""
     makers = (voice, voice, chirp, noise, _single_notes)
     chosen = [makers[i] for i in random.integers(len(makers), size=random.integers(1, 3))]
     return [(maker(random, samples), random.uniform(0.3, 1)) for maker in chosen]
 
 
 def _single_notes(random: Generator, samples: int) -> Line:
-    """Notes of one instrument, one after the other, over the whole keyboard."""
+    """Return consecutive notes of one instrument over the whole keyboard."""
     line = np.zeros(samples)
     instrument = INSTRUMENTS[random.integers(len(INSTRUMENTS))]
     start = 0
@@ -298,12 +290,12 @@ def _single_notes(random: Generator, samples: int) -> Line:
 
 
 def clip(random: Generator, length: float, *, music: bool | None = None) -> Line:
-    """A stereo clip, `[samples, 2]` in float32, its peak at most 1.
+    """Return a stereo clip, `[samples, 2]` in float32, with a peak of at most 1.
 
     Args:
         random: decides everything.
         length: in seconds.
-        music: a piece of music, or other sounds; drawn three to one unless given.
+        music: a piece of music or other sounds; unless given, three of four clips are music.
     """
     samples = int(length * RATE)
     music = random.random() < 0.75 if music is None else music
@@ -313,7 +305,7 @@ def clip(random: Generator, length: float, *, music: bool | None = None) -> Line
     mix = np.zeros((samples, 2))
     for line, weight in lines:
         mix += placed(random, line) * (weight / level(line))
-    # Recorded music falls off towards the treble.
+    # Recorded music has less energy at high frequencies.
     tilt = low_pass(np.exp(random.uniform(np.log(800), np.log(9000))), random.uniform(0.4, 1.2))
     mix = np.stack([filtered(channel, tilt) for channel in mix.T], axis=1)
     mix += 1e-4 * random.standard_normal(mix.shape) * level(mix)

@@ -1,14 +1,14 @@
-"""Trains `same-tiny` from nothing but a seed: `python tools/train_tiny.py`, at most 90 minutes on two cores.
+"""Train `same-tiny` from a seed: `python tools/train_tiny.py`, at most 90 minutes on two cores.
 
     synthesis.py ── a pool of clips ── random crops, mixed ── Same (model.py) ── squared error ── AdamW, moving average
                                                                                                         │
                  folder/model_config.json, model.safetensors, curve.jsonl  ── every few minutes ────────┘
 
-The start matters more than the minutes. A latent is read from its learned token, which sees audio only through
-attention; from random weights it takes hours until it sees much. So the first block's heads start as position
-selectors (a constant feature, turned by the rotary embedding, makes a head look at a fixed distance), and the layers
-at both ends start as least-squares fits of whatever the heads then let through. Step 0 is a linear transform
-codec; training makes it adapt to what it hears.
+The initial weights matter more than the training time. A latent is computed from its learned token, which receives
+audio only through attention. With random weights it takes hours until attention selects useful tokens. So the heads of
+the first block start as position selectors: a constant feature, turned by the rotary embedding, makes a head attend to
+a fixed distance. The layers at both ends start as least-squares fits to the outputs of these heads. So step 0 is a
+linear transform codec, and training makes it adaptive.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from samekit_export.tensors import tensor_shapes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# The curve of the published checkpoint was made with these.
+# These are the values for the published checkpoint and its curve.
 SEED = 0
 POOL_CLIPS, POOL_SECONDS, POOL_STEPS = 320, 8.0, 1500
-"""Clips to draw crops from, seconds of each, and steps until others take their place."""
+"""Clips from which crops are drawn, seconds of each, and steps until they are replaced."""
 HELD_OUT_CLIPS, HELD_OUT_SECONDS = 32, 4.0
 CROP_LATENTS, BATCH, STEPS = 64, 8, 3000
 PEAK_RATE, WARM_UP = 1e-3, 200
@@ -50,13 +50,12 @@ EVERY = 250
 AVERAGE = 0.998
 STATE_FILE, CURVE_FILE = "training.pt", "curve.jsonl"
 
-# A selected position passes on this much more than its neighbours.
-SELECTIVITY = 6.0
 SELECTING = 6
+"""Features of a head that select positions, at the highest frequencies of the rotary embedding."""
 
 
 def document() -> dict[str, Any]:
-    """The `model_config.json`: hop 384 as two patches of 192, 64 channels: 12 times fewer numbers than audio."""
+    """Return the `model_config.json`: hop 384 as two patches of 192, 64 channels, 12 times fewer numbers than audio."""
     config = published_config("tiny-s")
     patch, stride, latent, chunk = 192, 2, 64, 8
     model = config["model"]
@@ -69,17 +68,14 @@ def document() -> dict[str, Any]:
     return config
 
 
-# ---------------------------------------------------------------------------------------------- data
-
-
 def make_clip(seed: tuple[int, ...], length: float) -> np.ndarray:
-    """A clip `[2, samples]` of 16-bit numbers, which is how audio is kept here."""
+    """Return a clip `[2, samples]` of 16-bit numbers."""
     audio = synthesis.clip(np.random.default_rng(seed), length)
     return np.round(audio.T * 32767).astype(np.int16)
 
 
 def make_clips(stream: int, count: int, length: float, workers: int) -> Tensor:
-    """Clips `[count, 2, samples]` of 16-bit numbers; even streams are trained on, odd ones never."""
+    """Return clips `[count, 2, samples]` of 16-bit numbers; even streams are for training, odd ones for tests."""
     seeds = [(SEED, stream, i) for i in range(count)]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
@@ -87,19 +83,19 @@ def make_clips(stream: int, count: int, length: float, workers: int) -> Tensor:
 
 
 def make_pool(step: int, workers: int) -> Tensor:
-    """The clips that are trained on from `step` on."""
+    """Return the training clips from `step` on."""
     print("making clips", flush=True)
     return make_clips(2 * (step // POOL_STEPS), POOL_CLIPS, POOL_SECONDS, workers)
 
 
 def held_out(workers: int, hop: int) -> Tensor:
-    """The clips of the published figure: never trained on, whole latents."""
+    """Return the test clips of the published accuracy, in whole latents."""
     clips = make_clips(1, HELD_OUT_CLIPS, HELD_OUT_SECONDS, workers).float() / 32767
     return clips[..., : clips.shape[-1] // hop * hop]
 
 
 def make_batch(pool: Tensor, samples: int, number: int) -> Tensor:
-    """Batch `[BATCH, 2, samples]`: crops, a third of them mixed with another, of new gain and orientation."""
+    """Return crops `[BATCH, 2, samples]` with random gain, polarity and channel order; a third are mixed in pairs."""
     random = torch.Generator().manual_seed(SEED + number)
 
     def draw() -> Tensor:
@@ -117,23 +113,20 @@ def make_batch(pool: Tensor, samples: int, number: int) -> Tensor:
 
 
 def relative_error(audio: Tensor, back: Tensor) -> Tensor:
-    """Squared error over energy, an example each; silence counts as no louder than -80 dBFS."""
+    """Return squared error over energy for each example; the energy is at least that of -80 dBFS."""
     return (back - audio).square().mean((1, 2)) / (audio.square().mean((1, 2)) + 1e-8)
 
 
-# ---------------------------------------------------------------------------------------------- the start
-
-
 def initialise(model: Same, pool: Tensor) -> None:
-    """Start as a linear codec, see the module's description; `pool` as `make_clips` gives it."""
+    """Set the weights of a linear codec, see the module's docstring; `pool` is from `make_clips`."""
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
     model.bottleneck["scaling_factor"].fill_(1)
     model.bottleneck["running_std"].fill_(1)
     (encoder, to_latent), (from_latent, decoder) = model.encoder_parts, model.decoder_parts
     tokens = encoder.config.latent_tokens
-    # Distances, in tokens, at which each head looks, and which it subtracts. In the encoder a learned token stands
-    # behind its patches, in the decoder patches stand behind their latent.
+    # Distances, in tokens, that each head attends to and that it subtracts. In the encoder a learned token follows its
+    # patches, in the decoder patches follow their latent.
     patches = range(1, tokens)
     around = [(-1, tokens + 1), (tokens, -tokens)]
     _start_trunk(encoder, [(d, 0) for d in reversed(patches)] + around, gain=8)
@@ -142,7 +135,7 @@ def initialise(model: Same, pool: Tensor) -> None:
     samples = CROP_LATENTS * model.config.hop
     audio = torch.cat([make_batch(pool, samples, -number) for number in range(1, 49)])
     audio = audio[audio.std((1, 2)) > 1e-3]
-    # Every example counts alike: rows are weighted by the inverse of their example's loudness.
+    # Rows are weighted by the inverse level of their example, so that all examples count the same.
     weight = 1 / audio.std((1, 2))
     patch, width = model.config.patch, encoder.config.width
     rows = (audio * weight[:, None, None]).unflatten(2, (-1, patch)).transpose(1, 2).flatten(2)
@@ -160,7 +153,7 @@ def initialise(model: Same, pool: Tensor) -> None:
     to_latent.weight.copy_((fit[:-1] @ basis / typical).T)
     to_latent.bias.copy_(fit[-1] @ basis / typical)
 
-    # Each latent enters three times, with different gains, so that loud and quiet can be told apart.
+    # Each latent enters three times, with different gains, so that loud and quiet can be distinguished.
     for copy_number, gain in enumerate((0.03, 0.15, 0.6)):
         for channel in range(model.config.latent_width):
             feature = copy_number * model.config.latent_width + channel
@@ -179,17 +172,17 @@ def initialise(model: Same, pool: Tensor) -> None:
 
 
 def _start_trunk(trunk: Trunk, distances: list[tuple[int, int]], gain: float) -> None:
-    """Norms that pass, heads that select positions, a first block that passes on what they find, others nearly idle."""
+    """Set norms and position selectors; the first block copies the selected tokens, the others are nearly zero."""
     config = trunk.config
     width, head = config.width, config.head_width
-    angles = torch.as_tensor(rotary_frequencies(max(head // 2, 32))[:SELECTING])
-    half = max(head // 2, 32) // 2
+    angles = torch.as_tensor(rotary_frequencies(config.rotated)[:SELECTING])
+    half = config.rotated // 2
     for number, block in enumerate(trunk.blocks):
         attention = block.self_attn
         for norm, gamma in ((block.pre_norm, 1), (block.ff_norm, 1), (attention.q_norm, 6), (attention.k_norm, 6)):
             norm.alpha.fill_(1)
             norm.gamma.fill_(gamma)
-        # The last feature is the constant that carries the heads' positions.
+        # The last feature is the constant by which heads select positions.
         block.pre_norm.gamma[-1] = 0
         block.pre_norm.beta[-1] = 1
         parts = attention.to_qkv.weight.view(5, config.heads, head, width)
@@ -213,14 +206,14 @@ def _start_trunk(trunk: Trunk, distances: list[tuple[int, int]], gain: float) ->
 
 
 def _principal(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The first principal directions `[features, count]` and the standard deviation along each."""
+    """Return the first principal directions `[features, count]` and the standard deviation along each."""
     values, vectors = torch.linalg.eigh((rows.T @ rows / len(rows)).double())
     values, vectors = values.flip(0)[:count], vectors.flip(1)[:, :count]
     return vectors.float(), (values.clamp(min=values[0] * 1e-5) ** 0.5).float()
 
 
 def _least_squares(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    """The weights, and a last row for the bias, that map `[examples, rows, in]` to `[examples, rows, out]` best."""
+    """Fit `[examples, rows, out]` to `[examples, rows, in]`; return the weights with the bias as the last row."""
     x = (torch.cat([x, torch.ones_like(x[..., :1])], dim=-1) * weight[:, None, None]).flatten(0, 1).double()
     y = (y * weight[:, None, None]).flatten(0, 1).double()
     square = x.T @ x
@@ -236,7 +229,7 @@ def _set_mapping(mapping: WeightNormConv, weight: Tensor) -> None:
 
 
 def _stream(trunk: Trunk, run: Callable[[], object]) -> Tensor:
-    """What a trunk's blocks return while `run` runs: `[batch, latents, tokens, width]`."""
+    """Return the output of a trunk's blocks during `run`: `[batch, latents, tokens, width]`."""
     kept = []
     original = trunk.run
 
@@ -252,12 +245,9 @@ def _stream(trunk: Trunk, run: Callable[[], object]) -> Tensor:
     return kept[0]
 
 
-# ---------------------------------------------------------------------------------------------- training
-
-
 @torch.inference_mode()
 def quality(model: Same, clips: Tensor) -> dict[str, float]:
-    """Round-trip SNR in dB over clips: mean and quartiles of the clips'."""
+    """Return mean and quartiles of the clips' round-trip SNR in dB."""
     errors = torch.cat([relative_error(clip[None], model.decode(model.encode(clip[None]))) for clip in clips])
     snr = -10 * errors.log10()
     quartiles = torch.quantile(snr, torch.tensor([0.25, 0.5, 0.75]))
@@ -267,7 +257,7 @@ def quality(model: Same, clips: Tensor) -> dict[str, float]:
 
 
 def calibrate(model: Same, pool: Tensor) -> None:
-    """Give every latent channel a mean of 0 and a standard deviation of 1 over the pool; decoding does not change."""
+    """Scale every latent channel to mean 0 and standard deviation 1 over the pool; decoded audio does not change."""
     _, to_latent = model.encoder_parts
     from_latent, _ = model.decoder_parts
     samples = pool.shape[-1] // model.config.hop * model.config.hop
@@ -280,7 +270,7 @@ def calibrate(model: Same, pool: Tensor) -> None:
 
 
 def save(model: Same, pool: Tensor, folder: Path) -> Same:
-    """Write a calibrated copy in float16, which is what the published file holds, and return what reading it gives."""
+    """Write a calibrated copy in float16, like the published file; return the model with the rounded weights."""
     copied = copy.deepcopy(model)
     calibrate(copied, pool)
     tensors = {key: copied.state_dict()[key].half() for key in tensor_shapes(copied.config)}
@@ -290,7 +280,7 @@ def save(model: Same, pool: Tensor, folder: Path) -> Same:
 
 
 def train(folder: Path, steps: int, threads: int) -> None:
-    """Train, or go on where an interrupted run stopped; `folder` then holds the checkpoint and its curve."""
+    """Train, or continue an interrupted run; write the checkpoint and its curve to `folder`."""
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
@@ -335,7 +325,7 @@ def train(folder: Path, steps: int, threads: int) -> None:
         )
         audio = make_batch(pool, CROP_LATENTS * config.hop, step)
         with torch.enable_grad():
-            # In tenths of a decade: a loud example and a quiet one count alike, as do a hard one and an easy one.
+            # The logarithm makes loud and quiet examples count the same, and hard and easy ones too.
             loss = (relative_error(audio, model.decode(model.encode(audio))) + 1e-3).log10().mean()
             loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)

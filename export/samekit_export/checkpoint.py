@@ -1,8 +1,8 @@
-"""Published SAME checkpoints: folder, hub or seeded random, read into a config and a strict state.
+"""Load SAME checkpoints: a folder, a repository on the Hugging Face hub, or seeded random weights.
 
-Knows the on-disk format (`model_config.json`, `model.safetensors`, both nestings), not how the model computes.
-Whatever the model code would not honour is refused by name: a silently ignored field gives wrong audio. The other
-parts of a full checkpoint are not read.
+Loading is strict. Values of the configuration that the model code does not honour, and missing or unexpected tensors of
+the autoencoder, raise CheckpointError: what is silently ignored gives wrong audio. The other parts of a full Stable
+Audio 3 checkpoint are not read.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from samekit.errors import CheckpointError
 from samekit.files.json_fields import check_kinds
 from samekit.files.paths import checked_path, expanded_text, read_regular, utf8_path
 from samekit.packages import import_package
-from samekit_export import diffusers as diffusers_format
-from samekit_export import hub
+from samekit_export import diffusers, hub
 from samekit_export.config import CONFIG_FILE, parse_config
 from samekit_export.digest import checkpoint_digest
 from samekit_export.hub import WEIGHTS_FILE
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NESTED_PREFIX = "pretransform.model."
-"""Under which a full Stable Audio 3 checkpoint stores the autoencoder's tensors."""
+"""Prefix of the autoencoder's tensors in a full Stable Audio 3 checkpoint."""
 
 BUNDLED_FOLDERS = {"same-tiny": Path(__file__).with_name("same-tiny")}
 """Checkpoints that come with samekit; the folder's README.md is the model card."""
@@ -58,15 +57,8 @@ BUNDLED = "bundled"
 """Weights that come with samekit."""
 
 
-def _read_config(path: Path) -> Any:
-    try:
-        return json.loads(read_regular(path).decode())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download the checkpoint again") from None
-
-
 def load(model: str, weights: str = HUB, revision: str | None = None) -> Checkpoint:
-    """Load a checkpoint from wherever it is.
+    """Load a checkpoint.
 
     Args:
         model: `same-s`, `same-l`, `same-tiny`, in upper or lower case; a checkpoint folder; or a hub repository
@@ -76,11 +68,11 @@ def load(model: str, weights: str = HUB, revision: str | None = None) -> Checkpo
         revision: branch, tag or commit on the hub.
 
     Raises:
-        CheckpointError: it is not there, damaged, or not exactly what we implement.
+        CheckpointError: the checkpoint is missing, damaged, or not exactly what we implement.
     """
     model, weights = expanded_text(model), expanded_text(weights)
-    # Not Path.is_dir, which raises on names that no file system takes.
-    is_folder = weights == HUB and os.path.isdir(model)  # noqa: PTH112
+    # Functions of os.path, because the methods of Path raise for names that no file system takes.
+    is_folder = weights == HUB and os.path.isdir(model)
     if not is_folder:
         model = known_name(model)
     if weights == HUB and not is_folder and model not in BUNDLED_FOLDERS:
@@ -101,14 +93,14 @@ def known_name(model: str) -> str:
 
 
 def load_source(source: Mapping[str, Any]) -> Checkpoint:
-    """Load a checkpoint again from the `source` of one that was loaded before."""
-    arguments = {key: value for key, value in source.items() if key != "kind"}
+    """Load a checkpoint again from its `source`."""
     loaders: dict[Any, Callable[..., Checkpoint]] = {
         "folder": load_folder,
         HUB: load_hub,
         BUNDLED: load_bundled,
         RANDOM: random_checkpoint,
     }
+    arguments = {key: value for key, value in source.items() if key != "kind"}
     try:
         loader = loaders[source["kind"]]
         inspect.signature(loader).bind(**arguments)
@@ -116,6 +108,17 @@ def load_source(source: Mapping[str, Any]) -> Checkpoint:
     except (KeyError, TypeError):
         raise CheckpointError(f"a checkpoint source {dict(source)!r} is not known; export the model again") from None
     return loader(**arguments)
+
+
+def load_bundled(name: str) -> Checkpoint:
+    """Load a checkpoint of `BUNDLED_FOLDERS`.
+
+    Raises:
+        CheckpointError: no such checkpoint comes with this samekit, or it is damaged.
+    """
+    if name not in BUNDLED_FOLDERS:
+        raise CheckpointError(f"{name!r} does not come with this samekit; choose of {', '.join(BUNDLED_FOLDERS)}")
+    return dataclasses.replace(load_folder(BUNDLED_FOLDERS[name], name), source={"kind": BUNDLED, "name": name})
 
 
 def load_folder(folder: str | Path, name: str | None = None) -> Checkpoint:
@@ -127,26 +130,24 @@ def load_folder(folder: str | Path, name: str | None = None) -> Checkpoint:
         name: what to call the model; the folder's name unless given.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or may not be read, or the checkpoint is not exactly what we
-            implement.
+        CheckpointError: a file is missing, damaged or not readable, or the checkpoint is not exactly what we implement.
     """
-    # Not the methods of Path, which raise on names that no file system takes.
     folder = Path(os.path.realpath(checked_path(folder)))
     _check_permissions(folder)
-    if os.path.isfile(folder / diffusers_format.WEIGHTS_FILE):  # noqa: PTH113 see above
-        path = folder / diffusers_format.CONFIG_FILE
-        document = diffusers_format.published_config(_read_config(path), str(path))
+    if os.path.isfile(folder / diffusers.WEIGHTS_FILE):
+        path = folder / diffusers.CONFIG_FILE
+        document = diffusers.published_config(_read_config(path), str(path))
         config, _ = parse_config(document, f"{path} (fields under their published names)")
-        tensors = _read_tensors(folder / diffusers_format.WEIGHTS_FILE, config, diffusers_format.published_key, "")
-        tensors = {key: diffusers_format.published_tensor(key, tensor) for key, tensor in tensors.items()}
+        tensors = _read_tensors(folder / diffusers.WEIGHTS_FILE, config, diffusers.published_key, "")
+        tensors = {key: diffusers.published_tensor(key, tensor) for key, tensor in tensors.items()}
     else:
-        if not os.path.isdir(folder):  # noqa: PTH112 see above
+        if not os.path.isdir(folder):
             raise CheckpointError(f"{folder}: there is no such folder; check the path")
         for file in (CONFIG_FILE, WEIGHTS_FILE):
-            if not os.path.isfile(folder / file):  # noqa: PTH113 see above
+            if not os.path.isfile(folder / file):
                 raise CheckpointError(
                     f"{folder}: no {file} here; pass a folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}, "
-                    f"or {diffusers_format.CONFIG_FILE} and {diffusers_format.WEIGHTS_FILE}"
+                    f"or {diffusers.CONFIG_FILE} and {diffusers.WEIGHTS_FILE}"
                 )
         config, nested = parse_config(_read_config(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
         tensors = _read_tensors(folder / WEIGHTS_FILE, config, str, NESTED_PREFIX if nested else "")
@@ -156,47 +157,35 @@ def load_folder(folder: str | Path, name: str | None = None) -> Checkpoint:
 
 
 def _check_permissions(folder: Path) -> None:
-    """Check that a checkpoint folder and its files may be read, as far as they are there.
-
-    Raises:
-        CheckpointError: one may not be read. The library that reads weights says that there is no such file.
-    """
-    files = (CONFIG_FILE, WEIGHTS_FILE, diffusers_format.CONFIG_FILE, diffusers_format.WEIGHTS_FILE)
+    """Refuse files that may not be read; the library that reads weights would say that they do not exist."""
+    files = (CONFIG_FILE, WEIGHTS_FILE, diffusers.CONFIG_FILE, diffusers.WEIGHTS_FILE)
     for path, mode in ((folder, os.R_OK | os.X_OK), *((folder / file, os.R_OK) for file in files)):
-        if os.path.exists(path) and not os.access(path, mode):  # noqa: PTH110
+        if os.path.exists(path) and not os.access(path, mode):
             raise CheckpointError(f"{path}: cannot be read ({os.strerror(errno.EACCES)}); check its permissions")
 
 
-def load_bundled(name: str) -> Checkpoint:
-    """Load a checkpoint that comes with samekit: a name of `BUNDLED_FOLDERS`.
-
-    Raises:
-        CheckpointError: no such checkpoint comes with this samekit, or it is damaged.
-    """
-    if name not in BUNDLED_FOLDERS:
-        raise CheckpointError(f"{name!r} does not come with this samekit; choose of {', '.join(BUNDLED_FOLDERS)}")
-    return dataclasses.replace(load_folder(BUNDLED_FOLDERS[name], name), source={"kind": BUNDLED, "name": name})
+def _read_config(path: Path) -> Any:
+    try:
+        return json.loads(read_regular(path).decode())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download the checkpoint again") from None
 
 
 def _read_tensors(
     path: Path, config: SameConfig, published_key: Callable[[str], str], prefix: str
 ) -> dict[str, torch.Tensor]:
-    """Every tensor of the autoencoder from a safetensors file, shapes checked before anything is read."""
-    from safetensors import SafetensorError, safe_open  # noqa: PLC0415
+    """Read the tensors of the autoencoder from a safetensors file, and check their shapes before that."""
+    from safetensors import SafetensorError, safe_open  # not needed to look up names of models
 
-    name = utf8_path(path)
+    expected = tensor_shapes(config)
     try:
-        with safe_open(name, framework="pt") as file:
-            keys = _autoencoder_keys(
-                {key: published_key(key) for key in file.keys()},  # noqa: SIM118 the file is no mapping
-                tensor_shapes(config).keys(),
-                prefix,
-                str(path),
-            )
+        with safe_open(utf8_path(path), framework="pt") as file:
+            names = {key: published_key(key) for key in file.keys()}  # noqa: SIM118 the file is no mapping
+            keys = _autoencoder_keys(names, expected.keys(), prefix, str(path))
             found = {bare: tuple(file.get_slice(key).get_shape()) for bare, key in keys.items()}
-            shapes = {key: shape for key, shape in tensor_shapes(config).items() if is_derived(key)}
+            shapes = {key: shape for key, shape in expected.items() if is_derived(key)}
             check_shapes(shapes | found, config, str(path))
-            # Not before: a configuration may ask for tensors of any size, and only the file's are paid for.
+            # Not before: a configuration may ask for tensors of any size, and memory is taken only for the file's.
             derived = derived_tensors(config)
             tensors = {bare: file.get_tensor(key).float() for bare, key in keys.items()}
     except (SafetensorError, OSError, ValueError) as error:
@@ -205,7 +194,7 @@ def _read_tensors(
         raise CheckpointError(f"{path}: not a readable safetensors file ({error}); download it again") from None
     check_finite(tensors, str(path))
     for key, tensor in derived.items():
-        # Half-precision checkpoints hold them rounded; anything further off is another model.
+        # Half-precision checkpoints hold rounded values. A larger difference means another model.
         if key in tensors and not tensors[key].allclose(tensor, rtol=0.01):
             raise CheckpointError(
                 f"{path}: tensor {key} is not what its formula gives, which is not implemented; "
@@ -215,26 +204,14 @@ def _read_tensors(
 
 
 def _autoencoder_keys(names: Mapping[str, str], expected: AbstractSet[str], prefix: str, source: str) -> dict[str, str]:
-    """Find the tensors of the autoencoder among all tensors of a file.
+    """Return name without prefix -> key of the file, for the autoencoder's tensors in `names` (key -> name).
 
-    A name that is not in the model is tried again with one of its components (any but the first) left out, as the
-    reference does.
-
-    Args:
-        names: the published name, with its prefix, of each key of the file.
-        expected: the tensors of the model, without prefix.
-        prefix: what the autoencoder's names begin with.
-        source: the file, for messages.
-
-    Returns:
-        Name without prefix -> key of the file. Names that begin with `prefix` and match nothing are among them.
-
-    Raises:
-        CheckpointError: two keys match the same tensor.
+    A name that the model does not have is tried again with one of its components (any but the first) left out, as the
+    reference does. Names that begin with the prefix and match nothing are returned too.
     """
     model = {prefix + name for name in expected}
     missing = model.difference(names.values())
-    # Longer names cannot match; trying each component of a name of any length takes a time that grows with its square.
+    # Longer names cannot match, and trying each of their components takes a time that grows with the square of length.
     most = max((name.count(".") + 2 for name in missing), default=0)
     matched: dict[str, str] = {}
     for key, name in names.items():
@@ -257,23 +234,20 @@ def _autoencoder_keys(names: Mapping[str, str], expected: AbstractSet[str], pref
 
 def save_folder(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     """Write a checkpoint folder in the published format."""
-    from safetensors.torch import save_file  # noqa: PLC0415
+    from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2), encoding="utf-8")
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS_FILE)
 
 
-# ---------------------------------------------------------------------------------------------- hub
-
-
 def hub_repository(name: str) -> str:
-    """The repository `owner/name` that holds a published model, or that a name is itself; nobody is asked for it.
+    """Return the repository `owner/name` of a published model, or `name` itself; the hub is not asked.
 
     Raises:
-        CheckpointError: it is neither, or it is a path.
+        CheckpointError: `name` is neither, or it is a path.
     """
-    if name not in hub.HUB_REPOSITORIES and os.path.isfile(name):  # noqa: PTH113 as in load
+    if name not in hub.HUB_REPOSITORIES and os.path.isfile(name):
         raise CheckpointError(f"{name}: is no folder; pass the folder of the checkpoint")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         # No name on the hub is like that (`huggingface_hub.utils.validate_repo_id`).
@@ -288,16 +262,16 @@ def hub_repository(name: str) -> str:
 
 
 def load_hub(name: str, revision: str | None = None, weights: str | None = None) -> Checkpoint:
-    """Load a published checkpoint through `huggingface_hub`, from its cache where it is there.
+    """Load a published checkpoint through `huggingface_hub`, from its cache if possible.
 
-    A checkpoint in the cache that cannot be used is passed over with a warning if there is another.
+    A checkpoint in the cache that cannot be used is skipped with a warning if there is another.
 
     Args:
-        name: `same-s`, `same-l`, or any hub repository `owner/name`, a full Stable Audio 3 one too.
+        name: `same-s`, `same-l`, or any hub repository `owner/name`, also one of a full Stable Audio 3 model.
         revision: branch, tag or commit; unless given, the pinned revision of a known repository, and the default branch
             of others.
-        weights: what is known of the weights from an earlier load. Unless given, the files of a known repository are
-            hashed to tell whether they are the published ones.
+        weights: what `describe_weights` returned in an earlier load. Unless given, the files of a known repository are
+            hashed.
 
     Raises:
         CheckpointError: unknown name, no network and no cache, no access, or an unusable checkpoint.
@@ -314,7 +288,7 @@ def load_hub(name: str, revision: str | None = None, weights: str | None = None)
         except CheckpointError as error:
             failures.append(error)
             continue
-        # A snapshot's folder is named after its commit, which pins what was exported.
+        # A snapshot's folder is named after its commit.
         source = {"kind": HUB, "name": found, "revision": folder.name}
         described = weights or description or hub.describe_weights(found, folder)
         if described:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
@@ -12,7 +14,34 @@ from samekit.files.atomic import remove_abandoned
 from samekit.packages import INSTALL_EXPORT, import_package
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+PROGRESS = tuple(f"samekit_export.{module}" for module in ("export", "report", "to_tensorrt", "verify"))
+"""The loggers that report the steps of a command, at level INFO."""
+
+
+class _SayHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+@contextmanager
+def progress_on_stdout() -> Iterator[None]:
+    """Print the records of the `PROGRESS` loggers as lines on standard output, and nowhere else."""
+    handler, loggers = _SayHandler(), [logging.getLogger(name) for name in PROGRESS]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        for logger, (level, propagate) in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
 
 
 @click.command()
@@ -34,6 +63,7 @@ if TYPE_CHECKING:
     type=click.Choice(["auto", "rtx", "off"]),
     help="Build TensorRT engines too: for this GPU, else with TensorRT-RTX for many; rtx: with that.",
 )
+@progress_on_stdout()
 def export(
     model: str, weights: str, revision: str | None, precision: str, out: Path, force: bool, tensorrt: str
 ) -> None:
@@ -50,11 +80,11 @@ def export(
     checkpoint = load(model, weights, revision)
     if checkpoint.source.get("weights") == PUBLISHED_WEIGHTS:
         say(f"{PUBLISHED_WEIGHTS} of {checkpoint.source['name']}, revision {checkpoint.source['revision']}")
-    engine = run(checkpoint, out, precisions, force=force, report=say)
+    engine = run(checkpoint, out, precisions, force=force)
     if tensorrt != "off":
         from samekit_export.to_tensorrt import add_engines
 
-        add_engines(engine, precisions, tensorrt, say)
+        add_engines(engine, precisions, tensorrt)
 
 
 def _need_export() -> None:
@@ -74,6 +104,7 @@ def _need_export() -> None:
 @click.option("--out", default="report.html", show_default=True, type=UserPath())
 @click.option("--seconds", default=60.0, show_default=True, help="How much of the file to take, from its start.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all cores]")
+@progress_on_stdout()
 def report(audio: Path, model: str, out: Path, seconds: float, threads: int | None) -> None:
     """Write a page about a model on the audio file IN: players, pictures, accuracy and speed of all that runs here."""
     _need_export()
@@ -83,7 +114,7 @@ def report(audio: Path, model: str, out: Path, seconds: float, threads: int | No
 
     require_other_file(out, audio)
     remove_abandoned(out.parent, out.name)
-    measured = write_report(audio, find_engine(model), out, seconds=seconds, threads=threads, report=say)
+    measured = write_report(audio, find_engine(model), out, seconds=seconds, threads=threads)
     for line in measured.table().splitlines():
         say(line)
     say(f"{out} is ready")
@@ -91,6 +122,7 @@ def report(audio: Path, model: str, out: Path, seconds: float, threads: int | No
 
 @click.command()
 @click.argument("engine", type=UserPath())
+@progress_on_stdout()
 def verify(engine: Path) -> None:
     """Measure every graph of an ENGINE folder (or a model's name) against eager PyTorch again."""
     _need_export()
@@ -107,7 +139,7 @@ def verify(engine: Path) -> None:
     model, unavailable = Same.from_checkpoint(checkpoint), None
     for precision in found.spec.graphs:
         try:
-            measure(found, model, precision, say)
+            measure(found, model, precision)
         except BackendUnavailableError as error:
             # The others can be measured all the same.
             unavailable = error

@@ -1,4 +1,4 @@
-"""The configuration of a SAME autoencoder: `model_config.json`, of either nesting, read into a SameConfig."""
+"""The configuration of a SAME autoencoder: read `model_config.json`, of either nesting, into a SameConfig."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import logging
 import reprlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
 
 from samekit.errors import CheckpointError
 
@@ -17,13 +19,19 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "model_config.json"
 """Name of the published configuration."""
 
+MOST_CHUNK_TOKENS = 4096
+"""Most tokens in a chunk, because attention holds their square. Published models have 34."""
+
+_NOT_EXPORTABLE = "pass the checkpoint of SAME-S or SAME-L as it was published"
+_DAMAGED = "download the checkpoint again"
+
 
 @dataclass(frozen=True)
 class ChunkSpan:
     """Attention inside chunks of whole latents; the second half of the blocks sees them shifted by half a chunk."""
 
     kind: ClassVar[str] = "chunk"
-    """Tells it from the other spans in the checkpoint's digest."""
+    """Identifies this span in the checkpoint's digest."""
 
     latents: int
     """Latents in a chunk; even."""
@@ -33,10 +41,10 @@ class ChunkSpan:
 
 @dataclass(frozen=True)
 class BandSpan:
-    """Attention in a sliding band, counted in latents to either side of a token."""
+    """Attention in a sliding band."""
 
     kind: ClassVar[str] = "band"
-    """Tells it from the other spans in the checkpoint's digest."""
+    """Identifies this span in the checkpoint's digest."""
 
     latents: int
     """A token sees this many latents' worth of tokens to its left and to its right."""
@@ -47,7 +55,7 @@ Span = ChunkSpan | BandSpan
 
 @dataclass(frozen=True)
 class TrunkConfig:
-    """One transformer stack, the encoder's or the decoder's."""
+    """The transformer of the encoder or the decoder."""
 
     width: int
     """Features of a token, D."""
@@ -72,6 +80,11 @@ class TrunkConfig:
         return self.width // self.head_width
 
     @property
+    def rotated(self) -> int:
+        """Features of a head that rotary embedding turns: half of them, and at least 32."""
+        return max(self.head_width // 2, 32)
+
+    @property
     def inner(self) -> int:
         """Inner width of the feed-forward."""
         return self.width * self.ff_mult
@@ -93,15 +106,15 @@ class SameConfig:
     sample_rate: int
     """In Hz."""
     channels: int
-    """Of audio."""
+    """Channels of audio."""
     patch: int
     """Samples per patch."""
     latent_width: int
     """Features of a latent."""
     encoder: TrunkConfig
-    """Its transformers."""
+    """The encoder's transformer."""
     decoder: TrunkConfig
-    """Its transformers."""
+    """The decoder's transformer."""
     soft_clip: bool
     """Whether the decoder ends in tanh."""
 
@@ -116,23 +129,8 @@ class SameConfig:
         return self.patch * self.channels
 
 
-_NOT_EXPORTABLE = "pass the checkpoint of SAME-S or SAME-L as it was published"
-_DAMAGED = "download the checkpoint again"
-
-MOST_CHUNK_TOKENS = 4096
-"""Tokens in a chunk, which attention holds the square of; published models have 34."""
-
-
 class _Fields:
-    """A JSON object of the configuration, from which fields are taken; what is left at the end was not read.
-
-    A field that is null counts as absent.
-
-    Args:
-        values: the object.
-        path: its place in the configuration.
-        source: the configuration's file.
-    """
+    """A JSON object of the configuration, from which fields are taken; a field that is null counts as absent."""
 
     def __init__(self, values: Any, path: str, source: str) -> None:
         self._path = path
@@ -149,12 +147,13 @@ class _Fields:
         return key in self._values
 
     def refusal(self, problem: str) -> CheckpointError:
-        """What is wrong with the configuration."""
         return CheckpointError(f"{self._source}: {problem}")
 
     def error(self, key: str, problem: str) -> CheckpointError:
-        """What is wrong with a field."""
         return self.refusal(f"{self._path}.{key} {problem}")
+
+    def unimplemented(self, key: str, value: Any, implemented: str) -> CheckpointError:
+        return self.error(key, f"= {reprlib.repr(value)} is not implemented ({implemented}); {_NOT_EXPORTABLE}")
 
     def take(self, key: str, kind: type, default: Any = None) -> Any:
         """Return the field's value, checked for its type; without a default it must be there."""
@@ -166,15 +165,15 @@ class _Fields:
         return value
 
     def take_size(self, key: str, default: int | None = None) -> int:
-        """Return a whole number from 1 to a million, beyond which a file is damaged rather than large."""
+        """Return a whole number from 1 to a million; only a damaged file holds a larger one."""
         value = int(self.take(key, int, default))
         if not 1 <= value <= 1_000_000:
             raise self.error(key, f"must lie in 1 ... 1000000, it is {value}; {_DAMAGED}")
         return value
 
     def take_level(self, key: str, default: list[int]) -> int:
-        """Return the only number of a list with one number a level; more than one level is not implemented."""
-        absent = "" if key in self._values else " by default"
+        """Return the number of a list that holds one number for each level; only one level is implemented."""
+        absent = "" if key in self else " by default"
         values = self.take(key, list, default)
         if len(values) != 1:
             raise self.error(
@@ -185,25 +184,24 @@ class _Fields:
         return int(_Fields({key: values[0]}, self._path, self._source).take(key, int))
 
     def require(self, key: str, implemented: Any, default: Any = None) -> None:
-        """Refuse any value but the implemented one; an absent field counts as `default`, or is missing without one."""
+        """Refuse any value but the implemented one; an absent field counts as `default`."""
         value = self._values.get(key, default)
         if value is None:
             raise self.error(key, f"is missing; {_DAMAGED}")
         if value != implemented:
-            absent = "" if key in self._values else " (the default)"
+            absent = "" if key in self else " (the default)"
             raise self.error(
                 key,
                 f"= {reprlib.repr(value)}{absent} is not implemented (only {implemented!r} is); {_NOT_EXPORTABLE}",
             )
-        self._values.pop(key, None)
+        self.ignore(key)
 
     def ignore(self, *keys: str) -> None:
-        """Drop fields that the reference reads and that do not change what the model computes here."""
+        """Drop fields that the reference reads and that do not change the result here."""
         for key in keys:
             self._values.pop(key, None)
 
     def sub(self, key: str) -> _Fields:
-        """Return a nested object."""
         part = _Fields(self._values.pop(key, None), f"{self._path}.{key}", self._source)
         self._parts.append(part)
         return part
@@ -221,20 +219,13 @@ def _parse_span(fields: _Fields, stride: int) -> Span:
         fields.ignore("chunk_size", "chunk_midpoint_shift")
         window = fields.take("sliding_window", list)
         if len(window) != 2 or window[0] != window[1] or type(window[0]) is not int or not 1 <= window[0] <= 8:
-            raise fields.error(
-                "sliding_window",
-                f"= {reprlib.repr(window)} is not implemented (two equal numbers from 1 to 8 are); {_NOT_EXPORTABLE}",
-            )
+            raise fields.unimplemented("sliding_window", window, "two equal numbers from 1 to 8 are")
         return BandSpan(window[0])
     chunk = fields.take_size("chunk_size", 128)
     latents = chunk // stride
     if chunk % stride or latents % 2:
-        raise fields.error(
-            "chunk_size",
-            f"= {chunk} is not implemented (an even multiple of the stride {stride} is); {_NOT_EXPORTABLE}",
-        )
+        raise fields.unimplemented("chunk_size", chunk, f"an even multiple of the stride {stride} is")
     if latents * (stride + 1) > MOST_CHUNK_TOKENS:
-        # Attention holds the square of it.
         raise fields.error(
             "chunk_size", f"= {chunk} is out of range, {MOST_CHUNK_TOKENS} tokens are implemented; {_NOT_EXPORTABLE}"
         )
@@ -242,14 +233,11 @@ def _parse_span(fields: _Fields, stride: int) -> Span:
 
 
 def _parse_sine_blocks(fields: _Fields) -> int:
-    # The reference takes a list with one number a level for decoders and a number for encoders.
+    # The reference takes a list with one number for each level for decoders and a number for encoders.
     sine = fields.take("sinusoidal_blocks", object, 0)
     levels = sine if isinstance(sine, list) else [sine]
     if not levels or any(type(blocks) is not int or blocks != levels[0] for blocks in levels):
-        raise fields.error(
-            "sinusoidal_blocks",
-            f"= {reprlib.repr(sine)} is not implemented (one whole number is); {_NOT_EXPORTABLE}",
-        )
+        raise fields.unimplemented("sinusoidal_blocks", sine, "one whole number is")
     return int(levels[0])
 
 
@@ -257,15 +245,13 @@ def _parse_trunk(fields: _Fields, patch_width: int, latent_width: int, *, decode
     """Read the encoder's or the decoder's `config`; defaults are those of the reference's constructors."""
     fields.require("out_channels" if decoder else "in_channels", patch_width, 2)
     fields.require("latent_dim", latent_width, 32)
-    for implemented, switches in (
-        (True, ("differential", "dyt", "mapping_bias")),
-        (False, ("conformer", "layer_scale", "cross_attn", "feat_scale")),
-    ):
-        for switch in switches:
-            fields.require(switch, implemented, implemented)
+    for switch in ("differential", "dyt", "mapping_bias"):
+        fields.require(switch, True, True)
+    for switch in ("conformer", "layer_scale", "cross_attn", "feat_scale"):
+        fields.require(switch, False, False)
     fields.require("variable_stride", True, False)
-    # Training-time switches, the noise that the reference adds to learned tokens (there is none here), and a switch
-    # that the reference replaces by False.
+    # Switches of training, the noise that the reference adds to learned tokens and we do not, and a switch that the
+    # reference replaces by False.
     fields.ignore("checkpointing", "mask_noise", "freeze_backbone", "causal")
     stride = fields.take_level("strides", [2, 4, 8, 8])
     if not 1 <= stride <= 1024:
@@ -285,7 +271,7 @@ def _parse_trunk(fields: _Fields, patch_width: int, latent_width: int, *, decode
     )
     if not (trunk.width > 0 and 1 <= trunk.depth <= 1000):
         raise fields.refusal(f"width {trunk.width} or depth {trunk.depth} is out of range; {_DAMAGED}")
-    # Rotary embedding turns pairs in half of a head, and in 32 features at least.
+    # Rotary embedding turns pairs of features, see `TrunkConfig.rotated`.
     pairs_fit = trunk.head_width % (4 if trunk.head_width > 64 else 2) == 0
     if trunk.head_width < 32 or not pairs_fit or trunk.width % trunk.head_width:
         raise fields.refusal(
@@ -300,9 +286,9 @@ def _parse_trunk(fields: _Fields, patch_width: int, latent_width: int, *, decode
 def parse_config(document: Any, source: str = CONFIG_FILE) -> tuple[SameConfig, bool]:
     """Read a `model_config.json` of either nesting.
 
-    Exactly those fields are read that the reference implementation reads, with its defaults where they are absent or
-    null. All other fields, `type` included, are logged and ignored. Beside them the `scale` of a full checkpoint is
-    read, to refuse values that contradict the model.
+    The fields that the reference implementation reads are read, with its defaults where they are absent or null. Values
+    of these fields that are not implemented are refused. All other fields, `type` included, are logged and ignored,
+    except the `scale` of a full checkpoint, which must be 1.
 
     Args:
         document: the parsed JSON.
@@ -317,13 +303,12 @@ def parse_config(document: Any, source: str = CONFIG_FILE) -> tuple[SameConfig, 
     top = _Fields(document, "config", source)
     outer = top.sub("model")
     nested = "pretransform" in outer and "encoder" not in outer
+    model = outer
     if nested:
         wrapped = outer.sub("pretransform")
-        # Latents of the full model are divided by it.
+        # The full model divides latents by it.
         wrapped.require("scale", 1, 1)
         model = wrapped.sub("config")
-    else:
-        model = outer
     sample_rate = top.take_size("sample_rate")
 
     channels = model.take_size("io_channels")
@@ -345,7 +330,7 @@ def parse_config(document: Any, source: str = CONFIG_FILE) -> tuple[SameConfig, 
     bottleneck.require("dim", latent_width, 32)
     bottleneck.require("noise_augment_dim", 0, 0)
     bottleneck.require("auto_scale", True, False)
-    # Noise at inference, which there is none of here, and a switch of training.
+    # Noise at inference, which we do not add, and a switch of training.
     bottleneck.ignore("noise_regularize", "freeze")
 
     config = SameConfig(sample_rate, channels, patch, latent_width, encoder, decoder, soft_clip)
@@ -361,8 +346,6 @@ def parse_config(document: Any, source: str = CONFIG_FILE) -> tuple[SameConfig, 
     return config, nested
 
 
-def rotary_frequencies(rotated: int) -> Any:
-    """Angular frequencies of rotary embedding, base 10000: `[rotated / 2]`, radians per token (RoFormer, eq. 15)."""
-    import numpy as np  # noqa: PLC0415
-
+def rotary_frequencies(rotated: int) -> np.ndarray:
+    """Return the frequencies of rotary embedding, base 10000: `[rotated / 2]`, radians per token (RoFormer, eq. 15)."""
     return 1.0 / 10000 ** (np.arange(0, rotated, 2) / rotated)

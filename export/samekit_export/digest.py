@@ -1,6 +1,6 @@
 """The identity of a model: one SHA-256 of its configuration and its tensors.
 
-Engines, manifests and latents files record this digest, so it must not change when code is renamed or extended: see
+Engines, manifests and latents files record this digest, so it must not change when code is renamed or extended. See
 `samekit.engine.digest.canonical_json` for the rules.
 """
 
@@ -28,10 +28,10 @@ def checkpoint_digest(config: Any, tensors: Mapping[str, torch.Tensor]) -> str:
         tensors: on the CPU, of dtypes that NumPy has.
     """
     arrays = {name: tensors[name].numpy() for name in sorted(tensors)}
-    layout = {name: [array.dtype.name, array.shape] for name, array in arrays.items()}
-    digest = hashlib.sha256(canonical_json({"configuration": config, "tensors": layout}))
+    kinds = {name: [array.dtype.name, array.shape] for name, array in arrays.items()}
+    digest = hashlib.sha256(canonical_json({"configuration": config, "tensors": kinds}))
     for array in arrays.values():
-        # Arrays that are little-endian and in C order, such as tensors from a file, are not copied.
+        # This copies nothing of arrays that are little-endian and in C order already.
         values = array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)
         digest.update(values.reshape(-1).view("uint8").data)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The repositories that hold published weights, and their files: from the hub's cache, or downloaded."""
+"""Find the files of published weights: in the cache of the Hugging Face hub, or by downloading them."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ WEIGHTS_FILE = "model.safetensors"
 """Name of the published weights."""
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
-"""What is read of a repository, and all that is downloaded of it."""
+"""The files of a repository that are downloaded and read."""
 
 PUBLISHED_WEIGHTS = "published weights"
-"""What is said of files that have the published digests."""
+"""The description of files that have the published digests."""
 
 HUB_REPOSITORIES = {"same-s": "stabilityai/SAME-S", "same-l": "stabilityai/SAME-L"}
-"""Where the published weights of a name are."""
+"""Name of a model -> repository of its published weights."""
 
 CONTAINING_REPOSITORIES = {
     "same-s": tuple(f"stabilityai/stable-audio-3-small-{kind}" for kind in ("music", "sfx", "music-base", "sfx-base")),
     "same-l": ("stabilityai/stable-audio-3-medium", "stabilityai/stable-audio-3-medium-base"),
 }
-"""Full checkpoints that contain the same autoencoder; who has one in the cache need not download the other."""
+"""Full checkpoints that contain the same autoencoder. If one is in the cache, nothing needs to be downloaded."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Published:
 
 
 def _published(revision: str, config: tuple[int, str], weights: tuple[int, str]) -> Published:
-    files = dict(zip(FILES, (config, weights), strict=True))
+    files = {CONFIG_FILE: config, WEIGHTS_FILE: weights}
     sizes = {file: size for file, (size, _) in files.items()}
     return Published(revision, sizes, {file: digest for file, (_, digest) in files.items()})
 
@@ -95,14 +95,11 @@ PUBLISHED = {
         (9_222_116_660, "c443fcc4d491475064cd0ff3eb92459b1e5f5060e86d96d016f048e528e24195"),
     ),
 }
-"""Repositories whose files are known. Without a revision, this one is taken of each."""
+"""The repositories whose files are known. The revision given here is loaded unless another is asked for."""
 
 
 def describe_weights(repository: str, folder: Path) -> str | None:
-    """Say whether the files of a known repository are the published ones; None for a repository that is not known.
-
-    Files of any size are hashed in pieces.
-    """
+    """Say whether the files of a known repository are the published ones; None for a repository that is not known."""
     if repository not in PUBLISHED:
         return None
     others = []
@@ -120,13 +117,13 @@ def snapshots(
     """Yield folders that hold a model's files, the best ones first; each is looked for only when it is asked for.
 
     Without a revision these are: the pinned revision in the cache, of `repository` and then of the others; other
-    revisions in the cache whose files have the published digests; the pinned revision of `repository`, downloaded; and
-    where that fails, for example without a network, any other revision in the cache.
+    revisions in the cache whose files have the published digests; the pinned revision of `repository`, downloaded. If
+    the download fails, for example without a network, any other revision in the cache follows.
 
     Args:
         repository: the repository that was asked for.
-        containing: others that serve as well, if they are in the cache.
-        revision: a branch, tag or commit of `repository`, which then serves alone.
+        containing: repositories that may be used instead if they are in the cache.
+        revision: a branch, tag or commit of `repository`; nothing else is used then.
 
     Yields:
         The repository, the snapshot's folder, which is named after its commit, and what `describe_weights` says of it
@@ -138,14 +135,15 @@ def snapshots(
     candidates = (repository, *(() if revision else containing))
     tried: list[tuple[str, str]] = []
     for candidate in candidates:
-        pinned = PUBLISHED[candidate].revision if candidate in PUBLISHED else None
-        folder = _cached(candidate, revision or pinned)
+        folder = _cached(candidate, revision or _pinned(candidate))
         if folder:
             tried.append((candidate, folder.name))
             yield candidate, folder, None
-    found = [] if revision else [(each, folder) for each in candidates for folder in _other_revisions(each)]
+    found = [] if revision else [(each, folder) for each in candidates for folder in _cached_revisions(each)]
     others = []
-    for candidate, folder in (each for each in found if (each[0], each[1].name) not in tried):
+    for candidate, folder in found:
+        if (candidate, folder.name) in tried:
+            continue
         description = _describe_if_sizes_fit(candidate, folder)
         if description == PUBLISHED_WEIGHTS:
             yield candidate, folder, description
@@ -167,10 +165,14 @@ def snapshots(
         raise
 
 
+def _pinned(repository: str) -> str | None:
+    return PUBLISHED[repository].revision if repository in PUBLISHED else None
+
+
 def _cached(repository: str, revision: str | None) -> Path | None:
-    """The folder of a revision in the cache, if both files are there."""
-    from huggingface_hub import snapshot_download  # noqa: PLC0415
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
+    """Return the folder of a revision in the cache, if both files are there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = Path(
@@ -185,12 +187,12 @@ def _is_complete(folder: Path) -> bool:
     return all((folder / file).is_file() for file in FILES)
 
 
-def _other_revisions(repository: str) -> list[Path]:
-    """Complete snapshots of a repository in the cache, the newest first."""
-    from huggingface_hub import constants  # noqa: PLC0415
+def _cached_revisions(repository: str) -> list[Path]:
+    """Return all complete snapshots of a repository in the cache, the newest first."""
+    from huggingface_hub import constants
 
     try:
-        # The documented layout of the cache; the hub's client asks for a revision's name instead.
+        # This is the documented structure of the cache. The hub's client needs the name of a revision.
         snapshots_folder = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "snapshots")
         found = [(folder.stat().st_mtime, folder) for folder in snapshots_folder.iterdir() if _is_complete(folder)]
     except (OSError, ValueError):
@@ -200,7 +202,7 @@ def _other_revisions(repository: str) -> list[Path]:
 
 
 def _describe_if_sizes_fit(repository: str, folder: Path) -> str | None:
-    """Describe the files of a snapshot if they have the published sizes; None if not, or if they cannot be read.
+    """Describe the files of a snapshot; None if their sizes are not the published ones, or if they cannot be read.
 
     Hashing the files of a full checkpoint takes seconds, and files of another size cannot be the published ones.
     """
@@ -214,17 +216,17 @@ def _describe_if_sizes_fit(repository: str, folder: Path) -> str | None:
 
 
 def _downloaded(repository: str, revision: str | None) -> Path:
-    """Download a revision of a repository, of a known one the pinned revision unless another is asked for."""
-    from huggingface_hub import HfApi, snapshot_download  # noqa: PLC0415
-    from huggingface_hub.errors import RevisionNotFoundError  # noqa: PLC0415
+    """Download a revision of a repository: the one that is asked for, else the pinned one, else the newest one."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import RevisionNotFoundError
 
     def download(wanted: str | None) -> Path:
-        # This request is not repeated. For a pinned revision snapshot_download would first repeat others for 23 s
+        # This request is not repeated. For a pinned revision, snapshot_download would first repeat others for 23 s
         # without a network, and log each.
         HfApi().model_info(repository, revision=wanted)
         return Path(snapshot_download(repository, revision=wanted, allow_patterns=list(FILES)))
 
-    pinned = PUBLISHED[repository].revision if repository in PUBLISHED else None
+    pinned = _pinned(repository)
     # The client may try for half a minute before it says anything.
     logger.warning("fetching %s from the hub", repository)
     try:
@@ -240,10 +242,10 @@ def _downloaded(repository: str, revision: str | None) -> Path:
 
 
 def _failure(repository: str, error: Exception) -> CheckpointError:
-    """One line of what the hub said, with a cure that fits it."""
-    from huggingface_hub.errors import LocalEntryNotFoundError  # noqa: PLC0415
+    """Describe an error of the hub's client in one line, with a cure that fits it."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    # The client wraps errors of connections, and some answers of the hub, in one that speaks of its cache.
+    # The client wraps errors of connections, and some answers of the hub, in an error about its cache.
     while isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -264,11 +266,11 @@ def _failure(repository: str, error: Exception) -> CheckpointError:
 
 
 def _cure(repository: str, error: Exception, status: int | None) -> str:
-    """What helps against an error of the hub's client; `status` is that of the hub's answer."""
-    from huggingface_hub import errors  # noqa: PLC0415
+    """Return what helps against an error of the hub's client; `status` is the HTTP status of the hub's answer."""
+    from huggingface_hub import errors
 
     log_in = "log in (hf auth login, or HF_TOKEN)"
-    # The first that fits: GatedRepoError is a RepositoryNotFoundError too.
+    # The first that fits counts: GatedRepoError is a RepositoryNotFoundError too.
     by_kind = (
         (errors.GatedRepoError, f"ask for access at https://huggingface.co/{repository} and {log_in}"),
         (errors.RevisionNotFoundError, "check --revision"),
@@ -283,9 +285,9 @@ def _cure(repository: str, error: Exception, status: int | None) -> str:
     if status in (401, 403):
         return "log in again with a token that may read this repository (hf auth login, or HF_TOKEN)"
     if status == 429:
-        return "wait, and run the same command again (who is logged in may ask more often)"
+        return "wait, and run the same command again (users who are logged in may send more requests)"
     if status is not None and status >= 500:
-        return "the hub has a fault of its own, so try again later"
+        return "the hub has an internal fault, so try again later"
     if isinstance(error, OSError) and error.errno is not None:
         return "check the folder of the hub's cache (HF_HOME) and its disk"
     return "check the network and the proxy"

@@ -9,11 +9,10 @@ import torch
 from onnxscript import opset18
 from torch import Tensor, nn
 
-from samekit_export.gptq import GptqRounder, to_int8
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from samekit_export.gptq import GptqRounder
     from samekit_export.graph_layers import Branch, Linear
 
 
@@ -23,9 +22,10 @@ FLOAT = 1
 
 @torch.library.custom_op("samekit::int8_product", mutates_args=())
 def int8_product(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """`rows @ (weight * scale)` with rows `[rows, in]` rounded to 256 steps, weight int8 `[in, out]`, scale `[out]`.
+    """Return `rows @ (weight * scale)` with rows `[rows, in]` rounded to 256 steps.
 
-    The arithmetic of DynamicQuantizeLinear and MatMulInteger; the sums are float32, where a runtime's are int32.
+    This is the arithmetic of DynamicQuantizeLinear and MatMulInteger, with float32 sums instead of int32 ones. The
+    weight is int8 `[in, out]`, the scale `[out]`.
     """
     low, high = rows.amin().clamp(max=0), rows.amax().clamp(min=0)
     step = (high - low) / 255
@@ -42,8 +42,8 @@ def _(rows: Tensor, weight: Tensor, _scale: Tensor) -> Tensor:
 
 
 def _int8_product_onnx(rows: Any, weight: Any, scale: Any) -> Any:
-    """The form that ONNX Runtime fuses, a bias added to it included."""
-    # The exporter writes opset 18 first, and converts all of it to the graph's.
+    """Write the operators that ONNX Runtime fuses into one step, together with a bias that is added."""
+    # The exporter writes opset 18 first, and then converts everything to the opset of the graph.
     steps, step, zero = opset18.DynamicQuantizeLinear(rows)
     total = opset18.Cast(opset18.MatMulInteger(steps, weight, zero), to=FLOAT)
     return opset18.Mul(total, opset18.Mul(step, scale))
@@ -52,34 +52,34 @@ def _int8_product_onnx(rows: Any, weight: Any, scale: Any) -> Any:
 ONNX_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.samekit.int8_product.default: _int8_product_onnx
 }
-"""How the operators of this module are written."""
+"""How the exporter writes the operators of this module."""
 
 
 class Int8Linear(nn.Module):
     """A `Linear` with an int8 product.
 
     Args:
-        linear: what is replaced.
-        compensation: of the rows that its weights meet; without, they are rounded to the nearest step.
+        linear: the layer that this one replaces.
+        rounder: for the rows that the layer reads, rotated if there is a rotation.
         rotation: an orthogonal matrix by which rows are rotated first, in blocks of its size.
     """
 
     weight: Tensor
     scale: Tensor
 
-    def __init__(self, linear: Linear, rounder: GptqRounder | None = None, rotation: Tensor | None = None) -> None:
+    def __init__(self, linear: Linear, rounder: GptqRounder, rotation: Tensor | None = None) -> None:
         super().__init__()
         self.rotation = None if rotation is None else nn.Parameter(rotation.float(), requires_grad=False)
         weight = linear.weight if rotation is None else rotated(linear.weight.double().T, rotation).T.float()
-        weight, scale = to_int8(weight, rounder)
+        weight, scale = rounder.to_int8(weight)
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
-        # A vector: the fused step takes no other bias.
+        # A vector, because ONNX Runtime fuses no other bias.
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias[0], requires_grad=False)
         self.dtype = linear.dtype
 
     def forward(self, rows: Tensor) -> Tensor:
-        """`[rows, in]` to `[rows, out]`, float32."""
+        """Return `[rows, out]` from `[rows, in]`, float32."""
         if self.rotation is not None:
             rows = rotated(rows, self.rotation)
         product: Tensor = int8_product(rows, self.weight, self.scale)
@@ -89,21 +89,19 @@ class Int8Linear(nn.Module):
 class Int8Branch(Int8Linear):
     """A `Branch` with an int8 product."""
 
-    def __init__(self, branch: Branch, rounder: GptqRounder | None = None, rotation: Tensor | None = None) -> None:
+    def __init__(self, branch: Branch, rounder: GptqRounder, rotation: Tensor | None = None) -> None:
         super().__init__(branch, rounder, rotation)
         self.residual_scale = branch.scale
 
     def forward(self, rows: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
-        """`[rows, in]` and `[rows, out]` to `[rows, out]`, float32."""
+        """Return `[rows, out]` from `[rows, in]` and `[rows, out]`, float32."""
         return super().forward(rows) + residual * self.residual_scale
 
 
 def rotation_for(features: int, most: int | None = None) -> Tensor:
-    """A Hadamard matrix, orthogonal, float64, whose size is the largest power of two that divides `features`.
+    """Return an orthogonal Hadamard matrix, float64.
 
-    Args:
-        features: of the rows to be rotated.
-        most: a power of two that the size does not exceed.
+    Its size is the largest power of two that divides `features` and does not exceed `most`.
     """
     divisor = features & -features
     size = min(divisor, most or divisor)
@@ -114,6 +112,6 @@ def rotation_for(features: int, most: int | None = None) -> Tensor:
 
 
 def rotated(rows: Tensor, rotation: Tensor) -> Tensor:
-    """Rows `[rows, features]` times an orthogonal matrix, in blocks of its size, which must divide the features."""
+    """Return rows `[rows, features]` times an orthogonal matrix, in blocks of its size, which divides the features."""
     blocks: Tensor = rows.unflatten(1, (-1, len(rotation))) @ rotation
     return blocks.flatten(1)

@@ -1,4 +1,4 @@
-"""Speed, measured honestly, and the machine it was measured on."""
+"""Measure run times, and describe the machine."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping
 
 PACKAGES = ("samekit", "torch", "onnxruntime", "numpy")
-"""Whose versions go with a figure."""
+"""The packages whose versions are recorded with a measurement."""
 
 _Name = TypeVar("_Name", bound="Hashable")
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, load and versions: what a figure means nothing without."""
+    """Return processor, cores, load and versions."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -46,9 +46,9 @@ def _version(package: str) -> str:
 def interleaved(
     candidates: Mapping[_Name, Callable[[], object]], runs: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[_Name, list[float]]:
-    """Seconds of each run of each candidate, in turn A B C A B C, after one round that warms up and does not count.
+    """Return the seconds of each run of each candidate, run in turn: A B C A B C.
 
-    A machine whose speed drifts slows all of them alike.
+    The order spreads changes of the machine's speed over all candidates. One round before warms up and is not counted.
     """
     times: dict[_Name, list[float]] = {name: [] for name in candidates}
     for round_number in range(runs + 1):
@@ -62,5 +62,5 @@ def interleaved(
 
 
 def summary(times: list[float]) -> dict[str, float]:
-    """Median and spread, in seconds."""
+    """Return the median, the minimum and the maximum."""
     return {"median": statistics.median(times), "min": min(times), "max": max(times)}

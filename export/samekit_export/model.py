@@ -1,10 +1,10 @@
-"""SAME in plain PyTorch, written to be read: the eager fallback, and the oracle of every exported graph.
+"""SAME in plain PyTorch, written to be read: the eager backend, and the reference for every exported graph.
 
-Parameters carry the published names, so a checkpoint loads strictly. Nothing here knows ONNX, files or windows.
+Parameters have the published names, so a checkpoint loads strictly.
 
-A latent stands for `stride` patches; the transformers see its patch tokens and one more token, `latent_tokens` in all.
-Tokens travel as `[batch, groups, tokens, width]`: a group is what is attended together, a chunk of latents
-(`ChunkSpan`) or a single latent that also sees its neighbours (`BandSpan`).
+A latent represents `stride` patches. For each latent the transformers see its patch tokens and one more token, in all
+`latent_tokens`. Tensors of tokens are `[batch, groups, tokens, width]`. A group is a chunk of latents whose tokens see
+each other (`ChunkSpan`), or a single latent whose tokens also see its neighbours (`BandSpan`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class DynamicTanh(nn.Module):
-    """gamma * tanh(alpha * x) + beta, in place of layer norm ("Transformers without Normalization", 2025)."""
+    """gamma * tanh(alpha * x) + beta, instead of layer norm ("Transformers without Normalization", 2025)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -32,12 +32,12 @@ class DynamicTanh(nn.Module):
         self.beta = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., width]` to the same."""
+        """Return `[..., width]` from the same shape."""
         return self.gamma * torch.tanh(self.alpha * x) + self.beta
 
 
 class Rotary(nn.Module):
-    """Rotary position embedding of the first features of a head; feature i turns with feature i + half."""
+    """Rotary position embedding of the first features of a head; feature i is turned with feature i + half."""
 
     inv_freq: Tensor
 
@@ -56,7 +56,7 @@ class Rotary(nn.Module):
 
 
 class DifferentialAttention(nn.Module):
-    """The difference of two attentions over one value, without a learned weight between them."""
+    """The difference of two attentions with a common value and without a learned weight."""
 
     def __init__(self, config: TrunkConfig) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class DifferentialAttention(nn.Module):
         self.to_out = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | None) -> Tensor:
-        """`[batch, groups, tokens, width]` to the same; `mask` as `band_mask` makes it."""
+        """Return `[batch, groups, tokens, width]` from the same shape; `mask` is that of `band_mask`."""
         tokens = x.shape[2]
         neighbours = self.config.span.latents if isinstance(self.config.span, BandSpan) else 0
         q1, k1, v, q2, k2 = (
@@ -90,7 +90,7 @@ class DifferentialAttention(nn.Module):
 
 
 def with_neighbours(x: Tensor, neighbours: int) -> Tensor:
-    """Beside the tokens of each group those of its neighbours: `[batch, groups, heads, tokens * (2n + 1), width]`."""
+    """Add the tokens of its neighbours to each group: `[batch, groups, heads, tokens * (2n + 1), width]`."""
     if neighbours == 0:
         return x
     groups = x.shape[1]
@@ -99,7 +99,7 @@ def with_neighbours(x: Tensor, neighbours: int) -> Tensor:
 
 
 def band_mask(batch: int, groups: int, tokens: int, neighbours: int, device: torch.device) -> Tensor:
-    """Which keys a query of a band sees: `[batch * groups, 1, tokens, tokens * (2n + 1)]`, true where it sees."""
+    """Return which keys a query of a band sees: `[batch * groups, 1, tokens, tokens * (2n + 1)]`, true for visible."""
     reach = neighbours * tokens
     query = torch.arange(tokens, device=device)[:, None] + reach
     key = torch.arange(tokens + 2 * reach, device=device)
@@ -121,11 +121,11 @@ class GatedFeedForward(nn.Module):
 
     @property
     def linears(self) -> tuple[nn.Linear, nn.Linear]:
-        """The layer into value and gate, and the layer back."""
+        """The layer to value and gate, and the layer back."""
         return cast("nn.Linear", self.ff[0].proj), cast("nn.Linear", self.ff[2])
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., width]` to the same."""
+        """Return `[..., width]` from the same shape."""
         project, back = self.linears
         value, gate = project(x).chunk(2, dim=-1)
         gate = torch.sin(torch.pi * gate) if self.sine else functional.silu(gate)
@@ -141,10 +141,10 @@ class Block(nn.Module):
         self.self_attn = DifferentialAttention(config)
         self.ff_norm = DynamicTanh(config.width)
         self.ff = GatedFeedForward(config.width, config.inner, sine=config.gates_with_sine(index))
-        self.rope = Rotary(max(config.head_width // 2, 32))
+        self.rope = Rotary(config.rotated)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """`[batch, groups, tokens, width]` to the same."""
+        """Return `[batch, groups, tokens, width]` from the same shape."""
         x = x + self.self_attn(self.pre_norm(x), self.rope, mask)
         return x + self.ff(self.ff_norm(x))
 
@@ -159,16 +159,16 @@ class WeightNormConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(n_out))
 
     def weight(self) -> Tensor:
-        """The effective weight, `[n_out, n_in, kernel]`."""
+        """Return the effective weight, `[n_out, n_in, kernel]`."""
         return self.weight_g * self.weight_v / self.weight_v.norm(dim=(1, 2), keepdim=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[batch, patches, n_in]` to `[batch, patches, n_out]`, zeros beyond both ends."""
+        """Return `[batch, patches, n_out]` from `[batch, patches, n_in]`, with zeros beyond both ends."""
         return functional.conv1d(x.transpose(1, 2), self.weight(), self.bias, padding="same").transpose(1, 2)
 
 
 class Trunk(nn.Module):
-    """Mapping, learned token and transformer blocks; encoder and decoder differ only in what goes around them."""
+    """The mapping, the learned token and the transformer blocks of the encoder or the decoder."""
 
     def __init__(self, config: TrunkConfig, mapping: WeightNormConv) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class Trunk(nn.Module):
         return cast("list[Block]", list(self.transformers))
 
     def run(self, x: Tensor) -> Tensor:
-        """All blocks over `[batch, latents, latent_tokens, width]`; chunks want `latents` to fill the last one."""
+        """Run all blocks over `[batch, latents, latent_tokens, width]`; `latents` must fill the last chunk."""
         batch, latents, tokens, width = x.shape
         span = self.config.span
         if isinstance(span, BandSpan):
@@ -204,12 +204,12 @@ class Trunk(nn.Module):
         return x.reshape(batch, latents, tokens, width)
 
     def missing_latents(self, latents: int) -> int:
-        """Latents to append so that the last chunk is full."""
+        """Return the number of latents to append so that the last chunk is full."""
         return -latents % self.config.span.latents if isinstance(self.config.span, ChunkSpan) else 0
 
 
 class Same(nn.Module):
-    """The SAME autoencoder without the reference's inference noise, any number of latents, odd ones included."""
+    """The SAME autoencoder without the reference's inference noise, for any number of latents, also odd ones."""
 
     def __init__(self, config: SameConfig) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class Same(nn.Module):
         encoder, decoder, latent = config.encoder, config.decoder, config.latent_width
         to_tokens = WeightNormConv(config.patch_width, encoder.width, encoder.mapping_kernel)
         to_patches = WeightNormConv(decoder.width, config.patch_width, decoder.mapping_kernel)
-        # The published keys count the reference's transposes as layers, hence the identities.
+        # Identities, because the published keys count the reference's transposes as layers.
         self.encoder = nn.Module()
         self.encoder.layers = nn.ModuleList(
             [Trunk(encoder, to_tokens), nn.Identity(), nn.Linear(encoder.width, latent)]
@@ -237,7 +237,7 @@ class Same(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Same:
-        """The model of a checkpoint, float32, ready for inference."""
+        """Return the model of a checkpoint, float32, ready for inference."""
         with torch.device("meta"):
             model = cls(checkpoint.config)
         model.load_state_dict(checkpoint.tensors, strict=True, assign=True)
@@ -245,18 +245,18 @@ class Same(nn.Module):
 
     @property
     def encoder_parts(self) -> tuple[Trunk, nn.Linear]:
-        """The encoder's transformers, and the layer to the latents."""
+        """The encoder's trunk, and the layer to the latents."""
         trunk, _, to_latent = cast("nn.ModuleList", self.encoder.layers)
         return cast("Trunk", trunk), cast("nn.Linear", to_latent)
 
     @property
     def decoder_parts(self) -> tuple[nn.Linear, Trunk]:
-        """The layer from the latents, and the decoder's transformers."""
+        """The layer from the latents, and the decoder's trunk."""
         _, from_latent, _, trunk = cast("nn.ModuleList", self.decoder.layers)
         return cast("nn.Linear", from_latent), cast("Trunk", trunk)
 
     def encode(self, audio: Tensor) -> Tensor:
-        """Audio `[batch, channels, latents * hop]` to latents `[batch, latent_width, latents]`."""
+        """Return latents `[batch, latent_width, latents]` from audio `[batch, channels, latents * hop]`."""
         config, (trunk, to_latent) = self.config, self.encoder_parts
         latents = audio.shape[-1] // config.hop
         audio = functional.pad(audio, (0, trunk.missing_latents(latents) * config.hop))
@@ -269,7 +269,7 @@ class Same(nn.Module):
         return (z * self.bottleneck["scaling_factor"] + self.bottleneck["bias"]) / self.bottleneck["running_std"]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents `[batch, latent_width, latents]` to audio `[batch, channels, latents * hop]`."""
+        """Return audio `[batch, channels, latents * hop]` from latents `[batch, latent_width, latents]`."""
         config, (from_latent, trunk) = self.config, self.decoder_parts
         length = latents.shape[-1]
         x = from_latent((latents * self.bottleneck["running_std"]).transpose(1, 2))

@@ -1,4 +1,4 @@
-"""The facts about a model that its engine folder records: from a checkpoint to an `EngineSpec` without graphs."""
+"""Derive the facts that an engine folder records from a checkpoint: an `EngineSpec` without graphs."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
 
 
 def _context(trunk: TrunkConfig) -> int:
-    """Latents that a trunk sees to either side of a latent, of a window that starts at a multiple of the chunk."""
+    """Return how many latents a trunk sees to either side of a latent, in a window that starts at a chunk."""
     if isinstance(trunk.span, ChunkSpan):
         transformers = trunk.span.latents // 2 if trunk.span.shifted else 0
     else:
         transformers = trunk.depth * trunk.span.latents
-    # The decoder's convolution reaches one patch further, which lies in the next latent.
+    # The decoder's convolution sees one patch more, which belongs to the next latent.
     return transformers + trunk.mapping_kernel // 2
 
 
 def _chunk(trunk: TrunkConfig) -> int:
-    """Latents in a chunk; 1 for a band, which may be cut anywhere."""
+    """Return the latents in a chunk; 1 for a band, which may be cut anywhere."""
     return trunk.span.latents if isinstance(trunk.span, ChunkSpan) else 1
 
 
 def spec_of(checkpoint: Checkpoint) -> EngineSpec:
-    """The facts about a checkpoint's model, no graphs yet."""
+    """Return the facts about a checkpoint's model."""
     config = checkpoint.config
     return EngineSpec(
         name=checkpoint.name,
@@ -38,7 +38,7 @@ def spec_of(checkpoint: Checkpoint) -> EngineSpec:
         channels=config.channels,
         hop=config.hop,
         latent_width=config.latent_width,
-        # One for both halves, so that latents and audio can be cut at the same places.
+        # One for both directions, so that latents and audio can be cut at the same places.
         alignment=math.lcm(_chunk(config.encoder), _chunk(config.decoder)),
         contexts={ENCODER: _context(config.encoder), DECODER: _context(config.decoder)},
         source=checkpoint.source,

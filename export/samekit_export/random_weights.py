@@ -6,27 +6,24 @@ import math
 import zlib
 from typing import Any
 
+import numpy as np
+
 from samekit.engine.spec import RANDOM
 from samekit.errors import CheckpointError
 from samekit_export.config import parse_config
 from samekit_export.digest import checkpoint_digest
 from samekit_export.tensors import Checkpoint, derived_tensors, tensor_shapes
 
-# ---------------------------------------------------------------------------------------------- random weights
-
-
 RANDOM_MODELS = ("same-s", "same-l", "tiny-s", "tiny-l")
 """The models that can have random weights."""
 
 
 def published_config(name: str) -> dict[str, Any]:
-    """Return the `model_config.json` of a model as it is published, in the standalone nesting.
+    """Return the published `model_config.json` of a model, in the standalone nesting.
 
-    `same-s` is the published file of SAME-S. The file of SAME-L itself is not known here; `same-l` has the fields that
-    the full checkpoint `stable-audio-3-medium` publishes for it.
-
-    Args:
-        name: `same-s` or `same-l` at their real sizes; `tiny-s` or `tiny-l`, 2 M parameters of the same kinds.
+    `same-s` is the published file of SAME-S. The file of SAME-L is not available here; `same-l` has the fields that the
+    full checkpoint `stable-audio-3-medium` publishes for it. `tiny-s` and `tiny-l` have 2 M parameters and the same
+    architectures.
     """
     if name not in RANDOM_MODELS:
         raise CheckpointError(f"no random weights for {name!r}; choose same-s, same-l, tiny-s or tiny-l")
@@ -42,13 +39,11 @@ def published_config(name: str) -> dict[str, Any]:
         "dim_heads": 64,
         "variable_stride": True,
     }
-    encoder: dict[str, Any]
-    decoder: dict[str, Any]
     if small:
         block_type = "same"
         trunk |= {"checkpointing": False, "dyt": True, "chunk_size": 32, "chunk_midpoint_shift": True}
-        encoder = {"mask_noise": 0.0}
-        decoder = {"sinusoidal_blocks": [0], "conv_mapping": True, "mask_noise": 0.01}
+        encoder: dict[str, Any] = {"mask_noise": 0.0}
+        decoder: dict[str, Any] = {"sinusoidal_blocks": [0], "conv_mapping": True, "mask_noise": 0.01}
     else:
         block_type = "taae_v2"
         trunk |= {"conformer": False, "layer_scale": False, "conv_bias": False, "enable_inner_layer_dropout": False}
@@ -57,6 +52,7 @@ def published_config(name: str) -> dict[str, Any]:
         encoder = {"checkpointing": True, "mask_noise": 0.001}
         decoder = {"checkpointing": False, "sinusoidal_blocks": [3 if tiny else 8], "mask_noise": 0.1}
     block = {"type": block_type, "requires_grad": False}
+    bottleneck = {"dim": latent, "noise_augment_dim": 0, "noise_regularize": True, "auto_scale": True, "freeze": True}
     return {
         "model_type": "autoencoder",
         "sample_size": 24576,
@@ -66,16 +62,7 @@ def published_config(name: str) -> dict[str, Any]:
             "pretransform": {"type": "patched", "config": {"patch_size": 256, "channels": 2}},
             "encoder": block | {"config": {"in_channels": 512, **trunk, **encoder}},
             "decoder": block | {"config": {"out_channels": 512, **trunk, **decoder}},
-            "bottleneck": {
-                "type": "softnorm",
-                "config": {
-                    "dim": latent,
-                    "noise_augment_dim": 0,
-                    "noise_regularize": True,
-                    "auto_scale": True,
-                    "freeze": True,
-                },
-            },
+            "bottleneck": {"type": "softnorm", "config": bottleneck},
             "latent_dim": latent,
             "downsampling_ratio": 4096,
             "io_channels": 2,
@@ -84,7 +71,7 @@ def published_config(name: str) -> dict[str, Any]:
 
 
 def _random_scale(key: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Mean and standard deviation that keep activations in a trained model's range and let every tensor matter."""
+    """Return a mean and standard deviation: activations get a trained model's range, and every tensor has an effect."""
     field = key.rsplit(".", 1)[-1]
     if field == "alpha":
         alpha = 2.0 if ("q_norm" in key or "k_norm" in key) else 1.5
@@ -102,17 +89,12 @@ def _random_scale(key: str, shape: tuple[int, ...]) -> tuple[float, float]:
 
 
 def random_checkpoint(name: str, seed: int = 0) -> Checkpoint:
-    """A checkpoint with seeded random weights at the real sizes, for tests and speed work.
+    """Return a checkpoint with random weights; the golden outputs in `tests/golden` are those of seed 0.
 
-    Every tensor is a pure function of its key, its shape and `seed` (NumPy's frozen `RandomState` stream), so the
+    Every tensor is a function of its key, its shape and `seed`, through NumPy's frozen `RandomState` stream. So the
     same call gives the same model on every machine.
-
-    Args:
-        name: see `published_config`.
-        seed: 0 gives the weights of the golden outputs in `tests/golden`.
     """
-    import numpy as np  # noqa: PLC0415
-    import torch  # noqa: PLC0415
+    import torch  # slow, and not needed to look up names of models
 
     config, _ = parse_config(published_config(name))
     tensors = {**derived_tensors(config), "bottleneck.running_std": torch.tensor([1.25])}

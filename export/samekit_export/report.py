@@ -1,19 +1,21 @@
-"""A model on one piece of audio: measured on every backend and precision, written as one page that needs nothing else.
+"""Report on a model with one piece of audio: measure every backend and precision, and write one self-contained page.
 
     audio ── eager PyTorch, the reference ─┐
         └─── every engine that runs here ──┴─ rows of figures ── report.html: players, pictures, table, machine
 
-Measures and writes; what the figures mean stands in the page. Pictures and page need the `report` extra.
+The page explains its figures. Pictures and page need the `report` extra.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import logging
 import math
 import tempfile
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,15 +34,18 @@ from samekit_export.verify import snr_db
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from samekit.arrays import Array
+    from samekit.batches import Autoencoder
     from samekit.engine.folder import Engine
+
+logger = logging.getLogger(__name__)
 
 EAGER = "torch"
 """The backend that the others are compared with."""
 RUNS = 3
-"""Timed passes of each half on each backend; the best counts, what disturbs a pass only slows it."""
+"""Timed passes of each direction on each backend. The fastest counts, because other work only slows a pass."""
 
 COLUMNS = (
     "backend",
@@ -52,23 +57,23 @@ COLUMNS = (
     "encode",
     "decode",
 )
-"""Heads of the table."""
+"""Headings of the table."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One backend at one precision."""
+    """The figures of one backend at one precision."""
 
     backend: str
     """Its name."""
     precision: str
-    """That it computed in."""
+    """The precision that it computed in."""
     size: int
-    """Bytes of both halves as they lie on disk; 0 where no engine is run."""
+    """Bytes of both directions on disk; 0 for PyTorch, which runs the checkpoint."""
     latents_db: float
     """SNR of the latents against those of eager float32."""
     audio_db: float
-    """SNR of what its own latents decode to, against the same of eager float32."""
+    """SNR of the audio decoded from its own latents, against that of eager float32."""
     round_trip_db: float
     """SNR of the decoded against the original audio."""
     encode_speed: float
@@ -77,7 +82,7 @@ class Row:
     """Seconds of audio decoded in a second."""
 
     def cells(self) -> tuple[str, ...]:
-        """What a table shows, in the order of `COLUMNS`."""
+        """Return the texts of the table, in the order of `COLUMNS`."""
         decibels = (self.latents_db, self.audio_db, self.round_trip_db)
         return (
             self.backend,
@@ -90,7 +95,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that a page shows."""
+    """The contents of a page."""
 
     source: str
     """The audio file's name."""
@@ -99,18 +104,18 @@ class Report:
     rows: Sequence[Row]
     """What ran; eager PyTorch first."""
     left_out: Sequence[str]
-    """What could not run here, and why; a line each."""
+    """A line for each backend and precision that cannot run here, with the reason."""
     original: Array = field(repr=False)
     """`[channels, samples]` at the model's rate."""
     decoded: Array = field(repr=False)
-    """The same, through the latents."""
+    """`[channels, samples]`, encoded and decoded."""
     latents: Array = field(repr=False)
     """`[latent_width, latents]`."""
     shown: str
-    """The backend and precision whose audio and latents these are."""
+    """The backend and precision that `decoded` and `latents` come from."""
 
     def table(self) -> str:
-        """The figures for a terminal."""
+        """Return the figures as text for a terminal."""
         short = tuple(name.replace(", SNR against ", " vs ") for name in COLUMNS)
         lines = [short, *(row.cells() for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -119,34 +124,28 @@ class Report:
 
 
 def measure(
-    audio: str | os.PathLike[str],
-    engine: Engine,
-    *,
-    seconds: float | None = None,
-    threads: int | None = None,
-    report: Callable[[str], object] = lambda _line: None,
+    audio: str | os.PathLike[str], engine: Engine, *, seconds: float | None = None, threads: int | None = None
 ) -> Report:
-    """Send audio through every backend and precision of an engine folder that runs here.
+    """Send audio through every backend and precision of an engine folder that runs here; log each of them.
 
     Args:
-        audio: a file of any rate and length; it and all results lie in memory at once.
+        audio: a file of any rate and length. It and all results must fit into memory.
         engine: a finished engine folder.
-        seconds: how much of the file to take, from its start.
-        threads: CPU threads, all unless given.
-        report: takes a line for each step.
+        seconds: how much of the file to take, from its start; all unless given.
+        threads: CPU threads; all unless given.
 
     Raises:
-        InputError: `seconds` is no length.
+        InputError: `seconds` is not a positive length.
         AudioFileError: the file cannot be read.
         BackendUnavailableError, CheckpointError: eager PyTorch, the reference, cannot run.
     """
     clip, rate = _read(Path(audio), seconds)
     candidates = [(EAGER, "fp32")] + [(b, p) for p in engine.spec.graphs for b in BACKENDS if b not in (AUTO, EAGER)]
     with ExitStack() as stack:
-        models: dict[tuple[str, str], AutoencoderModel] = {}
-        results = {}
+        codecs: dict[tuple[str, str], Autoencoder] = {}
+        results: dict[tuple[str, str], tuple[Array, Array]] = {}
         left_out = []
-        ready = clip
+        prepared = clip
         for backend, precision in candidates:
             try:
                 opened = stack.enter_context(
@@ -154,28 +153,26 @@ def measure(
                         engine.folder, backend=backend, precision=precision, threads=threads
                     )
                 )
-                report(f"running {backend} {precision}")
+                logger.info("running %s %s", backend, precision)
+                codec = opened.autoencoder
                 if backend == EAGER:
-                    ready = opened.autoencoder.preprocess_audio_for_encoder(clip, rate)
-                results[backend, precision] = _round_trip(opened, ready)
+                    prepared = codec.preprocess_audio_for_encoder(clip, rate)
+                latents = codec.encode_audio(prepared)
+                results[backend, precision] = latents, codec.decode_audio(latents)
             except SamekitError as error:
                 if backend == EAGER:
                     raise
                 left_out.append(f"{backend} {precision}{_built_size(engine, backend, precision)}: {error}")
                 continue
-            models[backend, precision] = opened
-        codec = models[EAGER, "fp32"].autoencoder
-        samples = resampled_length(clip.shape[-1], rate, codec.sample_rate)
-        times = interleaved(
-            {
-                " ".join((direction, *name)): call
-                for name, model in models.items()
-                for direction, call in _halves(model, ready, results[name][0]).items()
-            },
-            RUNS,
-        )
+            codecs[backend, precision] = codec
+        calls = {}
+        for name, codec in codecs.items():
+            calls["encode", *name] = partial(codec.encode_audio, prepared)
+            calls["decode", *name] = partial(codec.decode_audio, results[name][0])
+        times = interleaved(calls, RUNS)
     true_latents, true_audio = results[EAGER, "fp32"]
-    length = samples / codec.sample_rate
+    samples = resampled_length(clip.shape[-1], rate, engine.spec.sample_rate)
+    length = samples / engine.spec.sample_rate
     rows = [
         Row(
             backend=backend,
@@ -183,9 +180,9 @@ def measure(
             size=_size(engine, backend, precision),
             latents_db=snr_db(true_latents, latents),
             audio_db=snr_db(true_audio[..., :samples], decoded[..., :samples]),
-            round_trip_db=snr_db(ready[..., :samples], decoded[..., :samples]),
-            encode_speed=length / min(times[f"encode {backend} {precision}"]),
-            decode_speed=length / min(times[f"decode {backend} {precision}"]),
+            round_trip_db=snr_db(prepared[..., :samples], decoded[..., :samples]),
+            encode_speed=length / min(times["encode", backend, precision]),
+            decode_speed=length / min(times["decode", backend, precision]),
         )
         for (backend, precision), (latents, decoded) in results.items()
     ]
@@ -196,7 +193,7 @@ def measure(
         engine=engine,
         rows=rows,
         left_out=left_out,
-        original=ready[0, :, :samples],
+        original=prepared[0, :, :samples],
         decoded=decoded[0, :, :samples],
         latents=latents[0],
         shown=" ".join(shown),
@@ -204,7 +201,7 @@ def measure(
 
 
 def _read(path: Path, seconds: float | None) -> tuple[Array, int]:
-    """The start of an audio file, `[channels, samples]`, and its rate."""
+    """Return the start of an audio file, `[channels, samples]`, and its rate."""
     if seconds is not None and not 0 < seconds < math.inf:
         raise InputError(f"a report on {seconds} seconds is not possible; pass a number above 0")
     blocks, frames = [], 0
@@ -219,45 +216,30 @@ def _read(path: Path, seconds: float | None) -> tuple[Array, int]:
     return np.concatenate(blocks, axis=1)[:, :most], rate
 
 
-def _round_trip(model: AutoencoderModel, ready: Array) -> tuple[Array, Array]:
-    """Latents and decoded audio of one batch."""
-    latents = model.autoencoder.encode_audio(ready)
-    return latents, model.autoencoder.decode_audio(latents)
-
-
-def _halves(model: AutoencoderModel, ready: Array, latents: Array) -> dict[str, Callable[[], object]]:
-    """Both halves on the arrays at hand."""
-    codec = model.autoencoder
-    return {"encode": lambda: codec.encode_audio(ready), "decode": lambda: codec.decode_audio(latents)}
-
-
 def _size(engine: Engine, backend: str, precision: str) -> int:
-    """Bytes of both halves as they lie on disk; 0 for PyTorch, which runs the checkpoint."""
     if backend == EAGER:
         return 0
     if backend == "tensorrt":
-        return _built(engine, precision)
+        return _largest_build(engine, precision)
     return sum(sum(graph.sizes.values()) for graph in engine.spec.graphs[precision].values())
 
 
-def _built(engine: Engine, precision: str) -> int:
-    """Bytes of the largest TensorRT build of a precision; 0 if there is none."""
-    sizes = [0]
+def _largest_build(engine: Engine, precision: str) -> int:
+    """Return the bytes of the largest TensorRT build of a precision; 0 if there is none."""
+    largest = 0
     for folder in build_folders(engine):
-        # What is damaged cannot have run.
+        # A damaged build cannot have run.
         with suppress(StaleEngineError):
             build = Build.load(folder)
-            sizes += [sum(e.size for e in build.engines.values())] * (build.fingerprint.precision == precision)
-    return max(sizes)
+            if build.fingerprint.precision == precision:
+                largest = max(largest, sum(built.size for built in build.engines.values()))
+    return largest
 
 
 def _built_size(engine: Engine, backend: str, precision: str) -> str:
-    """The size of what was built and does not run here, for a line about it."""
-    size = _built(engine, precision) if backend == "tensorrt" else 0
+    """Describe the size of TensorRT engines that were built and do not run here."""
+    size = _largest_build(engine, precision) if backend == "tensorrt" else 0
     return f" (built, {size / 1e6:.1f} MB)" if size else ""
-
-
-# ---------------------------------------------------------------------------------------------- the page
 
 
 def write_report(
@@ -267,17 +249,16 @@ def write_report(
     *,
     seconds: float | None = None,
     threads: int | None = None,
-    report: Callable[[str], object] = lambda _line: None,
 ) -> Report:
-    """Measure and write the page to `path`; the other arguments are those of `measure`.
+    """Measure, and write the page to `path`; the other arguments are those of `measure`.
 
     Raises:
-        InputError: the packages for it are missing, or `path` has another suffix than a page.
-        OutputError: it cannot be written.
+        InputError: a package is missing, or `path` does not end in `.html` or `.htm`.
+        OutputError: the page cannot be written.
     """
     try:
-        import jinja2  # noqa: F401, PLC0415
-        import matplotlib as mpl  # noqa: F401, PLC0415
+        import jinja2  # noqa: F401
+        import matplotlib as mpl  # noqa: F401
     except ImportError as error:
         raise InputError(
             f"a report needs packages that are missing ({error}); run: pip install 'samekit[cpu,export,report]'"
@@ -285,9 +266,9 @@ def write_report(
     if Path(path).suffix.lower() not in (".html", ".htm"):
         raise InputError(f"{path}: a page is HTML; choose a name that ends in .html")
     audio, path = expanded(audio), expanded(path)
-    # Opened first: who cannot write need not measure.
+    # Opened before measuring, so that a path that cannot be written fails at once.
     with atomic_path(path, follow_links=True) as temporary:
-        measured = measure(audio, engine, seconds=seconds, threads=threads, report=report)
+        measured = measure(audio, engine, seconds=seconds, threads=threads)
         page = page_of(measured)
         with output_errors(path):
             temporary.write_text(page, encoding="utf-8")
@@ -295,8 +276,8 @@ def write_report(
 
 
 def page_of(report: Report) -> str:
-    """The page: HTML with everything in it, nothing loaded from anywhere."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined  # noqa: PLC0415
+    """Return the page: HTML that loads nothing else."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
         loader=PackageLoader("samekit_export", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -323,7 +304,7 @@ def _data_uri(kind: str, data: bytes) -> str:
 
 
 def _player(audio: Array, rate: int) -> str:
-    """Audio `[channels, samples]` as a FLAC file in a link: browsers play it, and nothing is lost twice."""
+    """Return audio `[channels, samples]` as a data URI of a FLAC file, which browsers play without further loss."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "audio.flac"
         with AudioWriter(file, rate, audio.shape[0], "PCM_16") as writer:
@@ -332,8 +313,8 @@ def _player(audio: Array, rate: int) -> str:
 
 
 def _pictures(report: Report) -> list[tuple[str, str]]:
-    """Captions and pictures: both spectrograms on one scale, and the latents."""
-    from matplotlib.figure import Figure  # noqa: PLC0415
+    """Return captions and data URIs: both spectrograms on one scale, and the latents."""
+    from matplotlib.figure import Figure
 
     rate = report.engine.spec.sample_rate
     length = report.original.shape[1] / rate
@@ -362,7 +343,7 @@ def _pictures(report: Report) -> list[tuple[str, str]]:
 
 
 def _spectrogram(audio: Array, size: int = 2048, columns: int = 1000) -> Array:
-    """Power in dB, `[size / 2 + 1, at most about columns]`, of the mean of the channels."""
+    """Return the power in dB of the mean of the channels: `[size / 2 + 1, at most about columns]`."""
     mono = np.pad(audio.mean(axis=0), size // 2)
     frames = np.lib.stride_tricks.sliding_window_view(mono, size)[:: max(size // 4, len(mono) // columns)]
     power = np.abs(np.fft.rfft(frames * np.hanning(size))) ** 2

@@ -15,20 +15,19 @@ if TYPE_CHECKING:
 
     from samekit_export.config import SameConfig, TrunkConfig
 
-
-# ---------------------------------------------------------------------------------------------- tensors
+_FREQUENCIES = "rope.inv_freq"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint: what it is, what it holds, where it came from."""
+    """A loaded checkpoint."""
 
     name: str
     """What users call the model."""
     config: SameConfig
-    """Every number that decides the architecture."""
+    """The architecture."""
     tensors: dict[str, torch.Tensor]
-    """Float32, under the bare published keys; exactly the autoencoder's."""
+    """Exactly the autoencoder's tensors: float32, under the published keys without a prefix."""
     source: dict[str, Any]
     """Where it was read, as `load_source` takes it."""
     sha256: str
@@ -36,9 +35,9 @@ class Checkpoint:
 
 
 def tensor_shapes(config: SameConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the autoencoder: published key -> shape."""
+    """Return every tensor of the autoencoder: published key -> shape."""
     shapes: dict[str, tuple[int, ...]] = {}
-    enc, dec, latent = config.encoder, config.decoder, config.latent_width
+    encoder, decoder, latent = config.encoder, config.decoder, config.latent_width
 
     def norm(prefix: str, width: int) -> None:
         shapes[f"{prefix}.alpha"] = (1,)
@@ -53,26 +52,26 @@ def tensor_shapes(config: SameConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{prefix}.weight_g"] = (n_out, 1, 1)
         shapes[f"{prefix}.bias"] = (n_out,)
 
-    def trunk(prefix: str, t: TrunkConfig) -> None:
-        shapes[f"{prefix}.new_tokens"] = (1, 1, t.width)
-        for i in range(t.depth):
+    def trunk(prefix: str, trunk: TrunkConfig) -> None:
+        shapes[f"{prefix}.new_tokens"] = (1, 1, trunk.width)
+        for i in range(trunk.depth):
             block = f"{prefix}.transformers.{i}"
-            norm(f"{block}.pre_norm", t.width)
-            norm(f"{block}.ff_norm", t.width)
-            norm(f"{block}.self_attn.q_norm", t.head_width)
-            norm(f"{block}.self_attn.k_norm", t.head_width)
-            shapes[f"{block}.self_attn.to_qkv.weight"] = (5 * t.width, t.width)
-            shapes[f"{block}.self_attn.to_out.weight"] = (t.width, t.width)
-            linear(f"{block}.ff.ff.0.proj", 2 * t.inner, t.width)
-            linear(f"{block}.ff.ff.2", t.width, t.inner)
-            shapes[f"{block}.rope.inv_freq"] = (max(t.head_width // 2, 32) // 2,)
+            norm(f"{block}.pre_norm", trunk.width)
+            norm(f"{block}.ff_norm", trunk.width)
+            norm(f"{block}.self_attn.q_norm", trunk.head_width)
+            norm(f"{block}.self_attn.k_norm", trunk.head_width)
+            shapes[f"{block}.self_attn.to_qkv.weight"] = (5 * trunk.width, trunk.width)
+            shapes[f"{block}.self_attn.to_out.weight"] = (trunk.width, trunk.width)
+            linear(f"{block}.ff.ff.0.proj", 2 * trunk.inner, trunk.width)
+            linear(f"{block}.ff.ff.2", trunk.width, trunk.inner)
+            shapes[f"{block}.{_FREQUENCIES}"] = (trunk.rotated // 2,)
 
-    mapping("encoder.layers.0.mapping", enc.width, config.patch_width, enc.mapping_kernel)
-    trunk("encoder.layers.0", enc)
-    linear("encoder.layers.2", latent, enc.width)
-    linear("decoder.layers.1", dec.width, latent)
-    trunk("decoder.layers.3", dec)
-    mapping("decoder.layers.3.mapping", config.patch_width, dec.width, dec.mapping_kernel)
+    mapping("encoder.layers.0.mapping", encoder.width, config.patch_width, encoder.mapping_kernel)
+    trunk("encoder.layers.0", encoder)
+    linear("encoder.layers.2", latent, encoder.width)
+    linear("decoder.layers.1", decoder.width, latent)
+    trunk("decoder.layers.3", decoder)
+    mapping("decoder.layers.3.mapping", config.patch_width, decoder.width, decoder.mapping_kernel)
     shapes["bottleneck.scaling_factor"] = shapes["bottleneck.bias"] = (1, latent, 1)
     shapes["bottleneck.running_std"] = (1,)
     shapes["bottleneck.noise_scaling_factor"] = (1, 0, 1)
@@ -80,7 +79,7 @@ def tensor_shapes(config: SameConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], config: SameConfig, source: str) -> None:
-    """Refuse a missing, extra or misshaped tensor by its name."""
+    """Refuse a missing, unexpected or misshaped tensor by its name."""
     expected = tensor_shapes(config)
     for key, shape in expected.items():
         if key not in found:
@@ -98,9 +97,14 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], config: SameConfig, sourc
         )
 
 
+def is_derived(key: str) -> bool:
+    """Whether a tensor follows from the configuration; a checkpoint may lack it."""
+    return key.endswith((_FREQUENCIES, "bottleneck.noise_scaling_factor"))
+
+
 def derived_tensors(config: SameConfig) -> dict[str, torch.Tensor]:
-    """The tensors that follow from the configuration; a checkpoint may lack them."""
-    import torch  # noqa: PLC0415
+    """Return the tensors that follow from the configuration."""
+    import torch  # slow, and not needed to look up names of models
 
     return {
         key: torch.as_tensor(rotary_frequencies(2 * shape[0]), dtype=torch.float32)
@@ -109,14 +113,6 @@ def derived_tensors(config: SameConfig) -> dict[str, torch.Tensor]:
         for key, shape in tensor_shapes(config).items()
         if is_derived(key)
     }
-
-
-_FREQUENCIES = "rope.inv_freq"
-
-
-def is_derived(key: str) -> bool:
-    """Whether a tensor follows from the configuration; a checkpoint may lack it."""
-    return key.endswith((_FREQUENCIES, "bottleneck.noise_scaling_factor"))
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:

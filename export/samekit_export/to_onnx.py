@@ -1,4 +1,4 @@
-"""Export-shaped modules to ONNX files: standard operators, dynamic batch and latents, weights beside a large graph."""
+"""Write graphs as ONNX files: standard operators, dynamic batch and latents, large weights in a file of their own."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 OPSET = 23
-"""Of the graphs: the first with RotaryEmbedding, which ONNX Runtime and TensorRT both run as one fused step."""
+"""Opset of the graphs: the first with RotaryEmbedding, which ONNX Runtime and TensorRT run as one fused step."""
 
 EXTERNAL_DATA_ABOVE = 64 * 1024 * 1024
-"""Bytes of weights above which they lie beside the graph, where a runtime can map them: protobuf ends at 2 GiB."""
+"""Larger weights, in bytes, get their own file, which a runtime can map. Protobuf files end at 2 GiB."""
 
 
 def tool_versions() -> dict[str, str]:
@@ -33,7 +33,7 @@ def tool_versions() -> dict[str, str]:
 
 @contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Without the exporter's notes on packages that we do not use and on its own deprecations."""
+    """Suppress the exporter's notes on packages that we do not use and on its own deprecations."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -46,16 +46,11 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 def write_onnx(graph: GraphEncoder | GraphDecoder, path: Path) -> None:
-    """Write one graph; large weights go to `path` + `.data`.
-
-    Args:
-        graph: the encoder or the decoder.
-        path: the `.onnx` file.
-    """
+    """Write one graph to the `.onnx` file `path`; large weights go to `path` + `.data`."""
     config = graph.config
     batch, latents = torch.export.Dim("batch"), torch.export.Dim("latents")
-    # Sizes of 0 and 1 would be taken as constants, those of groups too; any others do.
-    several = max(6, 3 * graph.trunk.layout.latents)
+    # The exporter takes sizes of 0 and 1, and of one group, for constants. Any other size gives the same graph.
+    several = max(6, 3 * graph.trunk.tables.latents)
     if isinstance(graph, GraphEncoder):
         example = torch.zeros(2, config.channels, several * config.hop)
         length = config.hop * latents
@@ -76,11 +71,10 @@ def write_onnx(graph: GraphEncoder | GraphDecoder, path: Path) -> None:
         )
         if program is None:
             raise RuntimeError("torch.onnx.export returned nothing")
-        # The exporter derives these as long formulas over its own symbols.
-        inside, outside = ("latents", f"{config.hop}*latents")
+        # The exporter derives this as a long formula over its own symbols.
         shape = program.model.graph.outputs[0].shape
         if shape is None:
             raise RuntimeError("torch.onnx.export lost the output's shape")
-        shape[2] = inside if isinstance(graph, GraphEncoder) else outside
+        shape[2] = "latents" if isinstance(graph, GraphEncoder) else f"{config.hop}*latents"
         size = sum(p.numel() * p.element_size() for p in graph.state_dict().values())
         program.save(path, external_data=size > EXTERNAL_DATA_ABOVE)

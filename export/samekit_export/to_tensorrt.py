@@ -1,13 +1,14 @@
-"""ONNX graphs to TensorRT engines: one builder for TensorRT and TensorRT-RTX.
+"""Build TensorRT engines from ONNX graphs, with TensorRT or TensorRT-RTX.
 
-TensorRT builds for the GPU of the machine that it runs on; TensorRT-RTX needs none and builds for a portable set of
-them. Networks are strongly typed: the precision is the graph's own, and nothing is recast. Both profiles of
-`samekit.tensorrt.fingerprint` lie in each engine.
+TensorRT builds for the GPU of this machine. TensorRT-RTX needs no GPU and builds for a portable set of them. Networks
+are strongly typed: the graph decides the precision of every step. Each engine holds both profiles of
+`samekit.tensorrt.fingerprint`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import sys
@@ -37,29 +38,22 @@ from samekit.tensorrt.fingerprint import PORTABLE, PROFILES, TENSORRT, TENSORRT_
 from samekit.tensorrt.flavours import import_flavour, make_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
     from typing import TextIO
 
     from samekit.tensorrt.fingerprint import Fingerprint
 
-    Report = Callable[[str], object]
+logger = logging.getLogger(__name__)
 
 AUTO, RTX, OFF = MODES = ("auto", "rtx", "off")
-"""auto: TensorRT where it and a GPU are there, else TensorRT-RTX if installed, else nothing. rtx: that or an error."""
+"""auto: TensorRT if it and a GPU are available, else TensorRT-RTX if installed, else nothing. rtx: TensorRT-RTX."""
 
 
-def add_engines(engine: Engine, precisions: Sequence[str], mode: str, report: Report) -> list[Build]:
-    """Build what an engine folder lacks.
+def add_engines(engine: Engine, precisions: Sequence[str], mode: str) -> list[Build]:
+    """Build the TensorRT engines that a finished engine folder lacks; log each step, and what is left out and why.
 
-    Args:
-        engine: a finished engine folder.
-        precisions: of its graphs.
-        mode: of `MODES`.
-        report: takes a line for each step, and one that says what was left out and why.
-
-    Returns:
-        The builds of these precisions, current ones included.
+    The mode is one of `MODES`. Returns the builds of these precisions, also current ones.
 
     Raises:
         InputError: unknown mode.
@@ -67,20 +61,20 @@ def add_engines(engine: Engine, precisions: Sequence[str], mode: str, report: Re
         BuildError: TensorRT does not take a graph.
         OutputError: the folder cannot be written.
     """
-    flavour, target = _choose_flavour(mode, report)
+    flavour, target = _choose_flavour(mode)
     if flavour is None:
         return []
     builds = []
     for precision in precisions:
         if precision in GPU_PRECISIONS:
-            builds.append(build_engines(engine, precision, flavour, target, report))
+            builds.append(build_engines(engine, precision, flavour, target))
         else:
-            report(f"no TensorRT engine of {precision}, which is for ONNX Runtime on the CPU")
+            logger.info("no TensorRT engine of %s, which is for ONNX Runtime on the CPU", precision)
     return builds
 
 
-def _choose_flavour(mode: str, report: Report) -> tuple[Any, str]:
-    """The module that builds and what it builds for; None where nothing can."""
+def _choose_flavour(mode: str) -> tuple[Any, str]:
+    """Return the module that builds and the target that it builds for; None if nothing can be built."""
     if mode not in MODES:
         raise InputError(f"unknown TensorRT mode {mode!r}; choose one of {', '.join(MODES)}")
     if mode == OFF:
@@ -96,21 +90,21 @@ def _choose_flavour(mode: str, report: Report) -> tuple[Any, str]:
         return import_flavour(TENSORRT_RTX), PORTABLE
     except BackendUnavailableError as error:
         reasons.append(str(error))
-    report(f"left out: TensorRT engines ({'; '.join(reasons)})")
+    logger.info("left out: TensorRT engines (%s)", "; ".join(reasons))
     return None, ""
 
 
 def _gpu_here() -> str:
-    """The compute capability of the current GPU."""
-    import torch  # noqa: PLC0415
+    """Return the compute capability of the current GPU."""
+    import torch
 
     if not torch.cuda.is_available():
         raise BackendUnavailableError("tensorrt builds on a GPU, and PyTorch finds none; use tensorrt-rtx")
     return capability_name(torch.cuda.get_device_capability())
 
 
-def build_engines(engine: Engine, precision: str, module: Any, target: str, report: Report) -> Build:
-    """Build both halves of one precision, or leave them if they are whole and current.
+def build_engines(engine: Engine, precision: str, module: Any, target: str) -> Build:
+    """Build the engines of both directions of one precision, or leave them if they are complete and current.
 
     Waits while another process writes to the engine folder.
 
@@ -119,32 +113,28 @@ def build_engines(engine: Engine, precision: str, module: Any, target: str, repo
         precision: of its graphs, one of `GPU_PRECISIONS`.
         module: `tensorrt` or `tensorrt_rtx`, see `samekit.tensorrt.flavours.import_flavour`.
         target: the compute capability of this machine's GPU, or `PORTABLE`.
-        report: takes a line for each step.
-
-    Returns:
-        The finished build.
 
     Raises:
         BuildError: TensorRT does not take a graph; its log stays beside the builds.
         OutputError: the folder cannot be written.
     """
-    if current := _current_build(engine, precision, module, target, report):
+    if current := _current_build(engine, precision, module, target):
         return current
     with folder_lock(engine.folder):
-        # Again: the process that held the lock may have built this, or exported other graphs.
+        # Checked again: the process that held the lock may have built this, or exported other graphs.
         engine = Engine.load(engine.folder)
         engine.check(precision)
-        if current := _current_build(engine, precision, module, target, report):
+        if current := _current_build(engine, precision, module, target):
             return current
         for unfinished in unfinished_builds(engine):
             shutil.rmtree(unfinished, ignore_errors=True)
         fingerprint = fingerprint_of(engine.spec, precision, module.__name__, module.__version__, target)
         folder = engine.folder / BUILDS_FOLDER / fingerprint.name
         with new_build(folder), output_errors(folder):
-            report(f"building {folder}")
+            logger.info("building %s", folder)
             _failed_log(folder).unlink(missing_ok=True)
             try:
-                engines = _build_engines(engine, fingerprint, module, folder, report)
+                engines = _build_engines(engine, fingerprint, module, folder)
             except BuildError:
                 with suppress(OSError):
                     shutil.copyfile(folder / LOG_FILE, _failed_log(folder))
@@ -153,30 +143,28 @@ def build_engines(engine: Engine, precision: str, module: Any, target: str, repo
     return Build.load(folder)
 
 
-def _current_build(engine: Engine, precision: str, module: Any, target: str, report: Report) -> Build | None:
-    """Return the build that there is already, if it is whole and current."""
+def _current_build(engine: Engine, precision: str, module: Any, target: str) -> Build | None:
+    """Return the build that already exists, if it is complete and current."""
     fingerprint = fingerprint_of(engine.spec, precision, module.__name__, module.__version__, target)
     folder = engine.folder / BUILDS_FOLDER / fingerprint.name
     if not is_whole(folder):
         return None
-    report(f"{folder} is current")
+    logger.info("%s is current", folder)
     return Build.load(folder)
 
 
 def _failed_log(folder: Path) -> Path:
-    """Where the log of a build that failed stays."""
+    """Return where the log of a build that failed stays."""
     return folder.with_name(f"{folder.name}{FAILED_LOG_SUFFIX}")
 
 
-def _build_engines(
-    engine: Engine, fingerprint: Fingerprint, module: Any, folder: Path, report: Report
-) -> dict[Direction, BuiltEngine]:
-    """Both engines, written into a folder with the log of their building."""
+def _build_engines(engine: Engine, fingerprint: Fingerprint, module: Any, folder: Path) -> dict[Direction, BuiltEngine]:
+    """Write the engines of both directions and the build log into a folder."""
     engines = {}
     with (folder / LOG_FILE).open("w", encoding="utf-8") as log:
         for direction in DIRECTIONS:
             builder = _EngineBuilder(engine, direction, fingerprint, module, log)
-            engines[direction] = builder.build(folder / f"{direction}.engine", report)
+            engines[direction] = builder.build(folder / f"{direction}.engine")
     return engines
 
 
@@ -192,30 +180,30 @@ class _EngineBuilder:
         self._module = module
         self._log = log
         self._graph = engine.graph(direction, fingerprint.precision)
-        self._complaints: list[str] = []
+        self._errors: list[str] = []
         self._logger = make_logger(module, self._note)
 
     def _note(self, severity: str, message: str) -> None:
-        """One line of the build log."""
-        # TensorRT calls this and takes no exceptions; a full disk shows when the engine is written.
+        """Write one line of the build log."""
+        # TensorRT calls this and takes no exceptions. A full disk is noticed when the engine is written.
         with suppress(OSError):
             self._log.write(f"[{severity}] {' '.join(message.split())}\n")
         if severity.endswith("ERROR"):
-            self._complaints.append(" ".join(message.split()))
+            self._errors.append(" ".join(message.split()))
 
-    def build(self, path: Path, report: Report) -> BuiltEngine:
+    def build(self, path: Path) -> BuiltEngine:
         """Parse, compile and write the engine to `path`."""
         start = time.perf_counter()
         self._note("INFO", f"building {self._graph.name} for {self._fingerprint.name}")
         builder = self._module.Builder(self._logger)
-        # The flag asks TensorRT 10 for what later versions always do.
+        # TensorRT 10 needs this flag; later versions are always strongly typed.
         strongly_typed = 1 << int(self._module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         network = builder.create_network(strongly_typed)
-        self._parse(network, report)
+        self._parse(network)
         config = self._configure(builder, network)
         plan = builder.build_serialized_network(network, config)
         if plan is None:
-            raise self._failure(self._complaints or ["no reason given"])
+            raise self._failure(self._errors or ["no reason given"])
         data = memoryview(plan)
         path.write_bytes(data)
         self._keep_timing_cache(config)
@@ -227,18 +215,20 @@ class _EngineBuilder:
             seconds=round(time.perf_counter() - start, 2),
             peak_memory=peak_memory(),
         )
-        report(f"{path.name}: {built.layers} layers after parsing, {built.size / 1e6:.0f} MB, {built.seconds:.1f} s")
+        logger.info(
+            "%s: %s layers after parsing, %.0f MB, %.1f s", path.name, built.layers, built.size / 1e6, built.seconds
+        )
         return built
 
-    def _parse(self, network: Any, report: Report) -> None:
-        """Read the graph; every complaint of the parser becomes a line with the node's name."""
+    def _parse(self, network: Any) -> None:
+        """Read the graph; every error of the parser becomes a line with the node's name."""
         parser = self._module.OnnxParser(network, self._logger)
-        # By path, so that weights beside the graph are found.
+        # The parser gets the path, so that it finds weights beside the graph.
         if not parser.parse_from_file(utf8_path(self._graph)):
             lines = [_parser_line(parser.get_error(index)) for index in range(parser.num_errors)]
             for line in lines:
                 self._note("ERROR", line)
-                report(f"{self._graph.name}: {line}")
+                logger.info("%s: %s", self._graph.name, line)
             raise self._failure(lines or ["the parser gave no reason"])
         kinds = Counter(network.get_layer(index).type.name for index in range(network.num_layers))
         self._note(
@@ -257,12 +247,12 @@ class _EngineBuilder:
         )
 
     def _configure(self, builder: Any, network: Any) -> Any:
-        """Settings, profiles and timing cache."""
+        """Return the settings, with profiles and timing cache."""
         module, spec = self._module, self._engine.spec
         config = builder.create_builder_config()
-        # On by default, and 10 bits of mantissa: a float32 product of a float32 graph is meant as such.
+        # TF32 is on by default and has 10 bits of mantissa. Products of a float32 graph must be float32.
         config.clear_flag(module.BuilderFlag.TF32)
-        # So that a context can do with the memory that the shape at hand needs.
+        # With this, a context needs only the memory of the current shape.
         config.set_preview_feature(module.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
         name = network.get_input(0).name
         for profile in PROFILES:
@@ -276,14 +266,14 @@ class _EngineBuilder:
 
     @property
     def _timing_path(self) -> Path | None:
-        """The user's timing cache of this version and GPU; TensorRT-RTX measures nothing and has none."""
+        """The user's timing cache of this version and GPU; TensorRT-RTX has none, because it measures nothing."""
         fingerprint = self._fingerprint
         if fingerprint.flavour != TENSORRT:
             return None
         return engine_roots()[-1] / ".timing" / f"{TENSORRT}-{fingerprint.version}-{fingerprint.target}.cache"
 
     def _attach_timing_cache(self, config: Any) -> None:
-        """Let kernels be timed once for all models; a cache that does not fit or cannot be read is begun anew."""
+        """Reuse measured times for all models; a cache that does not fit or cannot be read is started again."""
         path = self._timing_path
         if path is None:
             return
@@ -300,7 +290,7 @@ class _EngineBuilder:
         self._note("WARNING", f"no timing cache could be attached ({path})")
 
     def _keep_timing_cache(self, config: Any) -> None:
-        """Keep what was timed, where that can be written; the engine is worth more than it."""
+        """Save the measured times; if they cannot be written, the engine is valid without them."""
         path = self._timing_path
         cache = config.get_timing_cache() if path else None
         if path is None or cache is None:
@@ -314,15 +304,15 @@ class _EngineBuilder:
 
 
 def _parser_line(error: Any) -> str:
-    """One line about one complaint of the parser: operator, node, reason."""
+    """Describe an error of the parser in one line: operator, node, reason."""
     return " ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}".split())
 
 
 def peak_memory() -> int | None:
-    """Bytes of memory that this process has held at most, or None where the system does not tell."""
+    """Return the most bytes of memory that this process has held, or None if the system does not report it."""
     if os.name != "posix":
         return None
-    import resource  # noqa: PLC0415 not on Windows
+    import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
