@@ -1,4 +1,4 @@
-"""`samekit pre-encode`."""
+"""`samekit pre-encode` and `samekit check-latents`."""
 
 from __future__ import annotations
 
@@ -49,22 +49,22 @@ if TYPE_CHECKING:
 @click.option("--actors", type=click.IntRange(min=1), help="Encoders on the cluster. [default: as many as fit]")
 @click.option("--cpus-per-actor", type=click.IntRange(min=1), help="Cores, and threads, of each. [default: 1]")
 @click.option("--gpus-per-actor", type=click.FloatRange(min=0), help="GPUs of each, or a share. [default: the CPU]")
-@click.option("--verify", "verified", help="Check a folder of latents instead.")
+@click.option("--verify", "checked", metavar="FOLDER", help="The same as: samekit check-latents FOLDER")
 @backend_options
 def pre_encode(
     model: str,
     data_dir: tuple[str, ...],
     output_path: str | None,
-    verified: str | None,
+    checked: str | None,
     address: str | None,
     **options: Any,
 ) -> None:
     """Encode a dataset for training: a pair of .npy and .json for each audio file with a caption.
 
-    Run it again to go on after a stop, or to encode what is new or changed.
+    Run it again to continue after a stop, or to encode what is new or changed.
     """
-    if verified is not None:
-        _verify_dataset(verified)
+    if checked is not None:
+        click.get_current_context().invoke(check_latents, folder=checked)
         return
     if not data_dir or output_path is None:
         raise InputError("pre-encode needs a dataset and a folder; pass --data_dir and --output_path")
@@ -78,24 +78,24 @@ def pre_encode(
         if backend["precision"] == "int8":
             raise InputError("--model_half means --precision fp16, not int8; pass one of them")
         backend["precision"] = "fp16"
-    asked = {name: options.pop(name) for name in ("actors", "cpus_per_actor", "gpus_per_actor")}
+    actors = {name: options.pop(name) for name in ("actors", "cpus_per_actor", "gpus_per_actor")}
     settings = PreEncodeOptions(shard=Shard.parse(options.pop("shard")), **options)
-    # Before a model is opened, which may be downloaded.
+    # Checked before the model is opened, which may have to be downloaded.
     require_folders(data_dir)
     click.get_current_context().meta[STOPPED] = "stopped; run the same command again to go on"
-    with _encoder(model, backend, settings, address, asked) as encoder, Display() as display:
-        report = run(encoder, data_dir, output_path, settings, display)
+    with _open_executor(model, backend, settings, address, actors) as executor, Display() as display:
+        report = run(executor, data_dir, output_path, settings, display)
     for row in report.bad[:10]:
         say(f"{row['status']}: {row['reason'] or row['relpath']}", err=True)
     say(report.summary())
     say(report.to_json())
 
 
-def _encoder(
-    model: str, backend: dict[str, Any], settings: PreEncodeOptions, address: str | None, asked: dict[str, Any]
+def _open_executor(
+    model: str, backend: dict[str, Any], settings: PreEncodeOptions, address: str | None, actors: dict[str, Any]
 ) -> AutoencoderModel | RayExecutor:
-    """What encodes a dataset: a model in this process, or actors on a cluster."""
-    given = {name: value for name, value in asked.items() if value is not None}
+    """Return what encodes: a model in this process, or actors on a cluster if `address` is given."""
+    given = {name: value for name, value in actors.items() if value is not None}
     if address is None:
         if given:
             names = " ".join(f"--{name.replace('_', '-')}" for name in given)
@@ -108,11 +108,13 @@ def _encoder(
     return RayExecutor(model, RayOptions(address, **given), **backend)
 
 
-def _verify_dataset(folder: str) -> None:
-    """Print every problem of a folder of latents."""
-    from samekit.dataset.check import verify as check  # noqa: PLC0415
+@click.command("check-latents")
+@click.argument("folder")
+def check_latents(folder: str) -> None:
+    """Check a FOLDER that pre-encode wrote: every value, and the metadata against the manifest."""
+    from samekit.dataset.check import verify  # noqa: PLC0415
 
-    problems = check(folder)
+    problems = verify(folder)
     for problem in problems:
         say(problem)
     if problems:

@@ -8,7 +8,7 @@ import click
 
 from samekit import __version__
 from samekit.cli.audio import decode, encode
-from samekit.cli.dataset import pre_encode
+from samekit.cli.dataset import check_latents, pre_encode
 from samekit.cli.export import clean, export, info, report, verify
 from samekit.cli.group import EscapingFormatter, Group, say
 from samekit.cli.serve import triton
@@ -35,5 +35,5 @@ def doctor() -> None:
         say(line)
 
 
-for command in (encode, decode, pre_encode, export, report, info, doctor, triton, clean, verify):
+for command in (encode, decode, pre_encode, check_latents, export, report, info, doctor, triton, clean, verify):
     main.add_command(command)
