@@ -18,31 +18,19 @@ if TYPE_CHECKING:
 
 
 def file_identity(path: Path) -> tuple[int, ...]:
-    """Return values that change whenever a file is written or replaced, even if its modification time is set back.
-
-    Raises:
-        OSError: the file does not exist.
-    """
+    """Return values that change whenever a file is written or replaced, even if its modification time is set back."""
     status = path.stat()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a regular file.
-
-    Raises:
-        OSError: the file cannot be read, or is not a regular file.
-    """
+    """Return the SHA-256 of a regular file."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def unchanged_row(row: Row, source: Source) -> Row | None:
-    """Compare the contents of audio and caption with those that a row records.
-
-    Returns:
-        The row with the present sizes, times and digests, or None if a file has changed or cannot be read.
-    """
+    """Return a row with the present sizes, times and digests, or None if the contents of a file have changed."""
     path, caption_path = Path(source.path), source.caption_path
     try:
         sha256 = sha256_of(path) if source.audio else None

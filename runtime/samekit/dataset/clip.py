@@ -17,7 +17,6 @@ import soundfile as sf
 
 from samekit.audio import AudioReader, PreparedReader, resampled_length
 from samekit.dataset.changes import file_identity, sha256_of
-from samekit.dataset.sources import Source, universal_newlines
 from samekit.engine.spec import ENCODER
 from samekit.errors import AudioFileError, SamekitError
 from samekit.files.latents import MODEL_DIGEST, PADDING_MASK
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from samekit.arrays import Array
     from samekit.dataset.manifest import Status
     from samekit.dataset.options import CutOptions
+    from samekit.dataset.sources import Source
     from samekit.engine.spec import EngineSpec
     from samekit.windows import ExactWindows, Window
 
@@ -116,7 +116,6 @@ class Clip:
     offset: int
     """Samples before the part that is kept."""
     kept: int
-    """Length of that part."""
     extent: Extent
 
     def metadata(self, source: Source, rules: CuttingRules) -> dict[str, Any]:
@@ -146,44 +145,39 @@ def timing(samples: int, offset: int, kept: int, rate: int, cut: CutOptions) -> 
     }
 
 
+@dataclass
 class ClipReader:
     """Read one clip as windows for the encoder, in memory that does not grow with its length.
 
-    Args:
-        source: the files.
-        rules: how to cut them.
-        checksum: whether to compute digests of the files.
+    With `checksum`, the digests of both files are computed too.
     """
 
-    def __init__(self, source: Source, rules: CuttingRules, *, checksum: bool = False) -> None:
-        self._source = source
-        self._rules = rules
-        self._checksum = checksum
-        self._identity: tuple[int, ...] | None = None
-        self.clip: Clip | None = None
-        """Set after the last window."""
-        self.sha256: str | None = None
-        """Digest of the audio file; None without `checksum`, or if the file changed while it was read."""
-        self.caption_sha256: str | None = None
-        """Digest of the caption; None without `checksum`."""
+    source: Source
+    rules: CuttingRules
+    checksum: bool = False
+    clip: Clip | None = None
+    """Set after the last window."""
+    sha256: str | None = None
+    """Digest of the audio; None if the file changed while it was read."""
+    caption_sha256: str | None = None
+    _identity: tuple[int, ...] | None = None
 
     def __iter__(self) -> Generator[tuple[Window, Array]]:
         """Yield each window with its audio, `[channels, samples]`. The cores together are what is kept.
 
-        Raises:
-            BadClipError: there is nothing to encode, or reading failed, possibly after some windows.
+        Raises BadClipError, possibly after some windows.
         """
-        path = Path(self._source.path)
+        path = Path(self.source.path)
         try:
-            if self._source.audio is None:
+            if self.source.audio is None:
                 raise AudioFileError(_why_no_audio(path))
             prompt = self._caption()
-            if self._checksum:
+            if self.checksum:
                 self._identity = file_identity(path)
                 self.sha256 = sha256_of(path)
             yield from self._windows(prompt)
         except (SamekitError, OSError) as error:
-            reason = str(error) if self._source.path in str(error) else f"{self._source.path}: {error}"
+            reason = str(error) if self.source.path in str(error) else f"{self.source.path}: {error}"
             status: Status = "empty" if self._is_empty() and not self._has_changed() else "unreadable"
             raise BadClipError(status, reason, transient=not _can_be_opened(path)) from error
 
@@ -192,24 +186,25 @@ class ClipReader:
         if self._identity is None:
             return False
         with suppress(OSError):
-            if file_identity(Path(self._source.path)) == self._identity:
+            if file_identity(Path(self.source.path)) == self._identity:
                 return False
         self.sha256 = None
         return True
 
     def _require_unchanged(self) -> None:
         if self._has_changed():
-            raise AudioFileError(f"{self._source.path}: was changed while it was read; run pre-encode again")
+            raise AudioFileError(f"{self.source.path}: was changed while it was read; run pre-encode again")
 
     def _caption(self) -> str:
-        path = self._source.caption_path
-        if self._source.caption is None:
+        path = self.source.caption_path
+        if self.source.caption is None:
             raise BadClipError("no_caption", f"{path}: does not exist; write the caption there")
         try:
             content = read_regular(path, _MOST_CAPTION_BYTES)
-            if self._checksum:
+            if self.checksum:
                 self.caption_sha256 = hashlib.sha256(content).hexdigest()
-            prompt = universal_newlines(content.decode("utf-8-sig")).strip()
+            # Line ends as Python reads text files.
+            prompt = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").strip()
         except OSError as error:
             reason = f"{path}: cannot be read ({error.strerror}); check its permissions and size"
             raise BadClipError("unreadable", reason, transient=not _can_be_opened(path)) from error
@@ -223,7 +218,7 @@ class ClipReader:
 
     def _windows(self, prompt: str) -> Iterator[tuple[Window, Array]]:
         """Cut the part that is kept, and the zeros after it, into windows."""
-        rules, spec = self._rules, self._rules.spec
+        rules, spec = self.rules, self.rules.spec
         offset = self._random_offset() if rules.cut.crop == "random" else 0
         cutter = WindowCutter(rules.windows, spec.hop)
         with self._open() as reader:
@@ -243,11 +238,11 @@ class ClipReader:
             yield replace(window, core_stop=min(window.core_stop, self.clip.extent.computed)), audio[0]
 
     def _open(self) -> PreparedReader:
-        return PreparedReader(self._source.path, self._rules.spec.sample_rate, self._rules.spec.channels)
+        return PreparedReader(self.source.path, self.rules.spec.sample_rate, self.rules.spec.channels)
 
     def _kept_blocks(self, reader: PreparedReader, offset: int) -> Iterator[Array]:
         """Yield the blocks of the part that is kept, and stop reading after it."""
-        end = math.inf if self._rules.cut.full else offset + self._rules.cut.sample_size
+        end = math.inf if self.rules.cut.full else offset + self.rules.cut.sample_size
         position = 0
         for block in reader:
             begin = max(0, offset - position)
@@ -264,13 +259,13 @@ class ClipReader:
             if all(_is_silent(block) for block in self._kept_blocks(reader, offset)):
                 self._require_unchanged()
                 reason = f"no sample reaches {SILENCE_DB} dB; remove the clip"
-                raise BadClipError("silent", f"{self._source.path}: {reason}")
+                raise BadClipError("silent", f"{self.source.path}: {reason}")
 
     def _length(self, reader: PreparedReader) -> int:
         """Return the samples of the whole file, from its header if that can be trusted, else by reading to the end."""
         info = reader.info
         if info.frames is not None and info.format != "MP3":
-            announced = resampled_length(info.frames, info.sample_rate, self._rules.spec.sample_rate)
+            announced = resampled_length(info.frames, info.sample_rate, self.rules.spec.sample_rate)
             if announced > reader.samples:
                 return announced
         for _ in reader:
@@ -280,17 +275,17 @@ class ClipReader:
     def _random_offset(self) -> int:
         """Return where the kept part begins; the same place for a seed and a relpath in every run."""
         with self._open() as reader:
-            room = self._length(reader) - self._rules.cut.sample_size
-        seed = str(self._rules.cut.seed).encode() + os.fsencode(self._source.relpath)
+            room = self._length(reader) - self.rules.cut.sample_size
+        seed = str(self.rules.cut.seed).encode() + os.fsencode(self.source.relpath)
         return random.Random(seed).randint(0, max(0, room))  # noqa: S311 no secret
 
     def _is_empty(self) -> bool:
         """Return whether a file that could not be read has no samples."""
-        if self._source.audio is None:
+        if self.source.audio is None:
             return False
         with suppress(sf.SoundFileError, OSError):
-            size, _ = self._source.audio
-            return size == 0 or sf.info(os.fsencode(self._source.path)).frames == 0
+            size, _ = self.source.audio
+            return size == 0 or sf.info(os.fsencode(self.source.path)).frames == 0
         return False
 
 

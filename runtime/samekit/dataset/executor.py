@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,13 +27,27 @@ if TYPE_CHECKING:
     from samekit.windows import ExactWindows
 
 
-class Executor(ABC):
-    """Encodes clips and writes their latents to the output."""
+@dataclass(frozen=True)
+class ModelFacts:
+    """The model of an executor. All actors of a cluster must have the same one."""
 
     spec: EngineSpec
     precision: str
     windows: ExactWindows
     """Windows of the encoder."""
+    place: str
+    """Machine, backend and device, for the log."""
+
+    def same(self, other: ModelFacts) -> bool:
+        """Return whether the latents of both may be in one folder."""
+        ours, theirs = ((facts.spec.source_sha256, facts.precision, facts.windows) for facts in (self, other))
+        return ours == theirs
+
+
+class Executor(ABC):
+    """Encodes clips and writes their latents to the output."""
+
+    facts: ModelFacts
 
     @abstractmethod
     def silence(self, latents: int) -> Array:
@@ -39,14 +55,9 @@ class Executor(ABC):
 
     @abstractmethod
     def encode(self, job: Job, tasks: Sequence[Task], finished: Callable[[Outcome], None]) -> None:
-        """Encode every clip.
+        """Encode every clip, and call `finished` once per clip when its files are in the output.
 
         After an error, each clip's files are complete or missing, and nothing writes to the output any more.
-
-        Args:
-            job: what to do with every clip.
-            tasks: the clips.
-            finished: called once per clip when its files are in the output, never twice at a time.
 
         Raises:
             OutputError: the disk is full, or the folder cannot be written.
@@ -55,24 +66,17 @@ class Executor(ABC):
 
 
 class LocalExecutor(Executor):
-    """Encodes in this process.
-
-    Args:
-        autoencoder: an open model.
-        cores: number of cores that reading may use; None uses those of this process.
-    """
+    """Encodes in this process. Reading uses a number of cores, by default those of this process."""
 
     def __init__(self, autoencoder: Autoencoder, cores: int | None = None) -> None:
-        self.spec = autoencoder.spec
-        self.precision = autoencoder.backend.precision
-        self.windows = autoencoder.windows(ENCODER)
-        self.device = f"{autoencoder.backend.name} on {autoencoder.backend.torch_device}"
-        """Backend and device, for the log."""
+        backend = autoencoder.backend
+        place = f"{socket.gethostname()}, {backend.name} on {backend.torch_device}"
+        self.facts = ModelFacts(autoencoder.spec, backend.precision, autoencoder.windows(ENCODER), place)
         self._autoencoder = autoencoder
         self._readers = default_readers(cores or available_cpus())
         self._backend_lock = threading.Lock()
         # A run that continues a killed one must give the same bytes.
-        autoencoder.backend.use_packed_weights(ENCODER)
+        backend.use_packed_weights(ENCODER)
 
     def silence(self, latents: int) -> Array:
         """Return the latents of silence, `[latent_width, latents]`."""

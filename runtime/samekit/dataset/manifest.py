@@ -51,21 +51,17 @@ class Row:
     """What the manifest records of one clip."""
 
     number: int
-    """Determines the names of its files."""
     relpath: str
     """Path below its data folder. Bytes that are not valid text are kept as surrogates."""
     status: Status | None = None
-    """Result of the last attempt; None before the first."""
+    """None before the first attempt."""
     reason: str | None = None
-    """Why the clip was not encoded."""
     audio: Stamp | None = None
-    """Of the audio file at the last attempt."""
+    """Of the audio file at the last attempt; None if there was none."""
     caption: Stamp | None = None
-    """Of the caption at the last attempt; None if there was none."""
     sha256: str | None = None
     """Digest of the audio file, if the run computed digests."""
     caption_sha256: str | None = None
-    """Digest of the caption, if the run computed digests."""
     latents: int = 0
     """Latents of audio, without padding."""
     seconds: float = 0.0
@@ -126,14 +122,10 @@ class Manifest:
     def open(
         cls, output: Output, shard: Shard, settings: Settings, relpaths: Iterable[str], *, reencode: bool = False
     ) -> Iterator[Self]:
-        """Yield the manifest of a shard, after a number for every clip was written to the output.
+        """Yield the manifest of a shard, after the numbers of all clips were written to the output.
 
-        Args:
-            output: where the latents are.
-            shard: the part of the dataset to encode.
-            settings: those of this run.
-            relpaths: the clips of the dataset; new ones get numbers in this order.
-            reencode: if the output holds latents of other settings, forget everything except the numbers.
+        New clips get numbers in the order of `relpaths`. If the output holds latents of other settings, `reencode`
+        keeps nothing except the numbers.
 
         Raises:
             OutputError: the output cannot be written.
@@ -211,10 +203,7 @@ def find_manifests(output: Output) -> dict[Shard, list[str]]:
 
 
 def read_manifest(output: Output, parts: list[str]) -> tuple[Settings, list[Row]]:
-    """Read the parts of a manifest, as `find_manifests` returns them.
-
-    Returns:
-        The settings, and the last row of each clip, sorted by number.
+    """Return the settings and the last row of each clip, sorted by number, from the parts of a manifest.
 
     Raises:
         InputError: the manifest cannot be read, or is damaged.

@@ -24,10 +24,9 @@ _MOST_SHARDS: Final = 999_999
 
 @dataclass(frozen=True)
 class Shard:
-    """One of `count` parts of a dataset. Each part is encoded by its own process."""
+    """One of `count` parts of a dataset, counted from 1. Each part is encoded by its own process."""
 
     index: int = 1
-    """Which part, from 1."""
     count: int = 1
 
     def __post_init__(self) -> None:
@@ -164,11 +163,8 @@ class Settings:
     """Everything except the audio that determines the latents. One folder holds latents of one kind."""
 
     model: str
-    """Name of the model."""
     model_sha256: str
-    """Digest of its checkpoint."""
     precision: str
-    """Precision of the computation."""
     dtype: str
     """Data type on disk, `float32` or `float16`."""
     width: int
@@ -177,11 +173,7 @@ class Settings:
 
     @classmethod
     def parse(cls, fields: dict[str, Any]) -> Self:
-        """Create settings from JSON.
-
-        Raises:
-            TypeError, ValueError, KeyError: a field is missing, unknown or has a wrong value.
-        """
+        """Create settings from JSON; wrong fields raise TypeError, ValueError or KeyError."""
         settings = cls(**{**fields, "cut": CutOptions(**fields["cut"])})
         texts = dict.fromkeys(("model", "model_sha256", "precision"), str)
         check_kinds(vars(settings), {**texts, "width": int})

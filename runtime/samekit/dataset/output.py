@@ -40,11 +40,7 @@ class Output(ABC):
 
     @abstractmethod
     def locked(self, shard: Shard, data_folders: Iterable[str | os.PathLike[str]]) -> AbstractContextManager[None]:
-        """Create the place and reserve it for the run of a shard, as far as it supports locks.
-
-        Raises:
-            InputError: the place is one of the data folders.
-        """
+        """Create the place and lock it for a shard if it has locks; raises InputError if it is a data folder."""
 
     @abstractmethod
     def names(self, folder: str = "") -> set[str]:
@@ -52,11 +48,7 @@ class Output(ABC):
 
     @abstractmethod
     def get(self, name: str, most: int | None = None) -> bytes:
-        """Read a file, or its first `most` bytes.
-
-        Raises:
-            InputError: the file cannot be read, or is not a regular file.
-        """
+        """Read a file, or its first `most` bytes; raises InputError if it cannot be read."""
 
     @abstractmethod
     def put(self, name: str, data: bytes) -> None:
@@ -72,11 +64,7 @@ class Output(ABC):
 
     @abstractmethod
     def workspace(self) -> AbstractContextManager[Path]:
-        """Yield a local folder for finished clips, which `upload` then moves to the output.
-
-        Raises:
-            InputError: this machine does not see the output folder of the run.
-        """
+        """Yield a local folder for finished clips; raises InputError if the output is not there on this machine."""
 
     @abstractmethod
     def upload(self, folder: Path, name: str) -> None:
@@ -84,11 +72,7 @@ class Output(ABC):
 
 
 def find_output(path: str | os.PathLike[str]) -> Output:
-    """Return the output for a path or URL; `file://` is a folder.
-
-    Raises:
-        InputError: the scheme is not known, or its package is not installed.
-    """
+    """Return the output for a path or URL; `file://` is a folder. An unknown scheme raises InputError."""
     text = os.fspath(path)
     scheme, separator, rest = text.partition("://")
     if scheme == "file":
@@ -172,15 +156,7 @@ class FolderOutput(Output):
 
 
 class UrlOutput(Output):
-    """A place that fsspec opens. It has no locks: the user must not start two runs that write to it.
-
-    Args:
-        url: scheme, bucket and folder, such as `s3://bucket/latents`.
-
-    Raises:
-        InputError: the scheme is not known, or its package is not installed.
-        OutputError: the client cannot connect.
-    """
+    """A place that fsspec opens, such as `s3://bucket/latents`. It has no locks, so only one run may write to it."""
 
     # A process that is killed loses the lines of this time, and the next run encodes their clips again.
     seconds_between_appends = 10.0

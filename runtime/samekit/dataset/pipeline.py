@@ -1,6 +1,6 @@
 """Encode clips with reader threads ahead of the encoder and a writer thread behind it.
 
-    reader threads -> a few windows -> calling thread: batches, encoder -> latents -> writer thread
+    reader threads -> a few windows -> calling thread: batches, encoder -> complete clips -> writer thread
 
 Readers are threads, because libsndfile, matrix products and the encoder release Python's lock. Two threads read 1.9
 times as fast as one; two processes gain a seventh, as copying the samples costs the rest (measured on 2 cores, 10 s
@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import defaultdict, deque
+from collections import defaultdict
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from samekit.errors import BackendError, InputError, NonFiniteError
 from samekit.files.latents import LatentsWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -39,19 +39,17 @@ if TYPE_CHECKING:
     from samekit.windows import Window
 
 _WAITING_BATCHES: Final = 4
-# The latents of so many windows may wait for the disk.
-_WRITES_WAITING: Final = 64
-# Seconds after which a waiting thread checks whether the run was stopped.
-_POLL_SECONDS: Final = 0.2
+# Complete clips that may wait for the disk.
+_WRITES_WAITING: Final = 8
+_POLL_SECONDS: Final = 0.01
 
 
 @dataclass(frozen=True)
 class Task:
-    """A clip to be encoded."""
+    """A clip to be encoded, and the name of its `.npy` file."""
 
     source: Source
     target: str
-    """Name of the `.npy` file. The `.json` file has the same stem."""
 
 
 @dataclass(frozen=True)
@@ -67,287 +65,214 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a task: a clip whose files are written, or an error."""
+    """The result of a task: a clip whose files are written, or an error. `sha256` and `caption_sha256` are optional."""
 
     task: Task
     clip: Clip | None
     bad: BadClipError | None = None
     sha256: str | None = None
-    """Digest of the audio file that was read, if the options ask for digests."""
     caption_sha256: str | None = None
-    """Digest of the caption that was read, likewise."""
+
+
+@dataclass
+class _Work:
+    """A clip that is not written yet. Only the encoding thread changes it."""
+
+    task: Task
+    windows: dict[int, Array] = field(default_factory=dict)
+    """Index of a window -> its latents, in the dtype of the file."""
+    pieces: int | None = None
+    """Number of windows, when the clip was read."""
+    outcome: Outcome | None = None
+    failed: bool = False
+    """Whether the clip cannot be encoded. Its other windows are neither read nor encoded."""
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """One window of a clip: audio on the way to the encoder, latents on the way to the writer."""
+    """One window of a clip on the way to the encoder."""
 
-    task: Task
+    work: _Work
     index: int
     window: Window
-    values: Array
+    audio: Array
 
 
 @dataclass(frozen=True)
 class _End:
     """The end of a clip after so many pieces."""
 
+    work: _Work
     pieces: int
     outcome: Outcome
 
 
-class _StoppedError(Exception):
-    """The run was stopped by an error in another thread."""
-
-
-_Item = TypeVar("_Item")
-
-
-class _Channel(Generic[_Item]):
-    """A bounded queue whose methods raise _StoppedError once the run is stopped."""
-
-    def __init__(self, size: int, stopped: threading.Event) -> None:
-        self._queue: queue.Queue[_Item] = queue.Queue(size)
-        self._stopped = stopped
-
-    def put(self, item: _Item) -> None:
-        while not self._stopped.is_set():
-            with suppress(queue.Full):
-                self._queue.put(item, timeout=_POLL_SECONDS)
-                return
-        raise _StoppedError
-
-    def get(self) -> _Item:
-        while not self._stopped.is_set():
-            with suppress(queue.Empty):
-                return self._queue.get(timeout=_POLL_SECONDS)
-        raise _StoppedError
-
-
+@dataclass
 class Pipeline:
     """Encodes clips and writes their latents.
 
-    Args:
-        backend: encodes windows.
-        backend_lock: held while the backend is used, so that several pipelines can share it.
-        job: what to do with every clip.
-        folder: where the files are written.
-        readers: number of reader threads.
-        finished: called in the writer thread with each outcome, when the files of the clip are on disk.
+    No file of a clip is open before it is complete, because a batch of a hundred windows may be of a hundred clips.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        backend_lock: AbstractContextManager[object],
-        job: Job,
-        folder: Path,
-        readers: int,
-        finished: Callable[[Outcome], None],
-    ) -> None:
-        self._backend = backend
-        self._backend_lock = backend_lock
-        self._job = job
-        self._batch_size = job.options.batch_size
-        self._readers = readers
-        self._finished = finished
-        self._writer = _ClipWriter(job, folder)
-        # Targets of clips that have failed. Their other windows are neither read nor encoded.
-        self._failed: set[str] = set()
-        self._stopped = threading.Event()
+    backend: Backend
+    backend_lock: AbstractContextManager[object]
+    """Held while the backend is used, so that several pipelines can share it."""
+    job: Job
+    folder: Path
+    """Where the files are written."""
+    readers: int
+    finished: Callable[[Outcome], None]
+    """Called in the writer thread with each outcome, when the files of the clip are on disk."""
+
+    def __post_init__(self) -> None:
+        # The error of a reader or of the writer.
         self._error: BaseException | None = None
-        # None marks the end of one reader, or of all latents.
-        self._read: _Channel[_Piece | _End | None] = _Channel(self._batch_size + readers, self._stopped)
-        self._encoded: _Channel[_Piece | _End | None] = _Channel(_WRITES_WAITING, self._stopped)
+        self._stopped = False
+        # Each reader ends with None.
+        self._read: queue.Queue[_Piece | _End | None] = queue.Queue(self.job.options.batch_size + self.readers)
+        self._complete: queue.Queue[_Work | None] = queue.Queue(_WRITES_WAITING)
 
-    def run(self, tasks: Iterable[Task]) -> None:
-        """Encode every clip. After an error, each clip's files are complete or missing.
-
-        Raises:
-            OutputError: the disk is full, or the folder cannot be written.
-            BackendError: the backend failed, or the system starts no more threads.
-        """
-        waiting = deque(tasks)
-        threads = [
-            threading.Thread(target=self._guarded, args=(self._read_clips, waiting)) for _ in range(self._readers)
-        ]
-        threads.append(threading.Thread(target=self._guarded, args=(self._write,)))
-        started = []
+    def run(self, tasks: Sequence[Task]) -> None:
+        """Encode every clip; raises what `Executor.encode` raises."""
+        # Threads may share an iterator over a list.
+        waiting = iter(list(tasks))
+        writer = threading.Thread(target=self._write_clips)
+        readers = [threading.Thread(target=self._read_clips, args=(waiting,)) for _ in range(self.readers)]
         try:
-            for thread in threads:
-                thread.start()
-                started.append(thread)
-            with suppress(_StoppedError):
-                with self._backend_lock:
-                    self._encode()
-                threads[-1].join()
-        except RuntimeError as error:
-            if len(started) == len(threads):
-                raise
-            raise BackendError(f"no more threads can be started here ({error}); pass fewer --workers") from None
+            for thread in (writer, *readers):
+                _start(thread)
+            with self.backend_lock:
+                self._encode()
         finally:
-            self._stopped.set()
-            for thread in started:
-                thread.join()
+            self._stopped = True
+            # Makes room for readers that wait to hand a window on.
+            while any(reader.is_alive() for reader in readers):
+                with suppress(queue.Empty):
+                    self._read.get(timeout=_POLL_SECONDS)
+            if writer.is_alive():
+                self._complete.put(None)
+                writer.join()
         if self._error is not None:
             raise self._error
 
-    def _guarded(self, work: Callable[..., None], *arguments: object) -> None:
-        """Do the work of a thread. An error stops the run, and `run` raises it."""
+    def _read_clips(self, waiting: Iterator[Task]) -> None:
+        """Read clips until none is left."""
         try:
-            work(*arguments)
-        except _StoppedError:
-            pass
+            while not self._stopped and (task := next(waiting, None)):
+                self._read_clip(task)
         except BaseException as error:  # noqa: BLE001 it is raised again by `run`
             self._error = self._error or error
-            self._stopped.set()
-
-    def _read_clips(self, waiting: deque[Task]) -> None:
-        """Read clips until none is left."""
-        while True:
-            try:
-                task = waiting.popleft()
-            except IndexError:
-                break
-            self._read_clip(task)
         self._read.put(None)
 
     def _read_clip(self, task: Task) -> None:
-        reader = ClipReader(task.source, self._job.rules, checksum=self._job.options.checksum)
+        work, reader = _Work(task), ClipReader(task.source, self.job.rules, self.job.options.checksum)
         pieces, bad = 0, None
         try:
             with closing(iter(reader)) as windows:
                 for window, audio in windows:
-                    if task.target in self._failed:
-                        break
-                    self._read.put(_Piece(task, pieces, window, audio))
+                    if work.failed or self._stopped:
+                        return
+                    self._read.put(_Piece(work, pieces, window, audio))
                     pieces += 1
         except BadClipError as error:
             bad = error
         clip = None if bad else reader.clip
-        self._read.put(_End(pieces, Outcome(task, clip, bad, reader.sha256, reader.caption_sha256)))
+        self._read.put(_End(work, pieces, Outcome(task, clip, bad, reader.sha256, reader.caption_sha256)))
 
     def _encode(self) -> None:
         """Encode what the readers read until all of them have ended."""
         waiting: dict[int, list[_Piece]] = defaultdict(list)
-        active = self._readers
-        while active:
+        batch_size, active = self.job.options.batch_size, self.readers
+        while active and not self._error:
             item = self._read.get()
             if item is None:
                 active -= 1
             elif isinstance(item, _End):
-                if item.outcome.bad:
-                    self._failed.add(item.outcome.task.target)
-                self._encoded.put(item)
+                self._end(item)
             else:
-                length = item.values.shape[-1]
+                length = item.audio.shape[-1]
                 waiting[length].append(item)
-                if len(waiting[length]) >= self._batch_size:
+                if len(waiting[length]) >= batch_size:
                     self._encode_batch(waiting.pop(length))
-                elif sum(map(len, waiting.values())) > _WAITING_BATCHES * self._batch_size:
+                elif sum(map(len, waiting.values())) > _WAITING_BATCHES * batch_size:
                     self._encode_batch(waiting.pop(next(iter(waiting))))
         for batch in waiting.values():
             self._encode_batch(batch)
-        self._encoded.put(None)
 
     def _encode_batch(self, batch: list[_Piece]) -> None:
-        """Encode windows of one length, and pass their cores to the writer."""
-        batch = [piece for piece in batch if piece.task.target not in self._failed]
-        if not batch:
+        """Encode windows of one length, and keep the latents of their cores."""
+        batch = [piece for piece in batch if not piece.work.failed]
+        if not batch or self._error:
             return
         try:
-            out = self._backend.encode(np.stack([piece.values for piece in batch]))
+            out = self.backend.encode(np.stack([piece.audio for piece in batch]))
         except NonFiniteError as error:
-            if len(batch) == 1:
-                task = batch[0].task
-                self._failed.add(task.target)
-                self._encoded.put(_End(0, Outcome(task, None, BadClipError("failed", str(error)))))
-                return
-            # One clip at a time, to find the one that fails.
-            for piece in batch:
-                self._encode_batch([piece])
+            if len(batch) > 1:
+                # One clip at a time, to find the one that fails.
+                for piece in batch:
+                    self._encode_batch([piece])
+            else:
+                self._fail(batch[0].work, str(error))
             return
         for piece, latents in zip(batch, out, strict=True):
-            self._encoded.put(replace(piece, values=latents[:, piece.window.core]))
+            self._keep(piece, latents)
 
-    def _write(self) -> None:
-        """Write clips until there are no more latents."""
-        while (item := self._encoded.get()) is not None:
-            outcome = self._writer.end(item) if isinstance(item, _End) else self._writer.add(item)
-            if outcome:
-                if outcome.bad:
-                    self._failed.add(outcome.task.target)
-                self._finished(outcome)
-
-
-@dataclass
-class _Unfinished:
-    """A clip whose latents are not complete yet."""
-
-    windows: dict[int, Array] = field(default_factory=dict)
-    """Index of a window -> its latents, in the dtype of the file."""
-    end: _End | None = None
-
-
-class _ClipWriter:
-    """Holds the latents of each clip until it is complete, then writes its files.
-
-    No file is open before, because a batch of a hundred windows may be of a hundred clips.
-    """
-
-    def __init__(self, job: Job, folder: Path) -> None:
-        self._job = job
-        self._folder = folder
-        self._unfinished: dict[str, _Unfinished] = defaultdict(_Unfinished)
-        self._failed: set[str] = set()
-
-    def add(self, piece: _Piece) -> Outcome | None:
-        """Take the latents of a window; return the outcome if the clip is now complete or cannot be written."""
-        task = piece.task
-        if task.target in self._failed:
-            return None
+    def _keep(self, piece: _Piece, latents: Array) -> None:
+        """Keep the latents of a window in the dtype of the file."""
+        work, dtype = piece.work, self.job.options.dtype
+        if work.failed:
+            return
         # Always copied: the encoder's array holds the latents of the whole batch.
         with np.errstate(over="ignore"):
-            values = np.array(piece.values, self._job.options.dtype, order="F")
+            values = np.array(latents[:, piece.window.core], dtype, order="F")
         if not np.isfinite(values).all():
-            reason = f"{task.source.path}: a latent is too large for {self._job.options.dtype}; write float32 files"
-            return self._fail(Outcome(task, None, BadClipError("failed", reason)))
-        self._unfinished[task.target].windows[piece.index] = values
-        return self._complete(task)
+            self._fail(work, f"{work.task.source.path}: a latent is too large for {dtype}; write float32 files")
+            return
+        work.windows[piece.index] = values
+        if len(work.windows) == work.pieces:
+            self._complete.put(work)
 
-    def end(self, end: _End) -> Outcome | None:
-        """Take the end of a clip; return the outcome if the clip is now complete or has failed."""
-        task = end.outcome.task
-        if task.target in self._failed:
-            return None
-        if end.outcome.bad:
-            return self._fail(end.outcome)
-        self._unfinished[task.target].end = end
-        return self._complete(task)
+    def _end(self, end: _End) -> None:
+        """Note that a clip was read to its end, or could not be read."""
+        work = end.work
+        if not work.failed:
+            work.pieces, work.outcome, work.failed = end.pieces, end.outcome, end.outcome.bad is not None
+            if work.failed or len(work.windows) == work.pieces:
+                self._complete.put(work)
 
-    def _complete(self, task: Task) -> Outcome | None:
-        """Write the files of a clip if all of its windows are here."""
-        unfinished, rules, options = self._unfinished[task.target], self._job.rules, self._job.options
-        end = unfinished.end
-        if end is None or len(unfinished.windows) < end.pieces:
-            return None
-        clip = end.outcome.clip
+    def _fail(self, work: _Work, reason: str) -> None:
+        work.outcome, work.failed = Outcome(work.task, None, BadClipError("failed", reason)), True
+        self._complete.put(work)
+
+    def _write_clips(self) -> None:
+        """Write complete clips until there are no more. After an error, they are dropped."""
+        while work := self._complete.get():
+            try:
+                if work.outcome and not self._error:
+                    self.finished(self._write(work, work.outcome))
+            except BaseException as error:  # noqa: BLE001 it is raised again by `run`
+                self._error = error
+
+    def _write(self, work: _Work, outcome: Outcome) -> Outcome:
+        """Write the files of a clip unless it has failed."""
+        clip, rules, silence = outcome.clip, self.job.rules, self.job.silence
         if clip is None:
-            return None
-        del self._unfinished[task.target]
+            return outcome
+        path = self.folder / work.task.target
         try:
-            with LatentsWriter(self._folder / task.target, rules.spec.latent_width, options.dtype) as writer:
-                for index in range(end.pieces):
-                    writer.write(unfinished.windows[index])
-                if self._job.silence is not None:
-                    writer.write(self._job.silence[:, clip.extent.computed :])
-                writer.metadata = clip.metadata(task.source, rules)
+            with LatentsWriter(path, rules.spec.latent_width, self.job.options.dtype) as writer:
+                for _, latents in sorted(work.windows.items()):
+                    writer.write(latents)
+                if silence is not None:
+                    writer.write(silence[:, clip.extent.computed :])
+                writer.metadata = clip.metadata(work.task.source, rules)
         except InputError as error:
-            return self._fail(replace(end.outcome, clip=None, bad=BadClipError("failed", str(error))))
-        return end.outcome
-
-    def _fail(self, outcome: Outcome) -> Outcome:
-        """Drop what is held of a clip; its later windows are ignored."""
-        self._failed.add(outcome.task.target)
-        self._unfinished.pop(outcome.task.target, None)
+            return replace(outcome, clip=None, bad=BadClipError("failed", str(error)))
         return outcome
+
+
+def _start(thread: threading.Thread) -> None:
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise BackendError(f"no more threads can be started here ({error}); pass fewer --workers") from None

@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from samekit.arguments import MOST_THREADS, check_whole
 from samekit.backends.cpu import available_cpus
-from samekit.dataset.executor import Executor, LocalExecutor
+from samekit.dataset.executor import Executor, LocalExecutor, ModelFacts
 from samekit.dataset.ray_calls import (
     ALL_LOST,
     BATCHES_PER_ACTOR,
     Calls,
-    Facts,
     batches_of,
     last_line,
     result_of,
@@ -87,10 +86,7 @@ class RayOptions:
 
 
 class _Worker:
-    """The code of an actor: one open model, used by several calls at a time.
-
-    The constructor raises nothing, because only calls carry errors with their type to the caller.
-    """
+    """The code of an actor: one model, opened by the first call, because only calls keep the type of an error."""
 
     def __init__(self, model: str, backend: dict[str, Any], cores: int, folder: str) -> None:
         # Relative paths are those of the process that started the run.
@@ -111,16 +107,13 @@ class _Worker:
                 self._executor = LocalExecutor(model.autoencoder, self._cores)
             return self._executor
 
-    def facts(self) -> Facts:
-        executor = self._opened()
-        place = f"{socket.gethostname()}, {executor.device}"
-        return Facts(executor.spec, executor.precision, executor.windows, place)
+    def facts(self) -> ModelFacts:
+        return self._opened().facts
 
     def silence(self, latents: int) -> Array:
         return self._opened().silence(latents)
 
-    def encode(self, facts: Facts, job: Job, tasks: list[Task]) -> list[Outcome]:
-        """Encode a batch; its files are in the output when this returns."""
+    def encode(self, facts: ModelFacts, job: Job, tasks: list[Task]) -> list[Outcome]:
         node = socket.gethostname()
         if not facts.same(self.facts()):
             raise InputError(f"{node}: opens {self._model} as another model than the first node; give all the same one")
@@ -139,11 +132,8 @@ class RayExecutor(Executor):
     Args:
         model: a name, an engine folder or a checkpoint folder, as every node finds it.
         ray: which cluster, and how many actors.
-        backend: arguments of `AutoencoderModel.from_pretrained`; `threads` are those of each actor. Actors without a
-            GPU run on the CPU.
-
-    Raises:
-        InputError: `backend` asks for a GPU, and actors get none.
+        backend: arguments of `AutoencoderModel.from_pretrained` for each actor. Actors without a GPU run on the CPU;
+            asking them for one raises InputError.
     """
 
     def __init__(self, model: str | os.PathLike[str], ray: RayOptions | None = None, **backend: Any) -> None:
@@ -161,21 +151,15 @@ class RayExecutor(Executor):
         self._connected = False
 
     def __enter__(self) -> Self:
-        """Connect, and wait for the first actor.
-
-        Raises:
-            InputError: Ray is not installed, no cluster answers, or the cluster has no room.
-            SamekitError: the model cannot be opened.
-        """
+        """Connect, and wait for the first actor; raises SamekitError if that fails."""
         self._ray = _import_ray()
         try:
             self._connect()
             self._start_actors()
-            self._facts = self._first_facts()
+            _, self.facts = next(self._ready_actors(_PLACE_SECONDS))
         except BaseException:
             self.__exit__()
             raise
-        self.spec, self.precision, self.windows = self._facts.spec, self._facts.precision, self._facts.windows
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -187,24 +171,16 @@ class RayExecutor(Executor):
             self._connected = False
 
     def silence(self, latents: int) -> Array:
-        """Return the latents of silence, `[latent_width, latents]`, from the first actor that works."""
-        # The first actor that answers is idle. If it is lost, the others are asked.
-        waiting = {retry_until_restarted(actor.facts).remote(): actor for actor in self._actors}
-        lost: Exception | None = None
-        while waiting:
-            (ready, *_), _ = self._ray.wait(list(waiting), num_returns=1)
-            actor = waiting.pop(ready)
-            try:
+        """Return the latents of silence, `[latent_width, latents]`, from the first idle actor that is not lost."""
+        for actor, _ in self._ready_actors():
+            with suppress(self._ray.exceptions.RayActorError):
                 array: Array = result_of(self._ray, retry_until_restarted(actor.silence).remote(latents))
-            except self._ray.exceptions.RayActorError as error:
-                lost = error
-            else:
                 return array
-        raise BackendError(ALL_LOST) from lost
+        raise BackendError(ALL_LOST)
 
     def encode(self, job: Job, tasks: Sequence[Task], finished: Callable[[Outcome], None]) -> None:
         """Encode every clip."""
-        calls = Calls(self._ray, self._actors, self._facts, job, batches_of(tasks, job.options.batch_size))
+        calls = Calls(self._ray, self._actors, self.facts, job, batches_of(tasks, job.options.batch_size))
         try:
             for outcome in calls.outcomes():
                 finished(outcome)
@@ -265,22 +241,26 @@ class RayExecutor(Executor):
         arguments = (self._model, self._backend, options.cpus_per_actor, str(Path.cwd()))
         self._actors = [remote.remote(*arguments) for _ in range(count)]
 
-    def _first_facts(self) -> Facts:
-        """Wait for an actor whose model is open."""
-        calls = [retry_until_restarted(actor.facts).remote() for actor in self._actors]
-        done, _ = self._ray.wait(calls, num_returns=1, timeout=_PLACE_SECONDS)
-        if not done:
-            raise InputError(
-                f"the cluster has no room for an actor of {self._options.cpus_per_actor} cores and "
-                f"{self._options.gpus_per_actor:g} GPUs; pass less, or add a node"
-            )
-        try:
-            facts: Facts = result_of(self._ray, done[0])
-        except self._ray.exceptions.RayActorError as error:
-            raise BackendError(
-                f"no actor starts ({last_line(error)}); install the same samekit on every node"
-            ) from None
-        return facts
+    def _ready_actors(self, seconds: float | None = None) -> Iterator[tuple[Any, ModelFacts]]:
+        """Yield each actor with its facts when its model is open; actors that are lost are left out."""
+        waiting = {retry_until_restarted(actor.facts).remote(): actor for actor in self._actors}
+        while waiting:
+            done, _ = self._ray.wait(list(waiting), num_returns=1, timeout=seconds)
+            if not done:
+                raise InputError(
+                    f"the cluster has no room for an actor of {self._options.cpus_per_actor} cores and "
+                    f"{self._options.gpus_per_actor:g} GPUs; pass less, or add a node"
+                )
+            actor = waiting.pop(done[0])
+            try:
+                facts = result_of(self._ray, done[0])
+            except self._ray.exceptions.RayActorError as error:
+                if not waiting:
+                    raise BackendError(
+                        f"no actor starts ({last_line(error)}); install the same samekit on every node"
+                    ) from None
+            else:
+                yield actor, facts
 
 
 def _import_ray() -> Any:
@@ -294,13 +274,9 @@ def _import_ray() -> Any:
 
 
 def _require_listener(address: str) -> None:
-    """Raise if nothing listens at an address, for which Ray itself would need 41 s.
+    """Raise OSError or ValueError if nothing listens at an address, for which Ray itself would need 41 s.
 
     Only Ray can tell whether the listener is a cluster, because a busy cluster answers late.
-
-    Raises:
-        OSError: the host is not known, or nothing listens at the port.
-        ValueError: the address has no port.
     """
     host, separator, port = address.removeprefix("ray://").rpartition(":")
     if not separator or not port.isdecimal() or int(port) > _LAST_PORT:

@@ -12,10 +12,8 @@ from samekit.errors import BackendError, SamekitError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from samekit.dataset.executor import ModelFacts
     from samekit.dataset.pipeline import Job, Outcome, Task
-    from samekit.engine.spec import EngineSpec
-    from samekit.windows import ExactWindows
-
 
 logger = logging.getLogger(__name__)
 
@@ -33,47 +31,27 @@ ALL_LOST: Final = "every actor is lost, see Ray's log; run the same command agai
 _END_SECONDS: Final = 10
 
 
-@dataclass(frozen=True)
-class Facts:
-    """The model of an actor. All actors must have the same one."""
-
-    spec: EngineSpec
-    precision: str
-    windows: ExactWindows
-    """Windows of the encoder."""
-    place: str
-    """Machine and device, for the log."""
-
-    def same(self, other: Facts) -> bool:
-        """Return whether the latents of both may be in one folder."""
-        ours, theirs = ((facts.spec.source_sha256, facts.precision, facts.windows) for facts in (self, other))
-        return ours == theirs
-
-
 @dataclass
 class _Batch:
-    """Clips of one call."""
+    """Clips of one call, and the number of actors that died while they had it."""
 
     tasks: list[Task]
     deaths: int = 0
-    """Actors that died while they had this batch."""
 
 
 @dataclass
 class _Actor:
-    """What this process knows of an actor."""
+    """An actor, whether it has answered since its last start, and how many batches it has now."""
 
     handle: Any
     ready: bool = False
-    """Whether it has answered since its last start."""
     batches: int = 0
-    """Batches that it has now."""
 
 
 class Calls:
     """The pending calls of a run, and the batches that are not assigned yet."""
 
-    def __init__(self, ray: Any, handles: list[Any], facts: Facts, job: Job, batches: Iterable[_Batch]) -> None:
+    def __init__(self, ray: Any, handles: list[Any], facts: ModelFacts, job: Job, batches: Iterable[_Batch]) -> None:
         self._ray = ray
         self._facts = facts
         self._job = ray.put(job)
@@ -84,12 +62,7 @@ class Calls:
         self._calls: dict[Any, tuple[_Actor, _Batch | None]] = {}
 
     def outcomes(self) -> Iterator[Outcome]:
-        """Yield the outcome of each clip once, in the order of completion.
-
-        Raises:
-            BackendError: actors die again and again, or all of them are lost.
-            SamekitError: an actor raised it.
-        """
+        """Yield the outcome of each clip once; raises what an actor raises, or BackendError if actors keep dying."""
         for actor in self._actors:
             self._wait_ready(actor)
         while self._left:
@@ -129,7 +102,6 @@ class Calls:
         self._calls[retry_until_restarted(actor.handle.facts).remote()] = actor, None
 
     def _assign(self) -> None:
-        """Assign waiting batches to actors that have room."""
         for actor in self._actors:
             while self._todo and actor.ready and actor.batches < BATCHES_PER_ACTOR:
                 batch = self._todo.popleft()

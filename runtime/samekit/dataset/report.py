@@ -16,18 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is."""
+    """How far a run is: clips that were tried, clips to try, clips that could not be encoded, and seconds."""
 
     done: int
-    """Clips that were tried."""
     total: int
-    """Clips to try."""
     bad: int
-    """Clips that could not be encoded."""
     audio_seconds: float
-    """Seconds of audio that were encoded."""
     elapsed: float
-    """Seconds since the first clip was started."""
 
     @property
     def speed(self) -> float:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import os
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -82,14 +84,8 @@ def pre_encode(
     shard = options.shard
     sources = {source.relpath: source for source in found.sources if shard.contains(source.relpath)}
     executor = model if isinstance(model, Executor) else LocalExecutor(model.autoencoder)
-    settings = Settings(
-        model=executor.spec.name,
-        model_sha256=executor.spec.source_sha256,
-        precision=executor.precision,
-        dtype=options.dtype,
-        width=executor.spec.latent_width,
-        cut=options.cut,
-    )
+    spec, precision = executor.facts.spec, executor.facts.precision
+    settings = Settings(spec.name, spec.source_sha256, precision, options.dtype, spec.latent_width, options.cut)
     output = find_output(output_path)
     with output.locked(shard, folders):
         with Manifest.open(output, shard, settings, sources, reencode=options.reencode) as manifest:
@@ -108,24 +104,20 @@ def pre_encode(
     return report
 
 
+@dataclass
 class _Run:
     """One run over a dataset while its output is locked."""
 
-    def __init__(
-        self,
-        executor: Executor,
-        options: PreEncodeOptions,
-        manifest: Manifest,
-        output: Output,
-        progress: Callable[[Progress], None] | None,
-    ) -> None:
-        self._executor = executor
-        self._options = options
-        self._manifest = manifest
-        self._output = output
-        self._progress = progress
-        self._rules = CuttingRules(executor.spec, executor.windows, options.cut)
-        self._files = output.names()
+    executor: Executor
+    options: PreEncodeOptions
+    manifest: Manifest
+    output: Output
+    progress: Callable[[Progress], None] | None
+
+    def __post_init__(self) -> None:
+        facts = self.executor.facts
+        self._rules = CuttingRules(facts.spec, facts.windows, self.options.cut)
+        self._files = self.output.names()
         # Failed attempts at clips whose earlier latents stay.
         self._failed_attempts: list[Row] = []
         self._start = time.perf_counter()
@@ -133,83 +125,77 @@ class _Run:
 
     def is_due(self, source: Source) -> bool:
         """Return whether a clip is new, changed, incomplete, or worth another attempt."""
-        row = self._manifest.rows[source.relpath]
+        row = self.manifest.rows[source.relpath]
         if row.status is None or row.status in _RETRIED:
             return True
         if row.status == "encoded" and not self._files.issuperset(row.files):
             return True
-        if not self._options.checksum:
+        if not self.options.checksum:
             return (row.audio, row.caption) != (source.audio, source.caption)
         seen = unchanged_row(row, source)
         if seen and seen != row:
-            self._manifest.record(seen)
+            self.manifest.record(seen)
         return seen is None
 
     def mark_gone(self, sources: dict[str, Source]) -> None:
         """Mark clips that left the dataset and have no complete pair of files of these settings."""
-        for row in list(self._manifest.rows.values()):
+        for row in list(self.manifest.rows.values()):
             if row.relpath in sources:
                 continue
             if row.status is None or (row.status == "encoded" and not self._files.issuperset(row.files)):
                 if not self._files.isdisjoint(row.files):
                     self._remove_files(row)
-                self._manifest.record(dataclasses.replace(row, status="gone"))
+                self.manifest.record(dataclasses.replace(row, status="gone"))
 
     def encode(self, due: list[Source]) -> None:
         """Encode clips, and the silence if it is missing."""
-        options = self._options
+        options = self.options
         silence = self._silence(needed=options.pad and bool(due))
         self._state = dataclasses.replace(self._state, total=len(due))
         if options.batch_size > 1:
             due = self._sorted_by_length(due)
-        tasks = [Task(source, f"{self._manifest.rows[source.relpath].name}.npy") for source in due]
+        tasks = [Task(source, f"{self.manifest.rows[source.relpath].name}.npy") for source in due]
         if tasks:
             self._start = time.perf_counter()
-            self._executor.encode(Job(self._rules, options, silence, self._output), tasks, self._finished)
+            self.executor.encode(Job(self._rules, options, silence, self.output), tasks, self._finished)
 
     def _sorted_by_length(self, due: list[Source]) -> list[Source]:
         """Put clips of one length side by side, so that they can share a batch."""
-        with ThreadPoolExecutor(self._options.readers or default_readers(available_cpus())) as pool:
+        with ThreadPoolExecutor(self.options.readers or default_readers(available_cpus())) as pool:
             lengths = list(pool.map(partial(expected_latents, rules=self._rules), due))
         return [source for _, source in sorted(zip(lengths, due, strict=True), key=lambda pair: pair[0])]
 
     def _silence(self, *, needed: bool) -> Array | None:
         """Write `silence.npy` if it is missing or wrong; return its latents if clips are padded with them."""
-        missing = self._options.shard.is_written_here(SILENCE_FILE) and not self._has_silence()
+        shape, dtype = (1, self._rules.spec.latent_width, self._rules.limit), np.dtype(self.options.dtype)
+        header = io.BytesIO()
+        fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(header, fields)
+        size = len(header.getvalue()) + math.prod(shape) * dtype.itemsize
+        missing = self.options.shard.is_written_here(SILENCE_FILE) and not self._has_silence(header.getvalue(), size)
         if not needed and not missing:
             return None
-        latents = self._executor.silence(self._rules.limit)
+        latents = self.executor.silence(self._rules.limit)
         if missing:
-            data = np.ascontiguousarray(latents[None], self._options.dtype)
-            self._output.put(SILENCE_FILE, self._silence_header() + data.tobytes())
+            data = np.ascontiguousarray(latents, dtype).tobytes()
+            self.output.put(SILENCE_FILE, header.getvalue() + data)
         return latents if needed else None
 
-    def _has_silence(self) -> bool:
-        """Return whether `silence.npy` has the right header and size and belongs to these settings."""
-        # Before the first clip of these settings, an existing file is of other settings.
-        if all(row.status in (None, "gone") for row in self._manifest.rows.values()):
+    def _has_silence(self, header: bytes, size: int) -> bool:
+        """Return whether there is a `silence.npy` of these settings, with this header and size."""
+        # Before the first clip of these settings, the file is of other settings.
+        if all(row.status in (None, "gone") for row in self.manifest.rows.values()):
             return False
-        header = self._silence_header()
-        values = self._rules.spec.latent_width * self._rules.limit
-        size = len(header) + values * np.dtype(self._options.dtype).itemsize
         try:
-            data = self._output.get(SILENCE_FILE, size + 1) if SILENCE_FILE in self._files else b""
+            data = self.output.get(SILENCE_FILE, size + 1) if SILENCE_FILE in self._files else b""
         except InputError:
             return False
         return len(data) == size and data.startswith(header)
 
-    def _silence_header(self) -> bytes:
-        """Return the header that `numpy.save` writes for the silence latents."""
-        header = io.BytesIO()
-        shape = (1, self._rules.spec.latent_width, self._rules.limit)
-        descr = np.lib.format.dtype_to_descr(np.dtype(self._options.dtype))
-        np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": shape})
-        return header.getvalue()
-
     def _finished(self, outcome: Outcome) -> None:
         """Record the outcome of a clip."""
         source, clip, bad = outcome.task.source, outcome.clip, outcome.bad
-        old = self._manifest.rows[source.relpath]
+        old = self.manifest.rows[source.relpath]
         row = Row(
             number=old.number,
             relpath=source.relpath,
@@ -228,7 +214,7 @@ class _Run:
         else:
             if bad:
                 self._remove_files(old)
-            self._manifest.record(row)
+            self.manifest.record(row)
         state = self._state
         self._state = dataclasses.replace(
             state,
@@ -237,27 +223,27 @@ class _Run:
             audio_seconds=state.audio_seconds + row.seconds,
             elapsed=time.perf_counter() - self._start,
         )
-        if self._progress:
-            self._progress(self._state)
+        if self.progress:
+            self.progress(self._state)
 
     def _remove_files(self, row: Row) -> None:
         for file in row.files:
-            self._output.remove(file)
+            self.output.remove(file)
 
     def report(self, sources: dict[str, Source], found: Found) -> PreEncodeReport:
         """Return what was done, after the end of the run."""
-        rows = [self._manifest.rows[relpath] for relpath in sources]
+        rows = [self.manifest.rows[relpath] for relpath in sources]
         bad = [*(row for row in rows if row.status != "encoded"), *self._failed_attempts]
         bad.sort(key=lambda row: row.number)
         state = self._state
         return PreEncodeReport(
-            folder=str(self._output),
+            folder=str(self.output),
             clips=len(rows),
             encoded=state.done - state.bad,
             unchanged=len(rows) - state.done,
             statuses=dict(Counter(str(row.status) for row in rows)),
             bad=[{name: getattr(row, name) for name in ("number", "relpath", "status", "reason")} for row in bad],
-            gone=sum(row.status == "encoded" and row.relpath not in sources for row in self._manifest.rows.values()),
+            gone=sum(row.status == "encoded" and row.relpath not in sources for row in self.manifest.rows.values()),
             passed_over=dict(sorted(found.passed_over.items())),
             unreadable_folders=sorted(found.unreadable_folders),
             audio_seconds=round(state.audio_seconds, 3),
