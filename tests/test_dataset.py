@@ -28,11 +28,10 @@ from samekit import AutoencoderModel
 from samekit.audio import PreparedReader
 from samekit.cli.main import main
 from samekit.dataset.check import verify
-from samekit.dataset.executor import silence_latents
+from samekit.dataset.executor import LocalExecutor, silence_latents
 from samekit.dataset.manifest import find_manifests, read_manifest
 from samekit.dataset.options import PreEncodeOptions, Shard
 from samekit.dataset.output import FolderOutput
-from samekit.dataset.pipeline import Pipeline
 from samekit.dataset.run import pre_encode
 from samekit.dataset.sources import find_sources
 from samekit.errors import BackendError, InputError, LatentsFileError, NonFiniteError, OutputError
@@ -1419,19 +1418,10 @@ def test_clips_in_work_hold_no_files_open(data, out, full):
     assert contents(out.with_name("single")) == contents(out)
 
 
-def test_readers_are_no_more_than_the_cores_of_this_process(data, out, monkeypatch):
-    write_clips(data, 1)
-    readers = []
-
-    def pipeline(*arguments):
-        readers.append(arguments[4])
-        return Pipeline(*arguments)
-
-    monkeypatch.setattr("samekit.dataset.executor.Pipeline", pipeline)
+def test_readers_are_no_more_than_the_cores_of_this_process(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5})
-    run(data, out)
-    assert readers == [2]
+    assert LocalExecutor(fake_model().autoencoder).readers == 2
 
 
 # --- At size ------------------------------------------------------------------------------------------------

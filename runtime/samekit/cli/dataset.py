@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 @click.option("--pad", is_flag=True, help="Pad every clip to --sample_size.")
 @click.option("--full", is_flag=True, help="Keep clips longer than --sample_size whole.")
 @click.option("--crop", default="start", show_default=True, type=click.Choice(["start", "random"]))
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of --crop random.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of --crop random.")
 @click.option("--shard", metavar="I/N", default="1/1", show_default=True, help="Encode one of N parts, I from 1.")
-@click.option("--checksum", is_flag=True, help="Judge by contents whether a file has changed, not by size and time.")
-@click.option("--strict", is_flag=True, help="Exit with code 2 if a clip is bad, once the others are encoded.")
+@click.option("--checksum", is_flag=True, help="Detect changed files by their contents, not by size and time.")
+@click.option("--strict", is_flag=True, help="Exit with code 2 if a clip is bad, after encoding the others.")
 @click.option(
     "--reencode",
     is_flag=True,
-    help="Encode everything again if the folder holds latents of other settings; removes those of clips that are gone.",
+    help="Encode all clips again if the folder holds latents of other settings; removes those of clips that are gone.",
 )
 @click.option("--workers", "readers", default=0, help="Threads that read ahead. [default: one a core, at most 4]")
 @click.option(
@@ -44,11 +44,13 @@ if TYPE_CHECKING:
     metavar="[ADDRESS]",
     is_flag=False,
     flag_value="",
-    help="Encode on a Ray cluster: HOST:PORT, or local; without ADDRESS that of RAY_ADDRESS, else one on this machine.",
+    help="Encode on a Ray cluster: HOST:PORT or local. Without ADDRESS, use RAY_ADDRESS or a cluster on this machine.",
 )
-@click.option("--actors", type=click.IntRange(min=1), help="Encoders on the cluster. [default: as many as fit]")
-@click.option("--cpus-per-actor", type=click.IntRange(min=1), help="Cores, and threads, of each. [default: 1]")
-@click.option("--gpus-per-actor", type=click.FloatRange(min=0), help="GPUs of each, or a share. [default: the CPU]")
+@click.option("--actors", type=click.IntRange(min=1), help="Number of actors on the cluster. [default: as many as fit]")
+@click.option("--cpus-per-actor", type=click.IntRange(min=1), help="Cores and threads of each actor. [default: 1]")
+@click.option(
+    "--gpus-per-actor", type=click.FloatRange(min=0), help="GPUs of each actor, or a share of one. [default: the CPU]"
+)
 @click.option("--verify", "checked", metavar="FOLDER", help="The same as: samekit check-latents FOLDER")
 @backend_options
 def pre_encode(
@@ -99,7 +101,7 @@ def _open_executor(
     if address is None:
         if given:
             names = " ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise InputError(f"{names} is of the encoders on a Ray cluster; pass --ray too")
+            raise InputError(f"{names} only works with a Ray cluster; pass --ray too")
         return open_model(model, **backend)
     if settings.shard.count > 1:
         raise InputError("--shard and --ray both split the work; pass one of them")

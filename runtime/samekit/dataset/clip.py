@@ -59,18 +59,17 @@ class BadClipError(Exception):
 class Extent:
     """Lengths in latents of a clip, from the shortest to the longest.
 
-    |------- clip -------|--- zeros, up to sample_size ------------ ... -|
-    |------ latents ------|                           their mask is 1
-    |--------- computed ---------|                    differ from the silence latents; more than `latents` if padded
-    |------------- sequence ------------|             computed and the context that they see
+        |------- clip -------|--- zeros, up to sample_size ------------ ... -|
+        |------ latents ------|                           of the clip itself; their mask is 1
+        |--------- computed ---------|                    taken from the encoder
+        |------------- sequence ------------|             given to the encoder: computed, and the context that they see
+
+    Only a padded clip has more computed latents than latents. Silence latents follow them.
     """
 
     latents: int
-    """Of the clip itself."""
     computed: int
-    """Taken from the encoder. In a padded clip, silence latents follow them."""
     sequence: int
-    """Given to the encoder."""
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class LocalExecutor(Executor):
         place = f"{socket.gethostname()}, {backend.name} on {backend.torch_device}"
         self.facts = ModelFacts(autoencoder.spec, backend.precision, autoencoder.windows(ENCODER), place)
         self._autoencoder = autoencoder
-        self._readers = default_readers(cores or available_cpus())
+        self.readers = default_readers(cores or available_cpus())
         self._backend_lock = threading.Lock()
         # A run that continues a killed one must give the same bytes.
         backend.use_packed_weights(ENCODER)
@@ -87,15 +87,8 @@ class LocalExecutor(Executor):
 
         Calls from several threads use the backend in turns. While one waits, it reads the clips of its tasks.
         """
-        with job.output.workspace() as folder:
-
-            def written(outcome: Outcome) -> None:
-                if outcome.clip:
-                    job.output.upload(folder, outcome.task.target)
-                finished(outcome)
-
-            readers = job.options.readers or self._readers
-            Pipeline(self._autoencoder.backend, self._backend_lock, job, folder, readers, written).run(tasks)
+        readers = job.options.readers or self.readers
+        Pipeline(self._autoencoder.backend, self._backend_lock, job, readers, finished).run(tasks)
 
 
 def default_readers(cores: int) -> int:
@@ -106,10 +99,11 @@ def default_readers(cores: int) -> int:
 def silence_latents(autoencoder: Autoencoder, latents: int) -> Array:
     """Return the latents of silence, `[latent_width, latents]`, by encoding a few of them.
 
-    Away from both ends, the latents repeat from one aligned position to the next:
+    Away from both ends, the latents repeat from one aligned position to the next, so both edges and one period suffice:
 
-        |- edge -|- period -|- period -|  ...  |- period -|- edge -|      the encoded silence has both edges
-                                                                         and one period
+        |- edge -|- period -|- period -|  ...  |- period -|- edge -|
+
+    The result equals that of encoding the whole silence.
     """
     spec = autoencoder.spec
     period = spec.alignment

@@ -264,7 +264,7 @@ class RayExecutor(Executor):
 
 
 def _import_ray() -> Any:
-    # Ray sends usage statistics unless the user has decided otherwise.
+    # Disables Ray's usage statistics unless the user has set this variable.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray  # noqa: PLC0415

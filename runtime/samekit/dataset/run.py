@@ -72,8 +72,8 @@ def pre_encode(
         What was done. The part that describes the folder is also in `.samekit/report.json`.
 
     Raises:
-        InputError: there is no audio or no caption, a list of files cannot be used, the output is a data folder or
-            holds latents of other settings, or a clip is bad and `options.strict` is set.
+        InputError: there is no audio or no caption, or a list of files cannot be used. The output is a data folder or
+            holds latents of other settings. A clip is bad, and `options.strict` is set.
         OutputError: the folder cannot be written or is full, or another process is writing into it.
         BackendError: the backend failed.
     """
