@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -100,7 +99,6 @@ def _check_files(folder: Path, rows: dict[str, Row]) -> Iterator[str]:
 def _check_manifests(folder: Path, manifests: list[tuple[Settings, list[Row]]]) -> Iterator[str]:
     """Check every encoded clip, and report the clips that are not encoded yet."""
     first, _ = manifests[0]
-    rates: dict[str, int] = {}
     waiting = [row for _, rows in manifests for row in rows if row.status is None]
     for row in waiting[:_MOST_LISTED]:
         yield f"{folder}: {row.relpath!r} is not encoded yet; run pre-encode again"
@@ -114,17 +112,12 @@ def _check_manifests(folder: Path, manifests: list[tuple[Settings, list[Row]]]) 
             )
         for row in rows:
             if row.status == "encoded":
-                yield from _check_pair(folder / f"{row.name}.npy", row, settings, rates)
-    # The manifest does not record the model's sample rate, so the most frequent one is taken for it.
-    usual = max(Counter(rates.values()).items(), key=lambda item: item[1], default=(0, 0))[0]
-    for name, rate in rates.items():
-        if rate != usual:
-            yield f"{folder / name}.json: its sample_rate is {rate}, most clips have {usual}; {_ENCODE_AGAIN}"
+                yield from _check_pair(folder / f"{row.name}.npy", row, settings)
     yield from _check_silence(folder / SILENCE_FILE, first)
 
 
-def _check_pair(path: Path, row: Row, settings: Settings, rates: dict[str, int]) -> Iterator[str]:
-    """Check the latents and the metadata of one clip, and add its sample rate to `rates`."""
+def _check_pair(path: Path, row: Row, settings: Settings) -> Iterator[str]:
+    """Check the latents and the metadata of one clip."""
     missing = [file for file in (path, path.with_suffix(".json")) if not os.path.lexists(file)]
     if missing:
         yield from map(_missing, missing)
@@ -136,10 +129,7 @@ def _check_pair(path: Path, row: Row, settings: Settings, rates: dict[str, int])
         return
     if latents.dtype != settings.dtype:
         yield f"{path}: holds {latents.dtype} instead of {settings.dtype}; {_ENCODE_AGAIN}"
-    problems = list(_check_metadata(path.with_suffix(".json"), metadata, row, settings, latents.shape[-1]))
-    if not problems:
-        rates[row.name] = metadata["sample_rate"]
-    yield from problems
+    yield from _check_metadata(path.with_suffix(".json"), metadata, row, settings, latents.shape[-1])
 
 
 def _check_metadata(path: Path, metadata: dict[str, Any], row: Row, settings: Settings, latents: int) -> Iterator[str]:
@@ -169,11 +159,11 @@ def _is_kind(value: Any, kind: type) -> bool:
 
 
 def _is_timing(metadata: dict[str, Any], row: Row, settings: Settings) -> bool:
-    """Return whether times and sample rate fit the seconds that the manifest records.
+    """Return whether times and sample rate fit the manifest.
 
     Computes the lengths in samples from the fields, and the fields from these lengths again.
     """
-    rate, cut = metadata["sample_rate"], settings.cut
+    rate, cut = settings.sample_rate, settings.cut
     # The values may have any type and size.
     try:
         begin, end = metadata["timestamps"]
@@ -186,7 +176,7 @@ def _is_timing(metadata: dict[str, Any], row: Row, settings: Settings) -> bool:
         fits = 0 < kept <= part and kept / rate == row.seconds
     except (TypeError, ValueError, ArithmeticError):
         return False
-    return fits and all(metadata[name] == value for name, value in expected.items())
+    return fits and all(metadata[name] == value for name, value in {**expected, "sample_rate": rate}.items())
 
 
 def _check_silence(path: Path, settings: Settings) -> Iterator[str]:

@@ -169,6 +169,7 @@ class Settings:
     """Data type on disk, `float32` or `float16`."""
     width: int
     """Length of one latent vector."""
+    sample_rate: int
     cut: CutOptions
 
     @classmethod
@@ -176,7 +177,7 @@ class Settings:
         """Create settings from JSON; wrong fields raise TypeError, ValueError or KeyError."""
         settings = cls(**{**fields, "cut": CutOptions(**fields["cut"])})
         texts = dict.fromkeys(("model", "model_sha256", "precision"), str)
-        check_kinds(vars(settings), {**texts, "width": int})
+        check_kinds(vars(settings), {**texts, "width": int, "sample_rate": int})
         if settings.dtype not in ("float32", "float16"):
             raise ValueError(f"dtype = {settings.dtype!r}")
         return settings

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 _WAITING_BATCHES: Final = 4
 # Complete clips that may wait for the disk.
-_WRITES_WAITING: Final = 8
+_WRITES_WAITING: Final = 16
 _POLL_SECONDS: Final = 0.01
 
 

@@ -84,8 +84,16 @@ def pre_encode(
     shard = options.shard
     sources = {source.relpath: source for source in found.sources if shard.contains(source.relpath)}
     executor = model if isinstance(model, Executor) else LocalExecutor(model.autoencoder)
-    spec, precision = executor.facts.spec, executor.facts.precision
-    settings = Settings(spec.name, spec.source_sha256, precision, options.dtype, spec.latent_width, options.cut)
+    spec = executor.facts.spec
+    settings = Settings(
+        model=spec.name,
+        model_sha256=spec.source_sha256,
+        precision=executor.facts.precision,
+        dtype=options.dtype,
+        width=spec.latent_width,
+        sample_rate=spec.sample_rate,
+        cut=options.cut,
+    )
     output = find_output(output_path)
     with output.locked(shard, folders):
         with Manifest.open(output, shard, settings, sources, reencode=options.reencode) as manifest:

@@ -160,22 +160,19 @@ def _walk(top: str, found: Found) -> Iterator[Source]:
             if _is_folder(entry):
                 (links if entry.is_symlink() else folders).append((entry.path, str(Path(below, name))))
             elif Path(name).suffix.lower() in SUFFIXES:
-                wanted = _caption_name(name)
-                caption = captions.find(wanted)
-                yield Source(
-                    entry.path,
-                    str(Path(below, name)),
-                    file_signature(entry),
-                    file_signature(entries[caption]) if caption else None,
-                    caption if caption != wanted else None,
-                )
+                yield _source(entry.path, str(Path(below, name)), captions)
             else:
                 others.append(name)
         found.passed_over.update(Path(name).suffix.lower() for name in others if name not in captions.taken)
 
 
-def _caption_name(name: str) -> str:
-    return str(Path(name).with_suffix(".txt"))
+def _source(path: str, relpath: str, names: _Names) -> Source:
+    """Return the source of an audio file; `names` are those in its folder."""
+    audio = Path(path)
+    wanted = audio.with_suffix(".txt").name
+    caption = names.find(wanted)
+    stamp = file_signature(audio.with_name(caption)) if caption else None
+    return Source(path, relpath, file_signature(audio), stamp, caption if caption != wanted else None)
 
 
 class _Names:
@@ -259,21 +256,14 @@ def _below(name: str, roots: Sequence[Path]) -> Path | None:
 
 def _listed_source(folder: str, below: Path, listing: Callable[[Path], _Names]) -> Source:
     """Return the source for a path below a data folder; the names of its parts may be in any normal form."""
-    path = Path(folder)
-    if os.path.lexists(path / below):
-        path /= below
-    else:
+    path = Path(folder, below)
+    if not os.path.lexists(path):
+        path = Path(folder)
         for part in below.parts:
             path /= listing(path).find(part) or part
-    wanted = _caption_name(path.name)
-    caption = wanted if os.path.lexists(path.with_name(wanted)) else listing(path.parent).find(wanted)
-    return Source(
-        str(path),
-        str(path.relative_to(folder)),
-        file_signature(path),
-        file_signature(path.with_name(caption)) if caption else None,
-        caption if caption != wanted else None,
-    )
+    caption = path.with_suffix(".txt")
+    names = _Names([caption.name]) if os.path.lexists(caption) else listing(path.parent)
+    return _source(str(path), str(path.relative_to(folder)), names)
 
 
 def _names_in(folder: Path) -> _Names:
