@@ -102,7 +102,9 @@ def find_sources(folders: Sequence[str | os.PathLike[str]]) -> Found:
             sources[source.relpath] = source
     where = ", ".join(names)
     if not sources:
-        cure = "convert these, or check --data_dir" if found.passed_over else "check --data_dir"
+        cure = "check --data_dir"
+        if found.passed_over:
+            cure = "convert these, or check --data_dir"
         raise InputError(f"{where}: holds no audio ({' '.join(SUFFIXES)}){found.describe_left_out(', ')}; {cure}")
     if not any(source.caption for source in sources.values()):
         raise InputError(
@@ -126,7 +128,9 @@ def _listing_errors(folder: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        cure = "--data_dir takes folders only, mount it" if "://" in folder else "check its name and permissions"
+        cure = "check its name and permissions"
+        if "://" in folder:
+            cure = "--data_dir takes folders only, mount it"
         raise InputError(f"{folder}: cannot be read ({error.strerror}); {cure}") from None
 
 
