@@ -308,7 +308,7 @@ class Opener:
         from samekit.errors import SamekitError
 
         out = self._fresh("dataset")
-        shutil.copyfile(path, out / ".samekit" / "manifest.jsonl")
+        shutil.copyfile(path, out / ".samekit" / "manifest-000001.jsonl")
         with contextlib.suppress(SamekitError):
             verify(out)
         pre_encode(self._model, self._valid / "clip", out, PreEncodeOptions(sample_size=SAMPLE_SIZE))

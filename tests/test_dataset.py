@@ -28,11 +28,10 @@ from samekit import AutoencoderModel
 from samekit.audio import PreparedReader
 from samekit.cli.main import main
 from samekit.dataset.check import verify
-from samekit.dataset.executor import silence_latents
-from samekit.dataset.manifest import Manifest, read_manifest
+from samekit.dataset.executor import LocalExecutor, silence_latents
+from samekit.dataset.manifest import find_manifests, read_manifest
 from samekit.dataset.options import PreEncodeOptions, Shard
-from samekit.dataset.pipeline import Pipeline
-from samekit.dataset.progress import describe
+from samekit.dataset.output import FolderOutput
 from samekit.dataset.run import pre_encode
 from samekit.dataset.sources import find_sources
 from samekit.errors import BackendError, InputError, LatentsFileError, NonFiniteError, OutputError
@@ -98,7 +97,14 @@ def run(data, out, model=None, **options):
 
 def rows_of(out):
     """Relpath -> row of the manifest."""
-    return {row.relpath: row for row in read_manifest(out / ".samekit" / "manifest.jsonl")[1]}
+    output = FolderOutput(out)
+    _, rows = read_manifest(output, find_manifests(output)[Shard()])
+    return {row.relpath: row for row in rows}
+
+
+def encoded_lines(out):
+    """How many lines of the manifest say that a clip is encoded, while a run goes on."""
+    return sum(path.read_bytes().count(b'"encoded"') for path in (out / ".samekit").glob("manifest-*.jsonl"))
 
 
 def pair(out, number):
@@ -381,7 +387,7 @@ def test_odd_file_names(data, out, name):
     assert pair(out, 0)[1]["relpath"] == os.fsdecode(name)
     assert run(data, out).unchanged == 2
     path.with_suffix(".txt").unlink()
-    result = CliRunner().invoke(main, ["pre-encode", "--verify", str(out)])
+    result = CliRunner().invoke(main, ["check-latents", str(out)])
     assert result.exit_code == 0, result.output
     assert run(data, out).statuses == {"encoded": 1, "no_caption": 1}
 
@@ -773,28 +779,63 @@ def test_other_files_are_left_alone(data, out):
 
 def test_second_process_is_told_and_stops(data, out):
     write_clips(data, 1)
-    run(data, out)
-    settings, _ = read_manifest(out / ".samekit" / "manifest.jsonl")
-    with Manifest.open(out, Shard(), settings), pytest.raises(OutputError, match=f"process {os.getpid()}") as error:
-        run(data, out)
-    assert_one_line(error.value)
+    refusals = []
+
+    def meddle(_progress):
+        with pytest.raises(OutputError, match=f"process {os.getpid()} is writing there") as error:
+            run(data, out)
+        refusals.append(error.value)
+
+    pre_encode(fake_model(), data, out, progress=meddle)
+    (refusal,) = refusals
+    assert_one_line(refusal)
     assert run(data, out).unchanged == 1
 
 
+def interrupted(data, out, clips):
+    """A run that ends after so many clips, and the part of the manifest with their lines."""
+
+    def stop(progress):
+        if progress.done == clips:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pre_encode(fake_model(), data, out, PreEncodeOptions(readers=1), stop)
+    return out / ".samekit" / "manifest-000002.jsonl"
+
+
 def test_incomplete_last_line_is_dropped(data, out):
+    """As after a power failure."""
     write_clips(data, 4)
-    run(data, out)
-    before = contents(out)
-    path = out / ".samekit" / "manifest.jsonl"
+    whole = out.with_name("whole")
+    run(data, whole)
+    path = interrupted(data, out, 3)
+    assert path.read_bytes().count(b"\n") == 3
     path.write_bytes(path.read_bytes()[:-20])
-    assert run(data, out).encoded == 1
-    assert contents(out) == before
+    assert run(data, out).encoded == 2
+    assert contents(out) == contents(whole)
+
+
+@pytest.mark.parametrize("half", ["the copy", "the first part"])
+def test_half_a_first_part_is_not_believed(data, out, half):
+    """Where an upload is cut short, half of a part may stay; the other one holds all numbers."""
+    write_clips(data, 4)
+    whole = out.with_name("whole")
+    run(data, whole)
+    added = interrupted(data, out, 3)
+    first, copy = added.with_name("manifest-000001.jsonl"), added.with_name("manifest-000003.jsonl")
+    copy.write_bytes((whole / ".samekit" / "manifest-000001.jsonl").read_bytes() if half == "the first part" else b"")
+    broken = first if half == "the first part" else copy
+    text = first.read_bytes()
+    broken.write_bytes(text[: len(text) // 2])
+    assert run(data, out).clips == 4
+    assert contents(out) == contents(whole)
 
 
 def test_damaged_manifest_is_an_error_of_one_line(data, out):
     write_clips(data, 4)
     run(data, out)
-    path = out / ".samekit" / "manifest.jsonl"
+    path = out / ".samekit" / "manifest-000001.jsonl"
     whole = path.read_text()
     for damaged in ("", "[]\n", "{}\n", whole.replace('"number"', '"numbr"'), whole.replace("00001", "00000")):
         path.write_text(damaged)
@@ -807,7 +848,7 @@ def test_what_a_killed_process_left_is_removed(data, out):
     write_clips(data, 2)
     run(data, out, shard=Shard(2, 2))
     before = contents(out)
-    for name in (".000000000001.npy.123-00000000.tmp", ".samekit/.manifest-2-of-2.jsonl.123-00000000.tmp"):
+    for name in (".000000000001.npy.123-00000000.tmp", ".samekit/.manifest-2-of-2-000001.jsonl.123-00000000.tmp"):
         (out / name).touch()
     others = (".000000000000.npy.9-00000000.tmp", ".silence.npy.9-00000000.tmp", "notes.tmp")
     for name in others:
@@ -856,14 +897,14 @@ def test_of_other_shards_only_the_settings_are_read(data, out):
     write_clips(data, 20)
     for index in (1, 2):
         run(data, out, shard=Shard(index, 2))
-    other = out / ".samekit" / "manifest-2-of-2.jsonl"
+    other = out / ".samekit" / "manifest-2-of-2-000001.jsonl"
     header = other.read_text().split("\n")[0]
     # Rows that nothing could parse: they are not looked at.
     other.write_text(f"{header}\nno row\n")
     assert run(data, out, shard=Shard(1, 2)).encoded == 0
     for damaged in (f"{header[:-1]}\n", header, "", "x" * 10**6):
         other.write_text(damaged)
-        with pytest.raises(InputError, match=r"manifest-2-of-2\.jsonl: is damaged") as error:
+        with pytest.raises(InputError, match=r"manifest-2-of-2-000001\.jsonl: is damaged") as error:
             run(data, out, shard=Shard(1, 2))
         assert_one_line(error.value)
 
@@ -892,8 +933,8 @@ def test_verify_misses_the_shards_that_did_not_run(data, out):
     run(data, out, shard=Shard(3, 3))
     assert verify(out) == []
     state = out / ".samekit"
-    shutil.copyfile(state / "manifest-2-of-3.jsonl", state / "manifest-2-of-4.jsonl")
-    (state / "manifest-2-of-4.jsonl").write_text((state / "manifest-1-of-3.jsonl").read_text().split("\n")[0] + "\n")
+    header = json.loads((state / "manifest-1-of-3-000001.jsonl").read_text().split("\n")[0])
+    (state / "manifest-2-of-4-000001.jsonl").write_text(json.dumps(header | {"clips": 0}) + "\n")
     assert any("3 and in 4 parts" in problem for problem in verify(out))
 
 
@@ -1005,14 +1046,12 @@ def kill_and_resume(engine, data, folder, kills):
     command = [sys.executable, "-c", "from samekit.cli.main import main; main()", "pre-encode", "--threads", "1"]
     command += ["--backend", "onnxruntime", "--model", engine, "--data_dir", data, "--output_path"]
     subprocess.run([*command, folder / "whole"], check=True, capture_output=True)
-    manifest, died = folder / "out" / ".samekit" / "manifest.jsonl", 0
+    died = 0
     clips = len(list(data.glob("*.wav")))
     # Some while the run begins, and none so late that it may be over.
     for moment in sorted(random.Random(kills).choices(range(clips * 3 // 4), k=kills)):  # noqa: S311 no secret
         process = subprocess.Popen([*command, folder / "out"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (
-            manifest.exists() and manifest.read_bytes().count(b'"encoded"') >= moment
-        ):
+        while process.poll() is None and not encoded_lines(folder / "out") >= moment:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         died += process.wait() == KILLED
@@ -1189,7 +1228,7 @@ def test_verify_finds_every_edited_field(data, out, field, kind):
 def test_verify_with_any_number_of_seconds_in_the_manifest(data, out, seconds):
     write_clips(data, 1)
     run(data, out)
-    path = out / ".samekit" / "manifest.jsonl"
+    path = out / ".samekit" / "manifest-000001.jsonl"
     header, line = path.read_text().splitlines()
     path.write_text(f"{header}\n{json.dumps(json.loads(line) | {'seconds': seconds})}\n")
     (problem,) = verify(out)
@@ -1203,7 +1242,7 @@ def test_verify_does_not_ask_to_remove_what_may_only_not_be_read(data, out, name
     run(data, out)
     (out / name).chmod(0)
     drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
-    program = [*drop, sys.executable, "-m", "samekit", "pre-encode", "--verify", out]
+    program = [*drop, sys.executable, "-m", "samekit", "check-latents", out]
     done = subprocess.run(program, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     expected = f"{out / name}: cannot be opened (Permission denied); check its permissions"
@@ -1251,6 +1290,7 @@ def test_command(engine_of, data, out):
     result = command(*options, "--strict")
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert command("--verify", out).exit_code == 0
+    assert CliRunner().invoke(main, ["check-latents", str(out)]).output == f"{out}: sound\n"
     (out / "000000000000.json").unlink()
     result = command("--verify", out)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
@@ -1265,11 +1305,10 @@ def test_stop_ends_with_one_line_and_can_be_resumed(engine_of, data, tmp_path, s
     program += "from samekit.cli.main import main; main()"
     arguments = [sys.executable, "-c", program, "pre-encode", "--threads", "1", "--backend", "onnxruntime"]
     arguments += ["--model", engine_of(KINDS[0]).folder, "--data_dir", data, "--output_path"]
-    manifest = tmp_path / "out" / ".samekit" / "manifest.jsonl"
     process = subprocess.Popen(
         [*arguments, tmp_path / "out"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    while process.poll() is None and not (manifest.exists() and b'"encoded"' in manifest.read_bytes()):
+    while process.poll() is None and not encoded_lines(tmp_path / "out"):
         time.sleep(0.005)
     process.send_signal(stop)
     stdout, stderr = process.communicate()
@@ -1321,13 +1360,13 @@ def test_progress_tells_speed_time_left_and_failures(data, out):
     pre_encode(fake_model(), data, out, progress=seen.append)
     assert [(progress.done, progress.total) for progress in seen] == [(1, 3), (2, 3), (3, 3)]
     assert seen[-1].bad == 1
-    line = describe(seen[-1])
+    line = seen[-1].describe()
     assert "3 of 3 clips" in line
     assert line.endswith(" s/s, 1 bad")
     half_way = dataclasses.replace(seen[-1], done=2, elapsed=4.0, audio_seconds=8.0)
-    assert describe(half_way) == "2 of 3 clips, 8 s of audio at 2.0 s/s, 0:00:02 left, 1 bad"
+    assert half_way.describe() == "2 of 3 clips, 8 s of audio at 2.0 s/s, 0:00:02 left, 1 bad"
     # Nobody knows yet.
-    assert "left" not in describe(dataclasses.replace(half_way, audio_seconds=0.0))
+    assert "left" not in dataclasses.replace(half_way, audio_seconds=0.0).describe()
 
 
 def test_torch_is_not_imported(engine_of, data, out):
@@ -1379,19 +1418,10 @@ def test_clips_in_work_hold_no_files_open(data, out, full):
     assert contents(out.with_name("single")) == contents(out)
 
 
-def test_readers_are_no_more_than_the_cores_of_this_process(data, out, monkeypatch):
-    write_clips(data, 1)
-    readers = []
-
-    def pipeline(*arguments):
-        readers.append(arguments[4])
-        return Pipeline(*arguments)
-
-    monkeypatch.setattr("samekit.dataset.executor.Pipeline", pipeline)
+def test_readers_are_no_more_than_the_cores_of_this_process(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5})
-    run(data, out)
-    assert readers == [2]
+    assert LocalExecutor(fake_model().autoencoder).readers == 2
 
 
 # --- At size ------------------------------------------------------------------------------------------------

@@ -404,7 +404,7 @@ def test_files_that_are_links_are_replaced(data, out, tmp_path):
     run(data, out)
     precious = tmp_path / "precious"
     precious.mkdir()
-    state = (".samekit/manifest.jsonl", ".samekit/manifest.jsonl.lock", ".samekit/report.json")
+    state = (".samekit/manifest-000001.jsonl", ".samekit/manifest.lock", ".samekit/report.json")
     for name in ("000000000000.npy", "000000000000.json", "silence.npy", *state):
         target = precious / name.removeprefix(".samekit/")
         (out / name).rename(target)
@@ -414,7 +414,7 @@ def test_files_that_are_links_are_replaced(data, out, tmp_path):
     with pytest.raises(OutputError, match="cannot be written") as error:
         run(data, out)
     assert_one_line(error.value)
-    (out / ".samekit" / "manifest.jsonl.lock").unlink()
+    (out / ".samekit" / "manifest.lock").unlink()
     before = contents(precious)
     (data / "clip00000.txt").write_text("other words")
     write_clip(data / "new.wav", 100)

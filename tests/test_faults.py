@@ -577,7 +577,7 @@ def device(path):
         "song.json",
         "engine/spec.json",
         "build/fingerprint.json",
-        "out/.samekit/manifest.jsonl",
+        "out/.samekit/manifest-000001.jsonl",
         "checkpoint/model_config.json",
         "checkpoint/model.safetensors",
     ],
@@ -873,7 +873,7 @@ def test_odd_names(engine, song, tmp_path, kind):
     samekit("decode", work / f"{name}.npy", tmp_path / f"{name}.wav", *options)
     assert read_audio(tmp_path / f"{name}.wav")[0].shape == read_audio(audio)[0].shape
     samekit("pre-encode", *options, "--data_dir", work, "--output_path", tmp_path / "out")
-    samekit("pre-encode", "--verify", tmp_path / "out")
+    samekit("check-latents", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "000000000000.json").read_text())["relpath"] == f"{name}.wav"
     samekit("export", "tiny-s", "--weights", "random", "--out", work / "engines")
     assert names(work / "engines") == ["tiny-s"]
@@ -923,7 +923,7 @@ for arguments in (
     ["decode", name + ".npy", name + "2.wav", *options],
     ["info", engine],
     ["pre-encode", *options, "--data_dir", name + "data", "--output_path", name + "out"],
-    ["pre-encode", "--verify", name + "out"],
+    ["check-latents", name + "out"],
     ["encode", name + "nowhere.wav", name + ".npy", *options],
 ):
     try:

@@ -114,7 +114,7 @@ FORMATS = {
     "caption": ("clip/clip.txt", hostile.mutated_bytes, 1),
     "npy": ("latents/latents.npy", hostile.mutated_npy, 3),
     "latents_json": ("dataset/000000000000.json", hostile.mutated_json, 3),
-    "manifest": ("dataset/.samekit/manifest.jsonl", hostile.mutated_lines, 4),
+    "manifest": ("dataset/.samekit/manifest-000001.jsonl", hostile.mutated_lines, 4),
     "spec": ("engine/spec.json", hostile.mutated_json, 4),
     "onnx": ("engine/decoder.onnx", hostile.mutated_bytes, 4),
     "build": (None, hostile.mutated_json, 4),
@@ -364,15 +364,15 @@ def test_text_does_not_multiply(child, valid, tmp_path):
 
 
 def test_manifest_that_promises_too_much(child, valid, tmp_path):
-    header, line = (valid / "dataset" / ".samekit" / "manifest.jsonl").read_text().splitlines()
+    header, line = (valid / "dataset" / ".samekit" / "manifest-000001.jsonl").read_text().splitlines()
     path = tmp_path / "manifest.jsonl"
     path.write_text(f"{header}\n{json.dumps(json.loads(line) | {'latents': 10**12})}\n")
     assert child.open("manifest", path) in NAMED | {hostile.ACCEPTED}
     out = shutil.copytree(valid / "dataset", tmp_path / "dataset")
-    shutil.copyfile(path, out / ".samekit" / "manifest.jsonl")
+    shutil.copyfile(path, out / ".samekit" / "manifest-000001.jsonl")
     (problem,) = verify(out)
     assert "padding_mask does not fit 1000000000000" in problem
-    shutil.copyfile(path, out / ".samekit" / "manifest-1-of-999999999999.jsonl")
+    shutil.copyfile(path, out / ".samekit" / "manifest-1-of-999999999999-000001.jsonl")
     assert verify(out)
 
 

@@ -1,4 +1,4 @@
-"""`samekit pre-encode`."""
+"""`samekit pre-encode` and `samekit check-latents`."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 @click.option("--pad", is_flag=True, help="Pad every clip to --sample_size.")
 @click.option("--full", is_flag=True, help="Keep clips longer than --sample_size whole.")
 @click.option("--crop", default="start", show_default=True, type=click.Choice(["start", "random"]))
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of --crop random.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of --crop random.")
 @click.option("--shard", metavar="I/N", default="1/1", show_default=True, help="Encode one of N parts, I from 1.")
-@click.option("--checksum", is_flag=True, help="Judge by contents whether a file has changed, not by size and time.")
-@click.option("--strict", is_flag=True, help="Exit with code 2 if a clip is bad, once the others are encoded.")
+@click.option("--checksum", is_flag=True, help="Detect changed files by their contents, not by size and time.")
+@click.option("--strict", is_flag=True, help="Exit with code 2 if a clip is bad, after encoding the others.")
 @click.option(
     "--reencode",
     is_flag=True,
-    help="Encode everything again if the folder holds latents of other settings; removes those of clips that are gone.",
+    help="Encode all clips again if the folder holds latents of other settings; removes those of clips that are gone.",
 )
 @click.option("--workers", "readers", default=0, help="Threads that read ahead. [default: one a core, at most 4]")
 @click.option(
@@ -44,27 +44,29 @@ if TYPE_CHECKING:
     metavar="[ADDRESS]",
     is_flag=False,
     flag_value="",
-    help="Encode on a Ray cluster: HOST:PORT, or local; without ADDRESS that of RAY_ADDRESS, else one on this machine.",
+    help="Encode on a Ray cluster: HOST:PORT or local. Without ADDRESS, use RAY_ADDRESS or a cluster on this machine.",
 )
-@click.option("--actors", type=click.IntRange(min=1), help="Encoders on the cluster. [default: as many as fit]")
-@click.option("--cpus-per-actor", type=click.IntRange(min=1), help="Cores, and threads, of each. [default: 1]")
-@click.option("--gpus-per-actor", type=click.FloatRange(min=0), help="GPUs of each, or a share. [default: the CPU]")
-@click.option("--verify", "verified", help="Check a folder of latents instead.")
+@click.option("--actors", type=click.IntRange(min=1), help="Number of actors on the cluster. [default: as many as fit]")
+@click.option("--cpus-per-actor", type=click.IntRange(min=1), help="Cores and threads of each actor. [default: 1]")
+@click.option(
+    "--gpus-per-actor", type=click.FloatRange(min=0), help="GPUs of each actor, or a share of one. [default: the CPU]"
+)
+@click.option("--verify", "checked", metavar="FOLDER", help="The same as: samekit check-latents FOLDER")
 @backend_options
 def pre_encode(
     model: str,
     data_dir: tuple[str, ...],
     output_path: str | None,
-    verified: str | None,
+    checked: str | None,
     address: str | None,
     **options: Any,
 ) -> None:
     """Encode a dataset for training: a pair of .npy and .json for each audio file with a caption.
 
-    Run it again to go on after a stop, or to encode what is new or changed.
+    Run it again to continue after a stop, or to encode what is new or changed.
     """
-    if verified is not None:
-        _verify_dataset(verified)
+    if checked is not None:
+        click.get_current_context().invoke(check_latents, folder=checked)
         return
     if not data_dir or output_path is None:
         raise InputError("pre-encode needs a dataset and a folder; pass --data_dir and --output_path")
@@ -78,28 +80,28 @@ def pre_encode(
         if backend["precision"] == "int8":
             raise InputError("--model_half means --precision fp16, not int8; pass one of them")
         backend["precision"] = "fp16"
-    asked = {name: options.pop(name) for name in ("actors", "cpus_per_actor", "gpus_per_actor")}
+    actors = {name: options.pop(name) for name in ("actors", "cpus_per_actor", "gpus_per_actor")}
     settings = PreEncodeOptions(shard=Shard.parse(options.pop("shard")), **options)
-    # Before a model is opened, which may be downloaded.
+    # Checked before the model is opened, which may have to be downloaded.
     require_folders(data_dir)
     click.get_current_context().meta[STOPPED] = "stopped; run the same command again to go on"
-    with _encoder(model, backend, settings, address, asked) as encoder, Display() as display:
-        report = run(encoder, data_dir, output_path, settings, display)
+    with _open_executor(model, backend, settings, address, actors) as executor, Display() as display:
+        report = run(executor, data_dir, output_path, settings, display)
     for row in report.bad[:10]:
         say(f"{row['status']}: {row['reason'] or row['relpath']}", err=True)
     say(report.summary())
     say(report.to_json())
 
 
-def _encoder(
-    model: str, backend: dict[str, Any], settings: PreEncodeOptions, address: str | None, asked: dict[str, Any]
+def _open_executor(
+    model: str, backend: dict[str, Any], settings: PreEncodeOptions, address: str | None, actors: dict[str, Any]
 ) -> AutoencoderModel | RayExecutor:
-    """What encodes a dataset: a model in this process, or actors on a cluster."""
-    given = {name: value for name, value in asked.items() if value is not None}
+    """Return what encodes: a model in this process, or actors on a cluster if `address` is given."""
+    given = {name: value for name, value in actors.items() if value is not None}
     if address is None:
         if given:
             names = " ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise InputError(f"{names} is of the encoders on a Ray cluster; pass --ray too")
+            raise InputError(f"{names} only works with a Ray cluster; pass --ray too")
         return open_model(model, **backend)
     if settings.shard.count > 1:
         raise InputError("--shard and --ray both split the work; pass one of them")
@@ -108,11 +110,13 @@ def _encoder(
     return RayExecutor(model, RayOptions(address, **given), **backend)
 
 
-def _verify_dataset(folder: str) -> None:
-    """Print every problem of a folder of latents."""
-    from samekit.dataset.check import verify as check  # noqa: PLC0415
+@click.command("check-latents")
+@click.argument("folder")
+def check_latents(folder: str) -> None:
+    """Check a FOLDER that pre-encode wrote: every value, and the metadata against the manifest."""
+    from samekit.dataset.check import verify  # noqa: PLC0415
 
-    problems = check(folder)
+    problems = verify(folder)
     for problem in problems:
         say(problem)
     if problems:

@@ -1,9 +1,8 @@
-"""Check a folder of pre-encoded latents: whether it holds what its manifests say, and nothing half-written."""
+"""Check that a folder of pre-encoded latents is complete and agrees with its manifest."""
 
 from __future__ import annotations
 
 import os
-from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -11,9 +10,10 @@ import numpy as np
 
 from samekit.dataset.clip import timing
 from samekit.dataset.file_names import SILENCE_FILE, STATE_FOLDER
-from samekit.dataset.manifest import read_manifest
+from samekit.dataset.manifest import find_manifests, read_manifest
 from samekit.dataset.options import Settings, Shard
-from samekit.errors import InputError, LatentsFileError
+from samekit.dataset.output import FolderOutput
+from samekit.errors import InputError, LatentsFileError, OutputError
 from samekit.files.atomic import temporary_target
 from samekit.files.latents import MODEL_DIGEST, map_array, read_latents
 from samekit.files.paths import expanded
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from samekit.dataset.manifest import Row
 
+# Field of the metadata -> its type.
 _FIELDS: Final[dict[str, type]] = {
     "path": str,
     "relpath": str,
@@ -36,23 +37,23 @@ _FIELDS: Final[dict[str, type]] = {
     "prompt": str,
     MODEL_DIGEST: str,
 }
-_ENCODE_AGAIN = "remove it and run pre-encode again"
-_LISTED: Final = 10
+_ENCODE_AGAIN: Final = "remove it and run pre-encode again"
+# Clips without latents that have a line of their own.
+_MOST_LISTED: Final = 10
 
 
 def verify(folder: str | os.PathLike[str]) -> list[str]:
-    """Look for everything that is wrong with a folder of latents.
+    """Check every file of a folder of latents, while no run writes into it.
 
-    Every value of every latents file is read: all must be finite. Of the metadata, every field that
-    the training code reads is compared with the manifest, except for the words of the prompt. Nothing may be writing
-    into the folder meanwhile.
+    All values of all latents must be finite. The metadata fields that the training code reads are compared with the
+    manifest, except the words of the prompt.
 
     Args:
         folder: the `output_path` of `pre_encode`, with all of its shards.
 
     Returns:
-        A line for each problem, which names a cure; none if the folder is sound and complete. Of clips that are not
-        encoded yet the first ten have lines, the others share one.
+        One line with a cure for each problem; none if the folder is sound and complete. Of the clips that are not
+        encoded yet, the first ten have a line each and the others share one.
 
     Raises:
         InputError: the folder has no manifest, or a damaged one.
@@ -60,39 +61,48 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
     if "://" in os.fspath(folder):
         raise InputError(f"{folder}: only folders can be verified; copy it to one, or mount it")
     folder = expanded(folder)
-    paths = []
-    # A folder whose name is too long has none.
-    with suppress(OSError):
-        paths = sorted((folder / STATE_FOLDER).glob("manifest*.jsonl"))
-    if not paths:
+    output = FolderOutput(folder)
+    parts: dict[Shard, list[str]] = {}
+    # A folder that does not exist has no manifest.
+    with suppress(OutputError):
+        parts = find_manifests(output)
+    if not parts:
         raise InputError(f"{folder}: has no manifest in {STATE_FOLDER}; pass the --output_path of a pre-encode run")
-    manifests = [read_manifest(path) for path in paths]
+    manifests = [read_manifest(output, names) for names in parts.values()]
     rows = {row.name: row for _, rows in manifests for row in rows}
-    shards = [Shard.of_manifest(path.name) for path in paths]
-    return [*_check_shards(folder, shards), *_check_files(folder, rows), *_check_manifests(folder, manifests)]
+    return [*_check_shards(folder, list(parts)), *_check_files(folder, rows), *_check_manifests(folder, manifests)]
 
 
 def _check_shards(folder: Path, shards: list[Shard]) -> Iterator[str]:
-    """Parts of the dataset that were never begun."""
+    """Report shards that were never started."""
     counts = sorted({shard.count for shard in shards})
     if len(counts) > 1:
         yield f"{folder}: was encoded in {' and in '.join(map(str, counts))} parts; encode it again into another folder"
         return
-    begun = {shard.index for shard in shards}
-    missing = [index for index in range(1, counts[0] + 1) if index not in begun]
+    started = {shard.index for shard in shards}
+    missing = [index for index in range(1, counts[0] + 1) if index not in started]
     if missing:
         first = Shard(missing[0], counts[0])
         yield f"{folder}: {len(missing)} of {counts[0]} shards are missing; run pre-encode with --shard {first}"
 
 
+def _check_files(folder: Path, rows: dict[str, Row]) -> Iterator[str]:
+    """Report unfinished files, and files of clips that no manifest lists as encoded."""
+    for path in sorted((*folder.iterdir(), *(folder / STATE_FOLDER).iterdir())):
+        row = rows.get(path.stem)
+        if temporary_target(path.name):
+            yield f"{path}: was left half-written; run pre-encode again"
+        elif path.suffix in (".npy", ".json") and path.stem.isdecimal() and (row is None or row.status != "encoded"):
+            yield f"{path}: belongs to no clip; remove it"
+
+
 def _check_manifests(folder: Path, manifests: list[tuple[Settings, list[Row]]]) -> Iterator[str]:
-    """Every clip that is said to be encoded, every one that is not even tried, and the silence."""
+    """Check every encoded clip, and report the clips that are not encoded yet."""
     first, _ = manifests[0]
-    rates: dict[str, int] = {}
     waiting = [row for _, rows in manifests for row in rows if row.status is None]
-    for row in waiting[:_LISTED]:
+    for row in waiting[:_MOST_LISTED]:
         yield f"{folder}: {row.relpath!r} is not encoded yet; run pre-encode again"
-    if more := len(waiting[_LISTED:]):
+    if more := len(waiting[_MOST_LISTED:]):
         yield f"{folder}: and {more} more clips are not encoded yet; run pre-encode again"
     for settings, rows in manifests:
         if differences := settings.differences(first):
@@ -102,27 +112,12 @@ def _check_manifests(folder: Path, manifests: list[tuple[Settings, list[Row]]]) 
             )
         for row in rows:
             if row.status == "encoded":
-                yield from _check_pair(folder / f"{row.name}.npy", row, settings, rates)
-    # No manifest records the model's rate, so it is taken to be the one that most clips have.
-    usual = max(Counter(rates.values()).items(), key=lambda item: item[1], default=(0, 0))[0]
-    for name, rate in rates.items():
-        if rate != usual:
-            yield f"{folder / name}.json: its sample_rate is {rate}, most clips have {usual}; {_ENCODE_AGAIN}"
+                yield from _check_pair(folder / f"{row.name}.npy", row, settings)
     yield from _check_silence(folder / SILENCE_FILE, first)
 
 
-def _check_files(folder: Path, rows: dict[str, Row]) -> Iterator[str]:
-    """Files that no manifest accounts for."""
-    for path in sorted((*folder.iterdir(), *(folder / STATE_FOLDER).iterdir())):
-        row = rows.get(path.stem)
-        if temporary_target(path.name):
-            yield f"{path}: was left half-written; run pre-encode again"
-        elif path.suffix in (".npy", ".json") and path.stem.isdecimal() and (row is None or row.status != "encoded"):
-            yield f"{path}: belongs to no clip; remove it"
-
-
-def _check_pair(path: Path, row: Row, settings: Settings, rates: dict[str, int]) -> Iterator[str]:
-    """Check the latents and the metadata of one clip, and add its sample rate to `rates`."""
+def _check_pair(path: Path, row: Row, settings: Settings) -> Iterator[str]:
+    """Check the latents and the metadata of one clip."""
     missing = [file for file in (path, path.with_suffix(".json")) if not os.path.lexists(file)]
     if missing:
         yield from map(_missing, missing)
@@ -134,14 +129,11 @@ def _check_pair(path: Path, row: Row, settings: Settings, rates: dict[str, int])
         return
     if latents.dtype != settings.dtype:
         yield f"{path}: holds {latents.dtype} instead of {settings.dtype}; {_ENCODE_AGAIN}"
-    problems = list(_check_metadata(path.with_suffix(".json"), metadata, row, settings, latents.shape[-1]))
-    if not problems:
-        rates[row.name] = metadata["sample_rate"]
-    yield from problems
+    yield from _check_metadata(path.with_suffix(".json"), metadata, row, settings, latents.shape[-1])
 
 
 def _check_metadata(path: Path, metadata: dict[str, Any], row: Row, settings: Settings, latents: int) -> Iterator[str]:
-    """The fields that the training code reads, and the model."""
+    """Check the fields that the training code reads, and the model."""
     wrong = [name for name, kind in _FIELDS.items() if not _is_kind(metadata.get(name), kind)]
     if not wrong and not metadata["prompt"].strip():
         wrong = ["prompt"]
@@ -153,7 +145,7 @@ def _check_metadata(path: Path, metadata: dict[str, Any], row: Row, settings: Se
         yield f"{path}: is of model {found!r}, the manifest says {expected!r}; {_ENCODE_AGAIN}"
     if metadata["relpath"] != row.relpath:
         yield f"{path}: is of {metadata['relpath']!r}, the manifest says {row.relpath!r}; {_ENCODE_AGAIN}"
-    # Compared with nothing longer than the array: the manifest may say any number.
+    # A damaged manifest may claim any number of latents, so no list longer than the array is made.
     kept = min(max(row.latents, 0), latents)
     if row.latents != kept or metadata["padding_mask"] != [1] * kept + [0] * (latents - kept):
         yield f"{path}: its padding_mask does not fit {row.latents} of {latents} latents; {_ENCODE_AGAIN}"
@@ -162,33 +154,33 @@ def _check_metadata(path: Path, metadata: dict[str, Any], row: Row, settings: Se
 
 
 def _is_kind(value: Any, kind: type) -> bool:
-    """Return whether a value from JSON is of a kind; true and false are no numbers."""
+    """Return whether a value from JSON has a type; true and false are not numbers."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _is_timing(metadata: dict[str, Any], row: Row, settings: Settings) -> bool:
-    """Return whether times and sample rate are those of a clip of which the manifest's number of seconds was kept.
+    """Return whether times and sample rate fit the manifest.
 
-    The lengths in samples are computed from the fields, and the fields from these lengths again.
+    Computes the lengths in samples from the fields, and the fields from these lengths again.
     """
-    rate = metadata["sample_rate"]
-    # The values may be of any kind and size.
+    rate, cut = settings.sample_rate, settings.cut
+    # The values may have any type and size.
     try:
         begin, end = metadata["timestamps"]
         kept = round(row.seconds * rate)
-        part = kept if settings.full and kept > settings.sample_size else settings.sample_size
+        part = kept if cut.full and kept > cut.sample_size else cut.sample_size
         whole = round(part / (end - begin))
         offset = round(begin * whole)
         samples = whole if kept == part else offset + kept
-        expected = timing(samples, offset, kept, rate, settings.sample_size, full=settings.full)
+        expected = timing(samples, offset, kept, rate, cut)
         fits = 0 < kept <= part and kept / rate == row.seconds
     except (TypeError, ValueError, ArithmeticError):
         return False
-    return fits and all(metadata[name] == value for name, value in expected.items())
+    return fits and all(metadata[name] == value for name, value in {**expected, "sample_rate": rate}.items())
 
 
 def _check_silence(path: Path, settings: Settings) -> Iterator[str]:
-    """The silence latents."""
+    """Check the silence latents."""
     if not os.path.lexists(path):
         yield _missing(path)
         return
@@ -203,13 +195,12 @@ def _check_silence(path: Path, settings: Settings) -> Iterator[str]:
 
 
 def _missing(path: Path) -> str:
-    """The next run writes what is not there."""
     return f"{path}: is missing; run pre-encode again"
 
 
 def _unreadable(error: LatentsFileError) -> str:
-    """The cause that was found, with the cure for a file of a dataset in place of that for any other."""
-    # The latents may be sound, so they are not to be removed.
+    """Return the cause of an error with the cure for a file of a dataset."""
+    # The latents may be sound, so the message does not ask to remove the file.
     if isinstance(error.__cause__, PermissionError):
         return f"{error.cause}; check its permissions"
     return f"{error.cause}; {_ENCODE_AGAIN}"

@@ -1,9 +1,14 @@
-"""What encodes the clips of a run: the contract, and its form in this process. Knows no manifest and no cluster."""
+"""Encode the clips of a run: the contract `Executor`, and its implementation in this process.
+
+`samekit.dataset.ray` implements the contract on a Ray cluster.
+"""
 
 from __future__ import annotations
 
+import socket
 import threading
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,30 +27,37 @@ if TYPE_CHECKING:
     from samekit.windows import ExactWindows
 
 
-class Executor(ABC):
-    """Encodes clips and writes their latents, wherever that happens."""
+@dataclass(frozen=True)
+class ModelFacts:
+    """The model of an executor. All actors of a cluster must have the same one."""
 
     spec: EngineSpec
-    """Of the model."""
     precision: str
-    """That it computes in."""
     windows: ExactWindows
-    """How audio is cut for it."""
+    """Windows of the encoder."""
+    place: str
+    """Machine, backend and device, for the log."""
+
+    def same(self, other: ModelFacts) -> bool:
+        """Return whether the latents of both may be in one folder."""
+        ours, theirs = ((facts.spec.source_sha256, facts.precision, facts.windows) for facts in (self, other))
+        return ours == theirs
+
+
+class Executor(ABC):
+    """Encodes clips and writes their latents to the output."""
+
+    facts: ModelFacts
 
     @abstractmethod
     def silence(self, latents: int) -> Array:
-        """The latents of silence, `[latent_width, latents]`."""
+        """Return the latents of silence, `[latent_width, latents]`."""
 
     @abstractmethod
     def encode(self, job: Job, tasks: Sequence[Task], finished: Callable[[Outcome], None]) -> None:
-        """Encode every clip.
+        """Encode every clip, and call `finished` once per clip when its files are in the output.
 
-        When this raises an error, each clip is in the output as a whole or not at all, and nobody writes any more.
-
-        Args:
-            job: what is done to every clip.
-            tasks: the clips.
-            finished: called with each outcome, one after the other, once the files of the clip are in the output.
+        After an error, each clip's files are complete or missing, and nothing writes to the output any more.
 
         Raises:
             OutputError: the disk is full, or the folder cannot be written.
@@ -54,57 +66,44 @@ class Executor(ABC):
 
 
 class LocalExecutor(Executor):
-    """Encodes in this process.
-
-    Args:
-        autoencoder: an open model.
-        cores: that reading may use; None takes those of this process.
-    """
+    """Encodes in this process. Reading uses a number of cores, by default those of this process."""
 
     def __init__(self, autoencoder: Autoencoder, cores: int | None = None) -> None:
-        self.spec = autoencoder.spec
-        self.precision = autoencoder.backend.precision
-        self.windows = autoencoder.windows(ENCODER)
-        self.torch_device = f"{autoencoder.backend.name} on {autoencoder.backend.torch_device}"
-        """What computes, for people."""
+        backend = autoencoder.backend
+        place = f"{socket.gethostname()}, {backend.name} on {backend.torch_device}"
+        self.facts = ModelFacts(autoencoder.spec, backend.precision, autoencoder.windows(ENCODER), place)
         self._autoencoder = autoencoder
-        self._readers = default_readers(cores or available_cpus())
-        self._turn = threading.Lock()
-        # A run that goes on where another was killed must give the same bytes.
-        autoencoder.backend.use_packed_weights(ENCODER)
+        self.readers = default_readers(cores or available_cpus())
+        self._backend_lock = threading.Lock()
+        # A run that continues a killed one must give the same bytes.
+        backend.use_packed_weights(ENCODER)
 
     def silence(self, latents: int) -> Array:
-        """The latents of silence, `[latent_width, latents]`."""
+        """Return the latents of silence, `[latent_width, latents]`."""
         return silence_latents(self._autoencoder, latents)
 
     def encode(self, job: Job, tasks: Sequence[Task], finished: Callable[[Outcome], None]) -> None:
         """Encode every clip; `finished` is called in another thread.
 
-        Calls from several threads have the backend in turns, while the clips of the next one are read.
+        Calls from several threads use the backend in turns. While one waits, it reads the clips of its tasks.
         """
-        with job.output.workspace() as folder:
-
-            def written(outcome: Outcome) -> None:
-                if outcome.clip:
-                    job.output.upload(folder, outcome.task.target)
-                finished(outcome)
-
-            backend, readers = self._autoencoder.backend, job.readers or self._readers
-            Pipeline(backend, self._turn, job, folder, readers, written).run(tasks)
+        readers = job.options.readers or self.readers
+        Pipeline(self._autoencoder.backend, self._backend_lock, job, readers, finished).run(tasks)
 
 
 def default_readers(cores: int) -> int:
-    """Threads that read clips: more would wait for the encoder."""
+    """Return the number of reader threads; more than four would only wait for the encoder."""
     return min(4, cores)
 
 
 def silence_latents(autoencoder: Autoencoder, latents: int) -> Array:
-    """The latents of silence, `[latent_width, latents]`, at the cost of a few of them.
+    """Return the latents of silence, `[latent_width, latents]`, by encoding a few of them.
 
-    What a latent sees is the same from one aligned position to the next, away from both ends:
+    Away from both ends, the latents repeat from one aligned position to the next, so both edges and one period suffice:
 
-        |- edge -|- period -|- period -|  ...  |- period -|- edge -|      a short silence holds the first, one
-                                                                         period and the last
+        |- edge -|- period -|- period -|  ...  |- period -|- edge -|
+
+    The result equals that of encoding the whole silence.
     """
     spec = autoencoder.spec
     period = spec.alignment

@@ -6,18 +6,17 @@ import re
 from typing import Final
 
 STATE_FOLDER: Final = ".samekit"
-"""Folder of manifest, lock and report, in the output."""
+"""Folder of the manifest, the lock and the report, inside the output."""
 SILENCE_FILE: Final = "silence.npy"
 """The latents of silence, `[1, latent_width, latents of sample_size]`."""
-# Of a clip's number in the names of its files.
 _DIGITS: Final = 12
 
 
 def clip_name(number: int) -> str:
-    """Name of a clip's files, without the suffix."""
+    """Return the name of a clip's files without the suffix."""
     return f"{number:0{_DIGITS}d}"
 
 
-def is_clips(name: str) -> bool:
-    """Whether a file's name is one that a run may give: any `.npy`, and `.json` after a clip's number."""
+def is_clip_file(name: str) -> bool:
+    """Return whether a run may write a file of this name: any `.npy`, and `.json` after a clip's number."""
     return name.endswith(".npy") or re.fullmatch(rf"\d{{{_DIGITS}}}\.json", name) is not None

@@ -1,94 +1,91 @@
-"""What an output folder remembers of a dataset: which number each clip has, and what became of it. Knows no audio.
+"""The manifest of an output: the number of each clip and the result of encoding it.
 
-    out/.samekit/
-      manifest.jsonl            first line: the settings; then a line for each clip, sorted by number
-      manifest.jsonl.lock       held by the process that writes into the folder
+    .samekit/manifest-000001.jsonl        first line: the settings and the number of clips; then one line per clip
+    .samekit/manifest-000002.jsonl, ...   lines that were added while a run goes on; the last line of a clip counts
+    .samekit/manifest.lock                held by the process that writes
 
-While a run goes on, a line is appended for each clip that is finished; the last line about a clip counts, and the run
-ends by writing one line a clip again. A process that is killed leaves at most an incomplete last line, which the next
-run drops. The numbers are on disk before the first clip is encoded, so they are the same however often a run is cut
-short. With `--shard I/N` every shard has its own manifest and lock, and every N-th number.
+A run writes the first part with the numbers of all clips before it encodes anything, so numbers never change. It adds
+a line for each finished clip, and ends by writing the first part again and removing the others. A process that is
+killed leaves at most an incomplete last line, which is ignored. Each shard (`--shard I/N`) has a manifest and a lock
+of its own (`manifest-I-of-N-000001.jsonl`) and uses every N-th number.
+
+The first part is replaced in two steps, because some places keep half of an upload that was cut short: it is written
+under the next free number, then under number 1. A part with a settings line replaces everything before it, and is
+ignored if it has fewer lines than it promises.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
-from samekit.dataset.file_names import STATE_FOLDER, clip_name, is_clips
+from samekit.dataset.file_names import STATE_FOLDER, clip_name, is_clip_file
 from samekit.dataset.options import Settings, Shard
-from samekit.dataset.output import MOST_HEADER_BYTES
 from samekit.errors import InputError
-from samekit.files.atomic import atomic_path, output_errors, remove_abandoned
 from samekit.files.json_fields import check_kinds
-from samekit.files.locks import file_lock
-from samekit.files.paths import open_regular, read_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from pathlib import Path
-    from typing import BinaryIO, Self
+    from typing import Self
 
-# Of a manifest: ten million clips.
-_MOST_BYTES: Final = 2**32
-_RESTORE: Final = "restore it from a copy, or encode into another folder"
+    from samekit.dataset.output import Output
+
 # Raised when an older samekit could misread the files.
 _FORMAT: Final = 1
+_HEADER_START: Final = b'{"format"'
+_MOST_HEADER_BYTES: Final = 2**16
+_RESTORE: Final = "restore it from a copy, or encode into another folder"
 
 Status = Literal["encoded", "unreadable", "empty", "silent", "no_caption", "failed", "gone"]
-"""`gone` is a clip that left the dataset and has no latents; one that has some stays `encoded`."""
+"""`gone`: the clip left the dataset and has no latents. A clip that left and has latents stays `encoded`."""
 Stamp = tuple[int, int]
-"""Size in bytes and time of modification in ns: what changes when a file does."""
+"""Size in bytes and modification time in ns of a file."""
 
 
 @dataclass
 class Row:
-    """What is known of one clip."""
+    """What the manifest records of one clip."""
 
     number: int
-    """Names its files."""
     relpath: str
-    """Path below its data folder; bytes that are no valid text are kept as surrogates."""
+    """Path below its data folder. Bytes that are not valid text are kept as surrogates."""
     status: Status | None = None
-    """What became of it; None until it was tried."""
+    """None before the first attempt."""
     reason: str | None = None
-    """Why it was not encoded."""
     audio: Stamp | None = None
-    """Of the audio file that was tried."""
+    """Of the audio file at the last attempt; None if there was none."""
     caption: Stamp | None = None
-    """Of its caption; None if there is none."""
     sha256: str | None = None
-    """Digest of the audio file, if one was asked for."""
+    """Digest of the audio file, if the run computed digests."""
     caption_sha256: str | None = None
-    """Digest of the caption, likewise."""
     latents: int = 0
-    """Latents of audio."""
+    """Latents of audio, without padding."""
     seconds: float = 0.0
     """Seconds of audio that were encoded."""
 
     @property
     def name(self) -> str:
-        """Name of its files, without the suffix."""
+        """Name of the clip's files without the suffix."""
         return clip_name(self.number)
 
     @property
     def files(self) -> tuple[str, str]:
-        """Names of both; a clip is encoded where both are there, and the `.json` goes first where they are removed."""
+        """Names of both files. The `.json` comes first, because it must be removed first."""
         return f"{self.name}.json", f"{self.name}.npy"
 
-    def to_line(self) -> str:
-        """One line of JSON; it holds no line break whatever the file's name is."""
-        return json.dumps(vars(self)) + "\n"
+    def to_line(self) -> bytes:
+        """Return one line of JSON in ASCII."""
+        return f"{json.dumps(vars(self))}\n".encode("ascii")
 
     @classmethod
-    def parse(cls, line: bytes) -> Row:
-        """Read a line of a manifest; raises what a wrong value raises."""
+    def parse(cls, line: bytes) -> Self:
+        """Parse a line of a manifest; wrong values raise ValueError, TypeError or KeyError."""
         row = cls(**json.loads(line))
-        row.audio, row.caption = _stamp(row.audio), _stamp(row.caption)
+        row.audio, row.caption = _parse_stamp(row.audio), _parse_stamp(row.caption)
         text = (str, type(None))
         texts = dict.fromkeys(("status", "reason", "sha256", "caption_sha256"), text)
         check_kinds(vars(row), {"number": int, "relpath": str, **texts, "latents": int, "seconds": (int, float)})
@@ -97,8 +94,7 @@ class Row:
         return row
 
 
-def _stamp(value: Any) -> Stamp | None:
-    """A stamp from JSON, which knows no tuples."""
+def _parse_stamp(value: Any) -> Stamp | None:
     if value is None:
         return None
     size, modified = value
@@ -107,220 +103,186 @@ def _stamp(value: Any) -> Stamp | None:
 
 
 class Manifest:
-    """The rows of one output folder, on disk at every moment.
+    """The rows of one shard. Use `Manifest.open` while the output is locked."""
 
-    Use it inside `Manifest.open`, which holds the folder's lock.
-    """
-
-    def __init__(self, folder: Path, shard: Shard, settings: Settings, rows: Iterable[Row] = ()) -> None:
-        self.folder = folder
-        """Where the latents are."""
-        self.shard = shard
-        """The part of the dataset that it is of."""
+    def __init__(self, output: Output, shard: Shard, settings: Settings, rows: Iterable[Row]) -> None:
         self.settings = settings
-        """What decided the latents."""
-        self.rows: dict[str, Row] = {row.relpath: row for row in rows}
-        """relpath -> row, in the order of the numbers."""
-        self._path = folder / STATE_FOLDER / shard.manifest
-        self._journal: BinaryIO | None = None
+        self.rows = {row.relpath: row for row in rows}
+        """Relpath -> row, in the order of the numbers."""
+        self._output = output
+        self._shard = shard
+        self._changed = False
+        # Lines that are not in the output yet, when they are due, and the part for them.
+        self._lines = b""
+        self._due = 0.0
+        self._next_part = 2
 
     @classmethod
     @contextmanager
-    def open(cls, folder: Path, shard: Shard, settings: Settings, *, reencode: bool = False) -> Iterator[Manifest]:
-        """Take an output folder for this process alone, and create it if it is not there.
+    def open(
+        cls, output: Output, shard: Shard, settings: Settings, relpaths: Iterable[str], *, reencode: bool = False
+    ) -> Iterator[Self]:
+        """Yield the manifest of a shard, after the numbers of all clips were written to the output.
 
-        Args:
-            folder: where the latents are, or will be.
-            shard: the part of the dataset that this process works on.
-            settings: of this run.
-            reencode: if the folder holds latents of other settings, forget them, but for their numbers.
-
-        Yields:
-            The folder's manifest. Whatever a killed process left behind is gone.
+        New clips get numbers in the order of `relpaths`. If the output holds latents of other settings, `reencode`
+        keeps nothing except the numbers.
 
         Raises:
-            OutputError: the folder cannot be written, or another process is writing into it.
+            OutputError: the output cannot be written.
             InputError: it holds latents of other settings or of unknown origin, or its manifest is damaged.
         """
-        path = folder / STATE_FOLDER / shard.manifest
-        with output_errors(folder):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        with file_lock(path.with_name(f"{path.name}.lock"), folder):
-            clear_away(folder, shard)
-            manifest = cls._begun(folder, shard, settings, reencode=reencode)
-            try:
-                yield manifest
-            finally:
-                manifest.close()
-
-    @classmethod
-    def _begun(cls, folder: Path, shard: Shard, settings: Settings, *, reencode: bool) -> Self:
-        """The manifest on disk, or a new one, once it is sure that it fits these settings."""
-        paths = {path.name: path for path in sorted((folder / STATE_FOLDER).glob("manifest*.jsonl"))}
-        own = paths.pop(shard.manifest, None)
-        found = read_manifest(own) if own else None
-        if not paths and found is None:
-            foreign = next((path.name for path in folder.iterdir() if is_clips(path.name)), None)
-            if foreign:
-                raise InputError(f"{folder}: holds {foreign}, which no manifest lists; pass another --output_path")
-        for name, path in paths.items():
-            # Of other shards only the settings count: a dataset of a million clips has gigabytes of rows.
-            other = read_settings(path)
-            count = Shard.of_manifest(name).count
-            if count != shard.count:
-                how = f"with --shard I/{count}" if count > 1 else "without --shard"
-                raise InputError(f"{folder}: was begun {how}; go on like that, or pass another --output_path")
+        found = find_manifests(output)
+        parts = found.pop(shard, [])
+        if not parts and not found:
+            _require_no_latents(output)
+        _require_matching_shards(output, shard, found, None if reencode else settings)
+        old, rows = read_manifest(output, parts) if parts else (settings, [])
+        if settings.differences(old):
             if not reencode:
-                _check_same(folder, settings, other)
-        if found is None:
-            manifest = cls(folder, shard, settings)
-            manifest.rewrite()
-            return manifest
-        old, rows = found
-        if not settings.differences(old):
-            manifest = cls(folder, shard, old, rows)
-            if manifest._path.is_symlink():
-                # Lines are appended to a file of this folder, never to the one that a link leads to.
-                manifest.rewrite()
-            return manifest
-        if not reencode:
-            _check_same(folder, settings, old)
-        manifest = cls(folder, shard, settings, [Row(row.number, row.relpath) for row in rows])
-        manifest.rewrite()
-        return manifest
-
-    def assign(self, relpaths: Iterable[str]) -> None:
-        """Give a number to every clip that has none, in the order given; they are on disk when this returns.
-
-        Raises:
-            OutputError: the manifest cannot be written.
-        """
-        rows = []
+                _require_same(output, settings, old)
+            old, rows, parts = settings, [Row(row.number, row.relpath) for row in rows], []
+        manifest = cls(output, shard, old, rows)
         for relpath in relpaths:
-            if relpath not in self.rows:
-                row = self.rows[relpath] = Row(self.shard.number(len(self.rows)), relpath)
-                rows.append(row)
-        if rows:
-            self._append("".join(row.to_line() for row in rows), sync=True)
+            if relpath not in manifest.rows:
+                manifest.rows[relpath] = Row(shard.number(len(manifest.rows)), relpath)
+        if len(parts) != 1 or len(rows) != len(manifest.rows):
+            manifest._rewrite()
+        try:
+            yield manifest
+            if manifest._changed:
+                manifest._rewrite()
+        finally:
+            manifest._append()
 
     def record(self, row: Row) -> None:
-        """Append what became of a clip.
+        """Record the result of a clip, whose files must be in the output already.
 
-        Its files must be on disk already: after a power failure the line may be lost, and then the clip is encoded
-        again, but never the other way round.
-
-        Raises:
-            OutputError: the manifest cannot be written.
+        After a power failure the line may be lost; then the clip is encoded again.
         """
         self.rows[row.relpath] = row
-        self._append(row.to_line(), sync=False)
+        self._changed = True
+        self._lines += row.to_line()
+        if time.monotonic() >= self._due:
+            self._append()
 
-    def _append(self, text: str, *, sync: bool) -> None:
-        """Write lines to the end of the file, which ends with a whole line after a run that was cut short too."""
-        with output_errors(self._path):
-            if self._journal is None:
-                _drop_incomplete_line(self._path)
-                # Held open for the whole run; `close` ends it.
-                self._journal = self._path.open("ab", buffering=0)
-            data = text.encode("ascii")
-            while data:
-                data = data[self._journal.write(data) :]
-            if sync:
-                os.fsync(self._journal.fileno())
+    def _append(self) -> None:
+        lines, self._lines = self._lines, b""
+        if lines and not self._output.append(self._part(self._next_part), lines):
+            self._next_part += 1
+        self._due = time.monotonic() + self._output.seconds_between_appends
 
-    def rewrite(self) -> None:
-        """Write the whole manifest again, one line a clip, if that would change it.
+    def _rewrite(self) -> None:
+        """Write all rows to the first part and remove the other parts."""
+        header = {"format": _FORMAT, "clips": len(self.rows), **dataclasses.asdict(self.settings)}
+        data = json.dumps(header).encode("ascii") + b"\n" + b"".join(row.to_line() for row in self.rows.values())
+        found = map(Shard.of_manifest_part, self._output.names(STATE_FOLDER))
+        numbers = {part[1] for part in found if part and part[0] == self._shard}
+        copy = max(numbers, default=1) + 1
+        self._output.put(self._part(copy), data)
+        self._output.put(self._part(1), data)
+        # In ascending order: the copy replaces the parts before it until the last of them is gone.
+        for number in sorted({*numbers, copy} - {1}):
+            self._output.remove(self._part(number))
+        self._lines = b""
 
-        Raises:
-            OutputError: the manifest cannot be written.
-        """
-        self.close()
-        header = json.dumps({"format": _FORMAT, **dataclasses.asdict(self.settings)}) + "\n"
-        text = header + "".join(row.to_line() for row in self.rows.values())
-        with output_errors(self._path):
-            is_file = self._path.is_file() and not self._path.is_symlink()
-            if is_file and self._path.read_bytes() == text.encode("ascii"):
-                return
-        with atomic_path(self._path) as temporary, output_errors(self._path):
-            temporary.write_text(text, encoding="ascii")
-
-    def close(self) -> None:
-        """End appending."""
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
+    def _part(self, number: int) -> str:
+        return f"{STATE_FOLDER}/{self._shard.manifest_part(number)}"
 
 
-def read_manifest(path: Path) -> tuple[Settings, list[Row]]:
-    """Read a manifest, without its last line if that is incomplete.
+def find_manifests(output: Output) -> dict[Shard, list[str]]:
+    """Return the parts of each shard's manifest, sorted by number.
 
-    Returns:
-        The settings, and the last row of each clip, sorted by number.
+    A manifest without its first part is left out: its shard was stopped before it encoded anything.
+    """
+    parts: dict[Shard, dict[int, str]] = {}
+    for name in sorted(output.names(STATE_FOLDER)):
+        if found := Shard.of_manifest_part(name):
+            shard, number = found
+            parts.setdefault(shard, {})[number] = f"{STATE_FOLDER}/{name}"
+    return {shard: [names[number] for number in sorted(names)] for shard, names in parts.items() if 1 in names}
+
+
+def read_manifest(output: Output, parts: list[str]) -> tuple[Settings, list[Row]]:
+    """Return the settings and the last row of each clip, sorted by number, from the parts of a manifest.
 
     Raises:
-        InputError: it cannot be read, or is damaged.
+        InputError: the manifest cannot be read, or is damaged.
     """
-    with _manifest_errors(path):
-        header, *lines = read_regular(path, _MOST_BYTES).split(b"\n")[:-1]
-        settings = _parse_header(path, header)
-        rows = {row.relpath: row for row in map(Row.parse, lines)}
+    settings: Settings | None = None
+    rows: dict[str, Row] = {}
+    for name in parts:
+        # What follows the last line break is an incomplete line, or nothing.
+        lines = output.get(name).split(b"\n")[:-1]
+        if lines and (name == parts[0] or lines[0].startswith(_HEADER_START)):
+            header, clips = _parse_header(output, name, lines.pop(0))
+            if len(lines) != clips:
+                continue
+            settings, rows = header, {}
+        with _damage_errors(output, name):
+            rows.update((row.relpath, row) for row in map(Row.parse, lines))
     ordered = sorted(rows.values(), key=lambda row: row.number)
-    shard = Shard.of_manifest(path.name)
-    if [row.number for row in ordered] != [shard.number(position) for position in range(len(ordered))]:
-        raise InputError(f"{path}: is damaged (numbers are missing or double); {_RESTORE}")
-    return settings, ordered
+    found = Shard.of_manifest_part(parts[0].rpartition("/")[2])
+    with _damage_errors(output, parts[0]):
+        if settings is None:
+            raise ValueError("it is cut off")
+        if not found or [row.number for row in ordered] != [found[0].number(index) for index in range(len(ordered))]:
+            raise ValueError("numbers are missing or double")
+        return settings, ordered
 
 
-def read_settings(path: Path) -> Settings:
-    """Read the settings of a manifest, which are its first line, and nothing else.
+def _read_settings(output: Output, parts: list[str]) -> Settings:
+    """Read the settings of another shard without its rows, which may take gigabytes.
 
-    Raises:
-        InputError: they cannot be read, or are damaged.
+    The first part may be half-written, and then the last part is a whole copy.
     """
-    with _manifest_errors(path), open_regular(path) as file:
-        header = file.readline(MOST_HEADER_BYTES)
-        if not header.endswith(b"\n"):
-            raise ValueError("its first line is cut off")
-        return _parse_header(path, header)
+    for name in (parts[0], parts[-1]):
+        header, line_end, _ = output.get(name, _MOST_HEADER_BYTES).partition(b"\n")
+        if line_end:
+            return _parse_header(output, name, header)[0]
+    raise InputError(f"{output}/{parts[0]}: is damaged (its first line is cut off); {_RESTORE}")
 
 
-def _parse_header(path: Path, header: bytes) -> Settings:
-    """Return the settings in the first line of a manifest; raises what a wrong value raises."""
-    fields = json.loads(header)
-    if fields.pop("format") != _FORMAT:
-        raise InputError(f"{path}: was written by another samekit; use that one, or encode into another folder")
-    return Settings.parse(fields)
+def _parse_header(output: Output, name: str, line: bytes) -> tuple[Settings, int]:
+    """Return the settings and the number of clips from the first line of a part."""
+    with _damage_errors(output, name):
+        fields = json.loads(line)
+        if fields.pop("format") == _FORMAT:
+            clips = fields.pop("clips")
+            return Settings.parse(fields), clips
+    raise InputError(f"{output}/{name}: was written by another samekit; use that one, or encode into another folder")
 
 
 @contextmanager
-def _manifest_errors(path: Path) -> Iterator[None]:
-    """Raise what goes wrong inside the block as an error about a manifest."""
+def _damage_errors(output: Output, name: str) -> Iterator[None]:
+    """Report an invalid value in a part of the manifest."""
     try:
         yield
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}: is damaged ({error}); {_RESTORE}") from None
+        raise InputError(f"{output}/{name}: is damaged ({error}); {_RESTORE}") from None
 
 
-def _check_same(folder: Path, settings: Settings, other: Settings) -> None:
-    """Refuse to mix latents of two kinds in one folder."""
+def _require_no_latents(output: Output) -> None:
+    """Refuse an output that holds latents but no manifest."""
+    if foreign := next(filter(is_clip_file, sorted(output.names())), None):
+        raise InputError(f"{output}: holds {foreign}, which no manifest lists; pass another --output_path")
+
+
+def _require_matching_shards(
+    output: Output, shard: Shard, others: dict[Shard, list[str]], settings: Settings | None
+) -> None:
+    """Refuse an output whose other shards divide the dataset differently, or have other settings if these are given."""
+    for other, names in others.items():
+        if other.count != shard.count:
+            how = f"with --shard I/{other.count}" if other.count > 1 else "without --shard"
+            raise InputError(f"{output}: was begun {how}; go on like that, or pass another --output_path")
+        if settings:
+            _require_same(output, settings, _read_settings(output, names))
+
+
+def _require_same(output: Output, settings: Settings, other: Settings) -> None:
+    """Refuse to mix latents of two kinds in one output."""
     if differences := settings.differences(other):
         raise InputError(
-            f"{folder}: holds latents of other settings ({', '.join(differences)}); pass --reencode to encode "
+            f"{output}: holds latents of other settings ({', '.join(differences)}); pass --reencode to encode "
             "everything again under the same numbers, or another --output_path"
         )
-
-
-def _drop_incomplete_line(path: Path) -> None:
-    """Cut off what follows the last line break."""
-    with path.open("r+b") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def clear_away(folder: Path, shard: Shard) -> None:
-    """Remove what killed processes of the same shard left half-written in its folder."""
-    for place in (folder, folder / STATE_FOLDER):
-        remove_abandoned(place, shard.is_written_here)

@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
 from samekit.arguments import MOST_THREADS, check_flag, check_whole
 from samekit.dataset.file_names import SILENCE_FILE
@@ -16,117 +16,174 @@ from samekit.files.json_fields import check_kinds
 
 SAMPLE_SIZE: Final = 12_582_912
 """The reference's default: 285 s at 44.1 kHz, 3,072 latents."""
-# Of `sample_size`: 13.5 hours at 44.1 kHz, whose silence takes half a gigabyte.
+# 13.5 hours at 44.1 kHz. The silence latents of that length take half a gigabyte.
 _MOST_SAMPLES: Final = 2**31
-
-
-# Six digits, in names of files.
+# File names hold shard numbers of at most six digits.
 _MOST_SHARDS: Final = 999_999
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One of several parts of a dataset, each encoded by its own process, maybe on its own machine."""
+    """One of `count` parts of a dataset, counted from 1. Each part is encoded by its own process."""
 
     index: int = 1
-    """Which part, from 1."""
     count: int = 1
-    """How many parts there are."""
 
     def __post_init__(self) -> None:
         if not (type(self.index) is type(self.count) is int and 1 <= self.index <= self.count <= _MOST_SHARDS):
             raise InputError(f"shard {self} does not exist; pass I/N with I from 1 to N, such as 1/4")
 
     @classmethod
-    def parse(cls, text: str) -> Shard:
-        """Read `I/N`.
-
-        Raises:
-            InputError: it is something else, or I is not one of 1 ... N.
-        """
+    def parse(cls, text: str) -> Self:
+        """Parse `I/N`; raises InputError for anything else."""
         match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
         if not match:
             raise InputError(f"shard {text!r} does not exist; pass I/N with I from 1 to N, such as 1/4")
         return cls(*map(int, match.groups()))
 
     @classmethod
-    def of_manifest(cls, name: str) -> Shard:
-        """The part whose manifest has this file name."""
-        match = re.fullmatch(r"manifest-(\d{1,6})-of-(\d{1,6})\.jsonl", name)
-        return cls(*map(int, match.groups())) if match else cls()
+    def of_manifest_part(cls, name: str) -> tuple[Self, int] | None:
+        """Return the shard and the number of a manifest part with this file name, or None for other files."""
+        match = re.fullmatch(r"manifest(?:-(\d{1,6})-of-(\d{1,6}))?-(\d{6,12})\.jsonl", name)
+        if not match:
+            return None
+        index, count, number = match.groups()
+        return cls(int(index or 1), int(count or 1)), int(number)
 
-    def contains(self, relpath: str) -> bool:
-        """Whether a clip belongs to this part; it depends on nothing but its relpath."""
-        digest = hashlib.sha256(os.fsencode(relpath)).digest()
-        return int.from_bytes(digest[:8], "big") % self.count == self.index - 1
-
-    def number(self, position: int) -> int:
-        """The number of this part's clip at `position`; no other part has it."""
-        return position * self.count + self.index - 1
+    def manifest_part(self, number: int) -> str:
+        """Return the file name of a part of this shard's manifest."""
+        return f"manifest{self._suffix}-{number:06d}.jsonl"
 
     @property
-    def manifest(self) -> str:
-        """File name of this part's manifest."""
-        return f"manifest{self._suffix}.jsonl"
+    def lock(self) -> str:
+        """File name of this shard's lock."""
+        return f"manifest{self._suffix}.lock"
 
     @property
     def report(self) -> str:
-        """File name of this part's report."""
+        """File name of this shard's report."""
         return f"report{self._suffix}.json"
 
     @property
     def _suffix(self) -> str:
         return "" if self.count == 1 else f"-{self.index}-of-{self.count}"
 
+    def contains(self, relpath: str) -> bool:
+        """Return whether a clip belongs to this shard, which depends on its relpath alone."""
+        digest = hashlib.sha256(os.fsencode(relpath)).digest()
+        return int.from_bytes(digest[:8], "big") % self.count == self.index - 1
+
+    def number(self, position: int) -> int:
+        """Return the number of this shard's clip at `position`; no other shard uses it."""
+        return position * self.count + self.index - 1
+
     def is_written_here(self, name: str) -> bool:
-        """Whether this part alone writes a file of the output folder; the first one writes the silence latents."""
+        """Return whether this shard writes a file of the output folder. The first shard writes the silence latents."""
         stem, _, _ = name.partition(".")
         if stem.isdecimal():
             return int(stem) % self.count == self.index - 1
-        return name in (self.manifest, self.report) or (name == SILENCE_FILE and self.index == 1)
+        part = self.of_manifest_part(name)
+        if part:
+            return part[0] == self
+        return name == self.report or (name == SILENCE_FILE and self.index == 1)
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
 
 
 @dataclass(frozen=True)
+class CutOptions:
+    """Which part of each clip is encoded, and how far it is padded."""
+
+    sample_size: int = SAMPLE_SIZE
+    """Samples, at the model's rate, to which clips are cut; also the length of the silence latents."""
+    pad: bool = False
+    """Keep the latents of the zeros up to `sample_size`, so that all files have one length."""
+    full: bool = False
+    """Keep clips longer than `sample_size` whole."""
+    crop: Literal["start", "random"] = "start"
+    """Which part of a longer clip is kept. The reference takes a random part, a different one in each run."""
+    seed: int = 0
+    """Seed of the random parts. The part of a clip depends on this seed and its relpath only."""
+
+    def __post_init__(self) -> None:
+        check_whole("sample_size", self.sample_size, least=1, most=_MOST_SAMPLES)
+        check_whole("seed", self.seed, least=0)
+        check_flag("pad", self.pad)
+        check_flag("full", self.full)
+        if self.crop not in ("start", "random"):
+            raise InputError(f"crop {self.crop!r} is not known; pass start or random")
+        if self.full and self.crop == "random":
+            raise InputError("full keeps whole clips and crop cuts them; pass one of them")
+
+
+@dataclass(frozen=True)
+class PreEncodeOptions(CutOptions):
+    """How to encode a dataset."""
+
+    batch_size: int = 1
+    """Windows that are encoded at once; no clip is padded for it."""
+    float16: bool = False
+    """Write float16 files. The precision of the model is chosen when the model is opened."""
+    shard: Shard = field(default_factory=Shard)
+    """The part of the dataset to encode."""
+    checksum: bool = False
+    """Compare the contents of audio and caption with the last run, not their size and time."""
+    strict: bool = False
+    """Raise an error if a clip is bad, after the others are encoded."""
+    reencode: bool = False
+    """If the folder holds latents of other settings, encode everything again under the same numbers. Latents of clips
+    that are no longer in the dataset are removed."""
+    readers: int = 0
+    """Threads that read ahead; 0 uses one per core, at most 4."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("batch_size", self.batch_size, least=1)
+        check_whole("readers (--workers)", self.readers, least=0, most=MOST_THREADS)
+        for name in ("float16", "checksum", "strict", "reencode"):
+            check_flag(name, getattr(self, name))
+        if not isinstance(self.shard, Shard):
+            raise InputError(f"shard is {self.shard!r}; pass a samekit.dataset.options.Shard, such as Shard(1, 4)")
+
+    @property
+    def dtype(self) -> str:
+        """Data type of the latents on disk."""
+        return "float16" if self.float16 else "float32"
+
+    @property
+    def cut(self) -> CutOptions:
+        """The cut options alone, with seed 0 where the seed has no effect."""
+        seed = self.seed if self.crop == "random" else 0
+        return CutOptions(self.sample_size, self.pad, self.full, self.crop, seed)
+
+
+@dataclass(frozen=True)
 class Settings:
-    """Everything but the audio that decides what the latents are; one folder holds latents of one kind."""
+    """Everything except the audio that determines the latents. One folder holds latents of one kind."""
 
     model: str
-    """Name of the model."""
     model_sha256: str
-    """Digest of its checkpoint."""
     precision: str
-    """That it computed in."""
     dtype: str
-    """Of the files, `float32` or `float16`."""
+    """Data type on disk, `float32` or `float16`."""
     width: int
-    """Features of a latent."""
-    sample_size: int
-    """Samples that a clip is cut to, and those of the silence latents."""
-    pad: bool
-    """Whether clips are padded to `sample_size`."""
-    full: bool
-    """Whether longer clips are kept whole."""
-    crop: str
-    """`start` or `random`."""
-    seed: int
-    """Of the random crops."""
+    """Length of one latent vector."""
+    sample_rate: int
+    cut: CutOptions
 
     @classmethod
-    def parse(cls, fields: dict[str, Any]) -> Settings:
-        """Settings from JSON; raises what a wrong value raises."""
-        settings = cls(**fields)
-        numbers = dict.fromkeys(("width", "sample_size", "seed"), int)
-        texts = dict.fromkeys(("model", "model_sha256", "precision", "dtype", "crop"), str)
-        check_kinds(vars(settings), {**numbers, **texts, "pad": bool, "full": bool})
+    def parse(cls, fields: dict[str, Any]) -> Self:
+        """Create settings from JSON; wrong fields raise TypeError, ValueError or KeyError."""
+        settings = cls(**{**fields, "cut": CutOptions(**fields["cut"])})
+        texts = dict.fromkeys(("model", "model_sha256", "precision"), str)
+        check_kinds(vars(settings), {**texts, "width": int, "sample_rate": int})
         if settings.dtype not in ("float32", "float16"):
             raise ValueError(f"dtype = {settings.dtype!r}")
         return settings
 
     def differences(self, other: Settings) -> list[str]:
-        """What differs from other settings, with both values; a model is what its digest says, whatever its name."""
+        """Describe each difference with both values. Models are compared by digest, not by name."""
         ours, theirs = self._described(), other._described()
         same_model = self.model_sha256 == other.model_sha256
         return [
@@ -136,52 +193,7 @@ class Settings:
         ]
 
     def _described(self) -> dict[str, Any]:
-        """Every field, with the model's name and digest as one."""
+        """Return all fields in one level, with the model's name and digest as one field."""
         fields = dataclasses.asdict(self)
         fields["model"] = f"{self.model} ({fields.pop('model_sha256')[:8]})"
-        return fields
-
-
-@dataclass(frozen=True)
-class PreEncodeOptions:
-    """How to encode a dataset; the first four are the reference's."""
-
-    batch_size: int = 1
-    """Windows of clips that are encoded at once; no clip is padded for it."""
-    sample_size: int = SAMPLE_SIZE
-    """Samples, at the model's rate, to which clips are cut, and those of the silence latents."""
-    float16: bool = False
-    """Write float16; the model's own precision is chosen when it is opened."""
-    pad: bool = False
-    """Keep the latents of the zeros up to `sample_size`, so that all files are of one length."""
-    full: bool = False
-    """Keep clips longer than `sample_size` whole."""
-    crop: Literal["start", "random"] = "start"
-    """Which part of a longer clip is kept. The reference takes a random one, another one in each run."""
-    seed: int = 0
-    """Of the random parts; each clip's depends on nothing but this and its relpath."""
-    shard: Shard = field(default_factory=Shard)
-    """The part of the dataset to encode."""
-    checksum: bool = False
-    """Judge by the contents of audio and caption whether they have changed, not by their size and time."""
-    strict: bool = False
-    """Raise if a clip is bad, once the others are encoded."""
-    reencode: bool = False
-    """If the folder holds latents of other settings, encode everything again under the same numbers; the latents
-    of clips that are no longer in the dataset are removed."""
-    readers: int = 0
-    """Threads that read ahead; 0 takes one a core, at most 4."""
-
-    def __post_init__(self) -> None:
-        check_whole("batch_size", self.batch_size, least=1)
-        check_whole("sample_size", self.sample_size, least=1, most=_MOST_SAMPLES)
-        check_whole("readers (--workers)", self.readers, least=0, most=MOST_THREADS)
-        check_whole("seed", self.seed, least=0)
-        for name in ("float16", "pad", "full", "checksum", "strict", "reencode"):
-            check_flag(name, getattr(self, name))
-        if not isinstance(self.shard, Shard):
-            raise InputError(f"shard is {self.shard!r}; pass a samekit.dataset.options.Shard, such as Shard(1, 4)")
-        if self.crop not in ("start", "random"):
-            raise InputError(f"crop {self.crop!r} is not known; pass start or random")
-        if self.full and self.crop == "random":
-            raise InputError("full keeps whole clips and crop cuts them; pass one of them")
+        return {**fields, **fields.pop("cut")}

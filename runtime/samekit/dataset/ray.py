@@ -1,10 +1,10 @@
-"""The encoder of a dataset as actors on a Ray cluster; Ray is imported when one is opened.
+"""Encode a dataset with actors on a Ray cluster. Ray is imported when a `RayExecutor` is opened.
 
-    here      tasks -> batches -> at most two an actor are on their way -> outcomes -> whoever asked
-    actors    batch -> LocalEncoder -> files in the output
+    this process    tasks -> batches -> at most two per actor at a time -> outcomes
+    actors          batch -> LocalExecutor -> files in the output
 
-Ray places the actors, and starts those again that die with their process or node. What such an actor had in hand goes
-to whichever is free next, so a node that never comes back holds nothing up.
+Ray places the actors and restarts those that die with their process or node. Their batches go to the next free actor,
+so a node that never comes back does not delay the run.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from samekit.arguments import MOST_THREADS, check_whole
 from samekit.backends.cpu import available_cpus
-from samekit.dataset.executor import Executor, LocalExecutor
+from samekit.dataset.executor import Executor, LocalExecutor, ModelFacts
 from samekit.dataset.ray_calls import (
     ALL_LOST,
-    BATCHES_IN_HAND,
+    BATCHES_PER_ACTOR,
     Calls,
-    Facts,
     batches_of,
     last_line,
     result_of,
@@ -37,21 +36,20 @@ from samekit.files.paths import expanded_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from types import TracebackType
     from typing import Self
 
     from samekit.arrays import Array
     from samekit.dataset.pipeline import Job, Outcome, Task
 
 logger = logging.getLogger(__name__)
-# What Ray is said to bear on its largest clusters.
+# The size of the largest Ray clusters.
 _MOST_ACTORS: Final = 40_000
-# Seconds that a host has to accept a connection, and a cluster to place the first actor: it may have to start a machine
-# for it.
-_CONNECT_PATIENCE: Final = 10
-_ACTOR_PATIENCE: Final = 600
+# Seconds for a host to accept a connection.
+_CONNECT_SECONDS: Final = 10
+# Seconds for a cluster to place the first actor, for which it may have to start a machine.
+_PLACE_SECONDS: Final = 600
 _LAST_PORT: Final = 65_535
-# Names what bounds how often Ray tries to connect.
+# Environment variable that limits how often Ray tries to connect.
 _TRIES: Final = "RAY_gcs_server_port_wait_time_s"
 # Calls carry names, outcomes and at most the latents of silence.
 _OBJECT_STORE_BYTES: Final = 200 * 2**20
@@ -59,17 +57,17 @@ _OBJECT_STORE_BYTES: Final = 200 * 2**20
 
 @dataclass(frozen=True)
 class RayOptions:
-    """Where to encode, and what each actor takes of it."""
+    """Which cluster to use, and the resources of each actor."""
 
     address: str = ""
-    """`HOST:PORT` of a cluster, or `local`, which starts one for this run; empty takes that of RAY_ADDRESS, else joins
-    one that runs on this machine, else starts one."""
+    """`HOST:PORT` of a cluster, or `local` to start one for this run. If empty: the address in RAY_ADDRESS, else a
+    cluster that runs on this machine, else a new one."""
     actors: int | None = None
-    """How many encoders; None takes what the cluster has room for now."""
+    """Number of actors; None starts as many as the cluster has room for now."""
     cpus_per_actor: int = 1
-    """Cores of each, and threads of its encoder."""
+    """Cores of each actor, and threads of its encoder."""
     gpus_per_actor: float = 0
-    """GPUs of each; less than one is a share."""
+    """GPUs of each actor; less than one is a share."""
 
     def __post_init__(self) -> None:
         if self.actors is not None:
@@ -80,7 +78,7 @@ class RayOptions:
             raise InputError(f"gpus_per_actor is {self.gpus_per_actor!r}; pass a share of one GPU, or a whole number")
 
     def fitting(self, resources: dict[str, float]) -> int:
-        """Actors for which a machine has room."""
+        """Return the number of actors for which a machine has room."""
         room = resources.get("CPU", 0) // self.cpus_per_actor
         if self.gpus_per_actor:
             room = min(room, resources.get("GPU", 0) // self.gpus_per_actor)
@@ -88,50 +86,39 @@ class RayOptions:
 
 
 class _Worker:
-    """What runs in an actor: one open model, for several calls at a time.
-
-    Nothing can fail before the first call: that carries errors to who called, with their type.
-    """
+    """The code of an actor: one model, opened by the first call, because only calls keep the type of an error."""
 
     def __init__(self, model: str, backend: dict[str, Any], cores: int, folder: str) -> None:
-        # Names are those of whoever plans: relative ones count from there.
+        # Relative paths are those of the process that started the run.
         with suppress(OSError):
             os.chdir(folder)
         self._model = model
         self._backend = backend
         self._cores = cores
         self._opening = threading.Lock()
-        self._encoder: LocalExecutor | None = None
+        self._executor: LocalExecutor | None = None
 
     def _opened(self) -> LocalExecutor:
-        """The encoder, opened once."""
         from samekit.model import AutoencoderModel  # noqa: PLC0415
 
         with self._opening:
-            if self._encoder is None:
+            if self._executor is None:
                 model = AutoencoderModel.from_pretrained(self._model, **self._backend)
-                self._encoder = LocalExecutor(model.autoencoder, self._cores)
-            return self._encoder
+                self._executor = LocalExecutor(model.autoencoder, self._cores)
+            return self._executor
 
-    def facts(self) -> Facts:
-        """Tell what is encoded with, once that is ready."""
-        encoder = self._opened()
-        return Facts(
-            encoder.spec, encoder.precision, encoder.windows, f"{socket.gethostname()}, {encoder.torch_device}"
-        )
+    def facts(self) -> ModelFacts:
+        return self._opened().facts
 
     def silence(self, latents: int) -> Array:
-        """As `Executor.silence`."""
         return self._opened().silence(latents)
 
-    def encode(self, facts: Facts, job: Job, tasks: list[Task]) -> list[Outcome]:
-        """Encode a batch; its files are in the output when this returns."""
+    def encode(self, facts: ModelFacts, job: Job, tasks: list[Task]) -> list[Outcome]:
         node = socket.gethostname()
         if not facts.same(self.facts()):
             raise InputError(f"{node}: opens {self._model} as another model than the first node; give all the same one")
-        job.output.require_reachable()
         for folder in {task.source.path.removesuffix(task.source.relpath) for task in tasks}:
-            # Without it every clip would be reported as unreadable.
+            # Without this check, every clip would be reported as unreadable.
             if not Path(folder).is_dir():
                 raise InputError(f"{folder}: is not there on {node}; share it under the same path with every node")
         outcomes: list[Outcome] = []
@@ -140,16 +127,13 @@ class _Worker:
 
 
 class RayExecutor(Executor):
-    """Encodes on a cluster; a context manager that takes the actors and gives them back.
+    """Encodes on a cluster. A context manager that starts the actors and ends them.
 
     Args:
         model: a name, an engine folder or a checkpoint folder, as every node finds it.
-        ray: where, and how many.
-        backend: arguments of `AutoencoderModel.from_pretrained`; `threads` are those of each actor. Actors that get no
-            GPU run on the CPU.
-
-    Raises:
-        InputError: actors get no GPU, and `backend` asks for one.
+        ray: which cluster, and how many actors.
+        backend: arguments of `AutoencoderModel.from_pretrained` for each actor. Actors without a GPU run on the CPU;
+            asking them for one raises InputError.
     """
 
     def __init__(self, model: str | os.PathLike[str], ray: RayOptions | None = None, **backend: Any) -> None:
@@ -157,7 +141,7 @@ class RayExecutor(Executor):
         self._options = ray or RayOptions()
         device = backend.get("device")
         if not self._options.gpus_per_actor:
-            # Ray hides no GPU from actors that ask for none: all of them would open on the first.
+            # Ray hides no GPU from actors that ask for none, so all of them would use the first.
             if str(device).startswith("cuda") or backend.get("backend") == "tensorrt":
                 raise InputError("actors get no GPU; pass --gpus-per-actor 1, or a share of one")
             device = "cpu"
@@ -167,27 +151,18 @@ class RayExecutor(Executor):
         self._connected = False
 
     def __enter__(self) -> Self:
-        """Connect, and wait for the first actor.
-
-        Raises:
-            InputError: there is no Ray, no cluster at the address, or no room on it.
-            SamekitError: what opening the model raises.
-        """
-        self._ray = _imported()
+        """Connect, and wait for the first actor; raises SamekitError if that fails."""
+        self._ray = _import_ray()
         try:
             self._connect()
-            self._place()
-            facts = self._first_facts()
+            self._start_actors()
+            _, self.facts = next(self._ready_actors(_PLACE_SECONDS))
         except BaseException:
-            self.__exit__(None, None, None)
+            self.__exit__()
             raise
-        self._facts = facts
-        self.spec, self.precision, self.windows = facts.spec, facts.precision, facts.windows
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for actor in self._actors:
             self._ray.kill(actor)
         self._actors.clear()
@@ -196,29 +171,21 @@ class RayExecutor(Executor):
             self._connected = False
 
     def silence(self, latents: int) -> Array:
-        """The latents of silence, `[latent_width, latents]`, from the first actor that works."""
-        # The first that answers has time; where an actor is lost, the others are asked.
-        waiting = {retry_until_restarted(actor.facts).remote(): actor for actor in self._actors}
-        lost: Exception | None = None
-        while waiting:
-            (ready, *_), _ = self._ray.wait(list(waiting), num_returns=1)
-            actor = waiting.pop(ready)
-            try:
+        """Return the latents of silence, `[latent_width, latents]`, from the first idle actor that is not lost."""
+        for actor, _ in self._ready_actors():
+            with suppress(self._ray.exceptions.RayActorError):
                 array: Array = result_of(self._ray, retry_until_restarted(actor.silence).remote(latents))
-            except self._ray.exceptions.RayActorError as error:
-                lost = error
-            else:
                 return array
-        raise BackendError(ALL_LOST) from lost
+        raise BackendError(ALL_LOST)
 
     def encode(self, job: Job, tasks: Sequence[Task], finished: Callable[[Outcome], None]) -> None:
         """Encode every clip."""
-        calls = Calls(self._ray, self._actors, self._facts, job, batches_of(tasks, job.batch_size))
+        calls = Calls(self._ray, self._actors, self.facts, job, batches_of(tasks, job.options.batch_size))
         try:
             for outcome in calls.outcomes():
                 finished(outcome)
         except BaseException as error:
-            # Somebody who presses Ctrl-C is not made to wait.
+            # After Ctrl-C the actors are killed, so that the user does not wait.
             calls.end(at_once=not isinstance(error, Exception))
             raise
 
@@ -227,7 +194,7 @@ class RayExecutor(Executor):
         if self._ray.is_initialized():
             return
         address = self._options.address or os.environ.get("RAY_ADDRESS", "")
-        # What it says of actors that die, is said here.
+        # This module logs lost actors itself.
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
         try:
             if address not in ("", "auto", "local"):
@@ -237,22 +204,17 @@ class RayExecutor(Executor):
                     self._ray.init(address=address or "auto", **quiet)
                 self._connected = True
                 return
-        except Exception as error:  # noqa: BLE001 Ray raises no class of its own here
+        except Exception as error:  # noqa: BLE001 Ray has no error class for this
             if address:
                 raise InputError(
                     f"{address}: no Ray cluster answers ({' '.join(str(error).split())}); check HOST:PORT, or leave "
                     "it out and unset RAY_ADDRESS to start one here"
                 ) from None
         cores = available_cpus()
+        local = {"num_cpus": cores, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
         try:
-            self._ray.init(
-                address="local",
-                num_cpus=cores,
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                **quiet,
-            )
-        except Exception as error:  # noqa: BLE001 Ray raises no class of its own here
+            self._ray.init(address="local", **local, **quiet)
+        except Exception as error:  # noqa: BLE001 Ray has no error class for this
             raise BackendError(
                 f"Ray does not start here ({last_line(error)}); see /tmp/ray, or pass a cluster"
             ) from None
@@ -264,8 +226,7 @@ class RayExecutor(Executor):
                 f"fit on this machine ({cores} cores, {resources.get('GPU', 0):g} GPUs); pass less, or a cluster"
             )
 
-    def _place(self) -> None:
-        """Ask for the actors."""
+    def _start_actors(self) -> None:
         options = self._options
         room = sum(options.fitting(node["Resources"]) for node in self._ray.nodes() if node["Alive"])
         count = options.actors or max(1, room)
@@ -275,32 +236,35 @@ class RayExecutor(Executor):
             num_cpus=options.cpus_per_actor,
             num_gpus=options.gpus_per_actor,
             max_restarts=-1,
-            max_concurrency=BATCHES_IN_HAND,
+            max_concurrency=BATCHES_PER_ACTOR,
         )(_Worker)
         arguments = (self._model, self._backend, options.cpus_per_actor, str(Path.cwd()))
         self._actors = [remote.remote(*arguments) for _ in range(count)]
 
-    def _first_facts(self) -> Facts:
-        """What the first actor tells that is ready."""
-        calls = [retry_until_restarted(actor.facts).remote() for actor in self._actors]
-        done, _ = self._ray.wait(calls, num_returns=1, timeout=_ACTOR_PATIENCE)
-        if not done:
-            raise InputError(
-                f"the cluster has no room for an actor of {self._options.cpus_per_actor} cores and "
-                f"{self._options.gpus_per_actor:g} GPUs; pass less, or add a node"
-            )
-        try:
-            facts: Facts = result_of(self._ray, done[0])
-        except self._ray.exceptions.RayActorError as error:
-            raise BackendError(
-                f"no actor starts ({last_line(error)}); install the same samekit on every node"
-            ) from None
-        return facts
+    def _ready_actors(self, seconds: float | None = None) -> Iterator[tuple[Any, ModelFacts]]:
+        """Yield each actor with its facts when its model is open; actors that are lost are left out."""
+        waiting = {retry_until_restarted(actor.facts).remote(): actor for actor in self._actors}
+        while waiting:
+            done, _ = self._ray.wait(list(waiting), num_returns=1, timeout=seconds)
+            if not done:
+                raise InputError(
+                    f"the cluster has no room for an actor of {self._options.cpus_per_actor} cores and "
+                    f"{self._options.gpus_per_actor:g} GPUs; pass less, or add a node"
+                )
+            actor = waiting.pop(done[0])
+            try:
+                facts = result_of(self._ray, done[0])
+            except self._ray.exceptions.RayActorError as error:
+                if not waiting:
+                    raise BackendError(
+                        f"no actor starts ({last_line(error)}); install the same samekit on every node"
+                    ) from None
+            else:
+                yield actor, facts
 
 
-def _imported() -> Any:
-    """Ray."""
-    # Unless the user wants it: nothing is sent anywhere.
+def _import_ray() -> Any:
+    # Disables Ray's usage statistics unless the user has set this variable.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray  # noqa: PLC0415
@@ -310,25 +274,21 @@ def _imported() -> Any:
 
 
 def _require_listener(address: str) -> None:
-    """Raise if no cluster can be at an address. Ray itself would need 41 s to say so.
+    """Raise OSError or ValueError if nothing listens at an address, for which Ray itself would need 41 s.
 
-    Whether what listens there is Ray, is for Ray to find out: a busy cluster takes its time to answer.
-
-    Raises:
-        OSError: the host is not known, or nothing listens at the port.
-        ValueError: the address names no port.
+    Only Ray can tell whether the listener is a cluster, because a busy cluster answers late.
     """
     host, separator, port = address.removeprefix("ray://").rpartition(":")
     if not separator or not port.isdecimal() or int(port) > _LAST_PORT:
         raise ValueError("it names no port")
-    # A host that does not even accept the connection in time may still be too busy.
-    with suppress(TimeoutError), socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_PATIENCE):
+    # A busy host may not accept the connection in time.
+    with suppress(TimeoutError), socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS):
         pass
 
 
 @contextmanager
 def _one_try() -> Iterator[None]:
-    """Have Ray try an address once, for 41 s; by itself it tries 20 times. Older versions know no such bound."""
+    """Make Ray try an address once, for 41 s, and not 20 times. Older versions of Ray ignore the limit."""
     if _TRIES in os.environ:
         yield
         return

@@ -1,4 +1,4 @@
-"""The progress of a pre-encoding run and its report."""
+"""The progress and the report of a pre-encoding run."""
 
 from __future__ import annotations
 
@@ -8,38 +8,43 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from samekit.dataset.file_names import STATE_FOLDER
 from samekit.dataset.sources import Found
-from samekit.files.atomic import atomic_path, output_errors
 
 if TYPE_CHECKING:
-    from samekit.dataset.manifest import Manifest
+    from samekit.dataset.options import Settings
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is."""
+    """How far a run is: clips that were tried, clips to try, clips that could not be encoded, and seconds."""
 
     done: int
-    """Clips that were tried."""
     total: int
-    """Clips that have to be tried."""
     bad: int
-    """Clips that could not be encoded."""
     audio_seconds: float
-    """Of the clips that were encoded."""
     elapsed: float
-    """Seconds since the first clip was begun."""
 
     @property
     def speed(self) -> float:
-        """Seconds of audio a second."""
+        """Seconds of audio per second."""
         return self.audio_seconds / max(self.elapsed, 1e-9)
 
     @property
     def remaining(self) -> float:
-        """Seconds that the rest will take, if it goes on like this."""
+        """Estimated seconds until the end."""
         return self.elapsed / max(self.done, 1) * (self.total - self.done)
+
+    def describe(self) -> str:
+        """Return the progress as one line of text."""
+        minutes, seconds = divmod(round(self.remaining), 60)
+        hours, minutes = divmod(minutes, 60)
+        # No estimate before the first clip is encoded.
+        known = self.audio_seconds > 0 and self.done < self.total
+        left = f"{hours}:{minutes:02d}:{seconds:02d} left, " if known else ""
+        return (
+            f"{self.done} of {self.total} clips, {self.audio_seconds:.0f} s of audio at "
+            f"{self.speed:.1f} s/s, {left}{self.bad} bad"
+        )
 
 
 @dataclass(frozen=True)
@@ -47,35 +52,41 @@ class PreEncodeReport:
     """What a run did, and what the folder holds now."""
 
     folder: str
-    """Where the latents are."""
+    """Folder or URL of the latents."""
     clips: int
-    """Clips of the dataset, or of the shard of it."""
+    """Clips of the dataset, or of the shard."""
     encoded: int
-    """Encoded by this run."""
+    """Clips that this run encoded."""
     unchanged: int
-    """Left as they were: encoded before, or known to be bad."""
+    """Clips that were encoded before, or are known to be bad."""
     statuses: dict[str, int]
-    """How many clips have which status, whichever run found that."""
+    """Status -> number of clips, after this run."""
     bad: list[dict[str, Any]]
-    """number, relpath, status and reason of each clip that has no latents, or none of how its files are now."""
+    """number, relpath, status and reason of each clip without latents of its present files."""
     gone: int
-    """Clips that were encoded once and are no longer in the dataset; their latents stay."""
+    """Clips that left the dataset and whose latents stay."""
     passed_over: dict[str, int]
-    """Suffix in lower case -> how many files with it are neither audio nor a caption, in all shards together."""
+    """Suffix in lower case -> number of files that are neither audio nor a caption, in all shards together."""
     unreadable_folders: list[str]
-    """Folders of the dataset that this process may not list, by their relpath; what they hold is left out."""
+    """Relpaths of dataset folders that this process may not list."""
     audio_seconds: float
     """Seconds of audio that this run encoded."""
     elapsed: float
     """Seconds from the first clip to the last."""
 
     def to_json(self) -> str:
-        """Return everything on one line, with the length of each list in its place."""
+        """Return all fields on one line, with the length of each list in its place."""
         fields = dataclasses.asdict(self)
         return json.dumps({name: len(value) if isinstance(value, list) else value for name, value in fields.items()})
 
+    def folder_json(self, settings: Settings) -> bytes:
+        """Return the file `report.json`: what describes the folder, however many runs it took."""
+        names = ("clips", "statuses", "gone", "passed_over", "unreadable_folders", "bad")
+        fields = {"settings": dataclasses.asdict(settings), **{name: getattr(self, name) for name in names}}
+        return f"{json.dumps(fields, indent=2)}\n".encode("ascii")
+
     def summary(self) -> str:
-        """A sentence for people."""
+        """Return one sentence for the terminal."""
         counts = ", ".join(f"{count} {status}" for status, count in sorted(self.statuses.items()))
         speed = self.audio_seconds / self.elapsed if self.elapsed else 0.0
         left_out = Found([], Counter(self.passed_over), self.unreadable_folders).describe_left_out("; ")
@@ -84,18 +95,3 @@ class PreEncodeReport:
             f"{self.audio_seconds:.1f} s of audio in {self.elapsed:.1f} s ({speed:.1f} s/s)"
             f"{left_out}"
         )
-
-
-def write_report(manifest: Manifest, report: PreEncodeReport) -> None:
-    """Write the part of a report that describes the folder, whatever number of runs it took."""
-    fields = {"settings": dataclasses.asdict(manifest.settings), "clips": report.clips, "statuses": report.statuses}
-    fields |= {"gone": report.gone, "passed_over": report.passed_over, "unreadable_folders": report.unreadable_folders}
-    fields |= {"bad": report.bad}
-    path = manifest.folder / STATE_FOLDER / manifest.shard.report
-    text = json.dumps(fields, indent=2) + "\n"
-    with output_errors(path):
-        # Links are not followed: the folder may come from anyone, and reading a device never ends.
-        written = not path.is_symlink() and path.is_file() and path.read_bytes() == text.encode("ascii")
-    if not written:
-        with atomic_path(path) as temporary, output_errors(path):
-            temporary.write_text(text, encoding="ascii")

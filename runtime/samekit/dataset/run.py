@@ -1,41 +1,39 @@
 """Encode a dataset of audio files with captions into the latents that the training code of Stable Audio 3 reads.
 
-    find the clips -> number them (manifest) -> read, encode, write those that are new or changed (encoder) -> report
+    sources -> manifest (numbers) -> executor (reads, encodes and writes what is new or changed) -> report
 
-Numbers, manifest and report are the business of the process that is here; `executor.py` and `ray.py` encode.
-
-The result for a clip is that of the reference: the clip, followed by zeros up to `sample_size`, encoded, and the
-latents of the clip kept. But of the zeros only those are encoded that a latent of the clip sees.
+The latents of a clip are those of the reference: the clip is followed by zeros up to `sample_size` and encoded, and
+the latents of the clip are kept. Only those zeros are encoded that influence a latent of the clip.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import io
+import math
 import os
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from samekit.backends.cpu import available_cpus
-from samekit.dataset.clip import CuttingRules, digest_of, expected_latents
+from samekit.dataset.changes import unchanged_row
+from samekit.dataset.clip import CuttingRules, expected_latents
 from samekit.dataset.executor import Executor, LocalExecutor, default_readers
 from samekit.dataset.file_names import SILENCE_FILE, STATE_FOLDER
-from samekit.dataset.manifest import Manifest, Row, clear_away
+from samekit.dataset.manifest import Manifest, Row
 from samekit.dataset.options import PreEncodeOptions, Settings
 from samekit.dataset.output import find_output
 from samekit.dataset.pipeline import Job, Outcome, Task
-from samekit.dataset.report import PreEncodeReport, Progress, write_report
+from samekit.dataset.report import PreEncodeReport, Progress
 from samekit.dataset.sources import Found, Source, find_sources
-from samekit.errors import InputError, LatentsFileError
-from samekit.files.atomic import atomic_path, output_errors
-from samekit.files.latents import map_array
-from samekit.files.paths import expanded_text, file_signature
+from samekit.errors import InputError
+from samekit.files.paths import expanded_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,7 +41,8 @@ if TYPE_CHECKING:
     from samekit.arrays import Array
     from samekit.dataset.output import Output
     from samekit.model import AutoencoderModel
-# What is worth trying again although the file has not changed.
+
+# These may succeed although the files have not changed.
 _RETRIED: Final = ("unreadable", "failed", "gone")
 
 
@@ -56,24 +55,25 @@ def pre_encode(
 ) -> PreEncodeReport:
     """Encode every clip of a dataset that is not encoded yet.
 
-    Writes for each clip `NNNNNNNNNNNN.npy`, `[latent_dim, latents]`, and `NNNNNNNNNNNN.json`; `silence.npy`,
-    `[1, latent_dim, latents of sample_size]`; and what it has to remember to `.samekit/`. A run that was stopped at any
-    moment is completed by calling this again.
+    Writes for each clip `NNNNNNNNNNNN.npy`, `[latent_dim, latents]`, and `NNNNNNNNNNNN.json`; also `silence.npy`,
+    `[1, latent_dim, latents of sample_size]`, and the manifest and report in `.samekit/`. Call it again to complete a
+    run that was stopped.
 
     Args:
-        model: an open model; or a `samekit.dataset.ray.RayExecutor`, to encode on a cluster.
-        data_dir: folder with audio files, at any depth, each with a caption of the same name in `.txt`; or several. A
-            `filelist.txt` at its root names the files to take.
-        output_path: folder for the latents, or a URL that fsspec knows; one for each model and kind of settings.
-        options: how; `PreEncodeOptions()` unless given.
-        progress: called after each clip, maybe in another thread.
+        model: an open model, or a `samekit.dataset.ray.RayExecutor` to encode on a cluster.
+        data_dir: one or several folders with audio files, at any depth, each with a caption of the same name in
+            `.txt`. A `filelist.txt` at the root of a folder names the files to take.
+        output_path: folder for the latents, or a URL that fsspec opens. Each holds latents of one model and one kind
+            of settings.
+        options: `PreEncodeOptions()` if not given.
+        progress: called after each clip, possibly in another thread.
 
     Returns:
-        What was done; also in `.samekit/report.json`, as far as it describes the folder.
+        What was done. The part that describes the folder is also in `.samekit/report.json`.
 
     Raises:
-        InputError: there is no audio or no caption, a list of files cannot be used, the output is a data folder or
-            holds latents of other settings, or a clip is bad and `options.strict` is set.
+        InputError: there is no audio or no caption, or a list of files cannot be used. The output is a data folder or
+            holds latents of other settings. A clip is bad, and `options.strict` is set.
         OutputError: the folder cannot be written or is full, or another process is writing into it.
         BackendError: the backend failed.
     """
@@ -81,23 +81,27 @@ def pre_encode(
     folders = [data_dir] if isinstance(data_dir, (str, os.PathLike)) else list(data_dir)
     folders = [expanded_text(folder) for folder in folders]
     found = find_sources(folders)
-    sources = {s.relpath: s for s in found.sources if options.shard.contains(s.relpath)}
-    encoder = model if isinstance(model, Executor) else LocalExecutor(model.autoencoder)
-    settings, shard, output = _settings(encoder, options), options.shard, find_output(output_path)
-    output.require_apart(folders)
-    with (
-        output.opened(shard) as folder,
-        Manifest.open(folder, shard, settings, reencode=options.reencode) as manifest,
-    ):
-        manifest.assign(sources)
-        output.sync_manifest(whole=True)
-        run = _Run(encoder, options, manifest, output, progress)
-        run.mark_gone(sources)
-        run.encode([source for source in sources.values() if run.is_due(source)])
-        manifest.rewrite()
+    shard = options.shard
+    sources = {source.relpath: source for source in found.sources if shard.contains(source.relpath)}
+    executor = model if isinstance(model, Executor) else LocalExecutor(model.autoencoder)
+    spec = executor.facts.spec
+    settings = Settings(
+        model=spec.name,
+        model_sha256=spec.source_sha256,
+        precision=executor.facts.precision,
+        dtype=options.dtype,
+        width=spec.latent_width,
+        sample_rate=spec.sample_rate,
+        cut=options.cut,
+    )
+    output = find_output(output_path)
+    with output.locked(shard, folders):
+        with Manifest.open(output, shard, settings, sources, reencode=options.reencode) as manifest:
+            run = _Run(executor, options, manifest, output, progress)
+            run.mark_gone(sources)
+            run.encode([source for source in sources.values() if run.is_due(source)])
         report = run.report(sources, found)
-        write_report(manifest, report)
-        output.sync_manifest(whole=True)
+        output.put(f"{STATE_FOLDER}/{shard.report}", report.folder_json(manifest.settings))
     if options.strict and report.bad:
         first = report.bad[0]["reason"]
         kinds = ", ".join(f"{n} {status}" for status, n in sorted(Counter(row["status"] for row in report.bad).items()))
@@ -108,159 +112,98 @@ def pre_encode(
     return report
 
 
-def _settings(encoder: Executor, options: PreEncodeOptions) -> Settings:
-    """What decides the latents of a run."""
-    return Settings(
-        model=encoder.spec.name,
-        model_sha256=encoder.spec.source_sha256,
-        precision=encoder.precision,
-        dtype="float16" if options.float16 else "float32",
-        width=encoder.spec.latent_width,
-        sample_size=options.sample_size,
-        pad=options.pad,
-        full=options.full,
-        crop=options.crop,
-        seed=options.seed if options.crop == "random" else 0,
-    )
-
-
+@dataclass
 class _Run:
-    """One run over a dataset, while its folder is locked."""
+    """One run over a dataset while its output is locked."""
 
-    def __init__(
-        self,
-        encoder: Executor,
-        options: PreEncodeOptions,
-        manifest: Manifest,
-        output: Output,
-        progress: Callable[[Progress], None] | None,
-    ) -> None:
-        self._encoder = encoder
-        self._options = options
-        self._manifest = manifest
-        self._output = output
-        self._progress = progress
-        self._rules = CuttingRules(
-            spec=encoder.spec,
-            windows=encoder.windows,
-            sample_size=options.sample_size,
-            pad=options.pad,
-            full=options.full,
-            crop=options.crop,
-            seed=options.seed,
-        )
-        self._files = output.names()
-        # Clips whose earlier latents stay, as they would be recorded.
-        self._kept: list[Row] = []
+    executor: Executor
+    options: PreEncodeOptions
+    manifest: Manifest
+    output: Output
+    progress: Callable[[Progress], None] | None
+
+    def __post_init__(self) -> None:
+        facts = self.executor.facts
+        self._rules = CuttingRules(facts.spec, facts.windows, self.options.cut)
+        self._files = self.output.names()
+        # Failed attempts at clips whose earlier latents stay.
+        self._failed_attempts: list[Row] = []
         self._start = time.perf_counter()
         self._state = Progress(0, 0, 0, 0.0, 0.0)
 
     def is_due(self, source: Source) -> bool:
-        """Whether a clip has to be encoded: it is new, it has changed, its files are not there, or it may work now."""
-        row = self._manifest.rows[source.relpath]
+        """Return whether a clip is new, changed, incomplete, or worth another attempt."""
+        row = self.manifest.rows[source.relpath]
         if row.status is None or row.status in _RETRIED:
             return True
         if row.status == "encoded" and not self._files.issuperset(row.files):
             return True
-        if not self._options.checksum:
+        if not self.options.checksum:
             return (row.audio, row.caption) != (source.audio, source.caption)
-        return self._have_contents_changed(row, source)
-
-    def _have_contents_changed(self, row: Row, source: Source) -> bool:
-        """Whether audio or caption hold something else than what was encoded; records digests that are new."""
-        try:
-            sha256, caption_sha256 = _digests_of(source)
-        except OSError:
-            # Encoding the clip will tell what is wrong with its files.
-            return True
-        # Changed since its folder was listed: the digests may be of contents that have never been encoded.
-        if (file_signature(Path(source.path)), file_signature(source.caption_path)) != (source.audio, source.caption):
-            return True
-        seen = dataclasses.replace(
-            row, audio=source.audio, caption=source.caption, sha256=sha256, caption_sha256=caption_sha256
-        )
-        # Where no digest was asked for before, size and time have to do.
-        if (row.audio != seen.audio) if row.sha256 is None else (row.sha256 != seen.sha256):
-            return True
-        if (row.caption != seen.caption) if row.caption_sha256 is None else (row.caption_sha256 != seen.caption_sha256):
-            return True
-        if row != seen:
-            self._manifest.record(seen)
-        return False
+        seen = unchanged_row(row, source)
+        if seen and seen != row:
+            self.manifest.record(seen)
+        return seen is None
 
     def mark_gone(self, sources: dict[str, Source]) -> None:
-        """Give up the clips that have no sound pair of files and will get none: they are not there.
-
-        Where they were never tried under these settings, files under their numbers are of other settings.
-        """
-        for row in list(self._manifest.rows.values()):
+        """Mark clips that left the dataset and have no complete pair of files of these settings."""
+        for row in list(self.manifest.rows.values()):
             if row.relpath in sources:
                 continue
             if row.status is None or (row.status == "encoded" and not self._files.issuperset(row.files)):
                 if not self._files.isdisjoint(row.files):
-                    self._remove_pair(row)
-                self._manifest.record(dataclasses.replace(row, status="gone"))
+                    self._remove_files(row)
+                self.manifest.record(dataclasses.replace(row, status="gone"))
 
     def encode(self, due: list[Source]) -> None:
-        """Encode clips, and the silence."""
-        options = self._options
+        """Encode clips, and the silence if it is missing."""
+        options = self.options
         silence = self._silence(needed=options.pad and bool(due))
         self._state = dataclasses.replace(self._state, total=len(due))
         if options.batch_size > 1:
-            due = self._by_length(due)
-        tasks = [Task(source, f"{self._manifest.rows[source.relpath].name}.npy") for source in due]
-        if not tasks:
-            return
-        job = Job(
-            self._rules,
-            self._manifest.settings.dtype,
-            silence,
-            options.batch_size,
-            options.readers,
-            self._output,
-            options.checksum,
-        )
-        self._start = time.perf_counter()
-        self._encoder.encode(job, tasks, self._finished)
-        # A worker that was killed may have left some, while others did its work.
-        clear_away(self._manifest.folder, self._options.shard)
+            due = self._sorted_by_length(due)
+        tasks = [Task(source, f"{self.manifest.rows[source.relpath].name}.npy") for source in due]
+        if tasks:
+            self._start = time.perf_counter()
+            self.executor.encode(Job(self._rules, options, silence, self.output), tasks, self._finished)
 
-    def _by_length(self, due: list[Source]) -> list[Source]:
-        """Clips of one length side by side, so that they can share a batch."""
-        with ThreadPoolExecutor(self._options.readers or default_readers(available_cpus())) as pool:
+    def _sorted_by_length(self, due: list[Source]) -> list[Source]:
+        """Put clips of one length side by side, so that they can share a batch."""
+        with ThreadPoolExecutor(self.options.readers or default_readers(available_cpus())) as pool:
             lengths = list(pool.map(partial(expected_latents, rules=self._rules), due))
         return [source for _, source in sorted(zip(lengths, due, strict=True), key=lambda pair: pair[0])]
 
     def _silence(self, *, needed: bool) -> Array | None:
-        """Write `silence.npy` if it is not there; its latents, if they are needed to pad clips."""
-        path = self._manifest.folder / SILENCE_FILE
-        dtype = np.dtype(self._manifest.settings.dtype)
-        shape = (1, self._rules.spec.latent_width, self._rules.limit)
-        missing = self._options.shard.is_written_here(SILENCE_FILE) and (
-            self._fresh() or not _is_array(path, shape, dtype)
-        )
+        """Write `silence.npy` if it is missing or wrong; return its latents if clips are padded with them."""
+        shape, dtype = (1, self._rules.spec.latent_width, self._rules.limit), np.dtype(self.options.dtype)
+        header = io.BytesIO()
+        fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(header, fields)
+        size = len(header.getvalue()) + math.prod(shape) * dtype.itemsize
+        missing = self.options.shard.is_written_here(SILENCE_FILE) and not self._has_silence(header.getvalue(), size)
         if not needed and not missing:
             return None
-        latents = self._encoder.silence(self._rules.limit)
+        latents = self.executor.silence(self._rules.limit)
         if missing:
-            with atomic_path(path) as temporary, output_errors(path), temporary.open("wb") as file:
-                # NumPy writes to an object of Python's through its `write`, whose errors tell that the disk is full.
-                np.save(SimpleNamespace(write=file.write), latents[None].astype(dtype))
-            self._output.upload(self._manifest.folder, SILENCE_FILE)
+            data = np.ascontiguousarray(latents, dtype).tobytes()
+            self.output.put(SILENCE_FILE, header.getvalue() + data)
         return latents if needed else None
 
-    def _fresh(self) -> bool:
-        """Whether nothing was encoded under these settings yet, so that what is there is of other settings."""
-        return all(row.status in (None, "gone") for row in self._manifest.rows.values())
+    def _has_silence(self, header: bytes, size: int) -> bool:
+        """Return whether there is a `silence.npy` of these settings, with this header and size."""
+        # Before the first clip of these settings, the file is of other settings.
+        if all(row.status in (None, "gone") for row in self.manifest.rows.values()):
+            return False
+        try:
+            data = self.output.get(SILENCE_FILE, size + 1) if SILENCE_FILE in self._files else b""
+        except InputError:
+            return False
+        return len(data) == size and data.startswith(header)
 
     def _finished(self, outcome: Outcome) -> None:
-        """Record an outcome."""
+        """Record the outcome of a clip."""
         source, clip, bad = outcome.task.source, outcome.clip, outcome.bad
-        old = self._manifest.rows[source.relpath]
-        kept = bad is not None and bad.transient and old.status == "encoded" and self._files.issuperset(old.files)
-        if bad and not kept:
-            self._remove_pair(old)
-        seconds = clip.kept / self._rules.spec.sample_rate if clip else 0.0
+        old = self.manifest.rows[source.relpath]
         row = Row(
             number=old.number,
             relpath=source.relpath,
@@ -271,66 +214,46 @@ class _Run:
             sha256=outcome.sha256,
             caption_sha256=outcome.caption_sha256,
             latents=clip.extent.latents if clip else 0,
-            seconds=seconds,
+            seconds=clip.kept / self._rules.spec.sample_rate if clip else 0.0,
         )
-        if kept:
-            # A disk that is away for a while costs no latents; the next run tries again.
-            self._kept.append(row)
+        if bad and bad.transient and old.status == "encoded" and self._files.issuperset(old.files):
+            # The audio may only be unavailable for a while: the earlier latents stay, and the next run tries again.
+            self._failed_attempts.append(row)
         else:
-            self._manifest.record(row)
-        self._output.sync_manifest()
+            if bad:
+                self._remove_files(old)
+            self.manifest.record(row)
         state = self._state
         self._state = dataclasses.replace(
             state,
             done=state.done + 1,
             bad=state.bad + bool(bad),
-            audio_seconds=state.audio_seconds + seconds,
+            audio_seconds=state.audio_seconds + row.seconds,
             elapsed=time.perf_counter() - self._start,
         )
-        if self._progress:
-            self._progress(self._state)
+        if self.progress:
+            self.progress(self._state)
 
-    def _remove_pair(self, row: Row) -> None:
-        """Remove the latents of a clip that no longer can or will be encoded."""
+    def _remove_files(self, row: Row) -> None:
         for file in row.files:
-            self._output.remove(file)
+            self.output.remove(file)
 
     def report(self, sources: dict[str, Source], found: Found) -> PreEncodeReport:
-        """What was done; the run is over."""
-        rows = [self._manifest.rows[relpath] for relpath in sources]
-        bad = sorted([*(row for row in rows if row.status != "encoded"), *self._kept], key=lambda row: row.number)
+        """Return what was done, after the end of the run."""
+        rows = [self.manifest.rows[relpath] for relpath in sources]
+        bad = [*(row for row in rows if row.status != "encoded"), *self._failed_attempts]
+        bad.sort(key=lambda row: row.number)
         state = self._state
         return PreEncodeReport(
-            folder=str(self._output),
+            folder=str(self.output),
             clips=len(rows),
             encoded=state.done - state.bad,
             unchanged=len(rows) - state.done,
             statuses=dict(Counter(str(row.status) for row in rows)),
             bad=[{name: getattr(row, name) for name in ("number", "relpath", "status", "reason")} for row in bad],
-            gone=sum(row.status == "encoded" and row.relpath not in sources for row in self._manifest.rows.values()),
+            gone=sum(row.status == "encoded" and row.relpath not in sources for row in self.manifest.rows.values()),
             passed_over=dict(sorted(found.passed_over.items())),
             unreadable_folders=sorted(found.unreadable_folders),
             audio_seconds=round(state.audio_seconds, 3),
             elapsed=round(time.perf_counter() - self._start, 3) if state.done else 0.0,
         )
-
-
-def _digests_of(source: Source) -> tuple[str | None, str | None]:
-    """Return the digests of a clip's audio and caption; None for a file that was not there.
-
-    Raises:
-        OSError: a file cannot be read.
-    """
-    return (
-        digest_of(Path(source.path)) if source.audio else None,
-        digest_of(source.caption_path) if source.caption else None,
-    )
-
-
-def _is_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
-    """Whether a file holds an array like this."""
-    try:
-        array = map_array(path)
-    except LatentsFileError:
-        return False
-    return bool(array.shape == shape and array.dtype == dtype)

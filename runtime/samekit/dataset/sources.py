@@ -25,17 +25,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SUFFIXES: Final = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff")
-"""Files that are taken for audio."""
+"""Suffixes of audio files."""
 # Characters of a line in a list of files: twice the longest path on Linux.
 _MOST_NAME: Final = 2**13
-# Characters of a line that a message shows.
+# Characters of such a line in a message.
 _SHOWN: Final = 200
 _LIST_FILE: Final = "filelist.txt"
-# Kinds of files that a message names.
+# Number of suffixes in a message.
 _LISTED_SUFFIXES: Final = 6
-
-
-# --- Which files there are ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -47,32 +44,32 @@ class Source:
     relpath: str
     """The file below its data folder."""
     audio: Stamp | None
-    """None if it is no regular file."""
+    """Size and time of the audio; None if it is not a regular file."""
     caption: Stamp | None
-    """None if there is none."""
+    """Size and time of the caption; None if there is none."""
     caption_name: str | None = None
-    """Name of the caption's file where it is in another Unicode normal form than the name of the audio file."""
+    """Name of the caption if its Unicode normal form differs from that of the audio file."""
 
     @property
     def caption_path(self) -> Path:
-        """Where its caption is, or would be."""
+        """Path of the caption, whether it exists or not."""
         path = Path(self.path)
         return path.with_name(self.caption_name) if self.caption_name else path.with_suffix(".txt")
 
 
 @dataclass
 class Found:
-    """What some data folders hold."""
+    """The contents of data folders."""
 
     sources: list[Source] = field(default_factory=list)
     """The audio files, sorted by relpath."""
     passed_over: Counter[str] = field(default_factory=Counter)
-    """Suffix in lower case -> how many files with it are neither audio nor the caption of an audio file."""
+    """Suffix in lower case -> number of files that are neither audio nor the caption of an audio file."""
     unreadable_folders: list[str] = field(default_factory=list)
-    """Folders below the data folders that the system does not let this process list or enter, by their relpath."""
+    """Relpaths of folders that this process may not list or enter."""
 
     def describe_left_out(self, separator: str) -> str:
-        """Return what was passed over, for people, after a separator; nothing if nothing was."""
+        """Return what was passed over, after a separator; nothing if nothing was passed over."""
         counts = sorted(self.passed_over.items(), key=lambda item: (-item[1], item[0] or "~"))
         kinds = [f"{count} {suffix or 'without a suffix'}" for suffix, count in counts[:_LISTED_SUFFIXES]]
         kinds += ["..."] * (len(counts) > _LISTED_SUFFIXES)
@@ -87,8 +84,8 @@ class Found:
 def find_sources(folders: Sequence[str | os.PathLike[str]]) -> Found:
     """Find every audio file below some folders.
 
-    A folder with a `filelist.txt` at its root is not searched: the files that it lists are taken. Elsewhere hidden
-    files and folders are passed over. Links to folders are followed, but no folder is entered twice.
+    If a folder has a `filelist.txt` at its root, the files in that list are taken. Otherwise the folder is searched:
+    hidden files and folders are passed over, links to folders are followed, and no folder is entered twice.
 
     Raises:
         InputError: a folder or its list cannot be read, two files have the same relpath, there is no audio, or no
@@ -119,11 +116,7 @@ def find_sources(folders: Sequence[str | os.PathLike[str]]) -> Found:
 
 
 def require_folders(folders: Sequence[str | os.PathLike[str]]) -> None:
-    """Refuse folders that cannot be listed.
-
-    Raises:
-        InputError: one cannot.
-    """
+    """Raise InputError if one of the folders cannot be listed."""
     for folder in map(expanded_text, folders):
         with _listing_errors(folder), os.scandir(folder):
             pass
@@ -131,41 +124,35 @@ def require_folders(folders: Sequence[str | os.PathLike[str]]) -> None:
 
 @contextmanager
 def _listing_errors(folder: str) -> Iterator[None]:
-    """Raise what the system says of a data folder as an error about it."""
+    """Report that a data folder, or a folder below it, cannot be listed."""
     try:
         yield
     except OSError as error:
-        raise _cannot_list(folder, error) from None
-
-
-def _cannot_list(folder: str, error: OSError) -> InputError:
-    """Return the error about a data folder, or one below it, that cannot be listed."""
-    cure = "check its name and permissions"
-    if "://" in folder:
-        cure = "--data_dir takes folders only, mount it"
-    return InputError(f"{folder}: cannot be read ({error.strerror}); {cure}")
+        cure = "check its name and permissions"
+        if "://" in folder:
+            cure = "--data_dir takes folders only, mount it"
+        raise InputError(f"{folder}: cannot be read ({error.strerror}); {cure}") from None
 
 
 def _walk(top: str, found: Found) -> Iterator[Source]:
     """Yield the audio files below a folder, and count in `found` what is passed over.
 
-    A file in a folder that links lead to as well is yielded under the path where it lies itself.
+    Folders are searched before links, so a file has the path where it lies if links lead to its folder as well.
     """
     folders, links, seen = [(top, "")], deque[tuple[str, str]](), set()
     while folders or links:
         folder, below = folders.pop() if folders else links.popleft()
-        try:
-            # With "/." this asks for the right to enter the folder: without it, names can be listed and no file opened.
-            status = os.stat(os.path.join(folder, "."))  # noqa: PTH116, PTH118 Path drops the "."
-            entries = {entry.name: entry for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)}
-        except PermissionError as error:
-            if not below:
-                raise _cannot_list(folder, error) from None
-            logger.warning("%s: cannot be read (%s), what it holds is left out", folder, error.strerror)
-            found.unreadable_folders.append(below)
-            continue
-        except OSError as error:
-            raise _cannot_list(folder, error) from None
+        with _listing_errors(folder):
+            try:
+                # "/." asks for the right to enter the folder. Without it, names can be listed but no file opened.
+                status = os.stat(os.path.join(folder, "."))  # noqa: PTH116, PTH118 Path drops the "."
+                entries = {entry.name: entry for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)}
+            except PermissionError as error:
+                if not below:
+                    raise
+                logger.warning("%s: cannot be read (%s), what it holds is left out", folder, error.strerror)
+                found.unreadable_folders.append(below)
+                continue
         identity = (status.st_dev, status.st_ino)
         if identity in seen:
             continue
@@ -177,33 +164,26 @@ def _walk(top: str, found: Found) -> Iterator[Source]:
             if _is_folder(entry):
                 (links if entry.is_symlink() else folders).append((entry.path, str(Path(below, name))))
             elif Path(name).suffix.lower() in SUFFIXES:
-                wanted = _caption_name(name)
-                caption = captions.find(wanted)
-                yield Source(
-                    entry.path,
-                    str(Path(below, name)),
-                    file_signature(entry),
-                    file_signature(entries[caption]) if caption else None,
-                    caption if caption != wanted else None,
-                )
+                yield _source(entry.path, str(Path(below, name)), captions)
             else:
                 others.append(name)
         found.passed_over.update(Path(name).suffix.lower() for name in others if name not in captions.taken)
 
 
-def _caption_name(name: str) -> str:
-    """Return the name of the caption of an audio file."""
-    return str(Path(name).with_suffix(".txt"))
+def _source(path: str, relpath: str, names: _Names) -> Source:
+    """Return the source of an audio file; `names` are those in its folder."""
+    audio = Path(path)
+    wanted = audio.with_suffix(".txt").name
+    caption = names.find(wanted)
+    stamp = file_signature(audio.with_name(caption)) if caption else None
+    return Source(path, relpath, file_signature(audio), stamp, caption if caption != wanted else None)
 
 
 class _Names:
-    """The names in a folder, to be found in any Unicode normal form.
+    """The names in a folder, which can be found in any Unicode normal form.
 
-    macOS writes names in a decomposed form (NFD). Other systems keep the form that a program gives, mostly the composed
-    one (NFC), and take both for different names.
-
-    Args:
-        names: of everything in the folder.
+    macOS writes names in decomposed form (NFD). Other systems keep the form that a program uses, mostly the composed
+    one (NFC), and treat the two as different names.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -212,7 +192,7 @@ class _Names:
         """Names that were found."""
 
     def find(self, name: str) -> str | None:
-        """Return the name itself if the folder has it, else its twin in another normal form, else None."""
+        """Return the name if the folder has it, else the same name in another normal form, else None."""
         found = name if name in self._names else self._composed.get(unicodedata.normalize("NFC", name))
         if found:
             self.taken.add(found)
@@ -220,18 +200,14 @@ class _Names:
 
     @cached_property
     def _composed(self) -> dict[str, str]:
-        """NFC of a name -> the name."""
         return {unicodedata.normalize("NFC", name): name for name in sorted(self._names, reverse=True)}
 
 
 def _listed_files(folder: str) -> list[Source] | None:
-    """Return the files that the list at the root of a data folder names, or None if it has no list.
+    """Return the files in the list at the root of a data folder, or None if there is no list.
 
-    As in the reference, each line is stripped and names a file, whatever its suffix. Other than there, no line may lead
-    out of the folder: somebody else's dataset must not decide which of this machine's files are read.
-
-    Raises:
-        InputError: the list cannot be read, names no file, or leads out of the folder.
+    As in the reference, each line is stripped and names a file with any suffix. Unlike there, a line may not lead out
+    of the folder, because a downloaded dataset must not decide which files of this machine are read.
     """
     path = Path(folder, _LIST_FILE)
     with _listing_errors(folder):
@@ -256,13 +232,9 @@ def _listed_files(folder: str) -> list[Source] | None:
 
 
 def _list_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a list of files that are not blank, stripped, each with its number from 1.
-
-    Raises:
-        InputError: the list cannot be read.
-    """
+    """Yield the stripped lines of a list of files that are not blank, each with its number from 1."""
     try:
-        # Names that are no text are kept as the file system gives them.
+        # Names that are not valid text are kept as the file system gives them.
         with open_regular(path) as file, TextIOWrapper(file, "utf-8-sig", "surrogateescape") as text:
             for number, line in enumerate(iter(partial(text.readline, _MOST_NAME), ""), 1):
                 if name := line.strip():
@@ -272,11 +244,11 @@ def _list_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _below(name: str, roots: Sequence[Path]) -> Path | None:
-    """Return the path below a data folder that a line of its list names; None if it leads to the folder or out of it.
+    """Return a line of a list as a path below the data folder, or None if it leads to the folder or out of it.
 
     Args:
         name: relative to the folder, or an absolute path.
-        roots: the absolute path of the folder, with and without the links on the way.
+        roots: the absolute path of the folder, with and without links.
     """
     if "\0" in name or len(name) >= _MOST_NAME - 1:
         return None
@@ -287,22 +259,15 @@ def _below(name: str, roots: Sequence[Path]) -> Path | None:
 
 
 def _listed_source(folder: str, below: Path, listing: Callable[[Path], _Names]) -> Source:
-    """Return the clip of a file that a list names; names are found in any normal form."""
-    path = Path(folder)
-    if os.path.lexists(path / below):
-        path /= below
-    else:
+    """Return the source for a path below a data folder; the names of its parts may be in any normal form."""
+    path = Path(folder, below)
+    if not os.path.lexists(path):
+        path = Path(folder)
         for part in below.parts:
             path /= listing(path).find(part) or part
-    wanted = _caption_name(path.name)
-    caption = wanted if os.path.lexists(path.with_name(wanted)) else listing(path.parent).find(wanted)
-    return Source(
-        str(path),
-        str(path.relative_to(folder)),
-        file_signature(path),
-        file_signature(path.with_name(caption)) if caption else None,
-        caption if caption != wanted else None,
-    )
+    caption = path.with_suffix(".txt")
+    names = _Names([caption.name]) if os.path.lexists(caption) else listing(path.parent)
+    return _source(str(path), str(path.relative_to(folder)), names)
 
 
 def _names_in(folder: Path) -> _Names:
@@ -312,13 +277,8 @@ def _names_in(folder: Path) -> _Names:
     return _Names(())
 
 
-def universal_newlines(text: str) -> str:
-    """Return a text with every line end as a newline, as Python reads text files."""
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether a name leads to a folder; a link that loops leads nowhere."""
+    """Return whether an entry is a folder or a link to one; a link that leads in a circle raises OSError."""
     with suppress(OSError):
         return entry.is_dir()
     return False

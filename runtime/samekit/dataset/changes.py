@@ -1,0 +1,50 @@
+"""Tell whether the files of a clip have changed: by identity, or by the SHA-256 of their contents.
+
+Size and modification time alone are `samekit.files.paths.file_signature`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from samekit.files.paths import file_signature, open_regular
+
+if TYPE_CHECKING:
+    from samekit.dataset.manifest import Row
+    from samekit.dataset.sources import Source
+
+
+def file_identity(path: Path) -> tuple[int, ...]:
+    """Return values that change whenever a file is written or replaced, even if its modification time is set back."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a regular file."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def unchanged_row(row: Row, source: Source) -> Row | None:
+    """Return a row with the present sizes, times and digests, or None if the contents of a file have changed."""
+    path, caption_path = Path(source.path), source.caption_path
+    try:
+        sha256 = sha256_of(path) if source.audio else None
+        caption_sha256 = sha256_of(caption_path) if source.caption else None
+    except OSError:
+        return None
+    # A file that has changed since its folder was listed may have a digest of contents that were never encoded.
+    if (file_signature(path), file_signature(caption_path)) != (source.audio, source.caption):
+        return None
+    # Where the last run computed no digest, size and time decide.
+    same_audio = row.audio == source.audio if row.sha256 is None else row.sha256 == sha256
+    same_caption = row.caption == source.caption if row.caption_sha256 is None else row.caption_sha256 == caption_sha256
+    if not (same_audio and same_caption):
+        return None
+    return dataclasses.replace(
+        row, audio=source.audio, caption=source.caption, sha256=sha256, caption_sha256=caption_sha256
+    )
