@@ -80,38 +80,24 @@ class _Info(NamedTuple):
 
     frame: bytes
     at: int  # offset of the name of this header
-
-    @property
-    def flags(self) -> int:
-        """Which fields a Xing or Info header has: 1 frames, 2 bytes, 4 seek table, 8 quality; 0 of VBRI."""
-        return 0 if self.frame.startswith(b"VBRI", self.at) else self.frame[self.at + 7]
-
-    @property
-    def frames(self) -> int:
-        """Frames that it announces; 0 if it announces none."""
-        if self.frame.startswith(b"VBRI", self.at):
-            return int.from_bytes(self.frame[self.at + 14 : self.at + 18], "big")
-        return int.from_bytes(self.frame[self.at + 8 : self.at + 12], "big") if self.flags & 1 else 0
-
-    @property
-    def trimmed(self) -> int:
-        """Samples that an encoder's delay and padding take, by the LAME tag, which follows the fields of Xing."""
-        if self.frame.startswith(b"VBRI", self.at) or len(self.frame) < self.at + 144:
-            return 0
-        flags = self.flags
-        tag = self.at + 8 + 4 * (flags & 1) + 2 * (flags & 2) + 25 * (flags & 4) + (flags & 8) // 2
-        delays = int.from_bytes(self.frame[tag + 21 : tag + 24], "big")
-        return (delays >> 12) + (delays & 0xFFF)
+    flags: int  # fields of a Xing or Info header: 1 frames, 2 bytes, 4 seek table, 8 quality
+    frames: int  # announced; 0 if it announces none
+    trimmed: int  # samples that the encoder's delay and padding take, by the LAME tag after the fields
 
 
 def _read_info(frame: bytes) -> _Info | None:
     """Return the header about the stream that a frame carries; None if it carries none."""
     header = _header_in(frame)
-    # After the frame header and its checksum follow zeros.
-    if header is None or header.layer != 3 or len(frame) < _LEAST_INFO:
-        return None
     at = max(frame.find(name, 4, 48) for name in (b"Xing", b"Info", b"VBRI"))
-    return _Info(frame, at) if at > 0 else None
+    if header is None or header.layer != 3 or len(frame) < _LEAST_INFO or at < 0:
+        return None
+    if frame.startswith(b"VBRI", at):
+        return _Info(frame, at, 0, int.from_bytes(frame[at + 14 : at + 18], "big"), 0)
+    flags = frame[at + 7]
+    frames = int.from_bytes(frame[at + 8 : at + 12], "big") if flags & 1 else 0
+    tag = at + 8 + 4 * (flags & 1) + 2 * (flags & 2) + 25 * (flags & 4) + (flags & 8) // 2
+    delays = int.from_bytes(frame[tag + 21 : tag + 24], "big") if len(frame) >= tag + 24 else 0
+    return _Info(frame, at, flags, frames, (delays >> 12) + (delays & 0xFFF))
 
 
 @dataclass
@@ -262,10 +248,11 @@ def _part(source: Source, stream: _Stream) -> Part:
         raise source.error(cause, CONVERT)
     count_frame = _with_count(stream) if header.layer == 3 else b""
     frames = stream.frames * header.samples - (info.trimmed if info else 0)
+    slack = 2 * header.samples
     # libmpg123 does not read a stream of one frame, and complains; with a Xing frame in front it does.
     if info or (count_frame and stream.frames == 1):
-        return Part((count_frame, *stream.ranges), frames, 2 * header.samples)
-    return Part(tuple(stream.ranges), frames, 2 * header.samples, count_frame)
+        return Part((count_frame, *stream.ranges), frames, slack)
+    return Part(tuple(stream.ranges), frames, slack, count_frame)
 
 
 def _with_count(stream: _Stream) -> bytes:

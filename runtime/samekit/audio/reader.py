@@ -13,7 +13,7 @@ from samekit.audio.containers import find_parts
 from samekit.audio.decoder import Decoder
 from samekit.audio.resampler import StreamResampler, resample
 from samekit.audio.source import Source
-from samekit.errors import AudioFileError
+from samekit.errors import AudioFileError, InputError
 from samekit.files.paths import checked_path, file_signature, open_regular
 
 if TYPE_CHECKING:
@@ -29,12 +29,11 @@ _BLOCK_VALUES: Final = 2**21
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What the header of an audio file says."""
+    """What the header of an audio file says, before any conversion."""
 
     sample_rate: int
     """In Hz."""
     channels: int
-    """As stored, before any conversion."""
     frames: int | None
     """Samples a channel; None if the file does not tell, or holds several streams that follow each other. In an MP3
     without a Xing header it may be up to two MPEG frames too many."""
@@ -73,11 +72,9 @@ class AudioReader:
                 self._source = Source(self.path, stack.enter_context(open_regular(self.path)))
                 self._part, *self._parts = find_parts(self._source)
             except OSError as error:
-                reason = error.strerror or error
-                cause = f"{self.path}: cannot be opened ({reason})"
+                cause = f"{self.path}: cannot be opened ({error.strerror or error})"
                 raise AudioFileError(f"{cause}; check name and permissions") from error
             self._decoder = Decoder(self._source, self._part)
-            stack.callback(self._close_decoder)
             frames = None if self._parts or self._part.starts_late else self._decoder.frames
             self.info = AudioInfo(*self._decoder.layout, frames, *self._decoder.coding)
             """What the file says of itself."""
@@ -96,19 +93,19 @@ class AudioReader:
 
     def close(self) -> None:
         """Close the file."""
-        self._stack.close()
-
-    def _close_decoder(self) -> None:
         self._decoder.close()
+        self._stack.close()
 
     def __iter__(self) -> Iterator[Audio]:
         """Yield the samples that are left, as `[channels, samples]`."""
         while True:
+            front = self._part.front
+            order = [*front, *(channel for channel in range(self.info.channels) if channel not in front)]
             while len(frames := self._decoder.read(self._block, self._seconds)):
                 self._frames_read += len(frames)
                 if not np.isfinite(frames).all():
                     raise self._source.error("holds NaN or infinity", "render it again without them")
-                yield np.ascontiguousarray(self._front_first(frames).T)
+                yield np.ascontiguousarray(frames.T if front == (0, 1) else frames.T[order])
             if file_signature(self.path) != self._signature:
                 raise self._source.error("was changed while it was read", "read it again")
             self._decoder.check_end()
@@ -135,27 +132,13 @@ class AudioReader:
             cure = "split it there and convert the parts one by one"
             raise self._source.error(f"changes after {self._seconds:.1f} s {change}", cure)
 
-    def _front_first(self, frames: Audio) -> Audio:
-        """Put left and right before the other channels of `[samples, channels]`."""
-        front = self._part.front
-        if front == (0, 1):
-            return frames
-        return frames[:, [*front, *(channel for channel in range(frames.shape[1]) if channel not in front)]]
-
     def _empty(self) -> AudioFileError:
         """Return the error of a file without samples."""
         return self._source.error("holds no samples, or its header was never completed", "record or render it again")
 
 
 class PreparedReader(AudioReader):
-    """Read a file as `prepare` returns it, block by block, in memory that does not grow with its length.
-
-    `info` describes the file as stored.
-
-    Args:
-        path: the file.
-        sample_rate: wanted, in Hz.
-        channels: wanted.
+    """Read a file block by block at the sample rate, in Hz, and the channels of a model; `info` is that of the file.
 
     Raises:
         AudioFileError: on opening or reading, as `AudioReader`.
@@ -167,10 +150,11 @@ class PreparedReader(AudioReader):
         self.samples = 0
         """Samples a channel that were yielded so far: the exact length, once the file is read."""
         self._channels = channels
-        with ExitStack() as stack:
-            stack.callback(self.close)
+        try:
             self._resampler = StreamResampler(self.info.sample_rate, sample_rate, channels)
-            stack.pop_all()
+        except InputError:
+            self.close()
+            raise
 
     def __iter__(self) -> Iterator[Audio]:
         """Yield `[channels, samples]` at the rate wanted, in blocks of varying length."""
@@ -197,16 +181,9 @@ def read_audio(path: str | os.PathLike[str]) -> tuple[Audio, int]:
 
 
 def prepare(audio: Audio, rate_in: int, rate_out: int, channels: int) -> Audio:
-    """Convert one clip to the channels and the sample rate of a model, as the reference does before encoding.
+    """Convert `[channels of the clip, samples]` to the channels and the sample rate of a model, as the reference does.
 
-    Args:
-        audio: `[channels of the clip, samples]`.
-        rate_in: rate of the clip in Hz.
-        rate_out: rate of the model in Hz.
-        channels: of the model.
-
-    Returns:
-        `[channels, resampled_length(samples, rate_in, rate_out)]`, not padded; it may share memory with `audio`.
+    The result, `[channels, resampled_length(samples, rate_in, rate_out)]`, may share memory with `audio`.
 
     Raises:
         InputError: as `to_channels` and `resample`.

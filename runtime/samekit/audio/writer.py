@@ -53,7 +53,7 @@ class AudioWriter:
     written as RF64, if `frames` announces it.
 
     Args:
-        path: the file; its suffix, .wav or .flac, is the format.
+        path: the file; its suffix is the format.
         sample_rate: in Hz.
         channels: of every block.
         subtype: `PCM_16`, `PCM_24`, and in WAV also `PCM_32` or `FLOAT`.
@@ -112,10 +112,7 @@ class AudioWriter:
         self._stack.__exit__(kind, error, trace)
 
     def write(self, audio: Audio) -> None:
-        """Append a block.
-
-        Args:
-            audio: `[channels, samples]`, finite.
+        """Append a block, `[channels, samples]`.
 
         Raises:
             InputError: the block has another shape, or holds NaN or infinity.
