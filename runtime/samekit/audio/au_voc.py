@@ -7,6 +7,7 @@ samples too. So the count and the size of the file are compared here.
 from __future__ import annotations
 
 import re
+import struct
 from typing import TYPE_CHECKING, Final, Literal
 
 from samekit.audio.parts import Part
@@ -37,7 +38,7 @@ _SDS_HEADER, _SDS_PACKET, _SDS_SAMPLES = 21, 127, 120
 
 def counted_part(source: Source) -> Part | None:
     """Return the only part of a file in one of these formats; None if it has another format, or counts nothing."""
-    header = source.read(0, _HEADER_BYTES)
+    header = source.read(0, _HEADER_BYTES).ljust(_HEADER_BYTES, b"\0")
     last = source.before_tags(0, source.size)
     if header.startswith(_VOC):
         _check_voc(source, header, last)
@@ -72,8 +73,8 @@ def _check_voc(source: Source, header: bytes, end: int) -> None:
     position = int.from_bytes(header[20:22], "little")
     found = False
     for _ in range(_MOST_BLOCKS):
-        block = source.read(position, 4) if position < end else b""
-        if len(block) < 4 or block[0] not in _VOC_TYPES:
+        block = source.read(position, 4)
+        if position >= end or len(block) < 4 or block[0] not in _VOC_TYPES:
             break
         position += 4 + int.from_bytes(block[1:], "little")
         if block[0] not in _VOC_SOUND:
@@ -105,7 +106,7 @@ def _nist_end(header: bytes) -> int:
 
 def _sds_end(header: bytes) -> int:
     """Return where the packets of a MIDI sample dump end: each sample takes as many bytes of seven bits as it needs."""
-    if len(header) < _SDS_HEADER or header[3] != 1 or not 0 < header[6] <= 28:
+    if header[3] != 1 or not 0 < header[6] <= 28:
         return 0
     count = header[10] & 0x7F | (header[11] & 0x7F) << 7 | (header[12] & 0x7F) << 14
     packet_samples = _SDS_SAMPLES // -(-header[6] // 7)
@@ -114,15 +115,14 @@ def _sds_end(header: bytes) -> int:
 
 def _avr_end(header: bytes) -> int:
     """Return where the samples of an Audio Visual Research file end: 128 bytes of header, and a count of frames."""
-    channels = 2 if int.from_bytes(header[12:14], "big") else 1
-    frames = int.from_bytes(header[26:30], "big")
-    return 128 + frames * channels * (int.from_bytes(header[14:16], "big") // 8) if frames else 0
+    stereo, bits, frames = struct.unpack_from(">HH10xI", header, 12)
+    return 128 + frames * (2 if stereo else 1) * (bits // 8) if frames else 0
 
 
 def _mpc_end(header: bytes) -> int:
     """Return where the samples of an Akai MPC 2000 file end: 42 bytes of header, and a count of frames of 16 bits."""
-    frames = int.from_bytes(header[30:34], "little")
-    return 42 + frames * 2 * (2 if header[21:22] == b"\1" else 1) if frames else 0
+    stereo, frames = struct.unpack_from("<B8xI", header, 21)
+    return 42 + frames * (4 if stereo == 1 else 2) if frames else 0
 
 
 def _wve_end(header: bytes) -> int:

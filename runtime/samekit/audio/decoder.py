@@ -39,6 +39,9 @@ class _SequentialFile(sf.SoundFile):  # type: ignore[misc]  # soundfile ships no
 class Decoder:
     """Read the frames of one part, in order.
 
+    `layout` is the sample rate in Hz and the channels, `coding` the format and the subtype as libsndfile names them,
+    `frames` what the decoder announces, or None.
+
     Raises:
         AudioFileError: libsndfile cannot read it.
     """
@@ -52,13 +55,9 @@ class Decoder:
             self.close()
             self._open((part.count_frame, *part.pieces))
         self.layout = int(self._file.samplerate), int(self._file.channels)
-        """Sample rate in Hz, and channels."""
         self.coding = str(self._file.format), str(self._file.subtype)
-        """Format and subtype, as libsndfile names them."""
         self.frames = None if self._file.frames >= _UNKNOWN_FRAMES else int(self._file.frames)
-        """Frames that the decoder announces; None if it does not know."""
-        self.frames_read = 0
-        """Frames that were decoded so far."""
+        self._frames_read = 0
 
     def _open(self, pieces: tuple[Piece, ...]) -> None:
         self._pieces = PieceFile(self._source, pieces)
@@ -71,38 +70,26 @@ class Decoder:
         self._file.close()
 
     def read(self, most: int, seconds: float) -> Audio:
-        """Decode up to `most` frames, `[frames, channels]`; none at the end.
-
-        Args:
-            most: frames.
-            seconds: that precede them in the file, for messages.
-
-        Raises:
-            AudioFileError: the decoder fails.
-        """
+        """Decode up to `most` frames, `[frames, channels]`; none at the end. `seconds` of the file precede them."""
         # The decoder would drop what it decoded beyond the announced frames, and so hide that there was more.
-        wanted = most if self.frames is None else max(0, min(most, self.frames - self.frames_read))
+        wanted = most if self.frames is None else max(0, min(most, self.frames - self._frames_read))
         # The decoder does not tell where in the block.
         cause = f"is damaged after {seconds:.1f} s, before {seconds + wanted / self.layout[0]:.1f} s"
         with self._decoding(cause, COPY):
             frames: Audio = self._file.read(wanted, dtype="float32", always_2d=True)
         if error := self._pieces.error:
             raise self._source.error(f"cannot be read ({error.strerror})", "check the disk") from error
-        self.frames_read += len(frames)
+        self._frames_read += len(frames)
         return frames
 
     def check_end(self) -> None:
-        """Compare what was decoded with what the part announces and holds.
-
-        Raises:
-            AudioFileError: something is missing, or left over.
-        """
+        """Raise an error if less was decoded than the part announces or holds."""
         announced = self.frames if self._part.frames is None else self._part.frames
-        if announced is not None and not self._part.starts_late and self.frames_read < announced - self._part.slack:
+        if announced is not None and not self._part.starts_late and self._frames_read < announced - self._part.slack:
             raise self._source.cut_off()
         rest = self._pieces.unread
         if self._part.timed and rest > 0:
-            seconds = self.frames_read / self.layout[0]
+            seconds = self._frames_read / self.layout[0]
             cause = f"its time stamps announce {seconds:.1f} s, and {rest} bytes follow"
             raise self._source.error(cause, CONVERT)
         if self._part.check_tail and rest > _BLOCK_BYTES:

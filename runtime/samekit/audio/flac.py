@@ -15,18 +15,15 @@ from samekit.audio.parts import Part, Piece
 if TYPE_CHECKING:
     from samekit.audio.source import Source
 
-_BLOCK: Final = 2**18
-_TAIL: Final = 2**14
-_PADDING: Final = 1024
-# RFC 9639, 8.1 and 8.2: the signature and the header of the STREAMINFO block, last block or not.
+# Bytes that are read at a time in search of streams, and at the end; the least bytes of padding.
+_BLOCK, _TAIL, _PADDING = 2**18, 2**14, 2**10
+# RFC 9639, 8.1 and 8.2: the signature and the header of the STREAMINFO block, last block or not; the end of this block.
 _BEGINNING: Final = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
-_BEGINNING_BYTES: Final = 8
-_STREAMINFO_END: Final = 42
-# The header of a frame and its checksums take 8 bytes or more. The limits bound the time that a malicious file of empty
-# streams or of empty metadata blocks takes.
+_BEGINNING_BYTES, _STREAMINFO_END = 8, 42
+# The header of a frame and its checksums take 8 bytes or more.
 _LEAST_FRAME: Final = 8
-_MOST_EMPTY: Final = 1000
-_MOST_BLOCKS: Final = 10_000
+# Limits of the time that a malicious file of empty streams or of empty metadata blocks takes.
+_MOST_EMPTY, _MOST_BLOCKS = 1000, 10_000
 _SYNC: Final = re.compile(rb"\xff[\xf8\xf9]")
 _MOST_FRAME_HEADER: Final = 16
 # RFC 9639, 9.1.1: samples of a frame by the code; 6 and 7 stand for a number of 8 or 16 bits at the header's end.
@@ -73,11 +70,8 @@ def _next_stream(source: Source, position: int) -> int | None:
     # The first block is small: a malicious file may consist of tiny streams.
     size = _TAIL
     while len(block := source.read(position, size)) >= _BEGINNING_BYTES:
-        at = block.find(b"fLaC")
-        while at >= 0:
-            if _BEGINNING.match(block, at):
-                return position + at
-            at = block.find(b"fLaC", at + 1)
+        if match := _BEGINNING.search(block):
+            return position + match.start()
         position += len(block) - _BEGINNING_BYTES + 1
         size = _BLOCK
     return None

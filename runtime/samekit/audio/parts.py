@@ -21,21 +21,13 @@ class Part:
     """What one decoder reads to its end. Most files have one part."""
 
     pieces: tuple[Piece, ...]
-    """What the decoder reads."""
-    frames: int | None = None
-    """Frames that the structure of the part shows; None if it does not show them."""
-    slack: int = 0
-    """Frames by which the decoder may stay below `frames`, or below its own count if `frames` is None."""
-    count_frame: bytes = b""
-    """Is put before the pieces if the decoder else counts less than `frames`, or more than `slack` beyond them."""
-    starts_late: bool = False
-    """The time stamps begin after zero, so the decoder's own count is too large."""
-    timed: bool = False
-    """The decoder stops at the last time stamp: bytes that it leaves unread are audio."""
-    check_tail: bool = False
-    """The format does not show its end: bytes that the decoder leaves unread must be few."""
-    front: Front = (0, 1)
-    """Which channels are left and right, if there are two or more."""
+    frames: int | None = None  # that the structure of the part shows; None if it does not show them
+    slack: int = 0  # frames by which the decoder may stay below `frames`, or below its own count if that is None
+    count_frame: bytes = b""  # put before the pieces unless the decoder counts `frames` to `frames + slack`
+    starts_late: bool = False  # the time stamps begin after zero, so the decoder's own count is too large
+    timed: bool = False  # the decoder stops at the last time stamp: bytes that it leaves unread are audio
+    check_tail: bool = False  # the format does not show its end: the decoder must leave only few bytes unread
+    front: Front = (0, 1)  # which channels are left and right, if there are two or more
 
 
 class PieceFile:
@@ -47,8 +39,8 @@ class PieceFile:
         sizes = (len(piece) if isinstance(piece, bytes) else piece[1] - piece[0] for piece in pieces)
         self._starts = [0, *accumulate(sizes)]
         self._position = 0
+        # libsndfile would not pass on an exception of a read.
         self.error: OSError | None = None
-        """The error of a read: libsndfile would not pass on an exception."""
 
     @property
     def unread(self) -> int:

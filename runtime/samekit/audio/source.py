@@ -11,10 +11,9 @@ from samekit.errors import AudioFileError
 if TYPE_CHECKING:
     from pathlib import Path
 
+# The cures for files that are damaged or cut off, and for those that libsndfile does not read to their end.
 COPY: Final = "copy or download it again"
-"""The cure for files that are damaged or cut off."""
 CONVERT: Final = "convert it: ffmpeg -i IN OUT.flac"
-"""The cure for files that libsndfile does not read to their end."""
 _BLOCK: Final = 2**16
 # Limits the time that a malicious file of empty tags takes.
 _MOST_TAGS: Final = 1000
@@ -25,13 +24,14 @@ class Source:
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path = path
-        self.file = file
+        self._file = file
         self.size = file.seek(0, os.SEEK_END)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Return up to `size` bytes at `offset`."""
-        self.file.seek(offset)
-        return self.file.read(max(0, size))
+        """Return up to `size` bytes at `offset`, which may be beyond the end."""
+        # Damaged files may announce offsets that no seek accepts.
+        self._file.seek(min(offset, self.size))
+        return self._file.read(max(0, size))
 
     def error(self, cause: str, cure: str = COPY) -> AudioFileError:
         """Return an error about this file."""
