@@ -33,6 +33,8 @@ _FLAC: Final = b"\x7fFLAC"
 _AUDIO: Final = (b"\x01vorbis", b"OpusHead", _FLAC, b"Speex   ", b"PCM     ")
 # RFC 9639, 10.1: the mark above, a version and the number of header packets precede the signature of FLAC.
 _FLAC_HEADER_BYTES: Final = 9
+# RFC 9639, 8.2: the most samples of a frame, by the STREAMINFO in the first packet.
+_FLAC_BLOCK: Final = slice(19, 21)
 _REVERSED: Final = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
@@ -148,7 +150,7 @@ def _append(source: Source, stream: _Stream, page: _Page) -> None:
         raise source.error(f"misses pages before byte {page.start}", f"{COPY}, or close the gap: ffmpeg -i IN OUT.flac")
     stream.starts_late |= gap
     if page.granule > 0:
-        most = _MOST_PACKET_SAMPLES.get(stream.head[:4]) or _largest_flac_block(stream.head)
+        most = _MOST_PACKET_SAMPLES.get(stream.head[:4]) or int.from_bytes(stream.head[_FLAC_BLOCK], "big") or 65_535
         stream.starts_late |= not stream.granule and page.granule > most * max(1, page.packets)
         if page.granule < stream.granule:
             raise source.error(f"has times that go back at byte {page.start}", CONVERT)
@@ -158,12 +160,6 @@ def _append(source: Source, stream: _Stream, page: _Page) -> None:
     if stream.ranges and stream.ranges[-1][1] == start:
         start = stream.ranges.pop()[0]
     stream.ranges.append((start, page.end))
-
-
-def _largest_flac_block(head: bytes) -> int:
-    """Return how many samples a FLAC frame holds at most, by the STREAMINFO in the first packet (RFC 9639, 8.2)."""
-    at = _FLAC_HEADER_BYTES + 10
-    return int.from_bytes(head[at : at + 2], "big") or 65_535
 
 
 def _part(source: Source, stream: _Stream) -> Part:

@@ -73,8 +73,6 @@ class _Chunks:
     start: int
     end: int = 0  # where the next file begins, or bytes that are no chunk
     samples: list[tuple[int, int]] = field(default_factory=list)  # begin and end of the content of these chunks
-    unknown_size: bool = False  # the samples go on to the end of the file
-    complete: bool = True
     empty: list[int] = field(default_factory=list)  # offsets of empty chunks of samples, beside one that is not
     format: bytes = b""  # name and content of the chunk that tells the coding
     layout: bytes = b""  # content of the chunk that tells the channels of AIFF, 8SVX and CAF
@@ -98,8 +96,6 @@ def chunked_parts(source: Source, start: int) -> list[Part]:
         found.append(_read_chunks(source, found[-1].end))
     parts = []
     for chunks in found:
-        if not chunks.complete:
-            raise source.cut_off(f"{COPY}, or take what it holds: ffmpeg -i IN OUT.flac")
         if len(chunks.samples) > 1:
             # Other decoders read one of them too.
             cause = f"holds its samples in {len(chunks.samples)} chunks, of which libsndfile reads one"
@@ -139,9 +135,9 @@ def _read_chunks(source: Source, start: int) -> _Chunks:
                 size = chunks.long_size or size
             # Beside a chunk with samples, a size of 0 is what it says.
             stop = body if size == 0 and chunks.samples else _samples_end(source, form, body, size)
-            chunks.complete = stop <= source.size
-            chunks.unknown_size = stop == source.size != body + size and (size <= 0 or form.size == 8)
-            chunks.samples.append((body, min(stop, source.size)))
+            if stop > source.size:
+                raise source.cut_off(f"{COPY}, or take what it holds: ffmpeg -i IN OUT.flac")
+            chunks.samples.append((body, stop))
         else:
             stop = body + max(0, size)
             if stop > source.size and name not in _TRAILING and chunks.samples:
@@ -202,11 +198,10 @@ def _parts(source: Source, chunks: _Chunks) -> list[Part]:
     end = stop if chunks.kind == b"riff" else chunks.end
     # libsndfile may take an empty chunk of samples for the only one, so it gets another name.
     changes = dict.fromkeys(chunks.empty, b"JUNK")
-    size_bytes = {b"caff": 8, b"RIFF": 4}.get(chunks.kind, 0)
-    if chunks.unknown_size and size_bytes:
+    form = _FORMS[chunks.kind]
+    if chunks.kind in (b"RIFF", b"caff") and stop - body < 1 << 8 * form.size:
         # libsndfile refuses the -1 of CAF, and finds no samples in some WAV files whose size is 0.
-        size = (stop - body) & (1 << 8 * size_bytes) - 1
-        changes[body - size_bytes] = size.to_bytes(size_bytes, _FORMS[chunks.kind].order)
+        changes[body - form.size] = (stop - body).to_bytes(form.size, form.order)
     pieces: list[Piece] = []
     position = chunks.start
     for at, data in sorted(changes.items()):
