@@ -1,7 +1,7 @@
 """Formats whose header counts the samples that follow it: AU, VOC, NIST SPHERE, SDS, AVR, MPC 2000 and WVE.
 
-libsndfile raises no error if such a file holds less than its header counts, and takes what follows the samples for
-samples too. So the count and the size of the file are compared here.
+libsndfile raises no error if such a file holds less than its header counts, and decodes bytes after the samples as
+samples. So the count and the size of the file are compared here.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def counted_part(source: Source) -> Part | None:
         return None
     if ends[0] > source.size:
         raise source.cut_off()
-    # Padding is refused too, because other decoders take it for samples.
+    # Padding is refused too, because other decoders decode it as samples.
     following = source.after_tags(ends[0], source.size)
     if rest := source.before_tags(following, source.size) - following:
         raise source.unknown_bytes(rest, "after the samples that it counts")
@@ -69,7 +69,7 @@ def _au_part(source: Source, header: bytes, end: int) -> Part:
 
 
 def _check_voc(source: Source, header: bytes, end: int) -> None:
-    """Refuse a VOC file with several blocks of samples: libsndfile takes the headers of the others for samples."""
+    """Refuse several blocks of samples in a VOC file: libsndfile would decode the headers between them as samples."""
     position = int.from_bytes(header[20:22], "little")
     found = False
     for _ in range(_MOST_BLOCKS):

@@ -47,5 +47,5 @@ def find_parts(source: Source) -> list[Part]:
             # libsndfile would call the file missing, and libmpg123 would print to the standard error.
             cause = "is named as MPEG audio and holds no MPEG frame near its beginning"
             raise source.error(cause, f"{COPY}, or {CONVERT}")
-    # Many of the other formats take all bytes that follow for samples.
+    # In many of the other formats, all bytes up to the end are samples.
     return parts or [Part(((start, source.before_tags(start, end)),), check_tail=True)]

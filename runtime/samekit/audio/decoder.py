@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 # libsndfile's SF_COUNT_MAX: the length of a FLAC file that was written to a pipe.
 _UNKNOWN_FRAMES: Final = 2**63 - 1
-# Fewer unread bytes than this may be an incomplete block of a coding.
+# Fewer unread bytes may be an incomplete block of a codec.
 _BLOCK_BYTES: Final = 2048
 
 
 class _SequentialFile(sf.SoundFile):  # type: ignore[misc]  # soundfile ships no type information
     """A sound file that is only read forwards.
 
-    After each read, soundfile seeks to where a seekable file stands already. In Opus files libsndfile then
-    returns other samples when the reads are small.
+    After each read, soundfile seeks to the current position of a seekable file. In Opus files, libsndfile then returns
+    other samples if the reads are small.
     """
 
     def seekable(self) -> bool:
@@ -71,9 +71,9 @@ class Decoder:
 
     def read(self, most: int, seconds: float) -> Audio:
         """Decode up to `most` frames, `[frames, channels]`; none at the end. `seconds` of the file precede them."""
-        # The decoder would drop what it decoded beyond the announced frames, and so hide that there was more.
+        # libsndfile would drop frames beyond the announced ones, which hides that there are more.
         wanted = most if self.frames is None else max(0, min(most, self.frames - self._frames_read))
-        # The decoder does not tell where in the block.
+        # libsndfile does not report the position within the block.
         cause = f"is damaged after {seconds:.1f} s, before {seconds + wanted / self.layout[0]:.1f} s"
         with self._decoding(cause, COPY):
             frames: Audio = self._file.read(wanted, dtype="float32", always_2d=True)

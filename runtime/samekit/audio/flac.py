@@ -103,7 +103,7 @@ def _part(source: Source, start: int, frames_start: int, end: int) -> Part:
         position, held = last
         if held < announced:
             raise source.cut_off()
-        # The frame that was found is the last one, so no more than one frame can follow its header.
+        # This frame is the last one, so its bytes are all that can be left.
         if end - position > _most_frame_bytes(info):
             raise source.unknown_bytes(end - position, "from its last frame on")
     mask = _MASK.search(source.read(start, min(frames_start - start, 2**16)))
@@ -119,7 +119,7 @@ def _before_trailer(source: Source, start: int, end: int) -> int:
         before = source.before_tags(start, end)
         tail = max(start, before - _TAIL)
         block = source.read(tail, before - tail)
-        # ID3v2 tags of the next stream show at their beginning only.
+        # ID3v2 tags of the next stream can be recognised only at their beginning.
         found = block.rfind(b"ID3")
         if found >= 0 and source.after_tags(tail + found, end) == before:
             before = tail + found
@@ -175,7 +175,7 @@ def _position_after(header: bytes, info: bytes, first: bytes) -> int | None:
         return None
     if header[1] & 1:
         return number + samples
-    # Frames of fixed size are counted; streams of the first encoders broke this rule.
+    # Frames of a fixed size carry their number, which tells the position only if no frame but the last is shorter.
     smallest, largest = (int.from_bytes(info[offset : offset + 2], "big") for offset in (8, 10))
     return number * largest + samples if smallest == largest else None
 

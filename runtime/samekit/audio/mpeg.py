@@ -1,4 +1,4 @@
-"""The frames of MPEG audio (MP3, MP2, MP1): found by their headers, counted, and given to the decoder without the rest.
+"""MPEG audio (MP3, MP2, MP1): find and count the frames, and pass them to the decoder without the bytes between them.
 
 libmpg123 estimates the length of a file without a Xing header from its first frames, and libsndfile reads no more than
 this estimate. So the frames are counted here, and a Xing header with the true count is put before them where needed.
@@ -143,7 +143,7 @@ def first_frame(source: Source, start: int, end: int, *, search: bool) -> int | 
 
 
 def is_free_format(source: Source, start: int) -> bool:
-    """Return whether a frame header of free format (bit rate 0) is at `start`; it does not tell the frame's size."""
+    """Return whether a frame header of free format (bit rate 0) is at `start`. Such headers do not tell their size."""
     word = int.from_bytes(source.read(start, 4), "big")
     return word >> 12 & 15 == 0 and _header(word | 1 << 12) is not None
 
@@ -191,7 +191,7 @@ def _find_streams(source: Source, position: int, end: int) -> list[_Stream]:
                         cure = f"{COPY}, or take what can be decoded: ffmpeg -i IN OUT.flac"
                         raise source.error(f"{cause} (bytes between the frames are no MPEG audio)", cure)
                     damaged_at = seconds
-                # The end of the frame before the gap is missing; libmpg123 would make noise of it, and complain.
+                # The end of the frame before the gap is missing: libmpg123 would decode noise and print an error.
                 streams[-1].drop_last()
             continue
         # Frames with a header about the stream are silent: zeros follow the frame header and its checksum.
@@ -238,7 +238,7 @@ def _is_join(source: Source, stream: _Stream, gap: int, position: int) -> bool:
 def _part(source: Source, stream: _Stream) -> Part:
     """Return the part of one stream."""
     header, info = stream.header, stream.info
-    # Some encoders count the frame with the header too.
+    # Some encoders also count the frame that carries the header.
     if info and info.frames > stream.frames + 1:
         total, held = (frames * header.samples / header.rate for frames in (info.frames, stream.frames))
         raise source.error(f"is cut off, it announces {total:.1f} s and holds {held:.1f} s")
@@ -249,7 +249,7 @@ def _part(source: Source, stream: _Stream) -> Part:
     count_frame = _with_count(stream) if header.layer == 3 else b""
     frames = stream.frames * header.samples - (info.trimmed if info else 0)
     slack = 2 * header.samples
-    # libmpg123 does not read a stream of one frame, and complains; with a Xing frame in front it does.
+    # libmpg123 reads a stream of one frame only if a Xing frame precedes it.
     if info or (count_frame and stream.frames == 1):
         return Part((count_frame, *stream.ranges), frames, slack)
     return Part(tuple(stream.ranges), frames, slack, count_frame)

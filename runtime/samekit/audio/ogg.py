@@ -95,7 +95,7 @@ def ogg_parts(source: Source, start: int) -> list[Part]:
         if len(streams) > 1:
             cause = f"holds {len(streams)} audio streams that run at the same time"
             raise source.error(cause, "take one of them: ffmpeg -i IN -map 0:a:0 OUT.flac")
-        # libsndfile tells why it does not read a group without audio.
+        # For a group without audio, the decoder raises an error that says why.
         parts.extend(_part(source, stream) for stream in streams or list(group.values())[:1])
     return parts
 
@@ -144,7 +144,7 @@ def _append(source: Source, stream: _Stream, page: _Page) -> None:
     if stream.ended:
         cause = f"goes on at byte {page.start} after the page that is marked as the last"
         raise source.error(cause, CONVERT)
-    # A radio relay sends the first pages, with the headers, and goes on with what is played at the moment.
+    # A radio relay sends the first pages, which hold the headers, and continues with the current programme.
     gap = page.number != stream.number + 1 & 0xFFFFFFFF
     if gap and stream.granule:
         raise source.error(f"misses pages before byte {page.start}", f"{COPY}, or close the gap: ffmpeg -i IN OUT.flac")
@@ -172,7 +172,7 @@ def _part(source: Source, stream: _Stream) -> Part:
         return Part(flac_pieces, None if stream.starts_late else stream.granule, front=front)
     pieces: tuple[Piece, ...] = tuple(stream.ranges)
     if not stream.ended:
-        # libsndfile refuses Opus whose last page is not marked as the last; recorders that are stopped leave it so.
+        # libsndfile refuses Opus whose last page is not marked as the last, as a recorder that was stopped leaves it.
         start, end = stream.last
         page = bytearray(source.read(start, end - start))
         page[5] |= _LAST

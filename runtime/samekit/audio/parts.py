@@ -39,7 +39,7 @@ class PieceFile:
         sizes = (len(piece) if isinstance(piece, bytes) else piece[1] - piece[0] for piece in pieces)
         self._starts = [0, *accumulate(sizes)]
         self._position = 0
-        # libsndfile would not pass on an exception of a read.
+        # The error of a read: libsndfile would not pass on the exception.
         self.error: OSError | None = None
 
     @property

@@ -97,7 +97,7 @@ def chunked_parts(source: Source, start: int) -> list[Part]:
     parts = []
     for chunks in found:
         if len(chunks.samples) > 1:
-            # Other decoders read one of them too.
+            # Other decoders read only one of them too.
             cause = f"holds its samples in {len(chunks.samples)} chunks, of which libsndfile reads one"
             raise source.error(cause, "split it, so that each file has one")
         parts.extend(_parts(source, chunks))
@@ -133,7 +133,7 @@ def _read_chunks(source: Source, start: int) -> _Chunks:
         if name == form.samples:
             if size == 0xFFFFFFFF:
                 size = chunks.long_size or size
-            # Beside a chunk with samples, a size of 0 is what it says.
+            # A size of 0 is unknown, unless another chunk holds samples: then this one is empty.
             stop = body if size == 0 and chunks.samples else _samples_end(source, form, body, size)
             if stop > source.size:
                 raise source.cut_off(f"{COPY}, or take what it holds: ffmpeg -i IN OUT.flac")
@@ -194,7 +194,7 @@ def _parts(source: Source, chunks: _Chunks) -> list[Part]:
         first = first_frame(source, body, stop, search=True)
         if first is not None:
             return mpeg_parts(source, first, stop)
-    # libsndfile takes the chunks after the samples of a W64 file for samples.
+    # libsndfile would decode the chunks after the samples of a W64 file as samples.
     end = stop if chunks.kind == b"riff" else chunks.end
     # libsndfile may take an empty chunk of samples for the only one, so it gets another name.
     changes = dict.fromkeys(chunks.empty, b"JUNK")
@@ -236,7 +236,7 @@ def _front(source: Source, chunks: _Chunks) -> Front:
             raise no_front(source, "holds an ambisonic sound field")
         return front_of_mask(source, int.from_bytes(body[20:24], "little"), channels)
     if chunks.kind == b"FORM" and not kind and int.from_bytes(chunks.layout[:4], "big") == _SVX_STEREO:
-        # Amiga 8SVX: the left channel comes first as a whole, then the right one. libsndfile takes turns.
+        # Amiga 8SVX: all samples of the left channel precede those of the right one. libsndfile reads them alternately.
         raise source.error("is 8SVX with two channels one after the other", CONVERT)
     # The channels are 16 bits in the COMM chunk of AIFF, and 32 bits in the desc chunk of CAF.
     field = {b"COMM": body[:2], b"desc": body[24:28]}.get(kind, b"")
