@@ -58,27 +58,25 @@ class PieceFile:
             self._position = position
         return self._position
 
-    def read(self, size: int) -> bytes:
-        """Return up to `size` bytes; fewer at the end only."""
-        chunks = []
-        while size > 0 and self._position < self._starts[-1]:
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill a buffer, and return how many bytes were read; fewer than it holds at the end only."""
+        view = memoryview(buffer).cast("B")
+        filled = 0
+        while filled < len(view) and self._position < self._starts[-1]:
             index = bisect_right(self._starts, self._position) - 1
             piece, inside = self._pieces[index], self._position - self._starts[index]
-            wanted = min(size, self._starts[index + 1] - self._position)
-            if isinstance(piece, bytes):
-                chunk = piece[inside : inside + wanted]
-            else:
-                chunk = self._read_file(piece[0] + inside, wanted)
-            if not chunk:
+            target = view[filled : filled + self._starts[index + 1] - self._position]
+            try:
+                if isinstance(piece, bytes):
+                    target[:] = piece[inside:][: len(target)]
+                    count = len(target)
+                else:
+                    count = self._source.readinto(piece[0] + inside, target)
+            except OSError as error:
+                self.error = error
                 break
-            chunks.append(chunk)
-            size -= len(chunk)
-            self._position += len(chunk)
-        return b"".join(chunks)
-
-    def _read_file(self, offset: int, size: int) -> bytes:
-        try:
-            return self._source.read(offset, size)
-        except OSError as error:
-            self.error = error
-            return b""
+            if not count:
+                break
+            filled += count
+            self._position += count
+        return filled

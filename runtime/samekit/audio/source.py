@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import TYPE_CHECKING, Final
 
 from samekit.audio.tags import size_from_end, size_from_start
 from samekit.errors import AudioFileError
 
 if TYPE_CHECKING:
+    from io import BufferedReader
     from pathlib import Path
 
 # The cures for files that are damaged or cut off, and for those that libsndfile does not read to their end.
@@ -22,7 +23,7 @@ _MOST_TAGS: Final = 1000
 class Source:
     """An open audio file. Offsets and sizes are in bytes."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: BufferedReader) -> None:
         self.path = path
         self._file = file
         self.size = file.seek(0, os.SEEK_END)
@@ -32,6 +33,11 @@ class Source:
         # Damaged files may announce offsets that no seek accepts.
         self._file.seek(min(offset, self.size))
         return self._file.read(max(0, size))
+
+    def readinto(self, offset: int, buffer: memoryview) -> int:
+        """Read at `offset` into a buffer, and return how many bytes were read."""
+        self._file.seek(offset)
+        return self._file.readinto(buffer)
 
     def error(self, cause: str, cure: str = COPY) -> AudioFileError:
         """Return an error about this file."""
