@@ -33,7 +33,7 @@ _SIDE_BYTES: Final = {(True, False): 32, (True, True): 17, (False, False): 17, (
 _LONGEST_FRAME: Final = 1729
 # The least size of a frame that has room for a Xing header with the counts of frames and bytes.
 _LEAST_INFO: Final = 60
-# Fewer equal bytes than this between frames are not taken for padding.
+# The least equal bytes between frames that count as padding.
 _LEAST_PADDING: Final = 16
 # Bytes that are read at a time, and bytes in which the first frame is looked for.
 _BLOCK: Final = 2**17

@@ -101,8 +101,7 @@ class AudioWriter:
             except sf.SoundFileError as error:
                 layout = f"{self._channels} channels at {self._sample_rate} Hz"
                 raise InputError(f"{self.path}: {self._format} cannot hold {layout}; change them") from error
-            stack.enter_context(output_errors(self.path, sf.SoundFileError))
-            stack.callback(self._file.close)
+            stack.callback(self._close)
             self._stack = stack.pop_all()
         return self
 
@@ -110,6 +109,10 @@ class AudioWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, trace)
+
+    def _close(self) -> None:
+        with output_errors(self.path, sf.SoundFileError):
+            self._file.close()
 
     def write(self, audio: Audio) -> None:
         """Append a block, `[channels, samples]`.
@@ -134,7 +137,7 @@ class AudioWriter:
             try:
                 self._file.write(samples.T)
             except sf.SoundFileError:
-                # libsndfile does not tell why. Another write of this size raises the error of the system.
+                # libsndfile does not report the reason. Another write of this size raises the error of the system.
                 with self._temporary.open("ab") as file:
                     file.write(bytes(samples.nbytes))
                 raise
