@@ -48,7 +48,7 @@ class AudioReader:
 
     It reads the formats of libsndfile: WAV, FLAC, Ogg Vorbis and Opus, MP3, AIFF and more. Streams that follow each
     other in one file are read as one. A file that is cut off, damaged, or holds more than can be read is refused: on
-    opening if its structure shows it, else at the end. So is a file that was changed meanwhile.
+    opening if its structure shows it, else at the end. A file that changes while it is read is refused too.
 
     The channels are in the order of the file, except that left and right are the first two.
 
