@@ -412,7 +412,7 @@ def test_full_scale_is_never_passed_in_integers(tmp_path, suffix, subtype, bits,
         assert np.array_equal(written, audio)
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt])
 @pytest.mark.parametrize("suffix", ["wav", "flac"])
 def test_exception_leaves_the_old_file(tmp_path, suffix, error):
     path = tmp_path / f"song.{suffix}"

@@ -136,6 +136,13 @@ def test_mp3_with_tags_before(read, tag, xing):
     assert read(tag + bytes(2000) + data, "song.mp3") == pytest.approx(read(data), abs=1152)
 
 
+@each_tag_behind
+def test_tags_do_not_change_the_samples_of_mp3_without_a_xing_frame(read, tag):
+    # 200 silent frames of MPEG-1 layer III, 128 kbit/s, 44.1 kHz.
+    data = b"\xff\xfb\x90\x00".ljust(417, b"\0") * 200
+    assert read(data) == read(data + tag) == 200 * 1152
+
+
 @each_length
 @pytest.mark.parametrize("xing", [True, False])
 def test_joined_mp3s(read, frames, xing):
@@ -597,6 +604,14 @@ def test_chunks_behind_the_samples(read, container, name, order):
     assert read(data + mangle.ID3V1 + bytes(2000)) == frames
     assert read(mangle.id3v2() + data) == frames
     assert_refused(read, data + trailing + mangle.noise(700), "700 bytes after its last chunk|cut off")
+
+
+def test_w64_from_a_pipe_behind_a_tag(read):
+    data = made("W64", 60_000, "PCM_16")
+    # FFmpeg leaves -1 as the size of the file and 2**63 - 1 as that of the samples, each behind a GUID of 16 bytes.
+    at = data.index(b"data") + 16
+    piped = data[:16] + b"\xff" * 8 + data[24:at] + b"\xff" * 7 + b"\x7f" + data[at + 8 :]
+    assert read(piped) == read(mangle.id3v2() + piped) == 60_000
 
 
 def test_chunks_behind_the_samples_of_w64(read):

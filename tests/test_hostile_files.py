@@ -261,6 +261,7 @@ HARMFUL = {
     "a FLAC of empty blocks": ("audio", ".flac", b"fLaC" + bytes(10**7)),
     "a WAV of empty chunks": ("audio", ".wav", b"RIFF\xff\xff\xff\x7fWAVE" + (b"junk" + bytes(4)) * 10**6),
     "an AIFF of empty chunks": ("audio", ".aiff", b"FORM\x7f\xff\xff\xffAIFF" + (b"ANNO" + bytes(4)) * 10**6),
+    "a CAF chunk of 2^64 bytes": ("audio", ".caf", b"caff\0\1\0\0desc" + b"\xff" * 8 + bytes(100)),
     "empty ID3 tags": ("audio", ".mp3", (b"ID3\4" + bytes(6)) * 10**5),
     "empty tags at the end": ("audio", ".mp3", b"\xff\xfb\x90\x00" + bytes(413) + (b"3DI\4" + bytes(6)) * 10**5),
     "MPEG headers without frames": ("audio", ".mp3", b"ID3\4" + bytes(6) + b"\xff\xfb\x92\x00\0" * 10**5),

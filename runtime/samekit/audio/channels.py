@@ -11,16 +11,9 @@ Audio = npt.NDArray[np.float32]
 
 
 def to_channels(audio: Audio, channels: int) -> Audio:
-    """Give audio the channels that a model takes, by the rule of the Stable Audio 3 reference.
+    """Convert `[..., channels, samples]` to the channels of a model, by the rule of the Stable Audio 3 reference.
 
-    Mono is repeated, channels past the last one wanted are dropped; nothing is mixed.
-
-    Args:
-        audio: `[..., channels, samples]`.
-        channels: how many are wanted.
-
-    Returns:
-        `[..., channels, samples]`, a view if nothing is repeated.
+    Mono is repeated, and surplus channels are dropped; nothing is mixed. The result is a view if nothing is repeated.
 
     Raises:
         InputError: there are too few channels, but more than one.
@@ -34,15 +27,7 @@ def to_channels(audio: Audio, channels: int) -> Audio:
 
 
 def pad_to(audio: Audio, multiple: int) -> Audio:
-    """Append zeros up to a whole multiple of samples.
-
-    Args:
-        audio: `[..., samples]`.
-        multiple: in samples.
-
-    Returns:
-        `[..., ceil(samples / multiple) * multiple]`; the input itself if nothing is missing.
-    """
+    """Append zeros to `[..., samples]` up to a multiple of samples; return the input itself if nothing is missing."""
     missing = -audio.shape[-1] % multiple
     if missing == 0:
         return audio

@@ -1,4 +1,4 @@
-"""The parts of an audio file: which bytes one decoder reads to their end, and what they must yield."""
+"""Parts of an audio file: the bytes that one decoder reads to their end, and the frames that they must yield."""
 
 from __future__ import annotations
 
@@ -6,124 +6,77 @@ import os
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, BinaryIO
-
-from samekit.audio.tags import after_tags, before_tags
-from samekit.errors import AudioFileError
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pathlib import Path
-    from typing import Self
+    from samekit.audio.front_channels import Front
+    from samekit.audio.source import Source
 
 Piece = tuple[int, int] | bytes
-"""Offset and end of a stretch of the file, or bytes in its place."""
-
-CONVERT = "convert it: ffmpeg -i IN OUT.flac"
-"""The cure for files that libsndfile does not read to their end."""
+"""Begin and end of a stretch of the file, or bytes that are read in its place."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a file that one decoder reads to its end. Most files have one part, which is the whole file."""
+    """What one decoder reads to its end. Most files have one part."""
 
-    pieces: tuple[Piece, ...] = ()
-    """What the decoder gets to see; the file as it is, if empty."""
-    frames: int | None = None
-    """Frames that the structure of the part shows; None if it does not show them."""
-    slack: int = 0
-    """Frames by which the decoder may stay below `frames`, or below its own count if `frames` is None."""
-    prefer_file: bool = False
-    """Read the file itself instead of the pieces if the decoder then counts `frames`."""
-    starts_late: bool = False
-    """The time stamps begin after zero, so that the decoder's own count is too large."""
-    timed: bool = False
-    """The decoder stops at the last time stamp, so that bytes which it leaves unread are audio that is not counted."""
-    check_tail: bool = False
-    """The format shows no end: whatever the decoder leaves unread must be a tag or padding."""
-    front: tuple[int, int] = (0, 1)
-    """Which channels are left and right, if there are two or more."""
-
-
-def cut_off(path: Path, other_cure: str = "") -> AudioFileError:
-    """Return the error of a file whose end is missing."""
-    cause = f"{path}: is cut off, it announces more than it holds; copy or download it again"
-    return AudioFileError(f"{cause}, or {other_cure}" if other_cure else cause)
-
-
-def unknown_bytes(path: Path, size: int, where: str) -> AudioFileError:
-    """Return the error of bytes that are neither samples nor a known tag."""
-    return AudioFileError(f"{path}: holds {size} bytes {where} that are neither its audio nor a tag; {CONVERT}")
-
-
-def time_stamps_too_small(path: Path, seconds: float, size: int) -> AudioFileError:
-    """Return the error of a stream that goes on after its last time stamp."""
-    return AudioFileError(f"{path}: its time stamps announce {seconds:.1f} s, and {size} bytes follow; {CONVERT}")
+    pieces: tuple[Piece, ...]
+    frames: int | None = None  # that the structure of the part shows; None if it does not show them
+    slack: int = 0  # frames by which the decoder may stay below `frames`, or below its own count if that is None
+    count_frame: bytes = b""  # put before the pieces unless the decoder counts `frames` to `frames + slack`
+    starts_late: bool = False  # the time stamps begin after zero, so the decoder's own count is too large
+    timed: bool = False  # the decoder stops at the last time stamp: bytes that it leaves unread are audio
+    check_tail: bool = False  # the format does not show its end: the decoder must leave only few bytes unread
+    front: Front = (0, 1)  # which channels are left and right, if there are two or more
 
 
 class PieceFile:
-    """A file of pieces, as soundfile wants its file objects. Errors of reading are kept in `error`."""
+    """A file object made of pieces, for soundfile."""
 
-    def __init__(self, file: BinaryIO, pieces: tuple[Piece, ...]) -> None:
-        self._file = file
+    def __init__(self, source: Source, pieces: tuple[Piece, ...]) -> None:
+        self._source = source
         self._pieces = pieces
         sizes = (len(piece) if isinstance(piece, bytes) else piece[1] - piece[0] for piece in pieces)
         self._starts = [0, *accumulate(sizes)]
         self._position = 0
-        self.furthest = 0
-        """End of the last byte that was read; the reader may reset it."""
+        # The error of a read: libsndfile would not pass on the exception.
         self.error: OSError | None = None
-        """What went wrong in a read: an exception would not pass through the decoder."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
     @property
-    def size(self) -> int:
-        """Bytes of all pieces."""
-        return self._starts[-1]
+    def unread(self) -> int:
+        """Bytes after the position."""
+        return self._starts[-1] - self._position
 
     def tell(self) -> int:
         """Return the position."""
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Change the position."""
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
-        self._position = max(0, base + offset)
+        """Change the position; like `lseek`, leave it where it is if the result would be negative."""
+        position = offset + (0, self._position, self._starts[-1])[whence]
+        if position >= 0:
+            self._position = position
         return self._position
 
-    def read(self, size: int) -> bytes:
-        """Return up to `size` bytes from the position on; fewer at the end only."""
-        chunks = []
-        while size > 0 and self._position < self.size:
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill a buffer, and return how many bytes were read; fewer than it holds at the end only."""
+        view = memoryview(buffer).cast("B")
+        filled = 0
+        while filled < len(view) and self._position < self._starts[-1]:
             index = bisect_right(self._starts, self._position) - 1
             piece, inside = self._pieces[index], self._position - self._starts[index]
-            wanted = min(size, self._starts[index + 1] - self._position)
-            chunk = (
-                piece[inside : inside + wanted] if isinstance(piece, bytes) else self._load(piece[0] + inside, wanted)
-            )
-            if not chunk:
+            target = view[filled : filled + self._starts[index + 1] - self._position]
+            try:
+                if isinstance(piece, bytes):
+                    target[:] = piece[inside:][: len(target)]
+                    count = len(target)
+                else:
+                    count = self._source.readinto(piece[0] + inside, target)
+            except OSError as error:
+                self.error = error
                 break
-            chunks.append(chunk)
-            size -= len(chunk)
-            self._position += len(chunk)
-            self.furthest = max(self.furthest, self._position)
-        return b"".join(chunks)
-
-    def unread(self) -> int:
-        """Return how many bytes after the furthest read are no tags; in these formats padding may be samples."""
-        shift = self._pieces[0][0] if not isinstance(self._pieces[0], bytes) else 0
-        position = after_tags(self._file, int(shift) + self.furthest, int(shift) + self.size)
-        return before_tags(self._file, position, int(shift) + self.size) - position
-
-    def _load(self, offset: int, size: int) -> bytes:
-        """Read from the file itself."""
-        try:
-            self._file.seek(offset)
-            return self._file.read(size)
-        except OSError as error:
-            self.error = error
-            return b""
+            if not count:
+                break
+            filled += count
+            self._position += count
+        return filled

@@ -1,7 +1,8 @@
-"""Read audio files in blocks, as stored or at the channels and sample rate that a model wants."""
+"""Read audio files in blocks, as stored or at the channels and sample rate that a model takes."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -11,13 +12,13 @@ from samekit.audio.channels import Audio, to_channels
 from samekit.audio.containers import find_parts
 from samekit.audio.decoder import Decoder
 from samekit.audio.resampler import StreamResampler, resample
+from samekit.audio.source import Source
 from samekit.errors import AudioFileError, InputError
-from samekit.files.paths import checked_path, file_signature
+from samekit.files.paths import checked_path, file_signature, open_regular
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
-    from types import TracebackType
     from typing import Self
 
 BLOCK: Final = 2**18
@@ -28,12 +29,11 @@ _BLOCK_VALUES: Final = 2**21
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What the header of an audio file says."""
+    """What the header of an audio file says, before any conversion."""
 
     sample_rate: int
     """In Hz."""
     channels: int
-    """As stored, before any conversion."""
     frames: int | None
     """Samples a channel; None if the file does not tell, or holds several streams that follow each other. In an MP3
     without a Xing header it may be up to two MPEG frames too many."""
@@ -44,12 +44,11 @@ class AudioInfo:
 
 
 class AudioReader:
-    """Read a file block by block, once, in a memory that does not grow with its length.
+    """Read a file once, block by block, in memory that does not grow with its length.
 
-    Reads whatever libsndfile does: WAV, FLAC, Ogg Vorbis and Opus, MP3, AIFF and more. Streams that follow each other
-    in one file are read as one. What the file announces, what was decoded and what it holds are compared, and a file
-    that is cut off or holds more than can be read is refused: on opening where its structure shows it, else at the end.
-    So is a file that was changed meanwhile.
+    It reads the formats of libsndfile: WAV, FLAC, Ogg Vorbis and Opus, MP3, AIFF and more. Streams that follow each
+    other in one file are read as one. A file that is cut off, damaged, or holds more than can be read is refused: on
+    opening if its structure shows it, else at the end. A file that changes while it is read is refused too.
 
     The channels are in the order of the file, except that left and right are the first two.
 
@@ -68,43 +67,47 @@ class AudioReader:
         """The file."""
         self._frames_read = 0
         self._signature = file_signature(self.path)
-        first, *self._parts = find_parts(self.path)
-        self._decoder = Decoder(self.path, first)
-        self._front = first.front
-        rate, channels = self._decoder.layout
-        frames = None if self._parts or first.starts_late else self._decoder.frames
-        self.info = AudioInfo(rate, channels, frames, *self._decoder.coding)
-        """What the file says of itself."""
-        if frames == 0:
+        with ExitStack() as stack:
             try:
-                self._decoder.check_time_stamps()
+                self._source = Source(self.path, stack.enter_context(open_regular(self.path)))
+                self._part, *self._parts = find_parts(self._source)
+            except OSError as error:
+                cause = f"{self.path}: cannot be opened ({error.strerror or error})"
+                raise AudioFileError(f"{cause}; check name and permissions") from error
+            self._decoder = Decoder(self._source, self._part)
+            frames = None if self._parts or self._part.starts_late else self._decoder.frames
+            self.info = AudioInfo(*self._decoder.layout, frames, *self._decoder.coding)
+            """What the file says of itself."""
+            if frames == 0:
+                if self._part.timed:
+                    self._decoder.check_end()
                 raise self._empty()
-            finally:
-                self.close()
+            self._stack = stack.pop_all()
         self._block = max(1, min(block, _BLOCK_VALUES // self.info.channels))
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Close the file."""
         self._decoder.close()
+        self._stack.close()
 
     def __iter__(self) -> Iterator[Audio]:
         """Yield the samples that are left, as `[channels, samples]`."""
         while True:
-            while len(frames := self._decoder.read(self._block, self._frames_read / self.info.sample_rate)):
+            front = self._part.front
+            order = [*front, *(channel for channel in range(self.info.channels) if channel not in front)]
+            while len(frames := self._decoder.read(self._block, self._seconds)):
                 self._frames_read += len(frames)
                 if not np.isfinite(frames).all():
-                    raise AudioFileError(f"{self.path}: holds NaN or infinity; render it again without them")
-                yield np.ascontiguousarray(self._front_first(frames).T)
+                    raise self._source.error("holds NaN or infinity", "render it again without them")
+                yield np.ascontiguousarray(frames.T if front == (0, 1) else frames.T[order])
             if file_signature(self.path) != self._signature:
-                raise AudioFileError(f"{self.path}: was changed while it was read; read it again")
+                raise self._source.error("was changed while it was read", "read it again")
             self._decoder.check_end()
             if not self._parts:
                 break
@@ -112,75 +115,30 @@ class AudioReader:
         if not self._frames_read:
             raise self._empty()
 
+    @property
+    def _seconds(self) -> float:
+        """How much was read."""
+        return self._frames_read / self.info.sample_rate
+
     def _next_part(self) -> None:
         """Go on with the stream that follows, which must have the rate and channels of the first."""
-        self.close()
-        part = self._parts.pop(0)
-        self._decoder = Decoder(self.path, part)
-        self._front = part.front
+        self._decoder.close()
+        self._part = self._parts.pop(0)
+        self._decoder = Decoder(self._source, self._part)
         before, after = (self.info.sample_rate, self.info.channels), self._decoder.layout
         if before != after:
-            seconds = self._frames_read / self.info.sample_rate
             change = f"from {before[1]} channels at {before[0]} Hz to {after[1]} at {after[0]} Hz"
             # ffmpeg loses a part of what follows such a change in FLAC and Ogg.
             cure = "split it there and convert the parts one by one"
-            raise AudioFileError(f"{self.path}: changes after {seconds:.1f} s {change}; {cure}")
-
-    def _front_first(self, frames: Audio) -> Audio:
-        """Put left and right before the other channels of `[samples, channels]`."""
-        if self._front == (0, 1):
-            return frames
-        others = [channel for channel in range(frames.shape[1]) if channel not in self._front]
-        return frames[:, [*self._front, *others]]
+            raise self._source.error(f"changes after {self._seconds:.1f} s {change}", cure)
 
     def _empty(self) -> AudioFileError:
-        """Name the error of a file without samples."""
-        return AudioFileError(
-            f"{self.path}: holds no samples, or its header was never completed; record or render it again"
-        )
+        """Return the error of a file without samples."""
+        return self._source.error("holds no samples, or its header was never completed", "record or render it again")
 
 
-def read_audio(path: str | os.PathLike[str]) -> tuple[Audio, int]:
-    """Read a whole file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The samples, `[channels, samples]`, and the sample rate in Hz.
-
-    Raises:
-        AudioFileError: as `AudioReader`.
-    """
-    with AudioReader(path) as reader:
-        return np.concatenate(list(reader), axis=1), reader.info.sample_rate
-
-
-def prepare(audio: Audio, rate_in: int, rate_out: int, channels: int) -> Audio:
-    """Bring one clip to the channels and the sample rate of a model, as the reference does before encoding.
-
-    Args:
-        audio: `[channels of the clip, samples]`.
-        rate_in: rate of the clip in Hz.
-        rate_out: rate of the model in Hz.
-        channels: of the model.
-
-    Returns:
-        `[channels, resampled_length(samples, rate_in, rate_out)]`, not padded; it may share memory with `audio`.
-
-    Raises:
-        InputError: as `to_channels` and `resample`.
-    """
-    return resample(to_channels(audio, channels), rate_in, rate_out)
-
-
-class PreparedReader:
-    """Read a file as `prepare` gives it, block by block, in a memory that does not grow with its length.
-
-    Args:
-        path: the file.
-        sample_rate: wanted, in Hz.
-        channels: wanted.
+class PreparedReader(AudioReader):
+    """Read a file block by block at the sample rate, in Hz, and the channels of a model; `info` is that of the file.
 
     Raises:
         AudioFileError: on opening or reading, as `AudioReader`.
@@ -188,29 +146,15 @@ class PreparedReader:
     """
 
     def __init__(self, path: str | os.PathLike[str], sample_rate: int, channels: int) -> None:
+        super().__init__(path)
         self.samples = 0
         """Samples a channel that were yielded so far: the exact length, once the file is read."""
         self._channels = channels
-        self._reader = AudioReader(path)
-        self.info = self._reader.info
-        """The file's own rate, channels, length and format."""
         try:
             self._resampler = StreamResampler(self.info.sample_rate, sample_rate, channels)
         except InputError:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._reader.close()
 
     def __iter__(self) -> Iterator[Audio]:
         """Yield `[channels, samples]` at the rate wanted, in blocks of varying length."""
@@ -220,7 +164,28 @@ class PreparedReader:
                 yield block
 
     def _resampled(self) -> Iterator[Audio]:
-        """Yield what comes of each block of the file and of its end; some are empty."""
-        for block in self._reader:
+        """Yield the outputs for each block of the file and for its end; some are empty."""
+        for block in super().__iter__():
             yield self._resampler.push(to_channels(block, self._channels))
         yield self._resampler.finish()
+
+
+def read_audio(path: str | os.PathLike[str]) -> tuple[Audio, int]:
+    """Return the samples of a whole file, `[channels, samples]`, and the sample rate in Hz.
+
+    Raises:
+        AudioFileError: as `AudioReader`.
+    """
+    with AudioReader(path) as reader:
+        return np.concatenate(list(reader), axis=1), reader.info.sample_rate
+
+
+def prepare(audio: Audio, rate_in: int, rate_out: int, channels: int) -> Audio:
+    """Convert `[channels of the clip, samples]` to the channels and the sample rate of a model, as the reference does.
+
+    The result, `[channels, resampled_length(samples, rate_in, rate_out)]`, may share memory with `audio`.
+
+    Raises:
+        InputError: as `to_channels` and `resample`.
+    """
+    return resample(to_channels(audio, channels), rate_in, rate_out)

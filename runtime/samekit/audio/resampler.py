@@ -1,4 +1,4 @@
-"""The sample rate conversion of the Stable Audio 3 reference, of whole arrays and of streams."""
+"""The sample rate conversion of the Stable Audio 3 reference, for whole arrays and for streams."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 # The low-pass filter of the reference, the defaults of `torchaudio.functional.resample`.
 _ZERO_CROSSINGS: Final = 6
 _ROLLOFF: Final = 0.99
-# Outputs of one small matrix product: with fewer, the windows overlap more; with more, the matrices hold more
-# zeros. From 30 to 50 ran fastest.
+# Outputs of one small matrix product. With fewer, the windows overlap more; with more, the matrices hold more zeros.
+# 30 to 50 were fastest.
 _BLOCK_OUTPUTS: Final = 32
-# Inputs that are filtered at a time, so that they and their windows stay in the processor's cache.
+# Inputs that are filtered at a time: they and their windows stay in the processor's cache.
 _SPAN: Final = 2**15
-# A rate from a damaged header could ask for matrices of any size. Within these limits the worst pair of rates
-# takes 150 MB, and the rates of actual recordings take less than 20 MB.
+# A rate from a damaged header could ask for matrices of any size. Within these limits the worst pair of rates takes
+# 150 MB, and the rates of actual recordings take less than 20 MB.
 _LOWEST_RATE: Final = 1_000
 _HIGHEST_RATE: Final = 768_000
 
 
 def resampled_length(samples: int, rate_in: int, rate_out: int) -> int:
-    """Samples of the resampled audio: `ceil(samples * rate_out / rate_in)`, as in the reference."""
+    """Return the length of resampled audio: `ceil(samples * rate_out / rate_in)`, as in the reference."""
     return -(-samples * rate_out // rate_in)
 
 
@@ -40,20 +40,15 @@ def resample(audio: Audio, rate_in: int, rate_out: int) -> Audio:
     """Change the sample rate as the reference does: a Hann-windowed sinc, six zero crossings to each side.
 
     Output m is the sum of `x[i]·h(i - m·r)` over all inputs i, where `r = rate_in / rate_out`,
-    `h(u) = s·sinc(s·u)·cos²(π·s·u / 12)` for `|s·u| < 6`, else 0, and `s = 0.99·min(1, 1/r)`. It is the
-    formula of `torchaudio.functional.resample` (lowpass_filter_width 6, rolloff 0.99, sinc_interp_hann), its
-    strides and phases put together; the phases are rounded as there.
-
-    Args:
-        audio: `[..., samples]`, finite.
-        rate_in: rate of `audio` in Hz, an integer from 1,000 to 768,000.
-        rate_out: rate wanted, likewise.
+    `h(u) = s·sinc(s·u)·cos²(π·s·u / 12)` for `|s·u| < 6`, else 0, and `s = 0.99·min(1, 1/r)`. This is the formula of
+    `torchaudio.functional.resample` (lowpass_filter_width 6, rolloff 0.99, sinc_interp_hann), with its rounded phases.
 
     Returns:
-        `[..., resampled_length(samples, rate_in, rate_out)]`; the input itself if the rates are equal.
+        `[..., resampled_length(samples, rate_in, rate_out)]` for `audio` of `[..., samples]`; the input itself if the
+        rates are equal.
 
     Raises:
-        InputError: a rate is not an integer in range.
+        InputError: a rate is not an integer from 1,000 to 768,000 Hz.
     """
     *batch, samples = audio.shape
     rows = math.prod(batch)
@@ -65,18 +60,13 @@ def resample(audio: Audio, rate_in: int, rate_out: int) -> Audio:
 
 
 class StreamResampler:
-    """`resample` for audio that comes in blocks of any size: the same numbers, bit for bit, in fixed memory.
+    """Resample audio that comes in blocks of any size: the same numbers as `resample`, bit for bit, in fixed memory.
 
-    Outputs come for about 2**15 inputs at a time (at least one period of the two rates), the last with
-    `finish`. With equal rates, the blocks pass through untouched.
-
-    Args:
-        rate_in: rate of the blocks in Hz, an integer from 1,000 to 768,000.
-        rate_out: rate wanted, likewise.
-        channels: of every block.
+    Outputs come for about 2**15 inputs at a time (at least one period of the two rates), and the last ones with
+    `finish`. If the rates are equal, the blocks are returned as they are.
 
     Raises:
-        InputError: a rate is not an integer in range.
+        InputError: a rate is not an integer from 1,000 to 768,000 Hz.
     """
 
     def __init__(self, rate_in: int, rate_out: int, channels: int) -> None:
@@ -87,13 +77,7 @@ class StreamResampler:
         self._reset()
 
     def push(self, block: Audio) -> Audio:
-        """Take the next samples.
-
-        Args:
-            block: `[channels, samples]`, any number of samples.
-
-        Returns:
-            The outputs that are complete, `[channels, samples]`, often none.
+        """Take a block, `[channels, samples]`, and return the outputs that are complete, often none.
 
         Raises:
             InputError: the block has another shape.
@@ -115,16 +99,12 @@ class StreamResampler:
         return np.concatenate(outputs, axis=1)
 
     def finish(self) -> Audio:
-        """End the audio; the next `push` begins another.
-
-        Returns:
-            The outputs that were still to come, `[channels, samples]`.
-        """
+        """End the audio and return the remaining outputs, `[channels, samples]`. The next `push` begins a new audio."""
         channels, capacity = self._span.shape
         total = resampled_length(self._received, self._rate_in, self._rate_out)
         outputs = [np.empty((channels, 0), np.float32)]
         while self._produced < total:
-            # Always a full span: a product of another shape may round differently.
+            # A full span, because a matrix product of another shape may round differently.
             outputs.append(self.push(np.zeros((channels, capacity - self._filled), np.float32)))
         rest = np.concatenate(outputs, axis=1)
         rest = rest[:, : rest.shape[1] - (self._produced - total)]
@@ -151,33 +131,27 @@ class StreamResampler:
 class _PolyphaseFilter:
     """The low-pass filter of a pair of rates as small dense matrices, applied to a span of whole periods.
 
-    The phases repeat after a period of rate_out / gcd outputs. These are cut into blocks of consecutive
-    outputs; the inputs that reach a block are its window, and its outputs are window times matrix:
+    The phases repeat after a period of rate_out / gcd outputs. A period is cut into blocks of consecutive outputs. The
+    window of a block are the inputs that it depends on, and its outputs are window times matrix:
 
         inputs       x x x x x x x x x x x x x x x x x x
         block 0      |---- window ----|                     @ weights[0] -> outputs 0 to 31
         block 1                |---- window ----|           @ weights[1] -> outputs 32 to 63
     """
 
-    weights: Audio
-    """`[blocks, taps, outputs of a block]`"""
-    starts: npt.NDArray[np.int64]
-    """First input of each window, counted in the span, `[blocks, periods]`."""
-    before: int
-    """Inputs of a span that lie before its first period."""
-    step: int
-    """Inputs from one span to the next: its whole periods."""
-    span: int
-    """Inputs of a span."""
-    outputs: int
-    """Outputs of a period; the blocks may hold a few more, which are dropped."""
+    weights: Audio  # [blocks, taps, outputs of a block]
+    starts: npt.NDArray[np.int64]  # first input of each window, counted in the span, [blocks, periods]
+    before: int  # inputs of a span that lie before its first period
+    step: int  # inputs from one span to the next: its whole periods
+    span: int  # inputs of a span
+    outputs: int  # outputs of a period; the blocks may hold a few more, which are dropped
 
     def apply(self, span: Audio) -> Audio:
         """Filter `[channels, span]` to `[channels, periods * outputs]`."""
         blocks, taps, size = self.weights.shape
         channels, periods = span.shape[0], self.starts.shape[1]
         windows = sliding_window_view(span, taps, axis=1).swapaxes(0, 1)[self.starts]
-        # Samples beyond float32 become infinite, which is told further on.
+        # Samples beyond float32 become infinite, which later checks report.
         with np.errstate(over="ignore", invalid="ignore"):
             products = windows.reshape(blocks, periods * channels, taps) @ self.weights
         ordered = products.reshape(blocks, periods, channels, size).transpose(2, 1, 0, 3)
@@ -224,8 +198,8 @@ def _weights(
     """Evaluate the formula of `resample`, `[inputs, outputs]`, for rates reduced to their shortest period."""
     cutoff = _ROLLOFF * min(period_in, period_out)
     periods, phases = np.divmod(at_outputs, period_out)
-    # torchaudio divides the phases in single precision, which shows in long periods: with exact phases,
-    # 44,056 to 44,100 Hz agrees with it to 75 dB only.
+    # torchaudio divides the phases in single precision. With exact phases, long periods differ: 44,056 to 44,100 Hz
+    # agrees with it to 75 dB only.
     phase_times = (phases / np.float32(period_out)).astype(np.float32)
     input_times = (at_inputs[:, None] - periods * period_in) / period_in
     crossings = np.clip((input_times - phase_times) * cutoff, -_ZERO_CROSSINGS, _ZERO_CROSSINGS)
@@ -234,7 +208,7 @@ def _weights(
 
 
 def _checked_rate(rate: int) -> int:
-    """Return the sample rate if it is one."""
+    """Return the sample rate if it is an integer in range."""
     try:
         rate = operator.index(rate)
     except TypeError:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -10,13 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import soundfile as sf
 
-from samekit.audio.decoder import native
 from samekit.errors import InputError, OutputError
 from samekit.files.atomic import atomic_path, output_errors
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Iterator
     from types import TracebackType
     from typing import Self
 
@@ -32,7 +30,7 @@ _WAV_BYTES: Final = 2**32 - 2**12
 
 
 def format_of(path: Path, subtype: str) -> str:
-    """The format of an output file, by its suffix: WAV or FLAC.
+    """Return the format of an output file, by its suffix: WAV or FLAC.
 
     Raises:
         InputError: another suffix, or the format does not hold the subtype.
@@ -49,13 +47,13 @@ def format_of(path: Path, subtype: str) -> str:
 
 
 class AudioWriter:
-    """Write a .wav or .flac file block by block; it appears when the `with` block ends well, or not at all.
+    """Write a .wav or .flac file block by block. The file appears atomically when the `with` block ends without error.
 
-    Integer subtypes are rounded to the nearest step and limited to full scale. A WAV file that would pass
-    4 GiB is written as RF64, if `frames` announces it.
+    Integer subtypes are rounded to the nearest step and limited to full scale. A WAV file of more than 4 GiB is
+    written as RF64, if `frames` announces it.
 
     Args:
-        path: the file; its suffix, .wav or .flac, is the format.
+        path: the file; its suffix is the format.
         sample_rate: in Hz.
         channels: of every block.
         subtype: `PCM_16`, `PCM_24`, and in WAV also `PCM_32` or `FLOAT`.
@@ -78,32 +76,46 @@ class AudioWriter:
         clip: bool = False,
     ) -> None:
         self.path = Path(path)
-        """The file; not there before the `with` block ends."""
+        """The file; absent before the `with` block ends."""
         self.frames = 0
         """Samples a channel that were written so far."""
+        self._sample_rate = sample_rate
         self._channels = channels
+        self._subtype = subtype
         self._clip = clip
         self._format = format_of(self.path, subtype)
         self._bits = _SUBTYPES[self._format][subtype]
         self._frame_bytes = channels * (self._bits or 32) // 8
         if self._format == "WAV" and (frames or 0) * self._frame_bytes > _WAV_BYTES:
             self._format = "RF64"
-        self._output = self._open(sample_rate, subtype)
 
     def __enter__(self) -> Self:
-        self._file = self._output.__enter__()
+        with ExitStack() as stack:
+            self._temporary = stack.enter_context(atomic_path(self.path, follow_links=True))
+            # soundfile encodes text in UTF-8, but POSIX names may be any bytes.
+            name = os.fsencode(self._temporary) if os.name == "posix" else str(self._temporary)
+            try:
+                self._file = sf.SoundFile(
+                    name, "w", self._sample_rate, self._channels, self._subtype, format=self._format
+                )
+            except sf.SoundFileError as error:
+                layout = f"{self._channels} channels at {self._sample_rate} Hz"
+                raise InputError(f"{self.path}: {self._format} cannot hold {layout}; change them") from error
+            stack.callback(self._close)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._output.__exit__(kind, error, trace)
+        self._stack.__exit__(kind, error, trace)
+
+    def _close(self) -> None:
+        with output_errors(self.path, sf.SoundFileError):
+            self._file.close()
 
     def write(self, audio: Audio) -> None:
-        """Append a block.
-
-        Args:
-            audio: `[channels, samples]`, finite.
+        """Append a block, `[channels, samples]`.
 
         Raises:
             InputError: the block has another shape, or holds NaN or infinity.
@@ -125,34 +137,10 @@ class AudioWriter:
             try:
                 self._file.write(samples.T)
             except sf.SoundFileError:
-                self._raise_system_error(samples.nbytes)
+                # libsndfile does not report the reason. Another write of this size raises the error of the system.
+                with self._temporary.open("ab") as file:
+                    file.write(bytes(samples.nbytes))
                 raise
-
-    def _raise_system_error(self, size: int) -> None:
-        """Raise what the system says of a write to the unfinished file, as libsndfile does not tell.
-
-        Raises:
-            OSError: the system does not take as many bytes, for example because the disk is full.
-        """
-        with self._temporary.open("ab") as file:
-            file.write(bytes(size))
-
-    @contextmanager
-    def _open(self, sample_rate: int, subtype: str) -> Iterator[sf.SoundFile]:
-        """Hold the temporary file open while the `with` block of the writer runs."""
-        with atomic_path(self.path, follow_links=True) as self._temporary:
-            try:
-                file = sf.SoundFile(
-                    native(self._temporary), "w", sample_rate, self._channels, subtype, format=self._format
-                )
-            except sf.SoundFileError as error:
-                layout = f"{self._channels} channels at {sample_rate} Hz"
-                raise InputError(f"{self.path}: {self._format} cannot hold {layout}; change them") from error
-            try:
-                yield file
-            finally:
-                with output_errors(self.path, sf.SoundFileError):
-                    file.close()
 
 
 def _quantized(audio: Audio, bits: int) -> npt.NDArray[np.int32]:
