@@ -17,8 +17,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from samekit.engine.fingerprint import PROFILES, TENSORRT
 from samekit.engine.spec import INPUT_NAMES, opposite
-from samekit.tensorrt.fingerprint import PROFILES, TENSORRT
 
 # Handle of a CUDA stream that is not the default stream, 0, on which TensorRT would synchronise the device.
 STREAM = 7

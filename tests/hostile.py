@@ -338,8 +338,8 @@ class Opener:
 
     def build(self, path):
         """Read the description of a TensorRT build."""
+        from samekit.engine.builds import build_folders, choose_build, is_whole
         from samekit.engine.folder import Engine
-        from samekit.tensorrt.builds import build_folders, choose_build, is_whole
 
         folder = self._fresh("engine")
         (build,) = build_folders(Engine.load(folder))
@@ -387,7 +387,7 @@ def _serve():
     onnxruntime.set_default_logger_severity(4)
     torch.set_num_threads(1)
     opener = Opener(Path(os.environ["HOSTILE_VALID"]))
-    with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123
+    with open("/proc/self/statm", encoding="ascii") as file:
         size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")

@@ -42,7 +42,7 @@ def id3v2(size=300, *, version=4, footer=False):
 
 def picture(size=300_000):
     """Return an ID3v2 tag with a large picture, whose bytes look like MPEG frame headers."""
-    noise = bytearray(random.Random(7).randbytes(size))  # noqa: S311 no secret
+    noise = bytearray(random.Random(7).randbytes(size))
     for at in range(0, size - 4, 5000):
         noise[at : at + 4] = b"\xff\xfb\x90\x00"
     return b"ID3\4\0\0" + bytes(size >> shift & 0x7F for shift in (21, 14, 7, 0)) + bytes(noise)
@@ -63,7 +63,7 @@ LYRICS1 = b"LYRICSBEGIN" + b"hello " * 9 + b"LYRICSEND" + ID3V1
 
 def noise(size, seed=3):
     """Return random bytes."""
-    return random.Random(seed).randbytes(size)  # noqa: S311 no secret
+    return random.Random(seed).randbytes(size)
 
 
 def pages(data):

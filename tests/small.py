@@ -10,10 +10,10 @@ import onnx
 from helpers import DIRECTIONS, FakeBackend, noise
 from onnx import TensorProto, helper, numpy_helper
 
+from samekit.engine.builds import Build, BuiltEngine, write_document
+from samekit.engine.fingerprint import fingerprint_of
 from samekit.engine.folder import describe_graph
 from samekit.engine.spec import ENCODER
-from samekit.tensorrt.builds import Build, BuiltEngine, write_document
-from samekit.tensorrt.fingerprint import fingerprint_of
 
 # Changes to the configuration of tiny-s that give the smallest checkpoint, 100 kB.
 SMALL = {

@@ -753,7 +753,7 @@ def test_deep_folders_and_links_in_circles(data, out):
     write_clips(data / "a", 1)
     with contextlib.chdir(data):
         for _ in range(1100):
-            os.mkdir("d")  # noqa: PTH102 as short as the next
+            os.mkdir("d")
             os.chdir("d")
     for index in range(10):
         folder = data / f"l{index}"
@@ -1049,7 +1049,7 @@ def kill_and_resume(engine, data, folder, kills):
     died = 0
     clips = len(list(data.glob("*.wav")))
     # Some while the run begins, and none so late that it may be over.
-    for moment in sorted(random.Random(kills).choices(range(clips * 3 // 4), k=kills)):  # noqa: S311 no secret
+    for moment in sorted(random.Random(kills).choices(range(clips * 3 // 4), k=kills)):
         process = subprocess.Popen([*command, folder / "out"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not encoded_lines(folder / "out") >= moment:
             time.sleep(0.005)
@@ -1411,7 +1411,7 @@ def test_clips_in_work_hold_no_files_open(data, out, full):
         "report = run(sys.argv[2], sys.argv[3], batch_size=100, readers=4, full=sys.argv[4] == 'True');"
         "print(report.statuses, report.bad[:1])"
     )
-    program = [sys.executable, "-c", code, os.path.dirname(__file__), data, out, str(full)]  # noqa: PTH120 for sys.path
+    program = [sys.executable, "-c", code, os.path.dirname(__file__), data, out, str(full)]
     result = subprocess.run(program, capture_output=True, text=True, check=False)
     assert result.stdout == "{'encoded': 150} []\n", result.stderr
     run(data, out.with_name("single"), full=full)
@@ -1457,9 +1457,7 @@ def test_ten_thousand_clips_cost_the_same_each(engine_of, data, out):
     start = time.monotonic()
     subprocess.run(command, check=True, capture_output=True)
     again = time.monotonic() - start
-    print(  # noqa: T201 shown by `pytest -s`
-        f"2,000 clips: early {early:.2f} s, late {late:.2f} s; memory +{growth:.1f} MiB; done run {again:.2f} s"
-    )
+    print(f"2,000 clips: early {early:.2f} s, late {late:.2f} s; memory +{growth:.1f} MiB; done run {again:.2f} s")
     assert late < 1.5 * early
     assert growth < 20
     assert again < 3

@@ -454,7 +454,7 @@ def test_options_of_a_cluster_that_cannot_be(data, out, monkeypatch, arguments, 
 def listening(serve):
     """A server at every address of this machine, as Ray's clients look for it at the outer one; yields its port."""
     with ExitStack() as open_sockets:
-        server = open_sockets.enter_context(socket.create_server(("0.0.0.0", 0)))  # noqa: S104 for the time of a test
+        server = open_sockets.enter_context(socket.create_server(("0.0.0.0", 0)))
 
         def serve_all():
             with suppress(OSError):

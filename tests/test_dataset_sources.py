@@ -237,7 +237,7 @@ def refuse_listing(monkeypatch, refused, error):
     scandir = os.scandir
 
     def scan(path="."):
-        if os.path.basename(os.fspath(path)) in refused:  # noqa: PTH119 names of entries are plain text
+        if os.path.basename(os.fspath(path)) in refused:
             raise error
         return scandir(path)
 
@@ -287,7 +287,7 @@ def test_folder_without_permissions(data, out):
         "import sys; sys.path.insert(0, sys.argv[1]); from test_dataset import run;"
         "print(run(sys.argv[2], sys.argv[3]).unreadable_folders)"
     )
-    program = [sys.executable, "-c", code, os.path.dirname(__file__), data, out]  # noqa: PTH120 for sys.path
+    program = [sys.executable, "-c", code, os.path.dirname(__file__), data, out]
     drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
     shown = subprocess.run([*drop, *program], check=True, capture_output=True, text=True).stdout
     assert shown.strip() == "['lost+found']"
@@ -309,7 +309,7 @@ else:
 
 def run_without_rights(data, out):
     """What a run prints that may do no more than an ordinary user."""
-    program = [sys.executable, "-c", RUN_WITHOUT_RIGHTS, os.path.dirname(__file__), data, out]  # noqa: PTH120
+    program = [sys.executable, "-c", RUN_WITHOUT_RIGHTS, os.path.dirname(__file__), data, out]
     drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
     return subprocess.run([*drop, *program], check=True, capture_output=True, text=True).stdout.strip()
 

@@ -31,11 +31,11 @@ from samekit.cli.main import main
 from samekit.dataset.check import verify
 from samekit.dataset.options import PreEncodeOptions
 from samekit.dataset.run import pre_encode
+from samekit.engine.builds import BuiltEngine, build_folders, is_whole, open_cache
 from samekit.engine.folder import Engine
 from samekit.errors import AudioFileError, EngineError, LatentsFileError, OutputError
 from samekit.files.latents import LatentsWriter
 from samekit.serving import triton as triton_module
-from samekit.tensorrt.builds import BuiltEngine, build_folders, is_whole, open_cache
 from samekit_export import export as export_module
 from samekit_export import report as report_module
 from samekit_export import to_tensorrt
@@ -833,7 +833,7 @@ def test_clock_that_jumps(tmp_path, out, monkeypatch, jump):
         (data / f"{index}.txt").write_text("caption")
         os.utime(data / f"{index}.wav", (2e9 * (index % 2), 2e9 * (index % 2)))
     model, real = AutoencoderModel(FakeBackend()), time.time
-    monkeypatch.setattr(time, "time", lambda: real() + random.choice((0, jump)))  # noqa: S311 no secret
+    monkeypatch.setattr(time, "time", lambda: real() + random.choice((0, jump)))
     assert pre_encode(model, data, out).encoded == 3
     start = time.monotonic()
     report = pre_encode(model, data, out)
@@ -968,7 +968,7 @@ add_engines(Engine.load(Path(sys.argv[1])), ["fp32"], "rtx")
     begun = time.monotonic()
     subprocess.run(command, check=True, capture_output=True)
     seconds, died = time.monotonic() - begun, 0
-    moments = random.Random(0)  # noqa: S311 no secret
+    moments = random.Random(0)
     for _ in range(12):
         shutil.rmtree(folder / "tensorrt", ignore_errors=True)
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -182,7 +182,7 @@ def test_link_that_leads_nowhere_to_write(tmp_path):
             pass
         assert str(caught.value).count("\n") == 0
         assert (tmp_path / f"{name}.wav").is_symlink()
-    assert not os.path.isfile(os.devnull)  # noqa: PTH113 it is no path of a test
+    assert not os.path.isfile(os.devnull)
 
 
 @pytest.mark.parametrize("target", ["precious", "nowhere", "link.json", "folder", os.devnull])

@@ -164,7 +164,7 @@ def attack(child, valid, folder, name, count):
     """Open so many damaged files of a format; what came of them, and what should not have."""
     path, mutate = valid_file(valid, name), FORMATS[name][1]
     contents = path.read_bytes()
-    numbers = random.Random(zlib.crc32(name.encode()))  # noqa: S311 no secret
+    numbers = random.Random(zlib.crc32(name.encode()))
     outcomes, wrong = Counter(), []
     for index in range(count):
         hostile_file = folder / f"{name.split()[0]}-{index}{path.suffix}"

@@ -44,11 +44,7 @@ from samekit.backends.base import BackendOptions
 from samekit.backends.selection import open_backend
 from samekit.batches import Autoencoder
 from samekit.cli.main import main
-from samekit.engine.folder import Engine
-from samekit.engine.spec import DECODER, ENCODER, GPU_PRECISIONS
-from samekit.errors import BackendError, BackendUnavailableError, BuildError, InputError, OutputError, StaleEngineError
-from samekit.tensorrt.backend import TensorRTBackend
-from samekit.tensorrt.builds import (
+from samekit.engine.builds import (
     FINGERPRINT_FILE,
     LOG_FILE,
     Build,
@@ -60,7 +56,7 @@ from samekit.tensorrt.builds import (
     open_cache,
     write_document,
 )
-from samekit.tensorrt.fingerprint import (
+from samekit.engine.fingerprint import (
     NARROW,
     PORTABLE,
     PROFILES,
@@ -70,6 +66,10 @@ from samekit.tensorrt.fingerprint import (
     fingerprint_of,
     runs_on,
 )
+from samekit.engine.folder import Engine
+from samekit.engine.spec import DECODER, ENCODER, GPU_PRECISIONS
+from samekit.errors import BackendError, BackendUnavailableError, BuildError, InputError, OutputError, StaleEngineError
+from samekit.tensorrt.backend import TensorRTBackend
 from samekit.tensorrt.flavours import import_flavour, installed_versions
 from samekit.tensorrt.gpu import Gpu
 from samekit.tensorrt.runner import split
@@ -188,7 +188,7 @@ def test_a_damaged_engine_is_built_again(own_built, monkeypatch):
     # The size stays the same, so only the digest shows the damage.
     engine.write_bytes(engine.read_bytes()[:-1] + b"x")
 
-    def build(self, path):  # noqa: ARG001 the signature of _EngineBuilder.build
+    def build(self, path):
         path.write_bytes(b"new")
         return BuiltEngine(path.name, 3, hashlib.sha256(b"new").hexdigest(), 1, 1.0, None)
 
@@ -236,7 +236,7 @@ def nothing_builds(monkeypatch):
     monkeypatch.setattr(
         to_tensorrt,
         "build_engines",
-        lambda engine, precision, module, target: asked.append((precision, module.__name__, target)),  # noqa: ARG005
+        lambda engine, precision, module, target: asked.append((precision, module.__name__, target)),
     )
     return asked
 
@@ -391,7 +391,7 @@ def test_timing_cache_that_cannot_be_used(half_builder, tmp_path, monkeypatch, b
 
 
 def test_disk_that_is_full_while_building(own_engine, monkeypatch):
-    def build(self, path):  # noqa: ARG001 the signature of _EngineBuilder.build
+    def build(self, path):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(to_tensorrt._EngineBuilder, "build", build)
@@ -1008,7 +1008,7 @@ def asked_of_onnxruntime(monkeypatch):
     """Record the providers of sessions, with an ONNX Runtime that has every provider."""
     asked = []
 
-    def session(path, options, providers):  # noqa: ARG001 the signature of InferenceSession
+    def session(path, options, providers):
         asked.append(dict(providers))
         names = [name for name, _ in providers]
         output = np.zeros((1, 2, 4096), np.float32)

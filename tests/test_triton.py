@@ -20,12 +20,12 @@ from helpers import DIRECTIONS, KINDS, RATE, assert_one_line, each_direction, no
 
 from samekit import AutoencoderModel
 from samekit.cli.main import main
+from samekit.engine.builds import BUILDS_FOLDER, Build, BuiltEngine, write_document
+from samekit.engine.fingerprint import TENSORRT, TENSORRT_RTX, fingerprint_of
 from samekit.engine.folder import Engine, describe_graph
 from samekit.engine.spec import DECODER, ENCODER
 from samekit.errors import BackendError, BackendUnavailableError, InputError, OutputError, StaleEngineError
 from samekit.serving.triton import FACTS, TritonOptions, config_text, facts_of, model_name, write_repository
-from samekit.tensorrt.builds import BUILDS_FOLDER, Build, BuiltEngine, write_document
-from samekit.tensorrt.fingerprint import TENSORRT, TENSORRT_RTX, fingerprint_of
 
 
 @pytest.fixture

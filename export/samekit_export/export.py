@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from samekit.backends import onnxruntime as ort
+from samekit.engine.builds import BUILDS_FOLDER, is_builds_own, remove_stale_builds
 from samekit.engine.folder import (
     Engine,
     commit_export,
@@ -24,7 +25,6 @@ from samekit.files.atomic import output_errors
 from samekit.files.locks import LOCK_FILE, folder_lock
 from samekit.files.paths import expanded
 from samekit.packages import import_onnxruntime
-from samekit.tensorrt.builds import BUILDS_FOLDER, is_builds_own, remove_stale_builds
 from samekit_export.graph import GRAPH_REVISION, GraphDecoder, GraphEncoder
 from samekit_export.int8 import quantize_
 from samekit_export.model import Same

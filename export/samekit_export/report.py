@@ -24,10 +24,10 @@ import numpy as np
 from samekit import AutoencoderModel
 from samekit.audio import AudioReader, AudioWriter, resampled_length
 from samekit.backends.selection import AUTO, BACKENDS
+from samekit.engine.builds import Build, build_folders
 from samekit.errors import InputError, SamekitError, StaleEngineError
 from samekit.files.atomic import atomic_path, output_errors
 from samekit.files.paths import expanded
-from samekit.tensorrt.builds import Build, build_folders
 from samekit_export.checkpoint import BUNDLED
 from samekit_export.measure import interleaved, machine
 from samekit_export.verify import snr_db

@@ -2,7 +2,7 @@
 
 TensorRT builds for the GPU of this machine. TensorRT-RTX needs no GPU and builds for a portable set of them. Networks
 are strongly typed: the graph decides the precision of every step. Each engine holds both profiles of
-`samekit.tensorrt.fingerprint`.
+`samekit.engine.fingerprint`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,7 @@ from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from samekit.engine.folder import Engine, engine_roots
-from samekit.engine.spec import DIRECTIONS, GPU_PRECISIONS, Direction
-from samekit.errors import BackendUnavailableError, BuildError, InputError
-from samekit.files.atomic import atomic_path, output_errors
-from samekit.files.locks import folder_lock
-from samekit.files.paths import utf8_path
-from samekit.tensorrt.builds import (
+from samekit.engine.builds import (
     BUILDS_FOLDER,
     FAILED_LOG_SUFFIX,
     LOG_FILE,
@@ -34,7 +28,13 @@ from samekit.tensorrt.builds import (
     unfinished_builds,
     write_document,
 )
-from samekit.tensorrt.fingerprint import PORTABLE, PROFILES, TENSORRT, TENSORRT_RTX, capability_name, fingerprint_of
+from samekit.engine.fingerprint import PORTABLE, PROFILES, TENSORRT, TENSORRT_RTX, capability_name, fingerprint_of
+from samekit.engine.folder import Engine, engine_roots
+from samekit.engine.spec import DIRECTIONS, GPU_PRECISIONS, Direction
+from samekit.errors import BackendUnavailableError, BuildError, InputError
+from samekit.files.atomic import atomic_path, output_errors
+from samekit.files.locks import folder_lock
+from samekit.files.paths import utf8_path
 from samekit.tensorrt.flavours import import_flavour, make_logger
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import TextIO
 
-    from samekit.tensorrt.fingerprint import Fingerprint
+    from samekit.engine.fingerprint import Fingerprint
 
 logger = logging.getLogger(__name__)
 

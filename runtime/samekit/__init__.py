@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     """Import on first use, so that `import samekit` is fast."""
     if name == "AutoencoderModel":
-        from samekit.model import AutoencoderModel  # noqa: PLC0415
+        from samekit.model import AutoencoderModel
 
         return AutoencoderModel
     if name == "SamekitError":
-        from samekit.errors import SamekitError  # noqa: PLC0415
+        from samekit.errors import SamekitError
 
         return SamekitError
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,11 +15,11 @@ from samekit import __version__
 from samekit.backends.base import has_driver
 from samekit.backends.cpu import available_cpus
 from samekit.backends.onnxruntime import int8_saturates
+from samekit.engine.builds import describe_builds
 from samekit.engine.folder import Engine, engine_roots
 from samekit.engine.spec import SPEC_FILE
 from samekit.errors import SamekitError
 from samekit.packages import import_installed
-from samekit.tensorrt.builds import describe_builds
 from samekit.tensorrt.flavours import INSTALL, builder_versions
 
 if TYPE_CHECKING:

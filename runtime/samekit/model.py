@@ -216,7 +216,7 @@ class AutoencoderModel:
                 "model": self.spec.name,
                 MODEL_DIGEST: self.spec.source_sha256,
                 "precision": self.autoencoder.backend.precision,
-                "source": os.path.abspath(reader.path),  # noqa: PTH100 links are not resolved
+                "source": os.path.abspath(reader.path),
                 "sample_rate": self.sample_rate,
                 "samples": encoder.samples,
                 "latents": self.spec.latents(encoder.samples),

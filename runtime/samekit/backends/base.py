@@ -160,7 +160,7 @@ class Backend(ABC):
         self._check_output(direction, array.shape, result.shape, finite=bool(np.isfinite(result).all()))
         return result
 
-    def accepts(self, value: Any) -> bool:  # noqa: ARG002 most backends accept none
+    def accepts(self, value: Any) -> bool:
         """Return whether `run_tensor` takes a value: a float32 tensor in the memory of this backend's device."""
         return False
 
@@ -218,7 +218,7 @@ class Backend(ABC):
     def _run(self, direction: Direction, array: Array) -> Array:
         """Run a checked, contiguous array."""
 
-    def _run_tensor(self, direction: Direction, tensor: Any) -> Any:  # noqa: ARG002 as above
+    def _run_tensor(self, direction: Direction, tensor: Any) -> Any:
         """Run a checked tensor in device memory."""
         raise BackendError(f"the {self.name} backend takes NumPy arrays only; copy the tensor to the host")
 

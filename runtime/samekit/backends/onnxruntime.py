@@ -12,12 +12,12 @@ import numpy as np
 
 from samekit.backends.base import Backend, BackendOptions, has_driver, keep_for_ever
 from samekit.backends.cpu import available_cpus
+from samekit.engine.builds import open_cache
+from samekit.engine.fingerprint import NARROW
 from samekit.engine.spec import DECODER, GPU_PRECISIONS, INPUT_NAMES, Direction
 from samekit.errors import BackendError, BackendUnavailableError, EngineError, OutputError, first_line
 from samekit.files.paths import utf8_path
 from samekit.packages import import_onnxruntime
-from samekit.tensorrt.builds import open_cache
-from samekit.tensorrt.fingerprint import NARROW
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

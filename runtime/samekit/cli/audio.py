@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 @model_options
 def encode(audio: Path, latents: Path, **options: Any) -> None:
     """Encode an AUDIO file to a LATENTS.npy file and a .json beside it."""
-    from samekit.dataset.progress import bar  # noqa: PLC0415
-    from samekit.model import open_to_encode  # noqa: PLC0415
+    from samekit.dataset.progress import bar
+    from samekit.model import open_to_encode
 
-    if os.path.isdir(audio):  # noqa: PTH112 Path.is_dir raises for names that are too long
+    if os.path.isdir(audio):
         command = shlex.join(["samekit", "pre-encode", "--data_dir", str(audio)])
         raise InputError(f"{audio}: is a folder; pass one audio file, or encode a dataset with: {command}")
     # The files are checked before the model is opened, which may be downloaded.
@@ -48,8 +48,8 @@ def encode(audio: Path, latents: Path, **options: Any) -> None:
 @model_options
 def decode(latents: Path, audio: Path, bits: str, clip: bool, force: bool, **options: Any) -> None:
     """Decode a LATENTS.npy file to an AUDIO file, .wav or .flac."""
-    from samekit.dataset.progress import bar  # noqa: PLC0415
-    from samekit.model import open_to_decode  # noqa: PLC0415
+    from samekit.dataset.progress import bar
+    from samekit.model import open_to_decode
 
     subtype = "FLOAT" if bits == "float" else f"PCM_{bits}"
     # The files are checked before the model is opened, which may be downloaded.

@@ -70,10 +70,10 @@ def pre_encode(
         return
     if not data_dir or output_path is None:
         raise InputError("pre-encode needs a dataset and a folder; pass --data_dir and --output_path")
-    from samekit.dataset.options import PreEncodeOptions, Shard  # noqa: PLC0415
-    from samekit.dataset.progress import Display  # noqa: PLC0415
-    from samekit.dataset.run import pre_encode as run  # noqa: PLC0415
-    from samekit.dataset.sources import require_folders  # noqa: PLC0415
+    from samekit.dataset.options import PreEncodeOptions, Shard
+    from samekit.dataset.progress import Display
+    from samekit.dataset.run import pre_encode as run
+    from samekit.dataset.sources import require_folders
 
     backend = {name: options.pop(name) for name in ("backend", "precision", "device", "threads", "window")}
     if options["float16"]:
@@ -105,7 +105,7 @@ def _open_executor(
         return open_model(model, **backend)
     if settings.shard.count > 1:
         raise InputError("--shard and --ray both split the work; pass one of them")
-    from samekit.dataset.ray import RayExecutor, RayOptions  # noqa: PLC0415
+    from samekit.dataset.ray import RayExecutor, RayOptions
 
     return RayExecutor(model, RayOptions(address, **given), **backend)
 
@@ -114,7 +114,7 @@ def _open_executor(
 @click.argument("folder")
 def check_latents(folder: str) -> None:
     """Check a FOLDER that pre-encode wrote: every value, and the metadata against the manifest."""
-    from samekit.dataset.check import verify  # noqa: PLC0415
+    from samekit.dataset.check import verify
 
     problems = verify(folder)
     for problem in problems:

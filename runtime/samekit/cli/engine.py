@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 @click.argument("engine", type=UserPath())
 def info(engine: Path) -> None:
     """Show what an ENGINE folder (or a model's name) holds."""
+    from samekit.engine.builds import build_folders, describe_builds
     from samekit.engine.folder import find_engine
-    from samekit.tensorrt.builds import build_folders, describe_builds
     from samekit.tensorrt.flavours import builder_versions
 
     found = find_engine(engine)
@@ -45,8 +45,8 @@ def info(engine: Path) -> None:
 @click.argument("engine", type=UserPath())
 def clean(engine: Path) -> None:
     """Remove the TensorRT engines of an ENGINE folder (or a model's name) that are stale or damaged."""
+    from samekit.engine.builds import remove_stale
     from samekit.engine.folder import find_engine
-    from samekit.tensorrt.builds import remove_stale
     from samekit.tensorrt.flavours import builder_versions
 
     removed = remove_stale(find_engine(engine), builder_versions())

@@ -276,7 +276,7 @@ class ClipReader:
         with self._open() as reader:
             room = self._length(reader) - self.rules.cut.sample_size
         seed = str(self.rules.cut.seed).encode() + os.fsencode(self.source.relpath)
-        return random.Random(seed).randint(0, max(0, room))  # noqa: S311 no secret
+        return random.Random(seed).randint(0, max(0, room))
 
     def _is_empty(self) -> bool:
         """Return whether a file that could not be read has no samples."""

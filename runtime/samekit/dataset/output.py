@@ -165,7 +165,7 @@ class UrlOutput(Output):
         self._url = url.rstrip("/")
         with self._read_errors():
             try:
-                from fsspec.core import url_to_fs  # noqa: PLC0415
+                from fsspec.core import url_to_fs
 
                 self._fs, self._root = url_to_fs(self._url)
             except (ImportError, ValueError) as error:
@@ -177,7 +177,7 @@ class UrlOutput(Output):
         return self._url
 
     @contextmanager
-    def locked(self, shard: Shard, data_folders: Iterable[str | os.PathLike[str]]) -> Iterator[None]:  # noqa: ARG002 not needed here
+    def locked(self, shard: Shard, data_folders: Iterable[str | os.PathLike[str]]) -> Iterator[None]:
         """Create the folder of the manifest."""
         with self._write_errors():
             self._fs.makedirs(f"{self._root}/{STATE_FOLDER}", exist_ok=True)

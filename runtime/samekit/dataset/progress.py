@@ -55,7 +55,7 @@ class Bar(AbstractContextManager["Bar"]):
     def __init__(self, **options: Any) -> None:
         self._bar: Any = None
         with self._attempt():
-            from tqdm import tqdm  # noqa: PLC0415
+            from tqdm import tqdm
 
             self._bar = tqdm(**options)
 

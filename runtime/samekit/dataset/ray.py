@@ -99,7 +99,7 @@ class _Worker:
         self._executor: LocalExecutor | None = None
 
     def _opened(self) -> LocalExecutor:
-        from samekit.model import AutoencoderModel  # noqa: PLC0415
+        from samekit.model import AutoencoderModel
 
         with self._opening:
             if self._executor is None:
@@ -267,7 +267,7 @@ def _import_ray() -> Any:
     # Disables Ray's usage statistics unless the user has set this variable.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        import ray  # noqa: PLC0415
+        import ray
     except ImportError as error:
         raise InputError(f"encoding on a cluster needs Ray ({error}); run: pip install 'samekit[ray]'") from None
     return ray

@@ -145,7 +145,7 @@ def _walk(top: str, found: Found) -> Iterator[Source]:
         with _listing_errors(folder):
             try:
                 # "/." asks for the right to enter the folder. Without it, names can be listed but no file opened.
-                status = os.stat(os.path.join(folder, "."))  # noqa: PTH116, PTH118 Path drops the "."
+                status = os.stat(os.path.join(folder, "."))
                 entries = {entry.name: entry for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)}
             except PermissionError as error:
                 if not below:

@@ -5,7 +5,7 @@
       encoder.onnx decoder.onnx        fp32 graphs, with .data files beside them when large
       encoder.fp16.onnx ...            other precisions
       encoder.2.onnx ...               graphs of an export that replaced an earlier one
-      tensorrt/                        TensorRT engines, see `samekit.tensorrt.builds`
+      tensorrt/                        TensorRT engines, see `samekit.engine.builds`
       .export-XXXXXXXX/                graphs of an export that is running, or was killed
       .lock                            held by the process that writes here, see `samekit.files.locks`
 
@@ -227,7 +227,7 @@ def remove_leftovers(folder: Path) -> list[tuple[Path, int]]:
 
 def engine_roots() -> Sequence[Path]:
     """Return the folders in which a model's name is looked up, in order."""
-    cache = os.environ.get("SAMEKIT_CACHE") or os.path.join("~", ".cache", "samekit", ENGINES_FOLDER)  # noqa: PTH118
+    cache = os.environ.get("SAMEKIT_CACHE") or os.path.join("~", ".cache", "samekit", ENGINES_FOLDER)
     return Path(ENGINES_FOLDER), Path(expanded_text(cache))
 
 
@@ -255,7 +255,7 @@ def find_engine(name: str | os.PathLike[str]) -> Engine:
             return Engine.load(folder)
     # The methods of Path raise for names that are too long for the file system.
     for folder in candidates:
-        if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):  # noqa: PTH112
+        if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
             raise EngineError(f"{folder}: cannot be read ({os.strerror(errno.EACCES)}); check its permissions")
     for folder in candidates:
         if _found(folder, "*.onnx"):
@@ -267,7 +267,7 @@ def find_engine(name: str | os.PathLike[str]) -> Engine:
         raise EngineError(f"{name}: is no engine folder, it holds some; pass one of these: {engines}")
     if text.lower() in KNOWN_MODELS or _found(path, "*.safetensors"):
         cure = f"run: samekit export {shlex.quote(text)}"
-    elif os.path.basename(text) != text or os.path.isdir(text):  # noqa: PTH112, PTH119
+    elif os.path.basename(text) != text or os.path.isdir(text):
         cure = "check the path"
     else:
         cure = (

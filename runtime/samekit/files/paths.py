@@ -102,7 +102,7 @@ def expanded_text(path: str | os.PathLike[str]) -> str:
     """
     checked_path(path)
     # Not Path.expanduser, which raises for users without a home folder.
-    return os.path.expanduser(os.fspath(path))  # noqa: PTH111
+    return os.path.expanduser(os.fspath(path))
 
 
 def utf8_path(path: Path) -> str:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from samekit.arguments import MOST_INT32, check_whole
+from samekit.engine.builds import Build, build_command, builds_of, why_stale
+from samekit.engine.fingerprint import NARROW, PROFILES, TENSORRT
 from samekit.engine.spec import (
     DECODER,
     DIRECTIONS,
@@ -29,8 +31,6 @@ from samekit.errors import BackendUnavailableError, InputError, StaleEngineError
 from samekit.files.atomic import atomic_folder, remove_abandoned
 from samekit.files.json_fields import check_kind, check_kinds
 from samekit.files.paths import expanded, link_or_copy
-from samekit.tensorrt.builds import Build, build_command, builds_of, why_stale
-from samekit.tensorrt.fingerprint import NARROW, PROFILES, TENSORRT
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,7 +9,7 @@ Mistakes with TensorRT often go unnoticed. These rules prevent them:
 * Each output is new memory, which belongs to the caller.
 * Scratch memory is allocated for the current shape, not for the largest one.
 * An engine is read when its direction is first used.
-* A build is chosen by everything that decides about it (`samekit.tensorrt.builds`).
+* A build is chosen by everything that decides about it (`samekit.engine.builds`).
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from samekit.backends.base import Backend, BackendOptions, keep_for_ever
+from samekit.engine.builds import build_folders, choose_build
+from samekit.engine.fingerprint import NARROW
 from samekit.engine.spec import GPU_PRECISIONS, Direction, opposite
 from samekit.errors import BackendUnavailableError
-from samekit.tensorrt.builds import build_folders, choose_build
-from samekit.tensorrt.fingerprint import NARROW
 from samekit.tensorrt.flavours import FLAVOURS, INSTALL, import_flavour, installed_flavours
 from samekit.tensorrt.gpu import Gpu
 from samekit.tensorrt.runner import EngineRunner, Piece, split
 
 if TYPE_CHECKING:
     from samekit.arrays import Array
+    from samekit.engine.builds import Build
     from samekit.engine.folder import Engine
     from samekit.engine.spec import EngineSpec
-    from samekit.tensorrt.builds import Build
 
 
 class TensorRTBackend(Backend):

@@ -6,9 +6,9 @@ import re
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
+from samekit.engine.fingerprint import TENSORRT, TENSORRT_RTX
 from samekit.errors import BackendError, BackendUnavailableError
 from samekit.packages import import_onnxruntime, import_package
-from samekit.tensorrt.fingerprint import TENSORRT, TENSORRT_RTX
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from samekit.engine.fingerprint import PROFILES
 from samekit.errors import BackendError, InputError, StaleEngineError
-from samekit.tensorrt.fingerprint import PROFILES
 from samekit.tensorrt.flavours import make_logger
 
 if TYPE_CHECKING:

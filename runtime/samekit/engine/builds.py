@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from samekit.engine.fingerprint import Fingerprint, capability_name, fingerprint_of, runs_on
 from samekit.engine.folder import Engine, leftovers, remove_leftovers
 from samekit.engine.spec import DECODER, ENCODER, PRECISIONS, Direction, check_file_name
 from samekit.errors import BackendUnavailableError, StaleEngineError
@@ -29,7 +30,6 @@ from samekit.files.atomic import atomic_commit, output_errors
 from samekit.files.json_fields import check_kinds
 from samekit.files.locks import folder_lock
 from samekit.files.paths import read_regular, remove
-from samekit.tensorrt.fingerprint import Fingerprint, capability_name, fingerprint_of, runs_on
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -94,11 +94,11 @@ class Build:
         try:
             document = json.loads(read_regular(path).decode())
             if document["format"] != FORMAT:
-                raise ValueError(f"format {document['format']}")  # noqa: TRY301 one cure for all that can be wrong
+                raise ValueError(f"format {document['format']}")
             fingerprint = Fingerprint.from_json(document["fingerprint"])
             engines = {direction: BuiltEngine.parse(fields) for direction, fields in document["engines"].items()}
             if engines and set(engines) != {ENCODER, DECODER}:
-                raise ValueError("half an autoencoder")  # noqa: TRY301 likewise
+                raise ValueError("half an autoencoder")
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise _damaged(path, f"cannot be read ({error!r})") from None
         for engine in engines.values():
