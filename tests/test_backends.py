@@ -440,7 +440,7 @@ def test_package_that_is_missing(engine_of, checkpoint_of, monkeypatch):
         open_backend(engine, "onnxruntime", BackendOptions())
     assert isinstance(caught.value, ImportError)
     assert open_backend(engine, AUTO, BackendOptions(device="cpu")).name == "torch"
-    monkeypatch.setitem(sys.modules, "samekit_export.open_checkpoint", None)
+    monkeypatch.setitem(sys.modules, "samekit_export.open_backend", None)
     with pytest.raises(BackendUnavailableError, match=r"pip install 'samekit\[export\]'"):
         open_backend(engine, "torch", BackendOptions())
     with pytest.raises(EngineNotFoundError, match=r"pip install 'samekit\[export\]'"):

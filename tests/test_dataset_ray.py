@@ -28,7 +28,7 @@ from samekit.dataset.check import verify
 from samekit.dataset.options import PreEncodeOptions, Shard
 from samekit.dataset.pipeline import Task
 from samekit.dataset.ray import RayExecutor, RayOptions, _Worker
-from samekit.dataset.ray_calls import Calls, batches_of
+from samekit.dataset.ray_retries import Calls, batches_of
 from samekit.dataset.run import pre_encode
 from samekit.dataset.sources import Source
 from samekit.errors import BackendError, EngineNotFoundError, InputError, OutputError
@@ -152,7 +152,7 @@ def test_killed_worker_loses_nothing(encoder, work, out, faults):
 
 
 def test_clips_over_which_actors_die_again_and_again_are_named(encoder, work, out, monkeypatch):
-    monkeypatch.setattr("samekit.dataset.ray_calls._DEATHS", 1)
+    monkeypatch.setattr("samekit.dataset.ray_retries._DEATHS", 1)
     data, _ = work
 
     def kill(progress):
@@ -322,7 +322,7 @@ def test_actor_killed_at_every_step(cluster, engine, model, data, out, tmp_path,
 
     seen, failed = [], Calls._failed
     monkeypatch.setattr("samekit.dataset.ray._Worker", Dying)
-    monkeypatch.setattr("samekit.dataset.ray_calls._DEATHS", 10**6)
+    monkeypatch.setattr("samekit.dataset.ray_retries._DEATHS", 10**6)
     monkeypatch.setattr(Calls, "_failed", look)
     with RayExecutor(engine, RayOptions(actors=1), device="cpu", backend="onnxruntime") as encoder:
         report = pre_encode(encoder, data, out)

@@ -61,11 +61,13 @@ def test_pages_show_signatures_sections_and_drawings(pages):
 
 
 @pytest.mark.parametrize("name", reference.modules())
-def test_every_public_name_is_described(name):
+def test_every_class_and_function_is_described(name):
     reference.prepare()
     module = pdoc.doc.Module.from_name(name)
     assert module.docstring.strip()
-    assert [member.qualname for member in documented(module) if not member.docstring.strip()] == []
+    # The name and the type of a field can say all that there is to say.
+    described = [member for member in documented(module) if member.kind != "variable"]
+    assert [member.qualname for member in described if not member.docstring.strip()] == []
 
 
 @pytest.mark.parametrize("name", reference.modules())

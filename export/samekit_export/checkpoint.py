@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samekit.engine.spec import RANDOM
-from samekit.errors import CheckpointError
+from samekit.errors import CheckpointError, SamekitError
 from samekit.files.json_fields import check_kinds
 from samekit.files.paths import checked_path, expanded_text, read_regular, utf8_path
 from samekit.packages import import_package
@@ -189,7 +189,7 @@ def _read_tensors(
             derived = derived_tensors(config)
             tensors = {bare: file.get_tensor(key).float() for bare, key in keys.items()}
     except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
+        if isinstance(error, SamekitError):
             raise
         raise CheckpointError(f"{path}: not a readable safetensors file ({error}); download it again") from None
     check_finite(tensors, str(path))

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 from samekit.arguments import MOST_THREADS, check_whole
 from samekit.backends.cpu import available_cpus
 from samekit.dataset.executor import Executor, LocalExecutor, ModelFacts
-from samekit.dataset.ray_calls import (
+from samekit.dataset.ray_retries import (
     ALL_LOST,
     BATCHES_PER_ACTOR,
     Calls,

@@ -1,4 +1,4 @@
-"""Calls to Ray actors that encode clips: batches, retries, and actors that died."""
+"""Assign batches of clips to Ray actors, and retry those of actors that died."""
 
 from __future__ import annotations
 
