@@ -91,8 +91,10 @@ class TestOtherPackage:
         listed = CliRunner().invoke(main, ["--help"])
         assert listed.exit_code == 0
         assert re.search(r"^  greet +Print a greeting\.$", listed.output, re.MULTILINE)
-        assert "\n  broken      Unavailable: package_that_is_absent is not installed" in listed.output
-        assert "\n  export      Export MODEL" in listed.output
+        assert re.search(
+            r"^  broken +Unavailable: package_that_is_absent is not installed", listed.output, re.MULTILINE
+        )
+        assert re.search(r"^  export +Export MODEL", listed.output, re.MULTILINE)
 
     @pytest.mark.parametrize(
         ("name", "message"),
