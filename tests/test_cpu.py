@@ -75,6 +75,12 @@ MACHINES = {
         {"../my groups/my group/cpu.max": "100000 100000\n"},
         1,
     ),
+    "a mount whose name splits lines": (
+        "0::/",
+        f"23 22 0:30 / /media/a\u2028b\rc rw - ext4 /dev/sdb1 rw\n{V2}",
+        {"cpu.max": "200000 100000\n"},
+        2,
+    ),
     "files that say nothing": ("0::/", V2, {"cpu.max": "\n"}, math.inf),
     "a period of nothing": ("0::/", V2, {"cpu.max": "100000 0\n"}, math.inf),
 }
