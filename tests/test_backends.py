@@ -201,6 +201,11 @@ def test_values_that_no_backend_can_use(engine_of, backend, options):
         open_backend(engine_of("tiny-s").folder, backend, BackendOptions(**options))
 
 
+def test_lists_of_providers():
+    options = BackendOptions(precision="int8", providers=["CPUExecutionProvider"])
+    assert options == BackendOptions(precision="int8", providers=("CPUExecutionProvider",))
+
+
 def test_auto_takes_the_first_that_works(engine_of, caplog):
     caplog.set_level(logging.INFO, "samekit")
     backend = open_backend(engine_of("tiny-s").folder, AUTO, BackendOptions(device="cpu"))

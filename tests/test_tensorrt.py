@@ -445,7 +445,7 @@ def test_profiles_are_those_of_the_readme():
     assert (NARROW.latents[0], NARROW.latents[2], NARROW.batch[0], NARROW.batch[2]) == (1, 256, 1, 8)
     assert (WIDE.latents[0], WIDE.latents[2], WIDE.batch[0], WIDE.batch[2]) == (1, 4096, 1, 1)
     for profile in PROFILES:
-        assert profile.takes(profile.batch[1], profile.latents[1])
+        assert all(list(limits) == sorted(limits) for limits in profile)
 
 
 @pytest.mark.parametrize(
@@ -560,9 +560,13 @@ DAMAGES = {
     ),
     "fingerprint of another kind": (lambda path: _edit(path, lambda d: d.update(engines=[1])), "cannot be read"),
     "fingerprint of a later format": (lambda path: _edit(path, lambda d: d.update(format=2)), "format 2"),
-    "fingerprint with half a model": (lambda path: _edit(path, lambda d: d["engines"].pop(DECODER)), "half an auto"),
+    "fingerprint with half a model": (lambda path: _edit(path, lambda d: d["engines"].pop(DECODER)), "engines of encoder only"),
     "fingerprint cut short": (lambda path: path.write_bytes(path.read_bytes()[:100]), "cannot be read"),
     "engine cut short": (lambda path: _shorten(path.with_name("decoder.engine")), "has 6 bytes instead of 7"),
+    "engine with an impossible name": (
+        lambda path: _edit(path, lambda d: d["engines"][DECODER].update(file="x" * 300)),
+        "is missing",
+    ),
     "engine missing": (lambda path: path.with_name("encoder.engine").unlink(), "is missing"),
 }
 
@@ -586,6 +590,15 @@ def test_damaged_builds_are_refused(own_engine, damage):
         choose(own_engine)
     assert_one_line(caught.value)
     assert not is_whole(build.folder)
+
+
+def test_command_that_deletes_a_damaged_build(own_engine):
+    folder = own_engine.folder.rename(own_engine.folder.with_name("my engine"))
+    build = put_build(Engine.load(folder))
+    _shorten(build.folder / "decoder.engine")
+    with pytest.raises(StaleEngineError) as caught:
+        Build.load(build.folder)
+    assert f"; run: samekit clean '{folder}', and build" in str(caught.value)
 
 
 def test_contents_are_checked_when_they_are_read(own_engine):
@@ -780,6 +793,23 @@ def test_every_answer_is_heard(opened, module, step, cuda_graph):
         np.testing.assert_allclose(opened.decode(array), computed(opened.spec, DECODER, array), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("step", ["upload", "empty", "scratch", "download"])
+def test_gpu_without_memory(opened, monkeypatch, step):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 byte.\nmore")
+
+    monkeypatch.setattr(opened._gpu, step, fail)
+    calls = [lambda: opened.decode(noise((1, 32, 3)))]
+    if step in ("empty", "scratch"):
+        calls.append(lambda: opened.run_tensor(DECODER, torch.zeros(1, 32, 3)))
+    for call in calls:
+        with pytest.raises(BackendError, match=r"failed on \[1, 32, 3\] \(CUDA out .*; try a smaller window") as caught:
+            call()
+        assert_one_line(caught.value)
+    monkeypatch.undo()
+    opened.decode(noise((1, 32, 3)))
+
+
 def test_engine_that_cannot_be_loaded(opened, module):
     module.fails = "load"
     with pytest.raises(
@@ -864,6 +894,14 @@ def test_tensors_stay_on_the_device(opened, module, chunks):
         np.testing.assert_array_equal(array, tensor.numpy())
 
 
+@pytest.mark.parametrize("layout", ["to_sparse", "_neg_view"])
+def test_tensors_of_any_layout(opened, layout):
+    codec = Autoencoder(opened)
+    z = torch.from_numpy(noise((1, 32, 6)))
+    expected = codec.decode_audio(-z if layout == "_neg_view" else z)
+    np.testing.assert_array_equal(expected.numpy(), codec.decode_audio(getattr(z, layout)()).numpy())
+
+
 def test_tensors_that_cannot_be_used(opened):
     codec = Autoencoder(opened)
     with pytest.raises(InputError, match="NaN or infinity"):
@@ -872,14 +910,17 @@ def test_tensors_that_cannot_be_used(opened):
         codec.decode_audio(torch.zeros(1, 31, 2))
     with pytest.raises(InputError, match="empty"):
         codec.decode_audio(torch.zeros(0, 32, 2))
-    assert not opened.accepts(torch.zeros(1, 32, 2, dtype=torch.float16))
+    halves = torch.zeros(1, 32, 2, dtype=torch.float16)
+    assert not opened.accepts(halves)
+    with pytest.raises(BackendError, match="tensorrt backend cannot read this tensor; pass it as a NumPy array"):
+        opened.run_tensor(DECODER, halves)
     assert not opened.accepts(np.zeros((1, 32, 2), np.float32))
 
 
 def test_other_backends_take_arrays_only(engine_of):
     backend = open_backend(engine_of("tiny-s").folder, "onnxruntime", BackendOptions(device="cpu", threads=1))
     assert not backend.accepts(torch.zeros(1, 32, 2))
-    with pytest.raises(BackendError, match="takes NumPy arrays only; copy") as caught:
+    with pytest.raises(BackendError, match="onnxruntime backend cannot read this tensor; pass") as caught:
         backend.run_tensor(DECODER, torch.zeros(1, 32, 2))
     assert_one_line(caught.value)
 
@@ -948,7 +989,6 @@ def test_no_flavour_is_installed(own_engine, monkeypatch):
 
 def test_windows_fit_the_narrow_profile(opened):
     codec = Autoencoder(opened)
-    codec._plans = Autoencoder(opened)._plans
     assert all(codec.windows(direction).size <= NARROW.latents[2] for direction in DIRECTIONS)
 
 

@@ -62,10 +62,11 @@ class BackendOptions:
             check_whole("threads", self.threads, least=1, most=MOST_THREADS)
         if self.window_batch is not None:
             check_whole("window_batch", self.window_batch, least=1)
-        names = self.providers
-        is_list = isinstance(names, (tuple, list)) and len(names) > 0
-        if names is not None and not (is_list and all(isinstance(name, str) for name in names)):
-            raise InputError(f"providers is {self.providers!r}; pass a tuple of names, or None to choose by device")
+        if self.providers is not None:
+            is_list = isinstance(self.providers, (tuple, list)) and len(self.providers) > 0
+            if not (is_list and all(isinstance(name, str) for name in self.providers)):
+                raise InputError(f"providers is {self.providers!r}; pass a tuple of names, or None to choose by device")
+            object.__setattr__(self, "providers", tuple(self.providers))
         check_flag("cuda_graph", self.cuda_graph)
 
 
@@ -172,9 +173,11 @@ class Backend(ABC):
 
         Raises:
             InputError, NonFiniteError: as `run`.
-            BackendError: as `run`, or the backend takes arrays only.
+            BackendError: as `run`, or the backend does not accept the tensor.
         """
         self._check_open()
+        if not self.accepts(tensor):
+            raise BackendError(f"the {self.name} backend cannot read this tensor; pass it as a NumPy array")
         self._check_input(direction, "float32", tensor.shape)
         result = self._run_tensor(direction, tensor)
         self._check_output(direction, tensor.shape, result.shape, finite=bool(result.isfinite().all()))
@@ -219,8 +222,8 @@ class Backend(ABC):
         """Run a checked, contiguous array."""
 
     def _run_tensor(self, direction: Direction, tensor: Any) -> Any:
-        """Run a checked tensor in device memory."""
-        raise BackendError(f"the {self.name} backend takes NumPy arrays only; copy the tensor to the host")
+        """Run a checked tensor in device memory; only for backends that accept tensors."""
+        raise NotImplementedError
 
     def _check_open(self) -> None:
         if self._closed:
