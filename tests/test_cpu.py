@@ -1,4 +1,4 @@
-"""How many CPUs a process may use: its affinity mask, and the CPU quota of its control groups."""
+"""The number of CPUs that a process may use: its affinity mask, and the CPU quota of its control groups."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ MACHINES = {
 
 @pytest.fixture
 def machine(tmp_path, request):
-    """A folder that looks like the root of a machine, and the quota there."""
+    """Return a folder with the files of a machine's root, and the expected quota."""
     groups, mounts, files, quota = MACHINES[request.param]
     if groups is not None:
         (tmp_path / "proc/self").mkdir(parents=True)
@@ -113,5 +113,5 @@ def test_quota(machine):
 def test_quota_and_affinity_both_count(machine, monkeypatch, affinity):
     root, quota = machine
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(affinity)), raising=False)
-    # A part of a CPU takes a thread of its own.
+    # A part of a CPU counts as one more CPU.
     assert available_cpus(root) == min(affinity, math.inf if quota == math.inf else math.ceil(quota))

@@ -70,7 +70,7 @@ from samekit.engine.folder import Engine
 from samekit.engine.spec import DECODER, ENCODER, GPU_PRECISIONS
 from samekit.errors import BackendError, BackendUnavailableError, BuildError, InputError, OutputError, StaleEngineError
 from samekit.tensorrt.backend import TensorRTBackend
-from samekit.tensorrt.flavours import import_flavour, installed_versions
+from samekit.tensorrt.flavours import import_flavour, installed_flavours
 from samekit.tensorrt.gpu import Gpu
 from samekit.tensorrt.runner import split
 from samekit_export import to_tensorrt
@@ -79,7 +79,7 @@ from samekit_export.to_tensorrt import add_engines
 from samekit_export.verify import example_input
 
 PRECISIONS = list(GPU_PRECISIONS)
-needs_rtx = pytest.mark.skipif(TENSORRT_RTX not in installed_versions(), reason="tensorrt-rtx is not installed")
+needs_rtx = pytest.mark.skipif(TENSORRT_RTX not in installed_flavours(), reason="tensorrt-rtx is not installed")
 
 # --- Building with TensorRT-RTX, which needs no GPU -----------------------------------------------------------
 
@@ -296,7 +296,7 @@ def test_module_of_another_kind_in_its_place(monkeypatch, version):
     with pytest.raises(BackendError, match=r"/home/me/tensorrt\.py: has no version .*; rename it, or") as caught:
         import_flavour(TENSORRT)
     assert_one_line(caught.value)
-    assert TENSORRT not in installed_versions()
+    assert TENSORRT not in installed_flavours()
 
 
 class FakeTimingConfig:
@@ -343,7 +343,7 @@ def test_timing_cache_is_kept(engine_of, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def half_builder(engine_of, tmp_path, monkeypatch):
+def encoder_builder(engine_of, tmp_path, monkeypatch):
     """A builder of the encoder that runs no compiler; its log goes to `build.log`."""
     monkeypatch.setenv("SAMEKIT_CACHE", str(tmp_path / "cache"))
     engine = engine_of("tiny-s")
@@ -367,8 +367,8 @@ def half_builder(engine_of, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("broken", ["folder", "file"])
-def test_timing_cache_that_cannot_be_used(half_builder, tmp_path, monkeypatch, broken):
-    path = half_builder._timing_path
+def test_timing_cache_that_cannot_be_used(encoder_builder, tmp_path, monkeypatch, broken):
+    path = encoder_builder._timing_path
     if broken == "folder":
         path.parent.parent.mkdir(parents=True)
         path.parent.write_bytes(b"in the way")
@@ -383,10 +383,10 @@ def test_timing_cache_that_cannot_be_used(half_builder, tmp_path, monkeypatch, b
             return read(self)
 
         monkeypatch.setattr(Path, "read_bytes", refuse)
-    built = half_builder.build(tmp_path / "encoder.engine")
+    built = encoder_builder.build(tmp_path / "encoder.engine")
     assert (tmp_path / "encoder.engine").read_bytes() == b"engine"
     assert built.size == 6
-    half_builder._log.flush()
+    encoder_builder._log.flush()
     assert "[WARNING] the timing cache " in (tmp_path / "build.log").read_text(encoding="utf-8")
 
 
@@ -402,13 +402,13 @@ def test_disk_that_is_full_while_building(own_engine, monkeypatch):
     assert list((own_engine.folder / "tensorrt").iterdir()) == []
 
 
-def test_build_log_that_cannot_be_written(half_builder, tmp_path):
+def test_build_log_that_cannot_be_written(encoder_builder, tmp_path):
     # TensorRT calls the logger from C++, where exceptions are not allowed.
     def write(_):
         raise OSError(28, "No space left on device")
 
-    half_builder._log = SimpleNamespace(write=write)
-    half_builder.build(tmp_path / "encoder.engine")
+    encoder_builder._log = SimpleNamespace(write=write)
+    encoder_builder.build(tmp_path / "encoder.engine")
     assert (tmp_path / "encoder.engine").read_bytes() == b"engine"
 
 
@@ -560,7 +560,10 @@ DAMAGES = {
     ),
     "fingerprint of another kind": (lambda path: _edit(path, lambda d: d.update(engines=[1])), "cannot be read"),
     "fingerprint of a later format": (lambda path: _edit(path, lambda d: d.update(format=2)), "format 2"),
-    "fingerprint with half a model": (lambda path: _edit(path, lambda d: d["engines"].pop(DECODER)), "engines of encoder only"),
+    "fingerprint without a decoder": (
+        lambda path: _edit(path, lambda d: d["engines"].pop(DECODER)),
+        "engines of encoder only",
+    ),
     "fingerprint cut short": (lambda path: path.write_bytes(path.read_bytes()[:100]), "cannot be read"),
     "engine cut short": (lambda path: _shorten(path.with_name("decoder.engine")), "has 6 bytes instead of 7"),
     "engine with an impossible name": (
@@ -615,7 +618,7 @@ def test_a_build_that_fails_leaves_nothing(own_engine):
 
     def fail():
         with new_build(folder):
-            (folder / "encoder.engine").write_bytes(b"half")
+            (folder / "encoder.engine").write_bytes(b"unfinished")
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -640,7 +643,8 @@ def test_a_damaged_build_is_replaced(own_engine):
 
 
 def test_info_names_stale_engines_and_clean_removes_them(own_engine, monkeypatch):
-    monkeypatch.setattr("samekit.tensorrt.flavours.installed_versions", lambda: VERSIONS)
+    modules = {flavour: fake_module(flavour, version) for flavour, version in VERSIONS.items()}
+    monkeypatch.setattr("samekit.tensorrt.flavours.installed_flavours", lambda: modules)
     current = put_build(own_engine)
     elsewhere = put_build(own_engine, target="12.0")
     stale = put_build(own_engine, builder_revision=0)

@@ -50,7 +50,7 @@ class BackendOptions:
     """Most windows that run as one batch, which bounds the memory. None takes 1 on CPUs, where more is no faster, and
     4 on GPUs."""
     cuda_graph: bool = False
-    """TensorRT only: launch a shape that comes again as one CUDA graph, which keeps its memory allocated."""
+    """TensorRT only: run a shape that repeats as one CUDA graph, whose memory stays allocated."""
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -204,7 +204,7 @@ class Backend(ABC):
         self.close()
 
     def __reduce__(self) -> tuple[Callable[..., Backend], tuple[Any, ...]]:
-        """Pickle how to open it again.
+        """Pickle the call that opens it again.
 
         Raises:
             BackendError: it is closed, or was not opened from a path or a name.
@@ -236,13 +236,12 @@ class Backend(ABC):
 
     def _check_input(self, direction: Direction, dtype: str, shape: Sequence[int]) -> None:
         features, unit = self.spec.layout(direction)
-        expected = ""
-        if dtype != "float32" or len(shape) != 3 or shape[1] != features:
-            expected = f"float32 [batch, {features}, length], got {dtype} {list(shape)}"
-        elif shape[0] == 0 or shape[2] == 0 or shape[2] % unit:
-            expected = f"a batch and a length of at least one latent of {unit}, got {list(shape)}"
-        if expected:
-            raise InputError(f"the {direction} takes {expected}; pass such an array")
+        is_batch = len(shape) == 3 and shape[1] == features and 0 not in shape
+        if dtype != "float32" or not is_batch or shape[2] % unit:
+            raise InputError(
+                f"the {direction} takes float32 [batch, {features}, length], not empty and with a length that is a "
+                f"multiple of {unit}, got {dtype} {list(shape)}; pass such an array"
+            )
 
     def _check_output(self, direction: Direction, before: Sequence[int], after: Sequence[int], *, finite: bool) -> None:
         expected = self.spec.input_shape(opposite(direction), before[0], before[2] // self.spec.layout(direction)[1])

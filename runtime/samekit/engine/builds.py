@@ -194,9 +194,11 @@ def choose_build(engine: Engine, precision: str, capability: tuple[int, int], ve
     `versions` are those of the installed flavours, the preferred one first.
 
     Raises:
-        BackendUnavailableError: there is no build of this precision.
+        BackendUnavailableError: there is no build or no graph of this precision.
+        EngineError: the encoder's graph is damaged.
         StaleEngineError: there are builds, but none can run here.
     """
+    # Raises if the model has no graph of this precision, from which engines could be built.
     engine.graph(ENCODER, precision)
     builds, refusals = builds_of(engine, precision)
     usable = []
