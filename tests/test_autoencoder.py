@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import numpy as np
@@ -347,6 +349,11 @@ def test_tensors_of_any_layout(onnx_model, layout):
     z = torch.from_numpy(noise((1, 32, 6), level=1))
     expected = onnx_model.decode(-z if layout == "_neg_view" else z)
     assert_close(expected.numpy(), onnx_model.decode(getattr(z, layout)()).numpy(), LEAST_DB)
+
+
+def test_pytorch_that_another_thread_is_importing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
+    assert isinstance(AutoencoderModel(FakeBackend()).decode(np.zeros((1, 4, 3), np.float32)), np.ndarray)
 
 
 @pytest.mark.parametrize("method", ["encode", "decode"])
