@@ -472,7 +472,7 @@ def test_shapes(spec, direction):
     assert spec.input_shape(direction, 2, 3) == shapes[direction]
 
 
-# --- The engine store -----------------------------------------------------------------------------------------
+# --- Builds of an engine folder -------------------------------------------------------------------------------
 
 VERSIONS = {TENSORRT: "11.4.0", TENSORRT_RTX: "1.7.1"}
 CAPABILITY = (8, 9)

@@ -61,7 +61,7 @@ class AutoencoderModel:
 
     def __init__(self, backend: Backend, window: int | None = None) -> None:
         self.autoencoder = Autoencoder(backend, window)
-        """Batches of prepared audio, as the reference's attribute of this name."""
+        """Prepares audio and runs batches, as the reference's attribute of this name."""
         self.spec = backend.spec
         """Every fact about the model."""
         self.sample_rate = backend.spec.sample_rate
