@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import numpy as np
@@ -40,7 +42,7 @@ LEAST_DB = 110
 
 
 def recorded(backend, monkeypatch):
-    """The length of every call that a backend gets from now on, in latents."""
+    """Return a list to which each later call of a backend adds its length in latents."""
     lengths, run = [], backend._run
 
     def record(direction, array):
@@ -66,7 +68,7 @@ def test_exact_windows_equal_one_pass(backend, direction, latents, monkeypatch):
 @pytest.mark.parametrize("latents", [1, 2, 13, 30])
 def test_smallest_windows_equal_one_pass(backend, direction, latents):
     array = example_input(backend.spec, direction, 2, latents, seed=latents)
-    # The decoder's window serves both halves: its context is no smaller.
+    # The decoder's smallest window suits the encoder too, whose context is not wider.
     window = smallest_window(backend.spec, "decoder")
     assert_close(
         run_direction(backend, direction, array),
@@ -90,7 +92,7 @@ def test_window_without_room(backend):
     assert_one_line(caught.value)
 
 
-def test_window_that_is_named_does_for_both_halves(backend):
+def test_window_that_is_advised_suits_both_directions(backend):
     least = max(smallest_window(backend.spec, direction) for direction in backend.spec.contexts)
     for window in range(1, least):
         with pytest.raises(InputError, match=f"pass a multiple of {backend.spec.alignment} from {least}$"):
@@ -112,17 +114,17 @@ CLIP = noise((3, SAMPLES))
 
 @pytest.fixture(scope="module", params=KINDS)
 def onnx_model(model_of, request):
-    """Both models on ONNX Runtime; what an array becomes before that does not depend on the backend."""
+    """Return each model on ONNX Runtime only: how an array is prepared does not depend on the backend."""
     return model_of(request.param, "onnxruntime")
 
 
 def as_batch(*clips):
-    """Stereo clips of any length as a padded batch."""
+    """Return stereo clips of any length as a padded batch."""
     longest = HOP * math.ceil(max(clip.shape[-1] for clip in clips) / HOP)
     return np.stack([np.pad(clip, ((0, 0), (0, longest - clip.shape[-1]))) for clip in clips])
 
 
-# What encode() takes: the audio, its rate, and the stereo clips at the model's rate that it stands for.
+# Arguments of encode(): the audio, its rate, and the same audio as stereo clips at the model's rate.
 SIGNATURES = {
     "[2, n]": (CLIP[:2], RATE, [CLIP[:2]]),
     "[1, n], doubled": (CLIP[:1], RATE, [CLIP[[0, 0]]]),
@@ -155,7 +157,7 @@ def test_rates_of_a_list(onnx_model):
     assert_close(onnx_model.encode(clips[0], rates[0])[0], together[0], LEAST_DB)
 
 
-# One rate, as the reference's scripts have it: torchaudio's resampling takes whole numbers of any type.
+# One rate in the types that scripts for the reference pass: torchaudio takes whole numbers of any type.
 ONE_RATE = {
     "int": 48_000,
     "float": 48_000.0,
@@ -349,6 +351,11 @@ def test_tensors_of_any_layout(onnx_model, layout):
     assert_close(expected.numpy(), onnx_model.decode(getattr(z, layout)()).numpy(), LEAST_DB)
 
 
+def test_pytorch_that_another_thread_is_importing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
+    assert isinstance(AutoencoderModel(FakeBackend()).decode(np.zeros((1, 4, 3), np.float32)), np.ndarray)
+
+
 @pytest.mark.parametrize("method", ["encode", "decode"])
 def test_tensors_without_values(onnx_model, method):
     tensor = torch.zeros(1, 32, 8, device="meta")
@@ -358,7 +365,7 @@ def test_tensors_without_values(onnx_model, method):
 
 
 NO_FLOATS = "; pass them as float32"
-# What neither encode() nor decode() takes, and the cure that the message names; two where they differ.
+# Values that encode() and decode() refuse, and a part of the message; two where the messages differ.
 REFUSED = {
     "int16": (np.zeros((1, 32, 5), np.int16), "; divide by 32768 first", NO_FLOATS),
     "int32": (np.zeros((1, 32, 5), np.int32), "; divide by 2147483648 first", NO_FLOATS),
@@ -416,7 +423,7 @@ def test_shapes_that_do_not_fit_the_model():
 
 
 def test_files_of_many_channels_may_end_in_short_blocks(tmp_path):
-    """More channels than samples are a mistake in arrays only."""
+    """More channels than samples are refused in arrays only."""
     sf.write(tmp_path / "song.wav", noise((19, 80)), RATE, subtype="FLOAT")
     # Blocks of eight samples a channel.
     with mock.patch("samekit.audio.reader._BLOCK_VALUES", 8 * 80):
@@ -448,7 +455,7 @@ def test_from_pretrained(engine_of, checkpoint_of, monkeypatch):
 
 
 def test_from_pretrained_with_options_that_are_none(engine_of):
-    with pytest.raises(InputError, match=r"unknown option 'colour'; choose of backend, window, .*device, .*threads"):
+    with pytest.raises(InputError, match=r"option 'colour'; choose one of backend, window, .*device, .*threads"):
         AutoencoderModel.from_pretrained(engine_of("tiny-s").folder, colour="red")
     with pytest.raises(EngineNotFoundError, match="samekit export"):
         AutoencoderModel.from_pretrained("nowhere", backend="onnxruntime")
@@ -485,7 +492,7 @@ FILE_SAMPLES = 70 * HOP + 1234
 
 @pytest.fixture
 def folder(tmp_path):
-    """An empty folder for outputs, apart from the inputs."""
+    """Return an empty folder for outputs."""
     path = tmp_path / "out"
     path.mkdir()
     return path
@@ -561,7 +568,7 @@ def test_latents_that_others_saved(model, tmp_path, folder, order):
 def test_latents_of_another_model(model_of, tmp_path, folder):
     song = write_wav(tmp_path / "song.wav", 9000)
     model_of("tiny-s", "onnxruntime").encode_file(song, tmp_path / "song.npy")
-    # What matters is the weights, not what runs them.
+    # The backend may be another one.
     assert model_of("tiny-s", "torch").decode_file(tmp_path / "song.npy", folder / "song.wav") == 9000
     (folder / "song.wav").unlink()
     with pytest.raises(LatentsFileError, match=r"another model \(tiny-s\), not of this tiny-l") as caught:
@@ -606,7 +613,7 @@ def test_recordings_are_not_decoded_onto(tmp_path, monkeypatch, case):
         model.decode_file(os.path.relpath(latents), output)
     assert_one_line(caught.value)
     assert recording.read_bytes() == before
-    # Another name, and the same one when it is wanted.
+    # Another name is written, and with `force` the recording's name too.
     assert model.decode_file(latents, "decoded.wav") == model.decode_file(latents, "decoded.wav") == 1000
     assert model.decode_file(latents, output, force=True) == 1000
     assert Path(output).read_bytes() != before
@@ -615,7 +622,7 @@ def test_recordings_are_not_decoded_onto(tmp_path, monkeypatch, case):
 @pytest.mark.parametrize("field", ["source", "path"])
 @pytest.mark.parametrize("name", ["song.wav", "SONG.WAV"])
 def test_what_may_be_a_recording_is_not_decoded_onto(tmp_path, field, name):
-    """It has the name of a recording that is gone from its place."""
+    """The output has the name of a recording that is not where the `.json` says."""
     model = AutoencoderModel(FakeBackend())
     np.save(tmp_path / "song.npy", noise((4, 10)))
     (tmp_path / "song.json").write_text(json.dumps({field: "/nowhere/song.wav"}), encoding="utf-8")
@@ -669,7 +676,7 @@ def test_sources_that_name_nothing(tmp_path, source):
 def test_files_are_not_their_own_output(tmp_path):
     model = AutoencoderModel(FakeBackend())
     write_wav(tmp_path / "song.wav", 1000)
-    # AudioReader looks at contents, not at names.
+    # AudioReader does not depend on the suffix.
     (tmp_path / "song.wav").rename(tmp_path / "audio.npy")
     (tmp_path / "link.npy").symlink_to("audio.npy")
     np.save(tmp_path / "latents.npy", noise((4, 10)))
@@ -696,7 +703,7 @@ def test_length_that_does_not_fit_the_latents(onnx_model, tmp_path, folder, samp
 
 
 def fail_on_call(backend, monkeypatch, number):
-    """Let a backend fail on its call of that number, counted from 0."""
+    """Let a backend fail from call `number` on, counted from 0; return the list of its calls."""
     run, calls = backend._run, []
 
     def fail(direction, array):

@@ -1,4 +1,4 @@
-"""The contract of `samekit.backends.base`, on every backend; how backends are chosen, opened and refused."""
+"""The contract of `samekit.backends.base` on every backend, and how backends are chosen and opened."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def test_every_backend_is_held_to_the_contract():
 
 @pytest.fixture
 def opened(place_of, kind, backend_name):
-    """A backend of this test's own."""
+    """Open a backend for one test, which may close it."""
     folder, device = place_of(kind, backend_name)
     return open_backend(folder, backend_name, BackendOptions(device=device, threads=1))
 
 
-# What a half does not take: the cause, made from an array that it takes.
+# Inputs that are refused: the cause, and how to make such an array from a valid one.
 REFUSED = {
     "rank 2": lambda array: array[0],
     "rank 4": lambda array: array[None],
@@ -150,11 +150,11 @@ class TestContract:
 def test_parts_of_a_latent_are_refused(backend, monkeypatch):
     monkeypatch.setattr(backend, "_run", lambda *_: pytest.fail("it ran"))
     for length in (1, backend.spec.hop - 1, backend.spec.hop + 1):
-        with pytest.raises(InputError, match=f"one latent of {backend.spec.hop}, got .*{length}"):
+        with pytest.raises(InputError, match=f"multiple of {backend.spec.hop}, got .*{length}"):
             backend.encode(np.zeros((1, 2, length), np.float32))
 
 
-# --- What the base class checks of every backend -----------------------------------------------------------
+# --- Checks of the base class ------------------------------------------------------------------------------
 
 
 @each_direction
@@ -199,6 +199,11 @@ def test_unknown_names():
 def test_values_that_no_backend_can_use(engine_of, backend, options):
     with pytest.raises(InputError, match=next(iter(options))):
         open_backend(engine_of("tiny-s").folder, backend, BackendOptions(**options))
+
+
+def test_lists_of_providers():
+    options = BackendOptions(precision="int8", providers=["CPUExecutionProvider"])
+    assert options == BackendOptions(precision="int8", providers=("CPUExecutionProvider",))
 
 
 def test_auto_takes_the_first_that_works(engine_of, caplog):
@@ -253,7 +258,7 @@ def test_half_precision_in_pytorch(engine_of, eager_of, kind):
     assert_close(in_one_pass(eager_of(kind).decode, latents), backend.decode(latents), 50)
 
 
-# What a user may set in PyTorch for a thread or the whole process: it must not change what a backend computes.
+# Settings of PyTorch for a thread or the whole process, which must not change the results of a backend.
 SETTINGS = {
     "autocast to bfloat16": lambda stack: stack.enter_context(torch.autocast("cpu", torch.bfloat16)),
     "autocast to float16": lambda stack: stack.enter_context(torch.autocast("cpu", torch.float16)),
@@ -276,14 +281,14 @@ PRECISIONS = (
 
 
 def pytorch_settings():
-    """What the settings above change, each as PyTorch tells it."""
+    """Return the current values of everything that SETTINGS change."""
     precisions = [place.fp32_precision for place in PRECISIONS]
     return [torch.is_autocast_enabled("cpu"), torch.get_default_dtype(), torch.get_default_device(), *precisions]
 
 
 @pytest.fixture
 def pytorch_as_set(request):
-    """Set something, and set it back at the end."""
+    """Apply one of SETTINGS, and restore PyTorch's defaults at the end."""
     before = pytorch_settings()
     with ExitStack() as stack:
         SETTINGS[request.param](stack)
@@ -296,12 +301,12 @@ def pytorch_as_set(request):
         if place.fp32_precision != precision:
             place.fp32_precision = precision
     assert pytorch_settings() == before
-    # It raises where the older settings, which other programs use, contradict the newer ones.
+    # Reading this older setting raises an error if it contradicts the newer ones.
     assert torch.backends.cudnn.allow_tf32
 
 
 class ForksMeanwhile(torch.nn.Module):
-    """A model during whose call the process is forked; keeps how the child ended."""
+    """A model that forks the process while it runs, and keeps the child's exit status."""
 
     child = None
 
@@ -318,7 +323,7 @@ class ForksMeanwhile(torch.nn.Module):
 def test_settings_of_pytorch_are_the_users_in_a_process_that_is_forked_meanwhile():
     spec, model = FakeBackend().spec, ForksMeanwhile()
     with EagerBackend(spec, model, BackendOptions(device="cpu")) as backend, suppress(BackendError):
-        # What the model returns is of no shape that fits.
+        # The model's output has a wrong shape.
         backend.encode(np.zeros((1, spec.channels, spec.hop), np.float32))
     assert model.child == 0
 
@@ -336,7 +341,7 @@ def test_threads_of_pytorch(checkpoint_of, monkeypatch, asked, set_before, set_a
 
 @pytest.fixture(scope="module")
 def as_it_comes(model_of, engine_of, checkpoint_of):
-    """Folders, an open model, and what it computes before anything is set."""
+    """Return folders, an open model, and its results with PyTorch's default settings."""
     model = model_of("tiny-s", "torch")
     latents = model.encode(noise((2, 3 * HOP)), RATE)
     return (engine_of("tiny-s").folder, checkpoint_of("tiny-s")), model, latents, model.decode(latents)
@@ -378,10 +383,10 @@ def test_no_engine(tmp_path):
     with pytest.raises(EngineNotFoundError, match=r"no engine for 'same-s'.*; run: samekit export same-s") as caught:
         open_backend("same-s", "onnxruntime", BackendOptions())
     assert isinstance(caught.value, FileNotFoundError)
-    # A folder mistyped beside others is no name on the hub.
+    # A path beside existing folders is not looked up on the hub.
     with pytest.raises(EngineNotFoundError, match="check the path"):
         open_backend(tmp_path / "nowhere", AUTO, BackendOptions())
-    # A folder that is there but holds nothing is none either.
+    # An existing folder without a model is refused too.
     for backend in ("torch", AUTO):
         with pytest.raises(SamekitError, match="; pass a folder that holds") as caught:
             open_backend(tmp_path, backend, BackendOptions())
@@ -399,7 +404,7 @@ def test_name_of_nothing(monkeypatch, caplog, backend, name):
         assert message.startswith(f"no engine for {name!r} in . or engines or /my/cache, and {name!r} is no published")
         assert message.endswith("no folder; pass one of these")
         assert_one_line(caught.value)
-        # Nothing is advised that cannot work, whether PyTorch is here or not.
+        # An export could not work, so it is not advised, with and without PyTorch.
         assert "samekit export" not in message + caplog.text
         monkeypatch.setitem(sys.modules, package, None)
 
@@ -425,7 +430,7 @@ def test_only_the_backend_that_can_serve_is_named(engine_of, monkeypatch):
 
 
 def test_gpu_without_a_driver(engine_of, checkpoint_of, monkeypatch):
-    """No backend can serve it, and installing another one would not help."""
+    """The message names no package to install, because every backend needs the driver."""
     monkeypatch.setattr("samekit.backends.selection.has_driver", lambda: False)
     for model in (engine_of("tiny-s").folder, checkpoint_of("tiny-s")):
         with pytest.raises(BackendUnavailableError) as caught:
@@ -500,7 +505,7 @@ def test_cuda_where_there_is_none(engine_of, monkeypatch):
 
 @pytest.fixture
 def build_for_gpus(monkeypatch):
-    """An onnxruntime-gpu whose CUDA provider never starts."""
+    """Replace ONNX Runtime by a GPU build whose CUDA provider never starts."""
     session = SimpleNamespace(
         get_providers=lambda: ["CPUExecutionProvider"],
         get_inputs=lambda: [SimpleNamespace(name="latents")],
@@ -589,7 +594,7 @@ def test_failure_while_running(engine_of, monkeypatch):
 
 
 def three_calls(backend, between):
-    """The outputs of one input, with something done before the third call, which packs the weights."""
+    """Return the outputs of three equal calls; `between` runs before the third one, which packs the weights."""
     audio = noise((1, 2, 3 * HOP))
     outputs = [backend.encode(audio), backend.encode(audio)]
     between()
@@ -597,7 +602,7 @@ def three_calls(backend, between):
 
 
 def exported_again(engine):
-    """Another graph of the same size in its place, as another export would leave it."""
+    """Replace the encoder's graph and its digest, as another export would."""
     path = engine.graph(ENCODER, "fp32")
     data = bytearray(path.read_bytes())
     document = json.loads((engine.folder / "spec.json").read_text())
@@ -637,7 +642,7 @@ def test_another_precision_beside_it_is_no_change(own_engine, caplog):
 
 
 def test_weights_are_not_held_twice_while_they_are_packed(engine_of, monkeypatch):
-    """The mapped session is gone before the packed one opens."""
+    """The mapped session is freed before the packed one opens."""
     still_there = []
     options = BackendOptions(device="cpu", threads=THREADS)
     with open_backend(engine_of("tiny-s").folder, "onnxruntime", options) as backend:

@@ -1,4 +1,4 @@
-"""How many CPUs a process may use: its affinity mask, and the CPU quota of its control groups."""
+"""The number of CPUs that a process may use: its affinity mask, and the CPU quota of its control groups."""
 
 from __future__ import annotations
 
@@ -75,6 +75,12 @@ MACHINES = {
         {"../my groups/my group/cpu.max": "100000 100000\n"},
         1,
     ),
+    "a mount whose name splits lines": (
+        "0::/",
+        f"23 22 0:30 / /media/a\u2028b\rc rw - ext4 /dev/sdb1 rw\n{V2}",
+        {"cpu.max": "200000 100000\n"},
+        2,
+    ),
     "files that say nothing": ("0::/", V2, {"cpu.max": "\n"}, math.inf),
     "a period of nothing": ("0::/", V2, {"cpu.max": "100000 0\n"}, math.inf),
 }
@@ -82,7 +88,7 @@ MACHINES = {
 
 @pytest.fixture
 def machine(tmp_path, request):
-    """A folder that looks like the root of a machine, and the quota there."""
+    """Return a folder with the files of a machine's root, and the expected quota."""
     groups, mounts, files, quota = MACHINES[request.param]
     if groups is not None:
         (tmp_path / "proc/self").mkdir(parents=True)
@@ -107,5 +113,5 @@ def test_quota(machine):
 def test_quota_and_affinity_both_count(machine, monkeypatch, affinity):
     root, quota = machine
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(affinity)), raising=False)
-    # A part of a CPU takes a thread of its own.
+    # A part of a CPU counts as one more CPU.
     assert available_cpus(root) == min(affinity, math.inf if quota == math.inf else math.ceil(quota))

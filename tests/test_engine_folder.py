@@ -46,7 +46,7 @@ def test_found_by_folder(own_engine):
 
 
 def test_found_by_name(spec_text, monkeypatch, tmp_path):
-    """The order is: working directory, ./engines, cache of the user."""
+    """The order is the working folder, ./engines, the user's cache."""
     at_home = put(Path.home() / ".cache" / "samekit" / "engines" / "my-model", spec_text)
     assert find_engine("my-model").folder == at_home
     in_cache = put(tmp_path / "cache" / "my-model", spec_text)
@@ -98,7 +98,7 @@ def test_unreadable_files(own_engine, file, tmp_path):
         program = [*drop, sys.executable, "-m", "samekit", *command, own_engine.folder]
         done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=120)
         if command == ["clean"] and file == "encoder.onnx":
-            # It reads no graphs.
+            # This command reads no graphs.
             assert done.returncode == 0, done.stderr
             continue
         path = own_engine.folder / file

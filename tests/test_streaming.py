@@ -1,4 +1,4 @@
-"""Streams in blocks of any size give the numbers of one pass, and keep no more than a window."""
+"""Streams in blocks of any size equal one pass, and keep at most a window of input."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ LEAST_DB = 110
 
 @pytest.fixture
 def windowed(backend):
-    """Every model on every backend, in windows of 16 latents."""
+    """Return each model on each backend, with windows of 16 latents."""
     return AutoencoderModel(backend, window=16)
 
 
 def in_blocks(array, sizes):
-    """Pieces of the last axis, in the given sizes over and over."""
+    """Yield pieces of the last axis, whose sizes repeat `sizes`."""
     start = 0
     for size in itertools.cycle(sizes):
         if start >= array.shape[-1]:
@@ -36,7 +36,7 @@ def in_blocks(array, sizes):
 
 
 def through(stream, array, sizes):
-    """Everything that a stream gives for an array pushed in blocks."""
+    """Return the whole output of a stream that gets an array in blocks."""
     outputs = [stream.push(block) for block in in_blocks(array, sizes)]
     return np.concatenate([*outputs, stream.finish()], axis=-1)
 
@@ -65,7 +65,7 @@ def test_encoder_at_another_rate(windowed, rate):
 
 @pytest.fixture
 def one_model(model_of):
-    """One model, for what no model decides."""
+    """Return one model, for tests that do not depend on the model."""
     return AutoencoderModel(model_of("tiny-s", "onnxruntime").autoencoder.backend, window=16)
 
 
@@ -130,7 +130,7 @@ def test_nothing_but_a_window_is_kept(direction):
     tracemalloc.start()
     try:
         for _ in range(10):
-            # A block of a hundred windows: neither it nor its tail, which is a view of it, stays alive.
+            # The cutter must not keep this large block alive, of which its tail would be a view.
             windows = cutter.push(np.zeros((3, features, 20_000 * unit), np.float32))
             for _ in run_windows(backend, direction, windows):
                 pass
@@ -196,7 +196,7 @@ def test_failure_ends_the_stream(direction, failing):
     with pytest.raises(BackendError, match="the power went out"):
         stream.push(block) if failing == "push" else stream.finish()
     backend.answer = backend.zeros
-    # Again would drop what the failed step had taken already.
+    # The failed step has consumed its input, so every later call is refused.
     for again in (lambda: stream.push(block), stream.finish, lambda: stream.push(block)):
         with pytest.raises(BackendError, match="; begin a new stream") as caught:
             again()

@@ -14,7 +14,7 @@ from samekit.streaming import run_windows
 
 
 class CountingBackend(FakeBackend):
-    """Answers each latent with its own first feature, and remembers the batch of each call."""
+    """Returns the first two features of each latent as audio, and records the batch of each call."""
 
     def __init__(self, window_batch):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The planner, exhaustively: exact windows against what they promise, the reference's chunks against a simulation."""
+"""Exact windows, and the reference's chunks against a simulation, for every length up to LONGEST."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_no_window_is_wasted(plan):
     for latents in range(1, LONGEST + 1):
         windows = list(plan.over(latents))
         assert all(window.core_stop > window.core_start for window in windows)
-        # All but the last keep at least a step; only what fits no window needs another.
+        # There is a further window only for latents that the windows so far do not cover.
         assert len(windows) == 1 + max(0, -(-(latents - plan.size) // plan.step))
 
 
@@ -113,7 +113,7 @@ def test_sizes_without_a_core_are_refused(context, alignment):
 
 
 def simulate(latents, chunk_size, overlap):
-    """Which chunk and which of its values the reference leaves at each latent: it copies chunk after chunk."""
+    """Return (start of the chunk, position in it) for each latent, by copying chunk after chunk as the reference."""
     if latents <= chunk_size:
         return [(0, position) for position in range(latents)]
     starts = []

@@ -29,8 +29,8 @@ _MANY_CHANNELS = 64
 
 def is_tensor(value: Any) -> bool:
     """Return whether `value` is a PyTorch tensor."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
+    # The module has no such class yet while another thread imports it.
+    return isinstance(value, getattr(sys.modules.get("torch"), "Tensor", ()))
 
 
 def to_float32(value: Any, name: str, *, empty: bool = False) -> Array:

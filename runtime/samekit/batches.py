@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 # The reference's defaults for chunked processing, in latents.
 CHUNK_SIZE, OVERLAP = 128, 32
 
-# Of the default windows, in latents.
+# Default windows have at least this many latents, unless the backend takes fewer.
 _LEAST_WINDOW = 128
 
 
 class Autoencoder:
-    """Batches of prepared audio to latents and back, and the preparation; what `AutoencoderModel.autoencoder` is."""
+    """Prepares audio, and encodes and decodes batches; `AutoencoderModel.autoencoder` is one."""
 
     def __init__(self, backend: Backend, window: int | None = None) -> None:
         if window is not None:
             check_whole("window", window, least=1)
         spec = backend.spec
         self.backend = backend
-        """What runs the model; closing it closes the model."""
+        """Runs the model; closing it closes the model."""
         self.spec = spec
         """Every fact about the model."""
         self.sample_rate = spec.sample_rate
@@ -55,14 +55,14 @@ class Autoencoder:
         for direction, context in sorted(spec.contexts.items(), key=lambda item: item[1], reverse=True):
             size = window
             if size is None:
-                # So long that the context, which is computed and dropped, costs at most a sixteenth.
+                # At this length the context, which is computed and dropped, costs at most a sixteenth.
                 size = spec.alignment * math.ceil(max(_LEAST_WINDOW, 32 * context) / spec.alignment)
                 if backend.longest_window is not None:
                     size = min(size, backend.longest_window - backend.longest_window % spec.alignment)
             self._plans[direction] = ExactWindows(size, context, spec.alignment)
 
     def windows(self, direction: Direction) -> ExactWindows:
-        """Return how the input of `spec.ENCODER` or `spec.DECODER` is cut."""
+        """Return the windows of `spec.ENCODER` or `spec.DECODER`."""
         return self._plans[direction]
 
     def preprocess_audio_for_encoder(self, audio: Any, in_sr: Any) -> Any:
@@ -140,7 +140,7 @@ class Autoencoder:
         return out if stays else to_kind_of(out, value, self.backend.torch_device)
 
     def stays_on_device(self, value: Any) -> bool:
-        """Return whether a value is a batch that the backend reads where it lies, and whose result stays there."""
+        """Return whether a value is a batch in device memory that the backend accepts; its result stays there too."""
         return self.backend.accepts(value) and value.ndim == 3 and value.numel() > 0
 
 

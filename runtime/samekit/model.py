@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def _device_options(device: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Add a device to options of a backend; `cuda:N`, as PyTorch names it, sets `device_id` too."""
+    """Return `options` with a device added; `cuda:N`, as PyTorch names a GPU, sets `device_id` too."""
     if device is None:
         return options
     match = re.fullmatch(r"(cpu|cuda):(\d{1,9})", str(device), re.ASCII)
@@ -49,7 +49,7 @@ def _device_options(device: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def _warn_of_random_weights(name: str) -> None:
-    """Warn of a model once per process."""
+    """Log a warning, once per process and model."""
     logger.warning("%s has random weights: good for tests and speed only", name)
 
 
@@ -61,7 +61,7 @@ class AutoencoderModel:
 
     def __init__(self, backend: Backend, window: int | None = None) -> None:
         self.autoencoder = Autoencoder(backend, window)
-        """Batches of prepared audio, as the reference's attribute of this name."""
+        """Prepares audio and runs batches, as the reference's attribute of this name."""
         self.spec = backend.spec
         """Every fact about the model."""
         self.sample_rate = backend.spec.sample_rate
@@ -103,7 +103,7 @@ class AutoencoderModel:
         known = [field.name for field in dataclasses.fields(BackendOptions)]
         for option in options:
             if option not in known:
-                raise InputError(f"unknown option {option!r}; choose of {', '.join(('backend', 'window', *known))}")
+                raise InputError(f"unknown option {option!r}; choose one of {', '.join(('backend', 'window', *known))}")
         opening = BackendOptions(precision, **_device_options(device, options))
         model = cls(open_backend(expanded_text(model_name), backend, opening), window)
         if model.spec.is_random:
@@ -124,8 +124,8 @@ class AutoencoderModel:
             audio: `[channels, samples]`, `[samples]`, `[batch, channels, samples]`, or a list of clips; floating point
                 in -1 ... 1, NumPy or PyTorch. Mono is doubled; channels that the model lacks are dropped.
             sr: its sample rate in Hz; for a batch or list, one for all or one each: numbers, a list, NumPy or PyTorch.
-            chunked: give the reference's chunked numbers; otherwise those of one pass over everything. Either way the
-                audio is computed in windows, and memory stays flat.
+            chunked: compute the chunks of the reference's `chunked=True`. Otherwise the result equals that of one pass
+                over everything, but is computed in windows, which bounds the memory of the backend.
             chunk_size: latents in a chunk; only with `chunked`.
             overlap: latents that neighbouring chunks share; only with `chunked`.
 
@@ -204,7 +204,7 @@ class AutoencoderModel:
     def encode_reader(
         self, reader: AudioReader, latents_path: Path, progress: Callable[[int], object] | None = None
     ) -> dict[str, Any]:
-        """`encode_file` of a file that `open_to_encode` has opened."""
+        """Do the work of `encode_file` with a file that `open_to_encode` has opened."""
         encoder = StreamEncoder(self.autoencoder.backend, self.autoencoder.windows(ENCODER), reader.info.sample_rate)
         with LatentsWriter(latents_path, self.latent_dim, follow_links=True) as writer:
             for block in reader:
@@ -242,7 +242,7 @@ class AutoencoderModel:
             subtype: `PCM_16`, `PCM_24`, `PCM_32` or `FLOAT`.
             clip: clip floating-point samples to -1 ... 1; integers always are.
             progress: called with the number of latents decoded since the last call.
-            force: replace `audio_path` even if it is, or may be, the recording that the latents were made of.
+            force: replace `audio_path` even if it is, or may be, the recording from which the latents were made.
 
         Returns:
             Samples written.
@@ -266,7 +266,7 @@ class AutoencoderModel:
         clip: bool = False,
         progress: Callable[[int], object] | None = None,
     ) -> int:
-        """`decode_file` of a file that `open_to_decode` has opened."""
+        """Do the work of `decode_file` with a file that `open_to_decode` has opened."""
         length = self._exact_length(reader, latents_path)
         decoder = self.stream_decoder()
         with AudioWriter(audio_path, self.sample_rate, self.spec.channels, subtype, frames=length, clip=clip) as writer:

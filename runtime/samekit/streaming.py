@@ -109,9 +109,9 @@ class _Stream:
         self._is_broken = False
 
     def _begin_step(self) -> None:
-        """Mark the stream as broken until `_advance` returns: after an error, going on would drop or shift values."""
+        """Mark the stream as broken until `_advance` returns. After an error the next values would be shifted."""
         if self._is_broken:
-            raise BackendError("an earlier error has cost this stream a part of its input; begin a new stream")
+            raise BackendError("an earlier error lost a part of this stream's input; begin a new stream")
         self._is_broken = True
 
     def _advance(self, array: Array, *, final: bool = False) -> Array:
@@ -151,7 +151,7 @@ class StreamEncoder(_Stream):
         return self.push_checked(as_clip(audio, empty=True))
 
     def push_checked(self, block: Array) -> Array:
-        """`push` float32 samples `[channels, n]` that are known to be finite, such as those of `AudioReader`.
+        """Do the work of `push` with finite float32 samples `[channels, n]`, such as those of `AudioReader`.
 
         Raises:
             InputError, NonFiniteError, BackendError: as `push`.

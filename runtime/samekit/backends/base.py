@@ -50,7 +50,7 @@ class BackendOptions:
     """Most windows that run as one batch, which bounds the memory. None takes 1 on CPUs, where more is no faster, and
     4 on GPUs."""
     cuda_graph: bool = False
-    """TensorRT only: launch a shape that comes again as one CUDA graph, which keeps its memory allocated."""
+    """TensorRT only: run a shape that repeats as one CUDA graph, whose memory stays allocated."""
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -62,10 +62,11 @@ class BackendOptions:
             check_whole("threads", self.threads, least=1, most=MOST_THREADS)
         if self.window_batch is not None:
             check_whole("window_batch", self.window_batch, least=1)
-        names = self.providers
-        is_list = isinstance(names, (tuple, list)) and len(names) > 0
-        if names is not None and not (is_list and all(isinstance(name, str) for name in names)):
-            raise InputError(f"providers is {self.providers!r}; pass a tuple of names, or None to choose by device")
+        if self.providers is not None:
+            is_list = isinstance(self.providers, (tuple, list)) and len(self.providers) > 0
+            if not (is_list and all(isinstance(name, str) for name in self.providers)):
+                raise InputError(f"providers is {self.providers!r}; pass a tuple of names, or None to choose by device")
+            object.__setattr__(self, "providers", tuple(self.providers))
         check_flag("cuda_graph", self.cuda_graph)
 
 
@@ -172,9 +173,11 @@ class Backend(ABC):
 
         Raises:
             InputError, NonFiniteError: as `run`.
-            BackendError: as `run`, or the backend takes arrays only.
+            BackendError: as `run`, or the backend does not accept the tensor.
         """
         self._check_open()
+        if not self.accepts(tensor):
+            raise BackendError(f"the {self.name} backend cannot read this tensor; pass it as a NumPy array")
         self._check_input(direction, "float32", tensor.shape)
         result = self._run_tensor(direction, tensor)
         self._check_output(direction, tensor.shape, result.shape, finite=bool(result.isfinite().all()))
@@ -201,7 +204,7 @@ class Backend(ABC):
         self.close()
 
     def __reduce__(self) -> tuple[Callable[..., Backend], tuple[Any, ...]]:
-        """Pickle how to open it again.
+        """Pickle the call that opens it again.
 
         Raises:
             BackendError: it is closed, or was not opened from a path or a name.
@@ -219,8 +222,8 @@ class Backend(ABC):
         """Run a checked, contiguous array."""
 
     def _run_tensor(self, direction: Direction, tensor: Any) -> Any:
-        """Run a checked tensor in device memory."""
-        raise BackendError(f"the {self.name} backend takes NumPy arrays only; copy the tensor to the host")
+        """Run a checked tensor in device memory; only for backends that accept tensors."""
+        raise NotImplementedError
 
     def _check_open(self) -> None:
         if self._closed:
@@ -233,13 +236,12 @@ class Backend(ABC):
 
     def _check_input(self, direction: Direction, dtype: str, shape: Sequence[int]) -> None:
         features, unit = self.spec.layout(direction)
-        expected = ""
-        if dtype != "float32" or len(shape) != 3 or shape[1] != features:
-            expected = f"float32 [batch, {features}, length], got {dtype} {list(shape)}"
-        elif shape[0] == 0 or shape[2] == 0 or shape[2] % unit:
-            expected = f"a batch and a length of at least one latent of {unit}, got {list(shape)}"
-        if expected:
-            raise InputError(f"the {direction} takes {expected}; pass such an array")
+        is_batch = len(shape) == 3 and shape[1] == features and 0 not in shape
+        if dtype != "float32" or not is_batch or shape[2] % unit:
+            raise InputError(
+                f"the {direction} takes float32 [batch, {features}, length], not empty and with a length that is a "
+                f"multiple of {unit}, got {dtype} {list(shape)}; pass such an array"
+            )
 
     def _check_output(self, direction: Direction, before: Sequence[int], after: Sequence[int], *, finite: bool) -> None:
         expected = self.spec.input_shape(opposite(direction), before[0], before[2] // self.spec.layout(direction)[1])

@@ -37,17 +37,16 @@ def cpu_quota(root: Path = SYSTEM) -> float:
 def _groups(root: Path) -> Iterator[Path]:
     """Yield the folder of each control group that may limit the CPU, and those of its parents."""
     try:
-        memberships = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape")
-        mounts = (root / "proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+        memberships, mounts = (_lines(root / "proc/self" / name) for name in ("cgroup", "mountinfo"))
     except OSError:
         # Not Linux, or /proc is not mounted.
         return
     group_of = {}
-    for line in memberships.splitlines():
+    for line in memberships:
         _, controllers, path = line.split(":", 2)
         # The line of version 2 has no controllers, so its key is "".
         group_of.update(dict.fromkeys(controllers.split(","), path))
-    for line in mounts.splitlines():
+    for line in mounts:
         # proc_pid_mountinfo(5): the fourth field is the mounted part of the hierarchy, the fifth is the mount point.
         fields, _, source = (part.split() for part in line.partition(" - "))
         kind, options = source[0], source[-1].split(",")
@@ -59,6 +58,11 @@ def _groups(root: Path) -> Iterator[Path]:
         # In a container, the group may have its name on the host while only a part of the hierarchy is mounted.
         inner = inner.relative_to(mounted) if inner.is_relative_to(mounted) and ".." not in inner.parts else Path()
         yield from (root / mount_point / folder for folder in (inner, *inner.parents))
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the lines of a file in `/proc`. `str.splitlines` would also split at other characters, inside of names."""
+    return os.fsdecode(path.read_bytes()).split("\n")[:-1]
 
 
 def _unescaped(field: str) -> str:

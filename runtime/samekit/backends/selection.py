@@ -1,7 +1,7 @@
-"""Backends are opened by name, or the first that can be opened; each imports its framework when it is opened.
+"""Open a backend by its name, or the first one that works. Its framework is imported only then.
 
 Other packages add backends by entry points of the group `samekit.backends`. Such an entry point names a function that
-takes an `Engine` and `BackendOptions`, and returns a `Backend` of the same name. samekit_export registers `torch` so.
+takes an `Engine` and `BackendOptions`, and returns a `Backend` of the same name. `torch` of samekit_export is one.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _opener(name: str) -> Any:
 
 def _open_without_engine(model: str, backend: str, options: BackendOptions, error: EngineNotFoundError) -> Backend:
     """Open the checkpoint `model` in PyTorch, if the chosen backend allows that."""
-    # A mistyped path beside other folders is no repository on the hub, which would delay the error by half a minute.
+    # A path beside existing folders is mistyped. Looking it up on the hub would delay the error by half a minute.
     mistyped = os.path.isdir(os.path.dirname(model)) and not os.path.exists(model)
     if backend not in (AUTO, "torch") or mistyped:
         raise error

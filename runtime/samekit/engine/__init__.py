@@ -1,1 +1,1 @@
-"""Engine folders: facts about a model, finding and checking the folder, digests."""
+"""Engine folders: facts about a model, finding and checking the folder, its TensorRT builds, digests."""

@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shlex
 import shutil
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from samekit.errors import BackendUnavailableError, StaleEngineError
 from samekit.files.atomic import atomic_commit, output_errors
 from samekit.files.json_fields import check_kinds
 from samekit.files.locks import folder_lock
-from samekit.files.paths import read_regular, remove
+from samekit.files.paths import file_signature, read_regular, remove
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -98,14 +99,16 @@ class Build:
             fingerprint = Fingerprint.from_json(document["fingerprint"])
             engines = {direction: BuiltEngine.parse(fields) for direction, fields in document["engines"].items()}
             if engines and set(engines) != {ENCODER, DECODER}:
-                raise ValueError("half an autoencoder")
+                raise ValueError(f"engines of {', '.join(engines)} only")
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise _damaged(path, f"cannot be read ({error!r})") from None
         for engine in engines.values():
             path = folder / engine.file
-            found = path.stat().st_size if path.is_file() else None
-            if found != engine.size:
-                raise _damaged(path, "is missing" if found is None else f"has {found} bytes instead of {engine.size}")
+            signature = file_signature(path)
+            if signature is None:
+                raise _damaged(path, "is missing")
+            if signature[0] != engine.size:
+                raise _damaged(path, f"has {signature[0]} bytes instead of {engine.size}")
         return cls(folder, fingerprint, engines)
 
     def read(self, direction: Direction) -> bytes:
@@ -122,7 +125,8 @@ class Build:
 
 
 def _damaged(path: Path, what: str) -> StaleEngineError:
-    return StaleEngineError(f"{path}: {what}; run: samekit clean {path.parents[2]}, and build the engine again")
+    command = shlex.join(["samekit", "clean", str(path.parents[2])])
+    return StaleEngineError(f"{path}: {what}; run: {command}, and build the engine again")
 
 
 def build_folders(engine: Engine) -> list[Path]:
@@ -190,9 +194,11 @@ def choose_build(engine: Engine, precision: str, capability: tuple[int, int], ve
     `versions` are those of the installed flavours, the preferred one first.
 
     Raises:
-        BackendUnavailableError: there is no build of this precision.
+        BackendUnavailableError: there is no build or no graph of this precision.
+        EngineError: the encoder's graph is damaged.
         StaleEngineError: there are builds, but none can run here.
     """
+    # Raises if the model has no graph of this precision, from which engines could be built.
     engine.graph(ENCODER, precision)
     builds, refusals = builds_of(engine, precision)
     usable = []

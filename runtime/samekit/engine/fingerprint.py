@@ -43,10 +43,6 @@ class Profile(NamedTuple):
     batch: tuple[int, int, int]
     latents: tuple[int, int, int]
 
-    def takes(self, batch: int, latents: int) -> bool:
-        """Return whether a shape fits this profile."""
-        return self.batch[0] <= batch <= self.batch[2] and self.latents[0] <= latents <= self.latents[2]
-
 
 NARROW: Final = Profile(batch=(1, 1, 8), latents=(1, 256, 256))
 """For windows, several at once."""

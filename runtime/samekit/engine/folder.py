@@ -32,7 +32,7 @@ from samekit.engine.spec import DIRECTIONS, RANDOM, SPEC_FILE, Direction, Engine
 from samekit.errors import BackendUnavailableError, EngineError, EngineNotFoundError
 from samekit.files.atomic import atomic_commit, temporary_target
 from samekit.files.locks import LOCK_FILE
-from samekit.files.paths import checked_path, expanded_text, open_regular, remove
+from samekit.files.paths import expanded_text, open_regular, remove
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -71,7 +71,7 @@ class Engine:
             raise EngineError(f"{self.folder}: was exported again since it was opened; open the model again")
 
     def export_command(self, *options: str) -> str:
-        """Return the command that exports the same weights to this folder, with `options`."""
+        """Return the command that exports the same weights with `options`; to this folder unless it was renamed."""
         source, words = self.spec.source, [self.spec.name]
         if self.spec.is_random:
             words += ["--weights", RANDOM]
@@ -170,7 +170,7 @@ def is_engine_file(path: Path) -> bool:
 def staging_folder(folder: Path) -> Iterator[Path]:
     """Yield a new folder in an engine folder for uncommitted graphs, and delete it afterwards.
 
-    Files in it are never taken for those of another export, even if `spec.json` cannot be read. The caller holds the
+    So its files cannot be mistaken for those of another export if `spec.json` cannot be read. The caller holds the
     engine folder's lock.
     """
     staging = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=folder))
@@ -191,7 +191,7 @@ def commit_export(folder: Path, staging: Path, spec: EngineSpec) -> None:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Return what killed and replaced exports left in an engine folder, or what a running one is writing.
+    """Return the files that killed and replaced exports left in an engine folder, or that a running one is writing.
 
     These are staging folders, unfinished `spec.json` files, and graphs that `spec.json` does not name. If `spec.json`
     cannot be read, no graph counts, as a newer samekit may have written it.
@@ -247,7 +247,7 @@ def find_engine(name: str | os.PathLike[str]) -> Engine:
         EngineError: the folder is incomplete or not readable, or it only contains engine folders.
     """
     text = expanded_text(name)
-    path = checked_path(text)
+    path = Path(text)
     names = [text, text.lower()] if text.lower() in KNOWN_MODELS else [text]
     candidates = [path, *(root / each for root in engine_roots() for each in names)]
     for folder in candidates:

@@ -1,1 +1,1 @@
-"""TensorRT and TensorRT-RTX: the backend, builds and their fingerprints."""
+"""The TensorRT backend, for TensorRT and TensorRT-RTX; `samekit.engine.builds` stores the engines."""

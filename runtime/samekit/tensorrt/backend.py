@@ -9,7 +9,7 @@ Mistakes with TensorRT often go unnoticed. These rules prevent them:
 * Each output is new memory, which belongs to the caller.
 * Scratch memory is allocated for the current shape, not for the largest one.
 * An engine is read when its direction is first used.
-* A build is chosen by everything that decides about it (`samekit.engine.builds`).
+* A build runs only if it fits the graphs, this GPU and the installed TensorRT (`samekit.engine.builds`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from samekit.arrays import as_one_batch
 from samekit.backends.base import Backend, BackendOptions, keep_for_ever
 from samekit.engine.builds import build_folders, choose_build
 from samekit.engine.fingerprint import NARROW
 from samekit.engine.spec import GPU_PRECISIONS, Direction, opposite
 from samekit.errors import BackendUnavailableError
 from samekit.tensorrt.flavours import FLAVOURS, INSTALL, import_flavour, installed_flavours
-from samekit.tensorrt.gpu import Gpu
+from samekit.tensorrt.gpu import Gpu, pytorch_errors
 from samekit.tensorrt.runner import EngineRunner, Piece, split
 
 if TYPE_CHECKING:
@@ -66,23 +67,26 @@ class TensorRTBackend(Backend):
     def _run(self, direction: Direction, array: Array) -> Array:
         # Shapes are refused before anything is copied.
         self._split(direction, array.shape)
-        return self._gpu.download(self._run_tensor(direction, self._gpu.upload(array)))
+        with pytorch_errors(array.shape):
+            return self._gpu.download(self._run_tensor(direction, self._gpu.upload(array)))
 
     def accepts(self, value: Any) -> bool:
-        """Return whether a value is a float32 tensor on this GPU."""
-        return self._gpu.contains(value) and str(value.dtype) == "torch.float32"
+        """Return whether a value is a float32 tensor on this GPU, whose memory holds its values as they are."""
+        if not self._gpu.contains(value) or value.is_neg():
+            return False
+        return (str(value.dtype), str(value.layout)) == ("torch.float32", "torch.strided")
 
     def _run_tensor(self, direction: Direction, tensor: Any) -> Any:
         latents, pieces = self._split(direction, tensor.shape)
-        tensor = tensor.detach().contiguous()
         outputs = []
-        with self._busy:
+        with self._busy, pytorch_errors(tensor.shape):
+            tensor = tensor.detach().contiguous()
             runner = self._runner(direction)
             for piece in pieces:
                 rows = tensor[piece.rows]
                 shape = self.spec.input_shape(opposite(direction), rows.shape[0], latents)
                 outputs.append(runner.run(piece.profile, rows, shape))
-            return self._gpu.join(outputs)
+            return as_one_batch(outputs)
 
     def _split(self, direction: Direction, shape: Any) -> tuple[int, list[Piece]]:
         """Return the latents of an input of this shape, and the pieces in which it runs."""

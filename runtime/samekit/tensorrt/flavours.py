@@ -55,14 +55,9 @@ def installed_flavours() -> dict[str, Any]:
     return modules
 
 
-def installed_versions() -> dict[str, str]:
-    """Return the versions of the flavours that can be imported, the preferred one first."""
-    return {flavour: module.__version__ for flavour, module in installed_flavours().items()}
-
-
 def builder_versions() -> dict[str, str]:
     """Return the versions of everything that makes engines: the flavours, and ONNX Runtime's TensorRT provider."""
-    versions = installed_versions()
+    versions = {flavour: module.__version__ for flavour, module in installed_flavours().items()}
     with suppress(BackendError):
         versions["onnxruntime"] = import_onnxruntime().__version__
     return versions

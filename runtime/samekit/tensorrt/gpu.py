@@ -6,13 +6,24 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from samekit.backends.base import has_driver
-from samekit.errors import BackendUnavailableError
+from samekit.errors import BackendError, BackendUnavailableError, SamekitError, first_line
 from samekit.packages import import_package
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from samekit.arrays import Array
+
+
+@contextmanager
+def pytorch_errors(shape: Sequence[int]) -> Iterator[None]:
+    """Raise what PyTorch raises in the `with` block, such as a lack of memory, as a BackendError about an input."""
+    try:
+        yield
+    except SamekitError:
+        raise
+    except RuntimeError as error:
+        raise BackendError(f"the GPU failed on {list(shape)} ({first_line(error)}); try a smaller window") from error
 
 
 class Gpu:
@@ -61,10 +72,6 @@ class Gpu:
     def scratch(self, size: int) -> Any:
         """Allocate bytes. PyTorch aligns them to 512, which TensorRT needs."""
         return self._torch.empty(size, dtype=self._torch.uint8, device=self._device)
-
-    def join(self, pieces: list[Any]) -> Any:
-        """Concatenate the rows of batches."""
-        return pieces[0] if len(pieces) == 1 else self._torch.cat(pieces)
 
     @contextmanager
     def ordered(self) -> Iterator[int]:

@@ -29,8 +29,8 @@ class Piece(NamedTuple):
 def split(batch: int, latents: int) -> list[Piece]:
     """Split a batch of rows into pieces that a profile accepts; raise InputError if none accepts so many latents."""
     for index, profile in enumerate(PROFILES):
-        most = profile.batch[2]
-        if profile.takes(1, latents):
+        if latents <= profile.latents[2]:
+            most = profile.batch[2]
             return [Piece(index, slice(start, min(start + most, batch))) for start in range(0, batch, most)]
     longest = max(profile.latents[2] for profile in PROFILES)
     raise InputError(f"a TensorRT engine takes 1 to {longest} latents at once, got {latents}; choose a smaller window")
