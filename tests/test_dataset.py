@@ -1249,6 +1249,20 @@ def test_verify_does_not_ask_to_remove_what_may_only_not_be_read(data, out, name
     assert done.stdout.splitlines() == [expected]
 
 
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv, with which even root has no rights to a file")
+@pytest.mark.parametrize(("name", "mode"), [(".", 0o311), (".samekit", 0)])
+def test_verify_of_a_folder_that_cannot_be_listed(data, out, name, mode):
+    write_clips(data, 1)
+    run(data, out)
+    (out / name).chmod(mode)
+    drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    program = [*drop, sys.executable, "-m", "samekit", "check-latents", out]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    (out / name).chmod(0o755)
+    assert done.returncode == 2
+    assert done.stderr == f"Error: {out}: cannot be listed (Permission denied); check its permissions\n"
+
+
 def test_verify_counts_what_is_not_encoded_yet(data, out):
     write_clips(data, 25)
     with pytest.raises(BackendError):
@@ -1321,6 +1335,36 @@ def test_stop_ends_with_one_line_and_can_be_resumed(engine_of, data, tmp_path, s
     assert 0 < json.loads(result.stdout.splitlines()[-1])["unchanged"] < 60
     command(*arguments[4:], tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+TWO_STOPS = """
+import signal, sys, time
+sys.path.insert(0, sys.argv[1])
+from test_dataset import fake_model, first_samples, run
+
+calls = []
+
+def answer(direction, array):
+    calls.append(1)
+    if len(calls) == 1:
+        return first_samples(direction, array)
+    time.sleep(0.2)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+run(sys.argv[2], sys.argv[3], fake_model(answer), checksum=True, readers=2)
+"""
+
+
+def test_second_ctrl_c_ends_the_process(data, out):
+    """The second one arrives while a thread computes the digest of a large file, so threads are still running."""
+    write_clip(data / "a.wav", 100)
+    write_clip(data / "b.wav", 100)
+    os.truncate(data / "b.wav", 2**31)
+    program = [sys.executable, "-c", TWO_STOPS, os.path.dirname(__file__), data, out]
+    done = subprocess.run(program, capture_output=True, timeout=30, check=False)
+    assert done.returncode == -signal.SIGINT, done.stderr
 
 
 def test_command_has_the_flags_and_defaults_of_the_reference():

@@ -612,6 +612,10 @@ def test_options_are_checked(options):
         ({"gpus_per_actor": 1}, {"CPU": 64.0, "GPU": 8.0}, 8),
         ({"gpus_per_actor": 0.5, "cpus_per_actor": 4}, {"CPU": 64.0, "GPU": 8.0}, 16),
         ({"gpus_per_actor": 1}, {"CPU": 64.0}, 0),
+        # Not 9, which is the quotient of the floating-point numbers.
+        ({"gpus_per_actor": 0.1}, {"CPU": 64.0, "GPU": 1.0}, 10),
+        # The parts of an actor are on one GPU.
+        ({"gpus_per_actor": 0.6}, {"CPU": 64.0, "GPU": 8.0}, 8),
     ],
 )
 def test_actors_that_fit(options, resources, actors):
@@ -846,6 +850,14 @@ def test_url_that_cannot_be_written(model, data, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=r"^local://.* cannot be written") as error:
         run(data, f"local://{tmp_path}/file/below", model)
+    assert_one_line(error.value)
+
+
+def test_url_needs_a_temporary_folder(data, bucket, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+    write_clips(data, 1)
+    with pytest.raises(OutputError, match=r"cannot be written \(No such file or directory\); set TMPDIR to ") as error:
+        run(data, URL)
     assert_one_line(error.value)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -13,7 +12,7 @@ from samekit.dataset.file_names import SILENCE_FILE, STATE_FOLDER
 from samekit.dataset.manifest import find_manifests, read_manifest
 from samekit.dataset.options import Settings, Shard
 from samekit.dataset.output import FolderOutput
-from samekit.errors import InputError, LatentsFileError, OutputError
+from samekit.errors import InputError, LatentsFileError
 from samekit.files.atomic import temporary_target
 from samekit.files.latents import MODEL_DIGEST, map_array, read_latents
 from samekit.files.paths import expanded
@@ -62,15 +61,13 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
         raise InputError(f"{folder}: only folders can be verified; copy it to one, or mount it")
     folder = expanded(folder)
     output = FolderOutput(folder)
-    parts: dict[Shard, list[str]] = {}
-    # A folder that does not exist has no manifest.
-    with suppress(OutputError):
-        parts = find_manifests(output)
+    parts = find_manifests(output) if os.path.exists(folder / STATE_FOLDER) else {}
     if not parts:
         raise InputError(f"{folder}: has no manifest in {STATE_FOLDER}; pass the --output_path of a pre-encode run")
     manifests = [read_manifest(output, names) for names in parts.values()]
     rows = {row.name: row for _, rows in manifests for row in rows}
-    return [*_check_shards(folder, list(parts)), *_check_files(folder, rows), *_check_manifests(folder, manifests)]
+    paths = sorted(folder / below / name for below in ("", STATE_FOLDER) for name in output.names(below))
+    return [*_check_shards(folder, list(parts)), *_check_files(paths, rows), *_check_manifests(folder, manifests)]
 
 
 def _check_shards(folder: Path, shards: list[Shard]) -> Iterator[str]:
@@ -86,12 +83,12 @@ def _check_shards(folder: Path, shards: list[Shard]) -> Iterator[str]:
         yield f"{folder}: {len(missing)} of {counts[0]} shards are missing; run pre-encode with --shard {first}"
 
 
-def _check_files(folder: Path, rows: dict[str, Row]) -> Iterator[str]:
+def _check_files(paths: list[Path], rows: dict[str, Row]) -> Iterator[str]:
     """Report unfinished files, and files of clips that no manifest lists as encoded."""
-    for path in sorted((*folder.iterdir(), *(folder / STATE_FOLDER).iterdir())):
+    for path in paths:
         row = rows.get(path.stem)
         if temporary_target(path.name):
-            yield f"{path}: was left half-written; run pre-encode again"
+            yield f"{path}: is an unfinished file; run pre-encode again"
         elif path.suffix in (".npy", ".json") and path.stem.isdecimal() and (row is None or row.status != "encoded"):
             yield f"{path}: belongs to no clip; remove it"
 

@@ -111,9 +111,8 @@ class FolderOutput(Output):
             remove_abandoned(folder, shard.is_written_here)
 
     def names(self, folder: str = "") -> set[str]:
-        """List a folder."""
-        with output_errors(self._folder), os.scandir(self._folder / folder) as entries:
-            return {entry.name for entry in entries}
+        with output_errors(self._folder, cause="cannot be listed", cure="check its permissions"):
+            return set(os.listdir(self._folder / folder))
 
     def get(self, name: str, most: int | None = None) -> bytes:
         """Read a regular file."""
@@ -223,7 +222,9 @@ class UrlOutput(Output):
     @contextmanager
     def workspace(self) -> Iterator[Path]:
         """Yield a temporary folder."""
-        with tempfile.TemporaryDirectory(prefix="samekit-") as folder:
+        with output_errors("a temporary folder", cure="set TMPDIR to a folder that is writable and has room"):
+            temporary = tempfile.TemporaryDirectory(prefix="samekit-")
+        with temporary as folder:
             yield Path(folder)
 
     def upload(self, folder: Path, name: str) -> None:

@@ -133,9 +133,10 @@ class Pipeline:
         """Encode every clip; raises what `Executor.encode` raises."""
         # Threads may share an iterator over a list.
         waiting = iter(list(tasks))
-        readers = [threading.Thread(target=self._read_clips, args=(waiting,)) for _ in range(self.readers)]
+        # Daemon threads, so that a second Ctrl-C, which interrupts `_end_threads`, ends the process.
+        readers = [threading.Thread(target=self._read_clips, args=(waiting,), daemon=True) for _ in range(self.readers)]
         with self.job.output.workspace() as folder:
-            writer = threading.Thread(target=self._write_clips, args=(folder,))
+            writer = threading.Thread(target=self._write_clips, args=(folder,), daemon=True)
             try:
                 for thread in (writer, *readers):
                     _start(thread)

@@ -79,9 +79,10 @@ class RayOptions:
 
     def fitting(self, resources: dict[str, float]) -> int:
         """Return the number of actors for which a machine has room."""
-        room = resources.get("CPU", 0) // self.cpus_per_actor
-        if self.gpus_per_actor:
-            room = min(room, resources.get("GPU", 0) // self.gpus_per_actor)
+        room, gpus, share = resources.get("CPU", 0) // self.cpus_per_actor, resources.get("GPU", 0), self.gpus_per_actor
+        if share:
+            # An actor cannot have shares of several GPUs. Floor division would be wrong: 1 // 0.1 is 9.
+            room = min(room, gpus // share if share >= 1 else gpus * int(1 / share))
         return int(room)
 
 
