@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from samekit.dataset.manifest import Row
 
-# Field of the metadata -> its type.
+# Field of the metadata -> its type. A boolean is no integer here.
 _FIELDS: Final[dict[str, type]] = {
     "path": str,
     "relpath": str,
@@ -37,12 +37,12 @@ _FIELDS: Final[dict[str, type]] = {
     MODEL_DIGEST: str,
 }
 _ENCODE_AGAIN: Final = "remove it and run pre-encode again"
-# Clips without latents that have a line of their own.
+# Number of clips without latents that are reported one by one.
 _MOST_LISTED: Final = 10
 
 
 def verify(folder: str | os.PathLike[str]) -> list[str]:
-    """Check every file of a folder of latents, while no run writes into it.
+    """Check every file of a folder of latents. No run may write into the folder at the same time.
 
     All values of all latents must be finite. The metadata fields that the training code reads are compared with the
     manifest, except the words of the prompt.
@@ -56,6 +56,7 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
 
     Raises:
         InputError: the folder has no manifest, or a damaged one.
+        OutputError: the folder cannot be listed.
     """
     if "://" in os.fspath(folder):
         raise InputError(f"{folder}: only folders can be verified; copy it to one, or mount it")
@@ -130,8 +131,9 @@ def _check_pair(path: Path, row: Row, settings: Settings) -> Iterator[str]:
 
 
 def _check_metadata(path: Path, metadata: dict[str, Any], row: Row, settings: Settings, latents: int) -> Iterator[str]:
-    """Check the fields that the training code reads, and the model."""
-    wrong = [name for name, kind in _FIELDS.items() if not _is_kind(metadata.get(name), kind)]
+    """Compare the fields that the training code reads, and the model, with the manifest."""
+    values = {name: metadata.get(name) for name in _FIELDS}
+    wrong = [name for name, value in values.items() if not isinstance(value, _FIELDS[name]) or isinstance(value, bool)]
     if not wrong and not metadata["prompt"].strip():
         wrong = ["prompt"]
     if wrong:
@@ -150,18 +152,13 @@ def _check_metadata(path: Path, metadata: dict[str, Any], row: Row, settings: Se
         yield f"{path}: its timestamps, seconds and sample_rate do not fit each other and the manifest; {_ENCODE_AGAIN}"
 
 
-def _is_kind(value: Any, kind: type) -> bool:
-    """Return whether a value from JSON has a type; true and false are not numbers."""
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
 def _is_timing(metadata: dict[str, Any], row: Row, settings: Settings) -> bool:
     """Return whether times and sample rate fit the manifest.
 
-    Computes the lengths in samples from the fields, and the fields from these lengths again.
+    This computes the lengths in samples from the fields, and from these lengths the fields again.
     """
     rate, cut = settings.sample_rate, settings.cut
-    # The values may have any type and size.
+    # Values from a damaged file may have any type and size.
     try:
         begin, end = metadata["timestamps"]
         kept = round(row.seconds * rate)
@@ -177,7 +174,6 @@ def _is_timing(metadata: dict[str, Any], row: Row, settings: Settings) -> bool:
 
 
 def _check_silence(path: Path, settings: Settings) -> Iterator[str]:
-    """Check the silence latents."""
     if not os.path.lexists(path):
         yield _missing(path)
         return
@@ -197,7 +193,7 @@ def _missing(path: Path) -> str:
 
 def _unreadable(error: LatentsFileError) -> str:
     """Return the cause of an error with the cure for a file of a dataset."""
-    # The latents may be sound, so the message does not ask to remove the file.
+    # The file may be sound, so the message does not ask to remove it.
     if isinstance(error.__cause__, PermissionError):
         return f"{error.cause}; check its permissions"
     return f"{error.cause}; {_ENCODE_AGAIN}"
