@@ -1,4 +1,4 @@
-"""The bar: settings of tqdm in the environment never stop the work, and a bar that is switched off is off."""
+"""Progress bars: invalid settings of tqdm never stop the work, and valid ones are used."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ print("the work is done")
 
 
 def shown_on_a_terminal(environment):
-    """Standard output of the program, and what its terminal saw."""
+    """Return the standard output of the program, and what it wrote to its terminal."""
     terminal, side = pty.openpty()
     try:
         # 24 rows of 80 columns; a new terminal has none, and tqdm draws nothing there.

@@ -41,7 +41,7 @@ def parsed(folder):
 
 
 def add_build(engine, flavour=TENSORRT, version="10.15.1", target="8.9", precision="fp32"):
-    """Add files in place of TensorRT engines, which these tests never run."""
+    """Add a build whose engine files are texts, because these tests do not run engines."""
     fingerprint = fingerprint_of(engine.spec, precision, flavour, version, target)
     folder = engine.folder / BUILDS_FOLDER / fingerprint.name
     folder.mkdir(parents=True)
@@ -135,8 +135,8 @@ def test_weights_beside_the_graph_are_found(own_engine, out):
     onnx.save_model(
         onnx.load(path), path, save_as_external_data=True, location="encoder.onnx.data", size_threshold=1024
     )
-    halves = own_engine.spec.graphs["fp32"] | {ENCODER: describe_graph(own_engine.folder, "encoder.onnx")}
-    spec = dataclasses.replace(own_engine.spec, graphs={"fp32": halves})
+    graphs = own_engine.spec.graphs["fp32"] | {ENCODER: describe_graph(own_engine.folder, "encoder.onnx")}
+    spec = dataclasses.replace(own_engine.spec, graphs={"fp32": graphs})
     (own_engine.folder / "spec.json").write_text(spec.to_json())
     engine = Engine.load(own_engine.folder)
     write_repository(engine, out)

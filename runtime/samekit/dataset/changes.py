@@ -1,6 +1,6 @@
 """Tell whether the files of a clip have changed: by identity, or by the SHA-256 of their contents.
 
-Size and modification time alone are `samekit.files.paths.file_signature`.
+`samekit.files.paths.file_signature` gives only size and modification time, which a program can set back.
 """
 
 from __future__ import annotations

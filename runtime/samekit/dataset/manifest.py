@@ -274,7 +274,7 @@ def _require_matching_shards(
     for other, names in others.items():
         if other.count != shard.count:
             how = f"with --shard I/{other.count}" if other.count > 1 else "without --shard"
-            raise InputError(f"{output}: was begun {how}; go on like that, or pass another --output_path")
+            raise InputError(f"{output}: was started {how}; continue in the same way, or pass another --output_path")
         if settings:
             _require_same(output, settings, _read_settings(output, names))
 

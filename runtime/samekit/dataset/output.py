@@ -144,7 +144,7 @@ class FolderOutput(Output):
     def workspace(self) -> Iterator[Path]:
         """Yield the output folder itself."""
         if not (self._folder / STATE_FOLDER).is_dir():
-            raise InputError(f"{self._folder.absolute()}: is not there; share it under the same path with every node")
+            raise InputError(f"{self._folder.absolute()}: does not exist here; give every node access under this path")
         yield self._folder
 
     def upload(self, folder: Path, name: str) -> None:

@@ -50,7 +50,7 @@ _CONNECT_SECONDS: Final = 10
 _PLACE_SECONDS: Final = 600
 _LAST_PORT: Final = 65_535
 # Environment variable that limits how often Ray tries to connect.
-_TRIES: Final = "RAY_gcs_server_port_wait_time_s"
+_TRIES_VARIABLE: Final = "RAY_gcs_server_port_wait_time_s"
 # Calls carry names, outcomes and at most the latents of silence.
 _OBJECT_STORE_BYTES: Final = 200 * 2**20
 
@@ -117,11 +117,11 @@ class _Worker:
     def encode(self, facts: ModelFacts, job: Job, tasks: list[Task]) -> list[Outcome]:
         node = socket.gethostname()
         if not facts.same(self.facts()):
-            raise InputError(f"{node}: opens {self._model} as another model than the first node; give all the same one")
+            raise InputError(f"{node}: {self._model} is not the model of the first node; give all nodes the same one")
         for folder in {task.source.path.removesuffix(task.source.relpath) for task in tasks}:
             # Without this check, every clip would be reported as unreadable.
             if not Path(folder).is_dir():
-                raise InputError(f"{folder}: is not there on {node}; share it under the same path with every node")
+                raise InputError(f"{folder}: does not exist on {node}; give every node access under this path")
         outcomes: list[Outcome] = []
         self._opened().encode(job, tasks, outcomes.append)
         return outcomes
@@ -291,11 +291,11 @@ def _require_listener(address: str) -> None:
 @contextmanager
 def _one_try() -> Iterator[None]:
     """Limit Ray to one attempt to connect, of 41 s, instead of 20. Older versions of Ray ignore the limit."""
-    if _TRIES in os.environ:
+    if _TRIES_VARIABLE in os.environ:
         yield
         return
-    os.environ[_TRIES] = "1"
+    os.environ[_TRIES_VARIABLE] = "1"
     try:
         yield
     finally:
-        del os.environ[_TRIES]
+        del os.environ[_TRIES_VARIABLE]

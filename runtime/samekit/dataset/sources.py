@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 SUFFIXES: Final = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff")
 """Suffixes of audio files."""
 # Longest line in a list of files: twice the longest path on Linux.
-_MOST_NAME: Final = 2**13
+_LONGEST_LINE: Final = 2**13
 # Characters of such a line that a message shows.
-_SHOWN: Final = 200
+_SHOWN_CHARACTERS: Final = 200
 _LIST_FILE: Final = "filelist.txt"
 # Number of suffixes in a message.
 _LISTED_SUFFIXES: Final = 6
@@ -98,7 +98,7 @@ def find_sources(folders: Sequence[str | os.PathLike[str]]) -> Found:
         for source in _walk(folder, found) if listed is None else listed:
             if source.relpath in sources:
                 twice = f"{sources[source.relpath].path} and {source.path}"
-                raise InputError(f"{twice} have one name below their folders; rename one, or encode them apart")
+                raise InputError(f"{twice} have the same path below --data_dir; rename one, or encode them separately")
             sources[source.relpath] = source
     where = ", ".join(names)
     if not sources:
@@ -221,7 +221,7 @@ def _listed_files(folder: str) -> list[Source] | None:
         below = _below(name, roots)
         if below is None:
             raise InputError(
-                f"{path}: line {number} names {name[:_SHOWN]!r}, which is no file below this folder; "
+                f"{path}: line {number} names {name[:_SHOWN_CHARACTERS]!r}, which is no file below this folder; "
                 "remove the line, or pass that folder as another --data_dir"
             )
         source = _listed_source(folder, below, listing)
@@ -236,7 +236,7 @@ def _list_lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         # Names that are not valid UTF-8 are kept as Python represents them in paths.
         with open_regular(path) as file, TextIOWrapper(file, "utf-8-sig", "surrogateescape") as text:
-            for number, line in enumerate(iter(partial(text.readline, _MOST_NAME), ""), 1):
+            for number, line in enumerate(iter(partial(text.readline, _LONGEST_LINE), ""), 1):
                 if name := line.strip():
                     yield number, name
     except OSError as error:
@@ -250,7 +250,7 @@ def _below(name: str, roots: Sequence[Path]) -> Path | None:
         name: relative to the folder, or an absolute path.
         roots: the absolute path of the folder, with and without links.
     """
-    if "\0" in name or len(name) >= _MOST_NAME - 1:
+    if "\0" in name or len(name) >= _LONGEST_LINE - 1:
         return None
     path = Path(os.path.normpath(name))
     if path.is_absolute():
