@@ -832,6 +832,14 @@ def test_incomplete_first_part_is_ignored(data, out, half):
     assert contents(out) == contents(whole)
 
 
+def test_file_with_the_name_of_an_impossible_shard_is_ignored(data, out):
+    write_clips(data, 2)
+    run(data, out)
+    (out / ".samekit" / "manifest-3-of-2-000001.jsonl").touch()
+    assert run(data, out).unchanged == 2
+    assert verify(out) == []
+
+
 def test_damaged_manifest_is_an_error_of_one_line(data, out):
     write_clips(data, 4)
     run(data, out)

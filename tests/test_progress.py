@@ -69,6 +69,13 @@ def test_bar_that_is_switched_off_is_off():
     assert shown_on_a_terminal({"TQDM_DISABLE": "1"}) == ("the work is done\n", "")
 
 
+def test_progress_is_not_printed_to_standard_output():
+    """A shell closes standard error with `2>&-`, and then Python has none."""
+    closed = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", PROGRAM]
+    done = subprocess.run(closed, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout == "the work is done\n"
+
+
 def test_bar_is_shown_on_a_terminal():
     output, seen = shown_on_a_terminal({})
     assert output == "the work is done\n"

@@ -47,8 +47,8 @@ class Shard:
         match = re.fullmatch(r"manifest(?:-(\d{1,6})-of-(\d{1,6}))?-(\d{6,12})\.jsonl", name)
         if not match:
             return None
-        index, count, number = match.groups()
-        return cls(int(index or 1), int(count or 1)), int(number)
+        index, count, number = (int(digits or 1) for digits in match.groups())
+        return (cls(index, count), number) if 1 <= index <= count else None
 
     def manifest_part(self, number: int) -> str:
         """Return the file name of a part of this shard's manifest."""

@@ -30,7 +30,7 @@ class Display(ExitStack):
         with suppress(OSError):
             if _on_terminal():
                 self._advance_bar(progress)
-            elif time.monotonic() >= self._next_line or progress.done == progress.total:
+            elif sys.stderr and (time.monotonic() >= self._next_line or progress.done == progress.total):
                 self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
                 print(progress.describe(), file=sys.stderr, flush=True)  # noqa: T201 shown in logs
 
