@@ -57,7 +57,7 @@ class Row:
     """None before the first attempt."""
     reason: str | None = None
     audio: Stamp | None = None
-    """The audio file at the last attempt; None if there was none."""
+    """Size and time of the audio file at the last attempt; None if it was not a regular file."""
     caption: Stamp | None = None
     sha256: str | None = None
     """SHA-256 of the audio file, if the run computed it."""
