@@ -1,4 +1,4 @@
-"""Pre-encoding a dataset: the latents of the definition, nothing lost, nothing encoded twice or in vain."""
+"""Pre-encoding a dataset: correct latents, no lost clips, and nothing encoded without need."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ FIELDS = {
 
 
 def write_clip(path, samples, *, rate=RATE, channels=2, seed=0, level=0.1, caption="a caption"):
-    """An audio file of noise and its caption."""
+    """Write an audio file of noise and its caption."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sf.write(os.fsencode(path), noise((samples, channels), seed, level), rate, format=path.suffix[1:].upper())
     if caption is not None:
@@ -65,20 +65,20 @@ def write_clip(path, samples, *, rate=RATE, channels=2, seed=0, level=0.1, capti
 
 
 def write_clips(folder, count, samples=100):
-    """`count` short clips, none like another."""
+    """Write `count` short clips, all of them different."""
     for index in range(count):
         write_clip(folder / f"clip{index:05d}.wav", samples + index % 50, seed=index, caption=f"caption {index}")
     return folder
 
 
 def first_samples(direction, array):
-    """Latents that tell from which samples they come."""
+    """Return latents that show from which samples they were computed."""
     del direction
     return np.ascontiguousarray(array[:, 0].reshape(len(array), -1, FAKE_HOP)[:, :, :4].swapaxes(1, 2))
 
 
 def raising(error):
-    """A backend that never answers."""
+    """Return an answer of a backend that always raises `error`."""
 
     def answer(direction, array):
         del direction, array
@@ -96,14 +96,14 @@ def run(data, out, model=None, **options):
 
 
 def rows_of(out):
-    """Relpath -> row of the manifest."""
+    """Return the rows of the manifest by relpath."""
     output = FolderOutput(out)
     _, rows = read_manifest(output, find_manifests(output)[Shard()])
     return {row.relpath: row for row in rows}
 
 
 def encoded_lines(out):
-    """How many lines of the manifest say that a clip is encoded, while a run goes on."""
+    """Return the number of manifest lines of encoded clips during a run."""
     return sum(path.read_bytes().count(b'"encoded"') for path in (out / ".samekit").glob("manifest-*.jsonl"))
 
 
@@ -113,13 +113,13 @@ def pair(out, number):
 
 
 def prepared(path):
-    """A clip as it is encoded, `[2, samples]`."""
+    """Return the samples of a clip as they are encoded, `[2, samples]`."""
     with PreparedReader(path, RATE, 2) as reader:
         return np.clip(np.concatenate(list(reader), axis=1), -1, 1)
 
 
 def one_pass(model, audio, latents):
-    """Definition: the clip, zeros up to so many latents, one pass over everything."""
+    """Encode a clip, padded with zeros to `latents` latents, in one call: the definition of correct latents."""
     sequence = np.zeros((1, 2, latents * model.downsampling_ratio), np.float32)
     sequence[0, :, : audio.shape[1]] = audio
     return model.autoencoder.backend.encode(sequence)[0]
@@ -127,7 +127,7 @@ def one_pass(model, audio, latents):
 
 @pytest.fixture
 def tiny(model_of, kind):
-    """Both kinds of attention span."""
+    """Small models with both kinds of attention span."""
     return model_of(kind, "onnxruntime")
 
 
@@ -238,7 +238,7 @@ def test_samples_past_full_scale_are_clipped(data, out):
 
 
 def test_reader_of_the_format_alone_loads_every_pair(model_of, data, out):
-    """Nothing of samekit from here on: folder, `.npy`, `.json`, as the training code takes them."""
+    """Read the files without samekit, as the training code does."""
     for index, seconds in enumerate((0.2, 1.5, 3.0)):
         write_clip(data / "deep" / "er" / f"{index}.flac", round(RATE * seconds), caption=f"  caption {index}\n")
     run(data, out, model_of(KINDS[0], "onnxruntime"), sample_size=20 * HOP)
@@ -280,7 +280,7 @@ def test_sound_of_several_folders(tmp_path, out):
     write_clip(tmp_path / "b" / "y.WAV", 100)
     assert run([tmp_path / "a", tmp_path / "b"], out).encoded == 2
     write_clip(tmp_path / "b" / "x.wav", 100)
-    with pytest.raises(InputError, match="one name") as error:
+    with pytest.raises(InputError, match="the same path below --data_dir") as error:
         run([tmp_path / "a", tmp_path / "b"], out)
     assert_one_line(error.value)
 
@@ -381,7 +381,7 @@ def test_file_damaged_in_the_middle_leaves_nothing(data, out):
 )
 def test_odd_file_names(data, out, name):
     path = write_clip(data / os.fsdecode(name), 100)
-    # Sorted behind all of them.
+    # A name that is sorted after all others.
     write_clip(data / os.fsdecode(b"\xff\xff.wav"), 100)
     assert run(data, out).encoded == 2
     assert pair(out, 0)[1]["relpath"] == os.fsdecode(name)
@@ -427,12 +427,12 @@ def test_clip_that_overflows_the_model_fails_alone(data, out):
     report = run(data, out, fake_model(answer), batch_size=4)
     assert [(row["relpath"], row["status"]) for row in report.bad] == [("clip00002.wav", "failed")]
     assert report.encoded == 4
-    # It may work another time, so it is tried again.
+    # The next run tries a failed clip again.
     assert run(data, out).encoded == 1
 
 
 def failing_at(call, value=None):
-    """A backend whose latents are NaN, or this value, from a call on; the first call is the silence."""
+    """Return a model whose latents are NaN, or `value`, from call number `call` on. The first call is the silence."""
     calls = []
 
     def answer(direction, array):
@@ -452,7 +452,7 @@ def test_windows_behind_one_that_came_out_nan_are_not_encoded(data, out, batch_s
     calls, model = failing_at(4)
     report = run(data, out, model, readers=1, batch_size=batch_size)
     assert report.statuses == {"failed": 1}
-    # After the batch that failed, at most one of its windows by itself.
+    # After the failed batch, at most one of its windows is encoded alone.
     assert len(calls) <= most
     assert sorted(path.name for path in out.iterdir()) == [".samekit", "silence.npy"]
 
@@ -480,7 +480,7 @@ def test_windows_behind_one_too_large_for_float16_are_not_read(data, out):
     report = run(data, out, model, readers=1, float16=True, sample_size=500 * 126 * FAKE_HOP)
     assert report.statuses == {"failed": 1}
     assert "too large for float16" in report.bad[0]["reason"]
-    # The writer finds it out behind the encoder, which is at most a queue ahead.
+    # Most windows are not even read.
     assert len(calls) < 250
 
 
@@ -569,13 +569,13 @@ def test_checksum_judges_captions_by_contents_too(data, out):
 
 @pytest.mark.parametrize("suffix", ["wav", "txt"])
 def test_file_that_changes_after_it_was_read_is_encoded_again(data, out, suffix):
-    """Its digest must be of what was encoded, not of what the file holds when the clip is finished."""
+    """The digest must be that of the encoded contents, not that of the file at the end of the clip."""
     write_clips(data, 2)
     path, changed = data / f"clip00001.{suffix}", []
 
     def answer(direction, array):
         if len(array[0, 0]) == 112 and not changed:
-            # The second clip has 101 samples, 13 latents and one of context: it was read.
+            # The second clip was read: it has 101 samples, which are 13 latents, and one latent of context.
             changed.append(path.stat())
             if suffix == "wav":
                 write_clip(path, 101, seed=77, caption=None)
@@ -596,7 +596,7 @@ def test_file_that_changes_after_it_was_read_is_encoded_again(data, out, suffix)
 
 
 def test_file_that_changes_while_it_is_read_is_tried_again(data, out):
-    """Even if its size stays and its time is set back."""
+    """This holds even if its size stays the same and its time is set back."""
     path = write_clip(data / "long.wav", 40 * RATE)
     changed = []
 
@@ -765,7 +765,7 @@ def test_deep_folders_and_links_in_circles(data, out):
         assert [source.relpath for source in find_sources([data]).sources] == ["a/clip00000.wav"]
         assert run(data, out).encoded == 1
     finally:
-        # Python's own way of removing them is too deep.
+        # shutil.rmtree would exceed the recursion limit.
         subprocess.run(["rm", "-r", data / "d"], check=True)
 
 
@@ -793,7 +793,7 @@ def test_second_process_is_told_and_stops(data, out):
 
 
 def interrupted(data, out, clips):
-    """A run that ends after so many clips, and the part of the manifest with their lines."""
+    """Interrupt a run after `clips` clips, and return the part of the manifest with their lines."""
 
     def stop(progress):
         if progress.done == clips:
@@ -805,7 +805,7 @@ def interrupted(data, out, clips):
 
 
 def test_incomplete_last_line_is_dropped(data, out):
-    """As after a power failure."""
+    """A power failure can leave such a line."""
     write_clips(data, 4)
     whole = out.with_name("whole")
     run(data, whole)
@@ -817,8 +817,8 @@ def test_incomplete_last_line_is_dropped(data, out):
 
 
 @pytest.mark.parametrize("half", ["the copy", "the first part"])
-def test_half_a_first_part_is_not_believed(data, out, half):
-    """Where an upload is cut short, half of a part may stay; the other one holds all numbers."""
+def test_incomplete_first_part_is_ignored(data, out, half):
+    """An interrupted upload may leave half of a part. The other part has the numbers of all clips."""
     write_clips(data, 4)
     whole = out.with_name("whole")
     run(data, whole)
@@ -830,6 +830,14 @@ def test_half_a_first_part_is_not_believed(data, out, half):
     broken.write_bytes(text[: len(text) // 2])
     assert run(data, out).clips == 4
     assert contents(out) == contents(whole)
+
+
+def test_file_with_the_name_of_an_impossible_shard_is_ignored(data, out):
+    write_clips(data, 2)
+    run(data, out)
+    (out / ".samekit" / "manifest-3-of-2-000001.jsonl").touch()
+    assert run(data, out).unchanged == 2
+    assert verify(out) == []
 
 
 def test_damaged_manifest_is_an_error_of_one_line(data, out):
@@ -866,16 +874,16 @@ def test_shards_make_up_the_whole(data, out):
     assert len(relpaths) == len(list(out.glob("0*.npy"))) == 30
     assert verify(out) == []
     assert run(data, out, shard=Shard(2, 3)).encoded == 0
-    # A shard's clips and numbers are the same wherever it is encoded.
+    # The clips and numbers of a shard do not depend on the other shards.
     alone = out.with_name("alone")
     run(data, alone, shard=Shard(3, 3))
     assert contents(alone).items() <= contents(out).items()
     for other in ("1/1", "1/2"):
-        with pytest.raises(InputError, match=r"was begun with --shard I/3; go on like that"):
+        with pytest.raises(InputError, match=r"was started with --shard I/3; continue in the same way"):
             run(data, out, shard=Shard.parse(other))
     whole = out.with_name("whole")
     run(data, whole)
-    with pytest.raises(InputError, match="was begun without --shard; go on like that") as error:
+    with pytest.raises(InputError, match="was started without --shard; continue in the same way") as error:
         run(data, whole, shard=Shard(1, 2))
     assert_one_line(error.value)
 
@@ -899,7 +907,7 @@ def test_of_other_shards_only_the_settings_are_read(data, out):
         run(data, out, shard=Shard(index, 2))
     other = out / ".samekit" / "manifest-2-of-2-000001.jsonl"
     header = other.read_text().split("\n")[0]
-    # Rows that nothing could parse: they are not looked at.
+    # Invalid rows cause no error, because they are not read.
     other.write_text(f"{header}\nno row\n")
     assert run(data, out, shard=Shard(1, 2)).encoded == 0
     for damaged in (f"{header[:-1]}\n", header, "", "x" * 10**6):
@@ -1006,7 +1014,7 @@ def test_folder_that_cannot_be_written(data, tmp_path, where):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 300 KiB."""
+    """Mount a file system of 300 KiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -1019,7 +1027,7 @@ def small_disk(tmp_path):
 
 
 def test_disk_without_room_for_the_silence(data, small_disk):
-    """NumPy's own message tells no reason: "2097152 requested and 22496 written"."""
+    """The message contains the reason. NumPy's message has none: "2097152 requested and 22496 written"."""
     write_clips(data, 1)
     with pytest.raises(OutputError, match=r"cannot be written \(No space left on device\); ") as error:
         run(data, small_disk / "out", sample_size=400_000)
@@ -1042,13 +1050,13 @@ def test_full_disk_stops_with_one_line_and_can_be_resumed(data, small_disk):
 
 
 def kill_and_resume(engine, data, folder, kills):
-    """Kill runs after random numbers of clips, then let one finish; returns how many died in the middle."""
+    """Kill runs after random numbers of clips, then complete one. Return how many were killed before their end."""
     command = [sys.executable, "-c", "from samekit.cli.main import main; main()", "pre-encode", "--threads", "1"]
     command += ["--backend", "onnxruntime", "--model", engine, "--data_dir", data, "--output_path"]
     subprocess.run([*command, folder / "whole"], check=True, capture_output=True)
     died = 0
     clips = len(list(data.glob("*.wav")))
-    # Some while the run begins, and none so late that it may be over.
+    # Some runs are killed at their beginning, and none so late that it may have ended.
     for moment in sorted(random.Random(kills).choices(range(clips * 3 // 4), k=kills)):
         process = subprocess.Popen([*command, folder / "out"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not encoded_lines(folder / "out") >= moment:
@@ -1168,7 +1176,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("clips", ["still there", "gone"])
 def test_what_verify_says_is_a_cure(data, out, clips):
-    """Do literally what the messages say, and nothing else."""
+    """Follow the messages literally. The folder must be sound afterwards."""
     damages = [(suffix, damage) for suffix, kinds in DAMAGES.items() for damage in kinds]
     write_clips(data, len(damages) + 1)
     run(data, out, sample_size=800)
@@ -1206,7 +1214,7 @@ EDITS = {
 @pytest.mark.parametrize("field", EDITS)
 @pytest.mark.parametrize("kind", ["start", "random", "full", "pad"])
 def test_verify_finds_every_edited_field(data, out, field, kind):
-    """A clip that is shorter than `sample_size`, and one that is longer and has a whole number of seconds."""
+    """The clips are shorter than `sample_size`, or longer with a whole number of seconds."""
     write_clip(data / "short.wav", 4000)
     write_clip(data / "other.wav", 4001)
     write_clip(data / "long.wav", 2 * RATE, seed=1)
@@ -1247,6 +1255,20 @@ def test_verify_does_not_ask_to_remove_what_may_only_not_be_read(data, out, name
     assert done.returncode == 2
     expected = f"{out / name}: cannot be opened (Permission denied); check its permissions"
     assert done.stdout.splitlines() == [expected]
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv, with which even root has no rights to a file")
+@pytest.mark.parametrize(("name", "mode"), [(".", 0o311), (".samekit", 0)])
+def test_verify_of_a_folder_that_cannot_be_listed(data, out, name, mode):
+    write_clips(data, 1)
+    run(data, out)
+    (out / name).chmod(mode)
+    drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    program = [*drop, sys.executable, "-m", "samekit", "check-latents", out]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    (out / name).chmod(0o755)
+    assert done.returncode == 2
+    assert done.stderr == f"Error: {out}: cannot be listed (Permission denied); check its permissions\n"
 
 
 def test_verify_counts_what_is_not_encoded_yet(data, out):
@@ -1300,7 +1322,7 @@ def test_command(engine_of, data, out):
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
 def test_stop_ends_with_one_line_and_can_be_resumed(engine_of, data, tmp_path, stop, code):
     write_clips(data, 60, samples=RATE)
-    # A shell's background processes ignore Ctrl-C, and so would this one.
+    # Shells make background processes ignore Ctrl-C, and child processes inherit that.
     program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
     program += "from samekit.cli.main import main; main()"
     arguments = [sys.executable, "-c", program, "pre-encode", "--threads", "1", "--backend", "onnxruntime"]
@@ -1321,6 +1343,36 @@ def test_stop_ends_with_one_line_and_can_be_resumed(engine_of, data, tmp_path, s
     assert 0 < json.loads(result.stdout.splitlines()[-1])["unchanged"] < 60
     command(*arguments[4:], tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+TWO_STOPS = """
+import signal, sys, time
+sys.path.insert(0, sys.argv[1])
+from test_dataset import fake_model, first_samples, run
+
+calls = []
+
+def answer(direction, array):
+    calls.append(1)
+    if len(calls) == 1:
+        return first_samples(direction, array)
+    time.sleep(0.2)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+run(sys.argv[2], sys.argv[3], fake_model(answer), checksum=True, readers=2)
+"""
+
+
+def test_second_ctrl_c_ends_the_process(data, out):
+    """The second one arrives while a thread computes the digest of a large file, so threads are still running."""
+    write_clip(data / "a.wav", 100)
+    write_clip(data / "b.wav", 100)
+    os.truncate(data / "b.wav", 2**31)
+    program = [sys.executable, "-c", TWO_STOPS, os.path.dirname(__file__), data, out]
+    done = subprocess.run(program, capture_output=True, timeout=30, check=False)
+    assert done.returncode == -signal.SIGINT, done.stderr
 
 
 def test_command_has_the_flags_and_defaults_of_the_reference():
@@ -1365,7 +1417,7 @@ def test_progress_tells_speed_time_left_and_failures(data, out):
     assert line.endswith(" s/s, 1 bad")
     half_way = dataclasses.replace(seen[-1], done=2, elapsed=4.0, audio_seconds=8.0)
     assert half_way.describe() == "2 of 3 clips, 8 s of audio at 2.0 s/s, 0:00:02 left, 1 bad"
-    # Nobody knows yet.
+    # No estimate is possible yet.
     assert "left" not in dataclasses.replace(half_way, audio_seconds=0.0).describe()
 
 
@@ -1400,7 +1452,7 @@ def test_system_without_threads(data, out, monkeypatch):
 
 @pytest.mark.parametrize("full", [False, True])
 def test_clips_in_work_hold_no_files_open(data, out, full):
-    """A batch of a hundred windows is of a hundred clips: with files for each, a process would need hundreds."""
+    """A batch of 100 windows can be from 100 clips. Open files for all of them would exceed the limit."""
     lengths = [100 + 8 * index for index in range(150)]
     for index, samples in enumerate(lengths):
         write_clip(data / f"{index:03d}.wav", 126 * FAKE_HOP + samples, seed=index)

@@ -1,4 +1,4 @@
-"""Pre-encoding past one process: on a cluster and into other places, with the folder that one process leaves."""
+"""Pre-encoding on a Ray cluster and to URLs: the output equals that of one process."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ WITH_TESTS = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHON
 
 @pytest.fixture(scope="session")
 def cluster():
-    """A cluster of two cores, once a run; its address."""
+    """Start one cluster of two cores for all tests, and return its address."""
     import ray
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        # Its token would lie in the home, which is another one in each test.
+        # Ray would store its token in the home folder, which differs between tests.
         patch.setenv("RAY_AUTH_MODE", "disabled")
         with patch.context() as starting:
             starting.setenv("PYTHONPATH", WITH_TESTS)
@@ -61,13 +61,13 @@ def engine(engine_of):
 
 @pytest.fixture
 def model(engine):
-    """One process, with the threads of an actor."""
+    """A model in this process, with as many threads as an actor."""
     return AutoencoderModel.from_pretrained(engine, "cpu", backend="onnxruntime", threads=1)
 
 
 @pytest.fixture
 def encoder(cluster, engine):
-    """Two actors."""
+    """An executor with two actors."""
     del cluster
     with RayExecutor(engine, device="cpu", backend="onnxruntime") as encoder:
         yield encoder
@@ -75,7 +75,7 @@ def encoder(cluster, engine):
 
 @pytest.fixture(scope="module")
 def work(engine_of, tmp_path_factory):
-    """Clips that take seconds, and what the folder holds once one process has encoded them."""
+    """A dataset that takes seconds to encode, and the output of one process."""
     data = write_clips(tmp_path_factory.mktemp("work"), 48, samples=5 * SECONDS)
     out = tmp_path_factory.mktemp("alone")
     run(data, out, AutoencoderModel.from_pretrained(engine_of("tiny-s").folder, "cpu", threads=1))
@@ -83,14 +83,14 @@ def work(engine_of, tmp_path_factory):
 
 
 def workers():
-    """The processes of this run's actors."""
+    """Return the processes of the actors."""
     return [
         process for process in psutil.Process().children(recursive=True) if process.name().startswith("ray::_Worker")
     ]
 
 
 def mixed_clips(folder):
-    """Rates, channels and lengths, and clips that cannot be encoded."""
+    """Write clips with different rates, channels and lengths, and some that cannot be encoded."""
     for index in range(24):
         suffix, rate = (("wav", 44_100), ("flac", 48_000), ("ogg", 22_050))[index % 3]
         write_clip(folder / str(index % 2) / f"{index:02d}.{suffix}", 3000 + 20_000 * index, rate=rate, seed=index)
@@ -189,19 +189,19 @@ def test_killed_driver_is_followed_by_another(cluster, engine, work, out, faults
 
 
 def test_error_of_a_worker_is_raised_here(encoder, data, out, monkeypatch, tmp_path):
-    """The actors count relative names from where they were started."""
+    """Relative paths start at the working folder in which the actors were started."""
     monkeypatch.chdir(tmp_path)
     write_clips(data, 3)
-    with pytest.raises(InputError, match="data/: is not there on ") as error:
+    with pytest.raises(InputError, match="data/: does not exist on ") as error:
         pre_encode(encoder, "data", out)
     assert_one_line(error.value)
-    with pytest.raises(InputError, match="out: is not there") as error:
+    with pytest.raises(InputError, match="out: does not exist here") as error:
         pre_encode(encoder, data, "out")
     assert_one_line(error.value)
     assert pre_encode(encoder, data, out).encoded == 3
 
 
-# A cluster of two nodes of one core each, of which one goes and never comes back.
+# A cluster of two nodes with one core each. One node is removed during the run.
 LOST_NODE = """
 import sys
 import ray
@@ -239,7 +239,7 @@ def test_lost_node_holds_nothing_up(engine, work, out, monkeypatch):
 
 # --- Killed while they write, and disks that take nothing ----------------------------------------------------
 
-# A command that dies before the step that it is told; steps of Ray itself count too.
+# A command that dies before a given step. Steps of Ray itself are counted too.
 DYING = """
 import sys
 from faults import dying_at
@@ -249,19 +249,19 @@ dying_at(int(sys.argv[1]), lambda: main(sys.argv[2:], standalone_mode=False))()
 
 
 def dying_driver(step, arguments):
-    """How a command ended that should die before a step of its writing."""
+    """Run a command that dies before a step of its writing, and return its exit code."""
     program = [sys.executable, "-c", DYING, str(step), *map(str, arguments)]
     environment, nowhere = os.environ | {"PYTHONPATH": WITH_TESTS}, subprocess.DEVNULL
     return subprocess.run(program, env=environment, stdout=nowhere, stderr=nowhere, check=False).returncode
 
 
 def finished_pairs(out):
-    """The files of an output that nobody is writing, but for manifest, report and lock."""
+    """Return the finished files of an output, without manifest, report and lock."""
     return {name: data for name, data in contents(out).items() if not name.startswith(".")}
 
 
 def wait_for_orphans(before):
-    """Wait until the actors of a killed driver are gone."""
+    """Wait until the actors of a killed driver have ended."""
     deadline = time.monotonic() + 60
     while {process.pid for process in workers()} - before:
         assert time.monotonic() < deadline
@@ -270,7 +270,7 @@ def wait_for_orphans(before):
 
 @pytest.mark.parametrize("stride", [9, pytest.param(1, marks=pytest.mark.slow)], ids=["some steps", "every step"])
 def test_driver_killed_at_a_step(cluster, engine, model, data, out, stride, faults):
-    """Whatever it and the actors, which live a moment longer, leave: the next run makes it whole."""
+    """The next run completes the output. The actors live a little longer than the driver."""
     write_clips(data, 3)
     alone, kills = out.with_name("alone"), 0
     run(data, alone, model)
@@ -297,7 +297,7 @@ def test_driver_killed_at_a_step(cluster, engine, model, data, out, stride, faul
 
 @pytest.mark.parametrize("clips", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_actor_killed_at_every_step(cluster, engine, model, data, out, tmp_path, monkeypatch, clips, faults):
-    """Each actor dies one step of its writing later than the one before it, until one lives long enough."""
+    """Each actor dies one step of its writing later than the previous one, until one completes its batch."""
     del cluster
     write_clips(data, clips)
     alone, deaths = out.with_name("alone"), tmp_path / "deaths"
@@ -335,7 +335,7 @@ def test_actor_killed_at_every_step(cluster, engine, model, data, out, tmp_path,
 
 @pytest.mark.parametrize("scheme", ["", "local://"], ids=["folder", "URL"])
 def test_disk_that_becomes_full(encoder, model, data, tmp_path, scheme, faults):
-    """In the middle, where nobody but the actors writes anything large."""
+    """The disk becomes full during the run, when only the actors write large files."""
     write_clips(data, 30, samples=10_000)
     alone = tmp_path / "alone"
     run(data, alone, model)
@@ -362,7 +362,7 @@ def test_disk_that_becomes_full(encoder, model, data, tmp_path, scheme, faults):
 
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
 def test_nobody_writes_after_an_error(cluster, engine, data, out, monkeypatch, error):
-    """Neither into the output of the next run, nor onto a disk that is then taken away."""
+    """The actors must not write after the run has ended, because another run may write to the same output."""
     del cluster
     write_clips(data, 40)
 
@@ -397,7 +397,7 @@ def test_disk_that_is_read_only(encoder, data, tmp_path, faults):
 
 
 def test_two_of_everything(encoder, model, data, out):
-    """While a cluster writes into a folder, nobody else does."""
+    """While a cluster writes to a folder, other runs are refused."""
     write_clips(data, 20)
     refusals = []
 
@@ -417,7 +417,7 @@ def test_two_of_everything(encoder, model, data, out):
 
 
 def refused(*arguments):
-    """The one line of a command that does not even begin."""
+    """Run a command that must be refused, and return its error message of one line."""
     result = command(*arguments)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.output
     return result.stderr
@@ -452,7 +452,7 @@ def test_options_of_a_cluster_that_cannot_be(data, out, monkeypatch, arguments, 
 
 @contextmanager
 def listening(serve):
-    """A server at every address of this machine, as Ray's clients look for it at the outer one; yields its port."""
+    """Start a server and yield its port. It listens at all addresses, because Ray's clients use the external one."""
     with ExitStack() as open_sockets:
         server = open_sockets.enter_context(socket.create_server(("0.0.0.0", 0)))
 
@@ -465,13 +465,13 @@ def listening(serve):
         accepting = threading.Thread(target=serve_all)
         accepting.start()
         yield server.getsockname()[1]
-        # Wakes the thread.
+        # This ends `accept` in the thread.
         server.shutdown(socket.SHUT_RDWR)
         accepting.join()
 
 
 def test_what_listens_at_a_port_is_for_ray_to_find_out(data, out, monkeypatch):
-    """A cluster that is busy answers late, so nothing but Ray's own client decides; but it is to try once."""
+    """Only Ray's client can tell a cluster, because a busy one answers late. It must try only once."""
     asked, tries = [], "RAY_gcs_server_port_wait_time_s"
 
     def init(*_, address, **_options):
@@ -489,7 +489,7 @@ def test_what_listens_at_a_port_is_for_ray_to_find_out(data, out, monkeypatch):
 
 
 def driver(data, out, address):
-    """A command in a process of its own, with no cluster yet."""
+    """Start a command in a new process that is not connected to a cluster."""
     program = [sys.executable, "-c", "from samekit.cli.main import main; main()", "pre-encode", "--model", "absent"]
     program += ["--backend", "onnxruntime", "--data_dir", data, "--output_path", out, "--ray", address]
     return subprocess.Popen(program, stderr=subprocess.PIPE, text=True)
@@ -497,7 +497,7 @@ def driver(data, out, address):
 
 @pytest.mark.slow
 def test_ports_of_others_are_refused_in_bounded_time(data, out):
-    """By itself Ray tries 20 times, for a quarter of an hour."""
+    """Without a limit, Ray tries 20 times, which takes 15 minutes."""
     import grpc
 
     write_clips(data, 1)
@@ -527,7 +527,7 @@ def test_ports_of_others_are_refused_in_bounded_time(data, out):
 
 @pytest.mark.slow
 def test_cluster_that_answers_late_is_joined(cluster, data, out):
-    """All that comes from it is held back for the first 14 s, as by a machine that is too busy."""
+    """The answers of the cluster are delayed by 14 s, as on a busy machine."""
     write_clips(data, 1)
     host, port = cluster.rsplit(":", 1)
     first = []
@@ -547,7 +547,7 @@ def test_cluster_that_answers_late_is_joined(cluster, data, out):
     with listening(serve) as port_of_proxy:
         process = driver(data, out, f"127.0.0.1:{port_of_proxy}")
         _, shown = process.communicate(timeout=120)
-    # So the cluster was asked.
+    # This error comes from an actor, so the cluster was joined.
     assert "no engine for 'absent'" in shown.splitlines()[-1]
     assert process.returncode == 2
 
@@ -559,7 +559,7 @@ def test_without_ray_the_command_says_what_to_install(data, out, monkeypatch):
 
 
 def test_cluster_that_does_not_start_is_told_in_one_line(data, out, monkeypatch):
-    """As on a machine that is too busy."""
+    """This happens on a machine that is too busy."""
 
     def init(*_, **options):
         raise ConnectionError("nobody") if options["address"] == "auto" else Exception("The node\ntimed out.")
@@ -612,6 +612,10 @@ def test_options_are_checked(options):
         ({"gpus_per_actor": 1}, {"CPU": 64.0, "GPU": 8.0}, 8),
         ({"gpus_per_actor": 0.5, "cpus_per_actor": 4}, {"CPU": 64.0, "GPU": 8.0}, 16),
         ({"gpus_per_actor": 1}, {"CPU": 64.0}, 0),
+        # Not 9, which is the quotient of the floating-point numbers.
+        ({"gpus_per_actor": 0.1}, {"CPU": 64.0, "GPU": 1.0}, 10),
+        # The parts of an actor are on one GPU.
+        ({"gpus_per_actor": 0.6}, {"CPU": 64.0, "GPU": 8.0}, 8),
     ],
 )
 def test_actors_that_fit(options, resources, actors):
@@ -619,7 +623,7 @@ def test_actors_that_fit(options, resources, actors):
 
 
 def test_actors_without_a_gpu_run_on_the_cpu():
-    """Ray hides no GPU from them, so all would open on the first."""
+    """Ray does not hide GPUs from them, so otherwise all of them would use the first GPU."""
 
     def device(options, **backend):
         return RayExecutor("same-s", options, **backend)._backend["device"]
@@ -646,7 +650,7 @@ def test_batches_are_cut_by_number_and_by_size():
 
 @pytest.fixture
 def bucket():
-    """A place in this process's memory, and what lies there: name -> bytes."""
+    """An empty file system in memory; return a function that returns its files by name."""
     store = fsspec.filesystem("memory")
     store.store.clear()
 
@@ -721,7 +725,7 @@ def test_shards_share_a_url(model, data, bucket):
     assert sum(report.unchanged for report in reports) == 0
     assert len([name for name in bucket() if name.startswith("0")]) == 20
     assert {f".samekit/report-{index}-of-2.json" for index in (1, 2)} <= bucket().keys()
-    with pytest.raises(InputError, match="was begun with --shard I/2"):
+    with pytest.raises(InputError, match="was started with --shard I/2"):
         run(data, URL, model)
 
 
@@ -732,7 +736,7 @@ def test_of_other_shards_a_run_fetches_the_settings_alone(model, data, bucket, m
     store, fetched = fsspec.filesystem("memory"), {}
     other = "/bucket/out/.samekit/manifest-2-of-2-000001.jsonl"
     header, _ = bucket()[".samekit/manifest-2-of-2-000001.jsonl"].split(b"\n", 1)
-    # Rows that nothing could parse: they are not looked at.
+    # Invalid rows cause no error, because they are not read.
     store.pipe_file(other, header + b"\n" + b"no row\n" * 10**5)
     cat = type(store).cat_file
 
@@ -754,7 +758,7 @@ def test_url_of_a_folder_is_a_folder(model, data, out):
 
 
 def test_workers_write_to_a_url(encoder, model, data, out):
-    """The library's view of this disk: the only place beside folders that all processes here reach."""
+    """The URL begins with `local://`, because all processes can reach the local disk."""
     write_clips(data, 20)
     report = pre_encode(encoder, data, f"local://{out}")
     assert report.encoded == 20
@@ -765,7 +769,7 @@ def test_workers_write_to_a_url(encoder, model, data, out):
 
 
 def ended_by(work):
-    """What was raised by a work that was to write; None if it came to its end."""
+    """Call `work`, and return the error that it raised, or None."""
     try:
         work()
     except (OutputError, KeyboardInterrupt) as error:
@@ -777,15 +781,15 @@ def ended_by(work):
 @pytest.mark.parametrize("keeps_halves", [False, True])
 @pytest.mark.parametrize("begun", [False, True])
 def test_url_that_fails_at_any_call(data, out, bucket, monkeypatch, error, keeps_halves, begun, faults):
-    """A place that fails once, whenever, holds whole files; and all of them after the next run.
+    """After any failed call, all files are complete. The next run adds the missing ones.
 
-    Object stores keep nothing of an upload that fails; other places may keep half of it.
+    Object stores keep nothing of a failed upload. Other places may keep half of it.
     """
     monkeypatch.setattr("samekit.dataset.output.UrlOutput.seconds_between_appends", 0)
     write_clips(data, 4)
     store, options = fsspec.filesystem("memory"), {"pad": True, "sample_size": 400}
     if begun:
-        # What is new stands before the rest, so numbers that are forgotten would be others.
+        # The new clip is sorted before the others, so lost numbers would be noticed.
         run(data, out, **options)
         run(data, URL, **options)
         write_clip(data / "a.wav", 100)
@@ -811,7 +815,7 @@ def test_url_that_fails_at_any_call(data, out, bucket, monkeypatch, error, keeps
         caught = ended_by(dying_at(step, work, calls, fail))
         if caught is None:
             break
-        # An interrupt is like a kill: nobody clears halves away.
+        # After an interrupt, as after a kill, incomplete uploads are not removed.
         if caught is not error:
             assert_one_line(caught)
             assert str(caught).startswith(f"{URL}: cannot be ")
@@ -849,6 +853,14 @@ def test_url_that_cannot_be_written(model, data, tmp_path):
     assert_one_line(error.value)
 
 
+def test_url_needs_a_temporary_folder(data, bucket, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+    write_clips(data, 1)
+    with pytest.raises(OutputError, match=r"cannot be written \(No such file or directory\); set TMPDIR to ") as error:
+        run(data, URL)
+    assert_one_line(error.value)
+
+
 @pytest.mark.parametrize("url", ["foo://bucket/x", "s3://bucket/x"])
 def test_url_of_an_unknown_kind_is_refused(engine, data, url, monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
@@ -857,7 +869,7 @@ def test_url_of_an_unknown_kind_is_refused(engine, data, url, monkeypatch):
 
 
 def test_url_whose_client_connects_at_once(engine, data):
-    """And cannot."""
+    """The connection is refused."""
 
     class Connecting(fsspec.AbstractFileSystem):
         def __init__(self, **_options):

@@ -1,4 +1,4 @@
-"""Which files of a data folder become clips, which caption belongs to which, and what is counted as passed over."""
+"""Finding the clips of a dataset: audio files, their captions, lists of files, and files that are passed over."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NFC, NFD = unicodedata.normalize("NFC", "Café Ångström"), unicodedata.normali
 
 
 def encoded(out):
-    """Relative paths of the clips that have latents."""
+    """Return the relpaths of the clips that have latents."""
     return sorted(relpath for relpath, row in rows_of(out).items() if row.status == "encoded")
 
 
@@ -60,7 +60,7 @@ def test_caption_with_zero_bytes_is_bad(data, out, encoding):
 @pytest.mark.parametrize(("audio", "caption"), [(NFD, NFC), (NFC, NFD)], ids=["audio NFD", "caption NFD"])
 @pytest.mark.parametrize("checksum", [False, True])
 def test_names_of_other_normal_forms_belong_together(data, out, audio, caption, checksum):
-    """Apple's systems write names in NFD; an editor elsewhere writes the same name in NFC."""
+    """Apple's systems write names in NFD. Editors on other systems write the same names in NFC."""
     write_clip(data / f"{audio}.wav", 100, caption=None)
     text = data / f"{caption}.txt"
     text.write_text("first")
@@ -85,7 +85,7 @@ def test_caption_of_the_very_name_comes_before_its_twin(data, out):
 
 
 def test_list_of_files_is_taken_as_the_reference_takes_it(data, out):
-    """stable_audio_3/data/dataset.py, `get_audio_filenames`, at Stability-AI/stable-audio-3 7fb8916.
+    """The reference is `get_audio_filenames` of stable_audio_3/data/dataset.py, at commit 7fb8916.
 
     A `filelist.txt` at the root of a folder replaces the search: each line is stripped and joined to the folder,
     whatever its suffix is, hidden or not. A line without a file cannot be loaded.
@@ -101,7 +101,7 @@ def test_list_of_files_is_taken_as_the_reference_takes_it(data, out):
     assert encoded(out) == [".hidden.wav", "a.wav", "deep/er/b.flac", "listed.sound", "sp ace.wav"]
     assert [(row["relpath"], row["status"]) for row in report.bad] == [("nowhere.wav", "unreadable")]
     assert verify(out) == []
-    # The list decides again: what left it stays encoded, what came to it is encoded.
+    # After the list is changed, new entries are encoded, and removed ones keep their latents.
     (data / "filelist.txt").write_text("unlisted.wav\na.wav\n")
     report = run(data, out)
     assert (report.clips, report.encoded, report.gone) == (2, 1, 4)
@@ -112,14 +112,14 @@ def test_list_of_one_folder_is_not_that_of_another(tmp_path, out):
         for name in ("a", "b"):
             write_clip(tmp_path / folder / f"{folder} {name}.wav", 100)
     (tmp_path / "one" / "filelist.txt").write_text("one a.wav\n")
-    # Only at the root.
+    # A list counts only at the root of a data folder.
     shutil.copytree(tmp_path / "one", tmp_path / "two" / "deep")
     run([tmp_path / "one", tmp_path / "two"], out)
     assert encoded(out) == ["deep/one a.wav", "deep/one b.wav", "one a.wav", "two a.wav", "two b.wav"]
 
 
 def test_list_of_a_folder_that_is_reached_by_a_detour(data, tmp_path, monkeypatch):
-    """A list may name its files by absolute paths, whatever way to the folder `--data_dir` takes."""
+    """A list may contain absolute paths, also if `--data_dir` names the folder in another way."""
     write_clips(data, 4)
     (tmp_path / "far" / "away").mkdir(parents=True)
     (tmp_path / "link").symlink_to("far/away")
@@ -152,7 +152,7 @@ def test_list_in_another_normal_form_finds_its_files(data, out):
     ],
 )
 def test_list_that_leads_out_of_its_folder_is_refused(data, tmp_path, out, line):
-    """The reference follows such lines; here a data folder gives access to nothing that it does not hold."""
+    """The reference reads such files. samekit reads only files below the data folder."""
     write_clip(tmp_path / "outside" / "a.wav", 100)
     write_clip(data / "inside.wav", 100)
     (data / "filelist.txt").write_text(f"inside.wav\n{line.format(tmp=tmp_path)}\n")
@@ -227,13 +227,13 @@ def test_dataset_without_any_caption_is_refused_and_loses_nothing(data, out):
         run(data, out)
     assert_one_line(error.value)
     assert contents(out) == before
-    # One caption is enough for the others to be rows of the report.
+    # With at least one caption, the run goes on, and the report lists the clips without.
     (data / "clip00001.caption").rename(data / "clip00001.txt")
     assert run(data, out).statuses == {"encoded": 1, "no_caption": 2}
 
 
 def refuse_listing(monkeypatch, refused, error):
-    """Let the system refuse to list folders of some names."""
+    """Make listing of folders with some names fail."""
     scandir = os.scandir
 
     def scan(path="."):
@@ -245,7 +245,7 @@ def refuse_listing(monkeypatch, refused, error):
 
 
 def test_unreadable_folders_are_counted(data, out, monkeypatch, caplog):
-    """Every ext4 file system has a `lost+found` at its root that only the administrator may list."""
+    """For example, ext4 file systems have a folder `lost+found` that only the administrator may list."""
     write_clips(data, 2)
     write_clip(data / "deep" / "private" / "x.wav", 100)
     (data / "lost+found").mkdir()
@@ -308,7 +308,7 @@ else:
 
 
 def run_without_rights(data, out):
-    """What a run prints that may do no more than an ordinary user."""
+    """Return what a run prints that has only the rights of an ordinary user."""
     program = [sys.executable, "-c", RUN_WITHOUT_RIGHTS, os.path.dirname(__file__), data, out]
     drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
     return subprocess.run([*drop, *program], check=True, capture_output=True, text=True).stdout.strip()
@@ -316,7 +316,7 @@ def run_without_rights(data, out):
 
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv, with which even root has no rights to a file")
 def test_folders_and_files_that_may_not_be_read_are_named_as_such(data, out):
-    """A folder with `chmod 744` can be listed by others, and none of its files can be opened."""
+    """A folder with `chmod 744` can be listed by other users, but its files cannot be opened."""
     write_clips(data, 2)
     write_clips(data / "deep", 1)
     (data / "clip00001.wav").chmod(0)
@@ -361,7 +361,7 @@ def test_listed_file_that_is_not_there(data, out):
 
 
 def test_home_folder_is_expanded(data, out, monkeypatch, tmp_path):
-    """A shell leaves `--output_path=~/x` as it is."""
+    """Shells do not expand `~` in `--output_path=~/x`."""
     monkeypatch.setenv("HOME", str(tmp_path))
     write_clips(data, 1)
     pre_encode(fake_model(), "~/data", "~/out", PreEncodeOptions())
@@ -383,7 +383,7 @@ def test_data_folder_in_the_home_folder_is_no_output(data, monkeypatch, typed):
 
 
 def test_files_of_a_dataset_are_never_looked_up_in_the_home_folder(data, out, monkeypatch, tmp_path):
-    """A dataset may come from anyone; only paths that the user gives have their `~` expanded."""
+    """Datasets are untrusted, so `~` is expanded only in paths that the user gives."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     secret = write_clip(tmp_path / "home" / "a.wav", 100, caption="secret")
     write_clip(data / "~" / "a.wav", 90, seed=1, caption="theirs")
@@ -397,7 +397,7 @@ def test_files_of_a_dataset_are_never_looked_up_in_the_home_folder(data, out, mo
 
 
 def test_files_that_are_links_are_replaced(data, out, tmp_path):
-    """A dataset folder may come from anyone, so its links must not decide which files are overwritten."""
+    """Output folders are untrusted, so their links must not decide which files are overwritten."""
     write_clips(data, 2)
     out.symlink_to(tmp_path / "real")
     (tmp_path / "real").mkdir()
@@ -410,7 +410,7 @@ def test_files_that_are_links_are_replaced(data, out, tmp_path):
         (out / name).rename(target)
         (out / name).symlink_to(target)
     np.save(precious / "silence.npy", np.zeros(3))
-    # The lock is held through no link; without it the run ends.
+    # A lock file that is a link is an error.
     with pytest.raises(OutputError, match="cannot be written") as error:
         run(data, out)
     assert_one_line(error.value)
@@ -427,7 +427,7 @@ def test_files_that_are_links_are_replaced(data, out, tmp_path):
 
 
 def test_report_that_is_a_link_to_a_device_is_replaced(data, out):
-    """Reading /dev/zero never ends."""
+    """The report must not be read, because reading /dev/zero never ends."""
     write_clips(data, 1)
     run(data, out)
     (out / ".samekit" / "report.json").unlink()

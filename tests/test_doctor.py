@@ -48,7 +48,7 @@ def test_versions_and_providers(home):
 @pytest.mark.usefixtures("home")
 def test_int8_support_of_the_processor(monkeypatch, saturates):
     monkeypatch.setattr("samekit.doctor.int8_saturates", lambda _: saturates)
-    shown = "int8 encodes only, this processor having no VNNI instructions" if saturates else "int8 runs"
+    shown = "int8 encodes only, because this processor has no VNNI instructions" if saturates else "int8 runs"
     assert any(line.endswith(shown) for line in lines())
 
 
@@ -133,7 +133,7 @@ def test_engines_whole_and_damaged(home, engine_of):
     ("driver", "tool", "expected"),
     [
         (False, None, "none: no NVIDIA driver"),
-        (True, None, "an NVIDIA driver, but no nvidia-smi to ask"),
+        (True, None, "an NVIDIA driver, but no nvidia-smi that lists GPUs"),
         (True, "works", "NVIDIA L4, 8.9, 23034 MiB, 550.54"),
         (True, "fails", "an NVIDIA driver, but nvidia-smi failed"),
     ],

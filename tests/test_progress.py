@@ -1,4 +1,4 @@
-"""The bar: settings of tqdm in the environment never stop the work, and a bar that is switched off is off."""
+"""Progress bars: invalid settings of tqdm never stop the work, and valid ones are used."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ print("the work is done")
 
 
 def shown_on_a_terminal(environment):
-    """Standard output of the program, and what its terminal saw."""
+    """Return the standard output of the program, and what it wrote to its terminal."""
     terminal, side = pty.openpty()
     try:
         # 24 rows of 80 columns; a new terminal has none, and tqdm draws nothing there.
@@ -67,6 +67,13 @@ def test_bar_that_cannot_be_drawn_stops_no_work(environment):
 
 def test_bar_that_is_switched_off_is_off():
     assert shown_on_a_terminal({"TQDM_DISABLE": "1"}) == ("the work is done\n", "")
+
+
+def test_progress_is_not_printed_to_standard_output():
+    """A shell closes standard error with `2>&-`, and then Python has none."""
+    closed = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", PROGRAM]
+    done = subprocess.run(closed, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout == "the work is done\n"
 
 
 def test_bar_is_shown_on_a_terminal():

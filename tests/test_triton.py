@@ -41,7 +41,7 @@ def parsed(folder):
 
 
 def add_build(engine, flavour=TENSORRT, version="10.15.1", target="8.9", precision="fp32"):
-    """Add files in place of TensorRT engines, which these tests never run."""
+    """Add a build whose engine files are texts, because these tests do not run engines."""
     fingerprint = fingerprint_of(engine.spec, precision, flavour, version, target)
     folder = engine.folder / BUILDS_FOLDER / fingerprint.name
     folder.mkdir(parents=True)
@@ -135,8 +135,8 @@ def test_weights_beside_the_graph_are_found(own_engine, out):
     onnx.save_model(
         onnx.load(path), path, save_as_external_data=True, location="encoder.onnx.data", size_threshold=1024
     )
-    halves = own_engine.spec.graphs["fp32"] | {ENCODER: describe_graph(own_engine.folder, "encoder.onnx")}
-    spec = dataclasses.replace(own_engine.spec, graphs={"fp32": halves})
+    graphs = own_engine.spec.graphs["fp32"] | {ENCODER: describe_graph(own_engine.folder, "encoder.onnx")}
+    spec = dataclasses.replace(own_engine.spec, graphs={"fp32": graphs})
     (own_engine.folder / "spec.json").write_text(spec.to_json())
     engine = Engine.load(own_engine.folder)
     write_repository(engine, out)
@@ -168,7 +168,7 @@ def test_engines_of_tensorrt_that_cannot_be_served(own_engine, out):
     assert_one_line(error.value)
     folder = add_build(own_engine)
     add_build(own_engine, target="9.0")
-    with pytest.raises(InputError, match="leave the one") as error:
+    with pytest.raises(InputError, match="leave only the one") as error:
         write_repository(own_engine, out, options)
     assert_one_line(error.value)
     (folder / "encoder.engine").write_bytes(b"encoder of 8.0")
@@ -241,11 +241,11 @@ def test_folder_that_appears_meanwhile_stays(engine_of, out, monkeypatch):
     assert [path.name for path in out.iterdir()] == ["theirs"]
 
 
-def test_name_that_is_no_text(engine_of, out):
+def test_name_that_is_not_utf8(engine_of, out):
     """A checkpoint folder may have such a name, but the server needs UTF-8."""
     engine = engine_of("tiny-s")
     engine = dataclasses.replace(engine, spec=dataclasses.replace(engine.spec, name="caf\udce9"))
-    with pytest.raises(InputError, match="is no text") as error:
+    with pytest.raises(InputError, match="is not valid UTF-8") as error:
         write_repository(engine, out)
     assert_one_line(error.value)
     assert list(out.parent.iterdir()) == []

@@ -19,7 +19,7 @@ from samekit.engine.builds import describe_builds
 from samekit.engine.folder import Engine, engine_roots
 from samekit.engine.spec import SPEC_FILE
 from samekit.errors import SamekitError
-from samekit.packages import import_installed
+from samekit.packages import INSTALL_EXPORT, import_installed
 from samekit.tensorrt.flavours import INSTALL, builder_versions
 
 if TYPE_CHECKING:
@@ -32,28 +32,22 @@ class Part:
     """An optional package."""
 
     module: str
-    """Its name in Python."""
     enables: str
     """What samekit uses it for."""
     install: str
     """The command that installs it."""
     needs_gpu: bool = False
-    """Whether it needs an NVIDIA GPU."""
 
 
 PARTS = (
     Part("onnxruntime", "engines on any CPU, and on NVIDIA GPUs with onnxruntime-gpu", "pip install 'samekit[cpu]'"),
     Part("tensorrt", "engines compiled for the GPU at hand", INSTALL["tensorrt"], needs_gpu=True),
     Part("tensorrt_rtx", "engines compiled without a GPU, for many", INSTALL["tensorrt_rtx"]),
-    Part(
-        "torch",
-        "exporting, checkpoints without an engine, and GPU memory for TensorRT",
-        "pip install 'samekit[export]'",
-    ),
-    Part("onnx", "exporting", "pip install 'samekit[export]'"),
-    Part("onnxscript", "exporting", "pip install 'samekit[export]'"),
-    Part("safetensors", "reading checkpoints", "pip install 'samekit[export]'"),
-    Part("huggingface_hub", "published weights by name", "pip install 'samekit[export]'"),
+    Part("torch", "exporting, checkpoints without an engine, and GPU memory for TensorRT", INSTALL_EXPORT),
+    Part("onnx", "exporting", INSTALL_EXPORT),
+    Part("onnxscript", "exporting", INSTALL_EXPORT),
+    Part("safetensors", "reading checkpoints", INSTALL_EXPORT),
+    Part("huggingface_hub", "published weights by name", INSTALL_EXPORT),
     Part("matplotlib", "pictures in reports", "pip install 'samekit[report]'"),
     Part("jinja2", "reports", "pip install 'samekit[report]'"),
     Part("ray", "datasets on a cluster", "pip install 'samekit[ray]'"),
@@ -82,7 +76,7 @@ def examine() -> Iterator[str]:
 
 
 def _describe(part: Part) -> str:
-    """Return the version and capabilities of a package, or what it would enable."""
+    """Return the version and capabilities of a package, or what is missing without it."""
     try:
         module: Any = import_installed(part.module)
     except ModuleNotFoundError as error:
@@ -94,7 +88,7 @@ def _describe(part: Part) -> str:
         return f"{part.module} cannot be imported ({error}): no {part.enables}; reinstall it: {part.install}"
     if part.module == "onnxruntime":
         shown = f"onnxruntime {module.__version__}: {', '.join(module.get_available_providers())}"
-        kind = "encodes only, this processor having no VNNI instructions" if int8_saturates(module) else "runs"
+        kind = "encodes only, because this processor has no VNNI instructions" if int8_saturates(module) else "runs"
         return f"{shown}; int8 {kind}"
     if part.module == "torch":
         return f"torch {module.__version__}: {'CUDA' if module.cuda.is_available() else 'no CUDA device'}"
@@ -102,7 +96,7 @@ def _describe(part: Part) -> str:
 
 
 def _version(module: Any) -> str:
-    """Return the version of a package, which not every module has."""
+    """Return the version of a package, which may be unknown."""
     try:
         return str(module.__version__) if hasattr(module, "__version__") else version(module.__name__)
     except PackageNotFoundError:
@@ -116,7 +110,7 @@ def _gpus() -> Iterator[str]:
         return
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        yield "an NVIDIA driver, but no nvidia-smi to ask"
+        yield "an NVIDIA driver, but no nvidia-smi that lists GPUs"
         return
     try:
         done = subprocess.run([tool, *_GPU_QUERY], capture_output=True, text=True, timeout=20, check=True)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @click.option(
     "--reencode",
     is_flag=True,
-    help="Encode all clips again if the folder holds latents of other settings; removes those of clips that are gone.",
+    help="Encode all clips again if the folder holds latents of other settings; delete those of clips that are gone.",
 )
 @click.option("--workers", "readers", default=0, help="Threads that read ahead. [default: one a core, at most 4]")
 @click.option(
@@ -63,7 +63,7 @@ def pre_encode(
 ) -> None:
     """Encode a dataset for training: a pair of .npy and .json for each audio file with a caption.
 
-    Run it again to continue after a stop, or to encode what is new or changed.
+    Run it again to continue a run that was stopped, or to encode new and changed files.
     """
     if checked is not None:
         click.get_current_context().invoke(check_latents, folder=checked)
@@ -82,7 +82,7 @@ def pre_encode(
         backend["precision"] = "fp16"
     actors = {name: options.pop(name) for name in ("actors", "cpus_per_actor", "gpus_per_actor")}
     settings = PreEncodeOptions(shard=Shard.parse(options.pop("shard")), **options)
-    # Checked before the model is opened, which may have to be downloaded.
+    # The folders are checked before the model is opened, which may have to be downloaded.
     require_folders(data_dir)
     click.get_current_context().meta[STOPPED] = "stopped; run the same command again to go on"
     with _open_executor(model, backend, settings, address, actors) as executor, Display() as display:
@@ -96,7 +96,7 @@ def pre_encode(
 def _open_executor(
     model: str, backend: dict[str, Any], settings: PreEncodeOptions, address: str | None, actors: dict[str, Any]
 ) -> AutoencoderModel | RayExecutor:
-    """Return what encodes: a model in this process, or actors on a cluster if `address` is given."""
+    """Open a model in this process, or on a cluster if `address` is given."""
     given = {name: value for name, value in actors.items() if value is not None}
     if address is None:
         if given:

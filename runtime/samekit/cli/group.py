@@ -1,4 +1,4 @@
-"""What all commands share: errors and signals end in one line and an exit code, and output is safe for terminals."""
+"""Code that all commands share: errors and signals become one line and an exit code; output is safe for terminals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STOPPED = "samekit.stopped"
 
 
 def escape_control_characters(text: str) -> str:
-    """Return text as one line without control characters, in characters that standard output can encode."""
+    """Return text as one line. Control characters, and those that standard output cannot encode, become escapes."""
     shown = (
         character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
         for character in " ".join(text.splitlines())
@@ -34,7 +34,7 @@ def escape_control_characters(text: str) -> str:
 
 
 def say(text: str, *, err: bool = False) -> None:
-    """Print one line. The command goes on if the line cannot be written, for example because a pipe was closed."""
+    """Print one line. If it cannot be written, for example because a pipe was closed, the command continues."""
     try:
         click.echo(escape_control_characters(text), err=err)
     except OSError:
@@ -47,19 +47,17 @@ class EscapingFormatter(logging.Formatter):
     """Format log messages as `escape_control_characters` does."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return one line."""
         return escape_control_characters(super().format(record))
 
 
 class Command(click.Command):
-    """Print every `SamekitError` as one line and exit with code 2; do likewise for signals that stop the command.
+    """A command that prints errors and signals as one line.
 
-    As in shells, the exit code is 130 after Ctrl-C and 143 after SIGTERM. The signals raise KeyboardInterrupt, so that
-    unfinished files are deleted first.
+    The exit code is 2 after a `SamekitError` and, as in shells, 130 after Ctrl-C and 143 after SIGTERM. The signals
+    raise KeyboardInterrupt, so that unfinished files are deleted first.
     """
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
         with _catch_signals() as received:
             try:
                 result = super().invoke(ctx)
@@ -82,16 +80,15 @@ class Command(click.Command):
 
 
 class UserPath(click.Path):
-    """A path whose leading `~` is expanded: shells do not expand it in `--option=~/name`.
+    """A path whose leading `~` is expanded, which shells leave as it is in `--option=~/name`.
 
-    Whether the path can be read is checked where it is opened, which gives the better message.
+    The functions that open the path check whether it can be read, because they give better messages.
     """
 
     def __init__(self) -> None:
         super().__init__(readable=False, path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the path."""
         return super().convert(expanded(value), param, ctx)
 
 
@@ -103,7 +100,7 @@ class _Failure(click.ClickException):
 def _catch_signals() -> Iterator[list[signal.Signals]]:
     """Raise KeyboardInterrupt for SIGINT and SIGTERM, and yield a list of those that were received.
 
-    Signals that have another handler or are ignored stay as they are.
+    Signals that are ignored or have a handler of another program keep it.
     """
     received: list[signal.Signals] = []
 

@@ -20,14 +20,12 @@ GROUP = "samekit.commands"
 
 
 class _Group(Command, click.Group):
-    """Adds the commands of other packages, which are imported when they are run or listed."""
+    """A group that contains the commands of other packages too, and imports them when they are run or listed."""
 
     def list_commands(self, _ctx: click.Context) -> list[str]:
-        """Return the names of all commands."""
         return sorted({*self.commands, *registered(GROUP)})
 
     def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Return a command, None if there is none of that name."""
         if cmd_name in self.commands:
             return self.commands[cmd_name]
         entry = registered(GROUP).get(cmd_name)
@@ -52,7 +50,7 @@ def _unavailable(name: str, error: SamekitError) -> click.Command:
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
-@click.option("-v", "--verbose", is_flag=True, help="Say which backend was chosen and why others were not.")
+@click.option("-v", "--verbose", is_flag=True, help="Say which backend was chosen, and why not another one.")
 def main(verbose: bool) -> None:
     """Run and export the SAME audio autoencoders of Stable Audio 3."""
     handler = logging.StreamHandler()
@@ -64,7 +62,7 @@ def main(verbose: bool) -> None:
 
 @click.command()
 def doctor() -> None:
-    """Show what of samekit works on this machine, and what would have to be installed for the rest."""
+    """Show which parts of samekit work on this machine, and what to install for the others."""
     from samekit.doctor import examine
 
     for line in examine():

@@ -21,7 +21,7 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say how to run a model."""
+    """Add the options that say where and how a model runs."""
     for option in reversed(
         (
             click.option("--backend", default="auto", show_default=True, help="auto, tensorrt, onnxruntime or torch."),
@@ -36,7 +36,7 @@ def backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def open_model(model: str, **options: Any) -> AutoencoderModel:
-    """Open the model of `model_options`."""
+    """Open the model that the options of `model_options` select."""
     from samekit.model import AutoencoderModel
 
     return AutoencoderModel.from_pretrained(model, **options)

@@ -1,6 +1,6 @@
 """Tell whether the files of a clip have changed: by identity, or by the SHA-256 of their contents.
 
-Size and modification time alone are `samekit.files.paths.file_signature`.
+`samekit.files.paths.file_signature` gives only size and modification time, which a program can set back.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def unchanged_row(row: Row, source: Source) -> Row | None:
         caption_sha256 = sha256_of(caption_path) if source.caption else None
     except OSError:
         return None
-    # A file that has changed since its folder was listed may have a digest of contents that were never encoded.
+    # If a file has changed since its folder was listed, the digest may be that of contents that were never encoded.
     if (file_signature(path), file_signature(caption_path)) != (source.audio, source.caption):
         return None
     # Where the last run computed no digest, size and time decide.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -13,7 +12,7 @@ from samekit.dataset.file_names import SILENCE_FILE, STATE_FOLDER
 from samekit.dataset.manifest import find_manifests, read_manifest
 from samekit.dataset.options import Settings, Shard
 from samekit.dataset.output import FolderOutput
-from samekit.errors import InputError, LatentsFileError, OutputError
+from samekit.errors import InputError, LatentsFileError
 from samekit.files.atomic import temporary_target
 from samekit.files.latents import MODEL_DIGEST, map_array, read_latents
 from samekit.files.paths import expanded
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
     from samekit.dataset.manifest import Row
 
-# Field of the metadata -> its type.
+# Field of the metadata -> its type. A boolean is no integer here.
 _FIELDS: Final[dict[str, type]] = {
     "path": str,
     "relpath": str,
@@ -38,12 +37,12 @@ _FIELDS: Final[dict[str, type]] = {
     MODEL_DIGEST: str,
 }
 _ENCODE_AGAIN: Final = "remove it and run pre-encode again"
-# Clips without latents that have a line of their own.
+# Number of clips without latents that are reported one by one.
 _MOST_LISTED: Final = 10
 
 
 def verify(folder: str | os.PathLike[str]) -> list[str]:
-    """Check every file of a folder of latents, while no run writes into it.
+    """Check every file of a folder of latents. No run may write into the folder at the same time.
 
     All values of all latents must be finite. The metadata fields that the training code reads are compared with the
     manifest, except the words of the prompt.
@@ -57,20 +56,19 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
 
     Raises:
         InputError: the folder has no manifest, or a damaged one.
+        OutputError: the folder cannot be listed.
     """
     if "://" in os.fspath(folder):
         raise InputError(f"{folder}: only folders can be verified; copy it to one, or mount it")
     folder = expanded(folder)
     output = FolderOutput(folder)
-    parts: dict[Shard, list[str]] = {}
-    # A folder that does not exist has no manifest.
-    with suppress(OutputError):
-        parts = find_manifests(output)
+    parts = find_manifests(output) if os.path.exists(folder / STATE_FOLDER) else {}
     if not parts:
         raise InputError(f"{folder}: has no manifest in {STATE_FOLDER}; pass the --output_path of a pre-encode run")
     manifests = [read_manifest(output, names) for names in parts.values()]
     rows = {row.name: row for _, rows in manifests for row in rows}
-    return [*_check_shards(folder, list(parts)), *_check_files(folder, rows), *_check_manifests(folder, manifests)]
+    paths = sorted(folder / below / name for below in ("", STATE_FOLDER) for name in output.names(below))
+    return [*_check_shards(folder, list(parts)), *_check_files(paths, rows), *_check_manifests(folder, manifests)]
 
 
 def _check_shards(folder: Path, shards: list[Shard]) -> Iterator[str]:
@@ -86,12 +84,12 @@ def _check_shards(folder: Path, shards: list[Shard]) -> Iterator[str]:
         yield f"{folder}: {len(missing)} of {counts[0]} shards are missing; run pre-encode with --shard {first}"
 
 
-def _check_files(folder: Path, rows: dict[str, Row]) -> Iterator[str]:
+def _check_files(paths: list[Path], rows: dict[str, Row]) -> Iterator[str]:
     """Report unfinished files, and files of clips that no manifest lists as encoded."""
-    for path in sorted((*folder.iterdir(), *(folder / STATE_FOLDER).iterdir())):
+    for path in paths:
         row = rows.get(path.stem)
         if temporary_target(path.name):
-            yield f"{path}: was left half-written; run pre-encode again"
+            yield f"{path}: is an unfinished file; run pre-encode again"
         elif path.suffix in (".npy", ".json") and path.stem.isdecimal() and (row is None or row.status != "encoded"):
             yield f"{path}: belongs to no clip; remove it"
 
@@ -133,8 +131,9 @@ def _check_pair(path: Path, row: Row, settings: Settings) -> Iterator[str]:
 
 
 def _check_metadata(path: Path, metadata: dict[str, Any], row: Row, settings: Settings, latents: int) -> Iterator[str]:
-    """Check the fields that the training code reads, and the model."""
-    wrong = [name for name, kind in _FIELDS.items() if not _is_kind(metadata.get(name), kind)]
+    """Compare the fields that the training code reads, and the model, with the manifest."""
+    values = {name: metadata.get(name) for name in _FIELDS}
+    wrong = [name for name, value in values.items() if not isinstance(value, _FIELDS[name]) or isinstance(value, bool)]
     if not wrong and not metadata["prompt"].strip():
         wrong = ["prompt"]
     if wrong:
@@ -153,18 +152,13 @@ def _check_metadata(path: Path, metadata: dict[str, Any], row: Row, settings: Se
         yield f"{path}: its timestamps, seconds and sample_rate do not fit each other and the manifest; {_ENCODE_AGAIN}"
 
 
-def _is_kind(value: Any, kind: type) -> bool:
-    """Return whether a value from JSON has a type; true and false are not numbers."""
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
 def _is_timing(metadata: dict[str, Any], row: Row, settings: Settings) -> bool:
     """Return whether times and sample rate fit the manifest.
 
-    Computes the lengths in samples from the fields, and the fields from these lengths again.
+    This computes the lengths in samples from the fields, and from these lengths the fields again.
     """
     rate, cut = settings.sample_rate, settings.cut
-    # The values may have any type and size.
+    # Values from a damaged file may have any type and size.
     try:
         begin, end = metadata["timestamps"]
         kept = round(row.seconds * rate)
@@ -180,7 +174,6 @@ def _is_timing(metadata: dict[str, Any], row: Row, settings: Settings) -> bool:
 
 
 def _check_silence(path: Path, settings: Settings) -> Iterator[str]:
-    """Check the silence latents."""
     if not os.path.lexists(path):
         yield _missing(path)
         return
@@ -200,7 +193,7 @@ def _missing(path: Path) -> str:
 
 def _unreadable(error: LatentsFileError) -> str:
     """Return the cause of an error with the cure for a file of a dataset."""
-    # The latents may be sound, so the message does not ask to remove the file.
+    # The file may be sound, so the message does not ask to remove it.
     if isinstance(error.__cause__, PermissionError):
         return f"{error.cause}; check its permissions"
     return f"{error.cause}; {_ENCODE_AGAIN}"

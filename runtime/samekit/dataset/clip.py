@@ -41,7 +41,7 @@ _MOST_CAPTION_BYTES: Final = 2**20
 
 
 class BadClipError(Exception):
-    """A clip cannot be encoded. It becomes a row with a status and a reason."""
+    """A clip cannot be encoded. The manifest records its status and the reason."""
 
     def __init__(self, status: Status, reason: str, *, transient: bool = False) -> None:
         super().__init__(reason)
@@ -49,7 +49,7 @@ class BadClipError(Exception):
         self.reason = " ".join(reason.split())
         """Cause and cure in one line."""
         self.transient = transient
-        """Whether a file cannot be opened at present, so its contents are unknown."""
+        """Whether a file cannot be opened now; it may still hold what was encoded before."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(type(self), transient=self.transient), (self.status, self.reason)
@@ -60,11 +60,11 @@ class Extent:
     """Lengths in latents of a clip, from the shortest to the longest.
 
         |------- clip -------|--- zeros, up to sample_size ------------ ... -|
-        |------ latents ------|                           of the clip itself; their mask is 1
-        |--------- computed ---------|                    taken from the encoder
-        |------------- sequence ------------|             given to the encoder: computed, and the context that they see
+        |------ latents ------|                           latents of the clip itself; their mask is 1
+        |--------- computed ---------|                    latents that are taken from the encoder
+        |------------- sequence ------------|             input of the encoder: `computed` and their context
 
-    Only a padded clip has more computed latents than latents. Silence latents follow them.
+    `computed` exceeds `latents` only in a padded clip. There, silence latents follow up to `sample_size`.
     """
 
     latents: int
@@ -83,14 +83,14 @@ class CuttingRules:
 
     @property
     def limit(self) -> int:
-        """Latents of `sample_size`."""
+        """Number of latents of `sample_size`."""
         return self.spec.latents(self.cut.sample_size)
 
     def extent(self, samples: int) -> Extent:
-        """Return the lengths for a clip of so many samples after cutting.
+        """Return the lengths for a clip that has `samples` samples after cutting.
 
-        The last latent sees the encoder's context, counted from the end of an aligned window. The sequence ends there,
-        or where the zeros end. A clip that is kept whole is followed by as many zeros as needed.
+        The sequence ends where the context of the last computed latent ends, at an aligned position. It is not longer
+        than `sample_size`, except for clips that are kept whole (`full`).
         """
         latents, context = self.spec.latents(samples), self.spec.contexts[ENCODER]
         pad = self.cut.pad and latents <= self.limit
@@ -107,7 +107,7 @@ class CuttingRules:
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip that was read to its end. Lengths are in samples at the model's rate."""
+    """A clip that was read completely. Lengths are in samples at the model's rate."""
 
     prompt: str
     samples: int
@@ -118,7 +118,7 @@ class Clip:
     extent: Extent
 
     def metadata(self, source: Source, rules: CuttingRules) -> dict[str, Any]:
-        """Return what the training code reads beside the latents: the fields of the reference, and the model."""
+        """Return the contents of the `.json` file: the fields of the reference, and the model."""
         rate = rules.spec.sample_rate
         padding = max(0, rules.limit - self.extent.latents) if rules.cut.pad else 0
         return {
@@ -148,7 +148,7 @@ def timing(samples: int, offset: int, kept: int, rate: int, cut: CutOptions) -> 
 class ClipReader:
     """Read one clip as windows for the encoder, in memory that does not grow with its length.
 
-    With `checksum`, the digests of both files are computed too.
+    With `checksum`, compute the SHA-256 of both files too.
     """
 
     source: Source
@@ -162,7 +162,7 @@ class ClipReader:
     _identity: tuple[int, ...] | None = None
 
     def __iter__(self) -> Generator[tuple[Window, Array]]:
-        """Yield each window with its audio, `[channels, samples]`. The cores together are what is kept.
+        """Yield each window with its audio, `[channels, samples]`. The cores of all windows cover the kept part.
 
         Raises BadClipError, possibly after some windows.
         """
@@ -202,7 +202,7 @@ class ClipReader:
             content = read_regular(path, _MOST_CAPTION_BYTES)
             if self.checksum:
                 self.caption_sha256 = hashlib.sha256(content).hexdigest()
-            # Line ends as Python reads text files.
+            # Line ends are converted as `Path.read_text` does, with which the reference reads captions.
             prompt = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").strip()
         except OSError as error:
             reason = f"{path}: cannot be read ({error.strerror}); check its permissions and size"
@@ -253,7 +253,7 @@ class ClipReader:
                 return
 
     def _require_sound(self, offset: int) -> None:
-        """Read the kept part once to measure its loudness, because a clip may begin with any length of silence."""
+        """Raise BadClipError if the whole kept part is silent, after reading it once."""
         with self._open() as reader:
             if all(_is_silent(block) for block in self._kept_blocks(reader, offset)):
                 self._require_unchanged()
@@ -261,7 +261,7 @@ class ClipReader:
                 raise BadClipError("silent", f"{self.source.path}: {reason}")
 
     def _length(self, reader: PreparedReader) -> int:
-        """Return the samples of the whole file, from its header if that can be trusted, else by reading to the end."""
+        """Return the length of the whole file, from its header if that can be trusted, else by reading to the end."""
         info = reader.info
         if info.frames is not None and info.format != "MP3":
             announced = resampled_length(info.frames, info.sample_rate, self.rules.spec.sample_rate)
@@ -272,7 +272,7 @@ class ClipReader:
         return reader.samples
 
     def _random_offset(self) -> int:
-        """Return where the kept part begins; the same place for a seed and a relpath in every run."""
+        """Return where the kept part begins, which depends only on seed, relpath and length."""
         with self._open() as reader:
             room = self._length(reader) - self.rules.cut.sample_size
         seed = str(self.rules.cut.seed).encode() + os.fsencode(self.source.relpath)
@@ -289,7 +289,7 @@ class ClipReader:
 
 
 def _why_no_audio(path: Path) -> str:
-    """Return what is wrong with a path that was not a regular file when the dataset was searched, and the cure."""
+    """Return cause and cure for a path that was not a regular file when the dataset was searched."""
     try:
         with open_regular(path):
             return f"{path}: has changed since the dataset was searched; run pre-encode again"

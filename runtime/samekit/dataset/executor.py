@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The model of an executor. All actors of a cluster must have the same one."""
+    """Facts about the model of an executor. All actors of a cluster must have the same model."""
 
     spec: EngineSpec
     precision: str
@@ -66,7 +66,7 @@ class Executor(ABC):
 
 
 class LocalExecutor(Executor):
-    """Encodes in this process. Reading uses a number of cores, by default those of this process."""
+    """Encodes in this process. `cores` limits the number of reader threads; by default these are all its cores."""
 
     def __init__(self, autoencoder: Autoencoder, cores: int | None = None) -> None:
         backend = autoencoder.backend
@@ -75,35 +75,33 @@ class LocalExecutor(Executor):
         self._autoencoder = autoencoder
         self.readers = default_readers(cores or available_cpus())
         self._backend_lock = threading.Lock()
-        # A run that continues a killed one must give the same bytes.
+        # Otherwise the first calls would differ in rounding, and a run that continues a killed one in bytes.
         backend.use_packed_weights(ENCODER)
 
     def silence(self, latents: int) -> Array:
-        """Return the latents of silence, `[latent_width, latents]`."""
         return silence_latents(self._autoencoder, latents)
 
     def encode(self, job: Job, tasks: Sequence[Task], finished: Callable[[Outcome], None]) -> None:
         """Encode every clip; `finished` is called in another thread.
 
-        Calls from several threads use the backend in turns. While one waits, it reads the clips of its tasks.
+        Several threads may call this. They take turns with the backend, and read clips while they wait for it.
         """
         readers = job.options.readers or self.readers
         Pipeline(self._autoencoder.backend, self._backend_lock, job, readers, finished).run(tasks)
 
 
 def default_readers(cores: int) -> int:
-    """Return the number of reader threads; more than four would only wait for the encoder."""
+    """Return the number of reader threads, at most four; more would only wait for the encoder."""
     return min(4, cores)
 
 
 def silence_latents(autoencoder: Autoencoder, latents: int) -> Array:
-    """Return the latents of silence, `[latent_width, latents]`, by encoding a few of them.
+    """Return the latents of silence, `[latent_width, latents]`, by encoding a short silence.
 
-    Away from both ends, the latents repeat from one aligned position to the next, so both edges and one period suffice:
+    Away from both ends, the latents repeat from one aligned position to the next. So both edges and one period are
+    encoded, and the period is repeated:
 
         |- edge -|- period -|- period -|  ...  |- period -|- edge -|
-
-    The result equals that of encoding the whole silence.
     """
     spec = autoencoder.spec
     period = spec.alignment

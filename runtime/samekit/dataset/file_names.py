@@ -13,10 +13,10 @@ _DIGITS: Final = 12
 
 
 def clip_name(number: int) -> str:
-    """Return the name of a clip's files without the suffix."""
+    """Return the name, without the suffix, of the files of a clip."""
     return f"{number:0{_DIGITS}d}"
 
 
 def is_clip_file(name: str) -> bool:
-    """Return whether a run may write a file of this name: any `.npy`, and `.json` after a clip's number."""
+    """Return whether a file may belong to a dataset: any `.npy`, and a `.json` with the name of a clip."""
     return name.endswith(".npy") or re.fullmatch(rf"\d{{{_DIGITS}}}\.json", name) is not None

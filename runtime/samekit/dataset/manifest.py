@@ -1,17 +1,17 @@
 """The manifest of an output: the number of each clip and the result of encoding it.
 
     .samekit/manifest-000001.jsonl        first line: the settings and the number of clips; then one line per clip
-    .samekit/manifest-000002.jsonl, ...   lines that were added while a run goes on; the last line of a clip counts
+    .samekit/manifest-000002.jsonl, ...   lines that a run adds; the last line of a clip counts
     .samekit/manifest.lock                held by the process that writes
 
 A run writes the first part with the numbers of all clips before it encodes anything, so numbers never change. It adds
-a line for each finished clip, and ends by writing the first part again and removing the others. A process that is
+a line for each finished clip. At its end it writes the first part again and removes the others. A process that is
 killed leaves at most an incomplete last line, which is ignored. Each shard (`--shard I/N`) has a manifest and a lock
 of its own (`manifest-I-of-N-000001.jsonl`) and uses every N-th number.
 
-The first part is replaced in two steps, because some places keep half of an upload that was cut short: it is written
-under the next free number, then under number 1. A part with a settings line replaces everything before it, and is
-ignored if it has fewer lines than it promises.
+Some file systems behind a URL keep half of an interrupted upload. So the first part is written twice: under the next
+free number, then under number 1. A part that begins with settings replaces all parts before it. It is ignored if its
+number of lines is not the one that its first line gives.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from samekit.dataset.output import Output
 
-# Raised when an older samekit could misread the files.
+# To be raised when an older samekit could misread the files.
 _FORMAT: Final = 1
 _HEADER_START: Final = b'{"format"'
 _MOST_HEADER_BYTES: Final = 2**16
@@ -48,7 +48,7 @@ Stamp = tuple[int, int]
 
 @dataclass
 class Row:
-    """What the manifest records of one clip."""
+    """The record of one clip."""
 
     number: int
     relpath: str
@@ -57,10 +57,10 @@ class Row:
     """None before the first attempt."""
     reason: str | None = None
     audio: Stamp | None = None
-    """Of the audio file at the last attempt; None if there was none."""
+    """Size and time of the audio file at the last attempt; None if it was not a regular file."""
     caption: Stamp | None = None
     sha256: str | None = None
-    """Digest of the audio file, if the run computed digests."""
+    """SHA-256 of the audio file, if the run computed it."""
     caption_sha256: str | None = None
     latents: int = 0
     """Latents of audio, without padding."""
@@ -74,7 +74,7 @@ class Row:
 
     @property
     def files(self) -> tuple[str, str]:
-        """Names of both files. The `.json` comes first, because it must be removed first."""
+        """Names of both files, in the order in which they must be removed."""
         return f"{self.name}.json", f"{self.name}.npy"
 
     def to_line(self) -> bytes:
@@ -112,7 +112,7 @@ class Manifest:
         self._output = output
         self._shard = shard
         self._changed = False
-        # Lines that are not in the output yet, when they are due, and the part for them.
+        # Lines that are not in the output yet, the time at which they must be written, and the part for them.
         self._lines = b""
         self._due = 0.0
         self._next_part = 2
@@ -125,7 +125,7 @@ class Manifest:
         """Yield the manifest of a shard, after the numbers of all clips were written to the output.
 
         New clips get numbers in the order of `relpaths`. If the output holds latents of other settings, `reencode`
-        keeps nothing except the numbers.
+        keeps only the numbers.
 
         Raises:
             OutputError: the output cannot be written.
@@ -137,9 +137,9 @@ class Manifest:
             _require_no_latents(output)
         _require_matching_shards(output, shard, found, None if reencode else settings)
         old, rows = read_manifest(output, parts) if parts else (settings, [])
-        if settings.differences(old):
-            if not reencode:
-                _require_same(output, settings, old)
+        if not reencode:
+            _require_same(output, settings, old)
+        elif settings.differences(old):
             old, rows, parts = settings, [Row(row.number, row.relpath) for row in rows], []
         manifest = cls(output, shard, old, rows)
         for relpath in relpaths:
@@ -157,7 +157,7 @@ class Manifest:
     def record(self, row: Row) -> None:
         """Record the result of a clip, whose files must be in the output already.
 
-        After a power failure the line may be lost; then the clip is encoded again.
+        A power failure may lose the line. Then the next run encodes the clip again.
         """
         self.rows[row.relpath] = row
         self._changed = True
@@ -192,7 +192,7 @@ class Manifest:
 def find_manifests(output: Output) -> dict[Shard, list[str]]:
     """Return the parts of each shard's manifest, sorted by number.
 
-    A manifest without its first part is left out: its shard was stopped before it encoded anything.
+    A manifest without its first part is left out, because its shard was stopped before it encoded anything.
     """
     parts: dict[Shard, dict[int, str]] = {}
     for name in sorted(output.names(STATE_FOLDER)):
@@ -211,7 +211,7 @@ def read_manifest(output: Output, parts: list[str]) -> tuple[Settings, list[Row]
     settings: Settings | None = None
     rows: dict[str, Row] = {}
     for name in parts:
-        # What follows the last line break is an incomplete line, or nothing.
+        # The text after the last line break is an incomplete line, or empty.
         lines = output.get(name).split(b"\n")[:-1]
         if lines and (name == parts[0] or lines[0].startswith(_HEADER_START)):
             header, clips = _parse_header(output, name, lines.pop(0))
@@ -226,14 +226,14 @@ def read_manifest(output: Output, parts: list[str]) -> tuple[Settings, list[Row]
         if settings is None:
             raise ValueError("it is cut off")
         if not found or [row.number for row in ordered] != [found[0].number(index) for index in range(len(ordered))]:
-            raise ValueError("numbers are missing or double")
+            raise ValueError("numbers are missing or occur twice")
         return settings, ordered
 
 
 def _read_settings(output: Output, parts: list[str]) -> Settings:
     """Read the settings of another shard without its rows, which may take gigabytes.
 
-    The first part may be half-written, and then the last part is a whole copy.
+    If the first part is incomplete, the last part is a copy of it.
     """
     for name in (parts[0], parts[-1]):
         header, line_end, _ = output.get(name, _MOST_HEADER_BYTES).partition(b"\n")
@@ -262,7 +262,7 @@ def _damage_errors(output: Output, name: str) -> Iterator[None]:
 
 
 def _require_no_latents(output: Output) -> None:
-    """Refuse an output that holds latents but no manifest."""
+    """Raise InputError if an output holds latents but no manifest."""
     if foreign := next(filter(is_clip_file, sorted(output.names())), None):
         raise InputError(f"{output}: holds {foreign}, which no manifest lists; pass another --output_path")
 
@@ -270,17 +270,17 @@ def _require_no_latents(output: Output) -> None:
 def _require_matching_shards(
     output: Output, shard: Shard, others: dict[Shard, list[str]], settings: Settings | None
 ) -> None:
-    """Refuse an output whose other shards divide the dataset differently, or have other settings if these are given."""
+    """Raise InputError if other shards of an output have another number of parts, or settings other than `settings`."""
     for other, names in others.items():
         if other.count != shard.count:
             how = f"with --shard I/{other.count}" if other.count > 1 else "without --shard"
-            raise InputError(f"{output}: was begun {how}; go on like that, or pass another --output_path")
+            raise InputError(f"{output}: was started {how}; continue in the same way, or pass another --output_path")
         if settings:
             _require_same(output, settings, _read_settings(output, names))
 
 
 def _require_same(output: Output, settings: Settings, other: Settings) -> None:
-    """Refuse to mix latents of two kinds in one output."""
+    """Raise InputError if settings differ, because one output holds latents of one kind."""
     if differences := settings.differences(other):
         raise InputError(
             f"{output}: holds latents of other settings ({', '.join(differences)}); pass --reencode to encode "

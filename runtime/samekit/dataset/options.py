@@ -1,4 +1,4 @@
-"""The options of a pre-encoding run, and the settings that its output folder records."""
+"""The options of a pre-encoding run, and the settings that its output records."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAMPLE_SIZE: Final = 12_582_912
 """The reference's default: 285 s at 44.1 kHz, 3,072 latents."""
 # 13.5 hours at 44.1 kHz. The silence latents of that length take half a gigabyte.
 _MOST_SAMPLES: Final = 2**31
-# File names hold shard numbers of at most six digits.
+# Shard numbers in file names have at most six digits.
 _MOST_SHARDS: Final = 999_999
 
 
@@ -43,12 +43,12 @@ class Shard:
 
     @classmethod
     def of_manifest_part(cls, name: str) -> tuple[Self, int] | None:
-        """Return the shard and the number of a manifest part with this file name, or None for other files."""
+        """Return the shard and the number of the manifest part with this file name, or None for other files."""
         match = re.fullmatch(r"manifest(?:-(\d{1,6})-of-(\d{1,6}))?-(\d{6,12})\.jsonl", name)
         if not match:
             return None
-        index, count, number = match.groups()
-        return cls(int(index or 1), int(count or 1)), int(number)
+        index, count, number = (int(digits or 1) for digits in match.groups())
+        return (cls(index, count), number) if 1 <= index <= count else None
 
     def manifest_part(self, number: int) -> str:
         """Return the file name of a part of this shard's manifest."""
@@ -69,7 +69,7 @@ class Shard:
         return "" if self.count == 1 else f"-{self.index}-of-{self.count}"
 
     def contains(self, relpath: str) -> bool:
-        """Return whether a clip belongs to this shard, which depends on its relpath alone."""
+        """Return whether a clip belongs to this shard. This depends only on its relpath."""
         digest = hashlib.sha256(os.fsencode(relpath)).digest()
         return int.from_bytes(digest[:8], "big") % self.count == self.index - 1
 
@@ -82,8 +82,7 @@ class Shard:
         stem, _, _ = name.partition(".")
         if stem.isdecimal():
             return int(stem) % self.count == self.index - 1
-        part = self.of_manifest_part(name)
-        if part:
+        if part := self.of_manifest_part(name):
             return part[0] == self
         return name == self.report or (name == SILENCE_FILE and self.index == 1)
 
@@ -144,7 +143,7 @@ class PreEncodeOptions(CutOptions):
         for name in ("float16", "checksum", "strict", "reencode"):
             check_flag(name, getattr(self, name))
         if not isinstance(self.shard, Shard):
-            raise InputError(f"shard is {self.shard!r}; pass a samekit.dataset.options.Shard, such as Shard(1, 4)")
+            raise InputError(f"shard is {self.shard!r}; pass a samekit.dataset.Shard, such as Shard(1, 4)")
 
     @property
     def dtype(self) -> str:
@@ -160,7 +159,7 @@ class PreEncodeOptions(CutOptions):
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything except the audio that determines the latents. One folder holds latents of one kind."""
+    """Everything except the audio that determines the latents. All latents of a folder have the same settings."""
 
     model: str
     model_sha256: str
@@ -183,7 +182,7 @@ class Settings:
         return settings
 
     def differences(self, other: Settings) -> list[str]:
-        """Describe each difference with both values. Models are compared by digest, not by name."""
+        """Return a text for each difference, with both values. Models are compared by digest, not by name."""
         ours, theirs = self._described(), other._described()
         same_model = self.model_sha256 == other.model_sha256
         return [
@@ -193,7 +192,7 @@ class Settings:
         ]
 
     def _described(self) -> dict[str, Any]:
-        """Return all fields in one level, with the model's name and digest as one field."""
+        """Return all fields in one dict, with the model's name and digest as one field."""
         fields = dataclasses.asdict(self)
         fields["model"] = f"{self.model} ({fields.pop('model_sha256')[:8]})"
         return {**fields, **fields.pop("cut")}

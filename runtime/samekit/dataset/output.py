@@ -1,7 +1,7 @@
 """Where the latents of a dataset go: a folder, or a URL that fsspec opens (`s3://`, `gs://`, ...).
 
 Both implement `Output`. A folder and an object store replace a file atomically. Other places behind a URL (sftp, smb)
-may keep half of an upload that was cut short; the manifest detects half of its own files.
+may keep half of an interrupted upload. `samekit.dataset.manifest` detects that for its own files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from samekit.dataset.options import Shard
 
-# A larger file is no manifest: this is enough for ten million clips.
+# Larger files are refused. This is enough for the manifest of ten million clips.
 _MOST_BYTES: Final = 2**32
 
 
@@ -36,11 +36,11 @@ class Output(ABC):
     """
 
     seconds_between_appends: float = 0.0
-    """How long lines should be collected before they are appended to a file."""
+    """How long the caller should collect lines before it appends them to a file."""
 
     @abstractmethod
     def locked(self, shard: Shard, data_folders: Iterable[str | os.PathLike[str]]) -> AbstractContextManager[None]:
-        """Create the place and lock it for a shard if it has locks; raises InputError if it is a data folder."""
+        """Create the place, and lock it for a shard if it has locks; raises InputError if it is a data folder."""
 
     @abstractmethod
     def names(self, folder: str = "") -> set[str]:
@@ -60,11 +60,11 @@ class Output(ABC):
 
     @abstractmethod
     def append(self, name: str, data: bytes) -> bool:
-        """Create a file or append to it; return False if the next data must go to a new file."""
+        """Create a file or append to it; return False if the next data need a new file."""
 
     @abstractmethod
     def workspace(self) -> AbstractContextManager[Path]:
-        """Yield a local folder for finished clips; raises InputError if the output is not there on this machine."""
+        """Yield a local folder for finished clips; raises InputError if this machine cannot find the output."""
 
     @abstractmethod
     def upload(self, folder: Path, name: str) -> None:
@@ -91,7 +91,7 @@ class FolderOutput(Output):
 
     @contextmanager
     def locked(self, shard: Shard, data_folders: Iterable[str | os.PathLike[str]]) -> Iterator[None]:
-        """Create the folder, hold its lock, and delete unfinished files of this shard before and after the run."""
+        """Create the folder and hold its lock. Delete unfinished files of this shard before and after the block."""
         for data_folder in data_folders:
             # A folder that does not exist yet is not a data folder.
             with suppress(OSError):
@@ -103,7 +103,7 @@ class FolderOutput(Output):
         with file_lock(state / shard.lock, self._folder):
             self._remove_unfinished(shard)
             yield
-            # A worker that was killed during this run may have left some.
+            # Ray actors that were killed during this run may have left some.
             self._remove_unfinished(shard)
 
     def _remove_unfinished(self, shard: Shard) -> None:
@@ -111,12 +111,10 @@ class FolderOutput(Output):
             remove_abandoned(folder, shard.is_written_here)
 
     def names(self, folder: str = "") -> set[str]:
-        """List a folder."""
-        with output_errors(self._folder), os.scandir(self._folder / folder) as entries:
-            return {entry.name for entry in entries}
+        with output_errors(self._folder, cause="cannot be listed", cure="check its permissions"):
+            return set(os.listdir(self._folder / folder))
 
     def get(self, name: str, most: int | None = None) -> bytes:
-        """Read a regular file."""
         path = self._folder / name
         try:
             if most is None:
@@ -133,12 +131,10 @@ class FolderOutput(Output):
             temporary.write_bytes(data)
 
     def remove(self, name: str) -> None:
-        """Remove a file if it exists."""
         with output_errors(self._folder):
             (self._folder / name).unlink(missing_ok=True)
 
     def append(self, name: str, data: bytes) -> bool:
-        """Append to a file."""
         path = self._folder / name
         with output_errors(path), path.open("ab") as file:
             file.write(data)
@@ -148,7 +144,7 @@ class FolderOutput(Output):
     def workspace(self) -> Iterator[Path]:
         """Yield the output folder itself."""
         if not (self._folder / STATE_FOLDER).is_dir():
-            raise InputError(f"{self._folder.absolute()}: is not there; share it under the same path with every node")
+            raise InputError(f"{self._folder.absolute()}: does not exist here; give every node access under this path")
         yield self._folder
 
     def upload(self, folder: Path, name: str) -> None:
@@ -158,7 +154,7 @@ class FolderOutput(Output):
 class UrlOutput(Output):
     """A place that fsspec opens, such as `s3://bucket/latents`. It has no locks, so only one run may write to it."""
 
-    # A process that is killed loses the lines of this time, and the next run encodes their clips again.
+    # If a process is killed, the lines of the last seconds are lost, and the next run encodes their clips again.
     seconds_between_appends = 10.0
 
     def __init__(self, url: str) -> None:
@@ -194,13 +190,12 @@ class UrlOutput(Output):
             return {entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries}
 
     def get(self, name: str, most: int | None = None) -> bytes:
-        """Download a file, or its first `most` bytes."""
         with self._read_errors():
             data: bytes = self._fs.cat_file(f"{self._root}/{name}", end=most)
             return data
 
     def put(self, name: str, data: bytes) -> None:
-        """Upload a file in one call. Half of a clip's file that remains after an error is removed."""
+        """Upload a file in one call. After an error, remove what it left of a clip's file."""
         try:
             with self._write_errors():
                 self._fs.pipe_file(f"{self._root}/{name}", data)
@@ -211,23 +206,24 @@ class UrlOutput(Output):
             raise
 
     def remove(self, name: str) -> None:
-        """Remove a file if it exists."""
         with self._write_errors(), suppress(FileNotFoundError):
             self._fs.rm_file(f"{self._root}/{name}")
 
     def append(self, name: str, data: bytes) -> bool:
-        """Upload a new file, as object stores cannot append."""
+        """Upload a new file, because object stores cannot append."""
         self.put(name, data)
         return False
 
     @contextmanager
     def workspace(self) -> Iterator[Path]:
         """Yield a temporary folder."""
-        with tempfile.TemporaryDirectory(prefix="samekit-") as folder:
+        with output_errors("a temporary folder", cure="set TMPDIR to a folder that is writable and has room"):
+            temporary = tempfile.TemporaryDirectory(prefix="samekit-")
+        with temporary as folder:
             yield Path(folder)
 
     def upload(self, folder: Path, name: str) -> None:
-        """Upload a `.npy` file, then its `.json`, whose presence shows that the pair is complete."""
+        """Upload a `.npy` file, then its `.json`, which shows that the pair is complete."""
         metadata = Path(name).with_suffix(".json").name
         self.remove(metadata)
         for file in (name, metadata):

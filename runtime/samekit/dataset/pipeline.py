@@ -3,10 +3,10 @@
     reader threads -> a few windows -> calling thread: batches, encoder -> complete clips -> writer thread
 
 Readers are threads, because libsndfile, matrix products and the encoder release Python's lock. On 2 cores, two threads
-read 1.9 times as fast as one. Two processes read only a seventh faster, because the samples have to be copied.
+read 1.9 times as fast as one. Two processes read only 1.14 times as fast, because the samples have to be copied.
 
-A batch holds windows of one length, of one clip or several, so nothing is padded. Windows of a rare length wait for
-more of that length, but at most `_WAITING_BATCHES` batches of windows wait.
+A batch consists of windows of one length, from one or several clips, so nothing is padded. Windows of a rare length
+wait for others of that length, but at most `_WAITING_BATCHES` batches of windows wait.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a task: a clip whose files are written, or an error. `sha256` and `caption_sha256` are optional."""
+    """The result of a task: a clip whose files are written, or an error; and the digests if they were computed."""
 
     task: Task
     clip: Clip | None
@@ -81,10 +81,10 @@ class _Work:
     windows: dict[int, Array] = field(default_factory=dict)
     """Index of a window -> its latents, in the dtype of the file."""
     pieces: int | None = None
-    """Number of windows, when the clip was read."""
+    """Number of windows; None until the clip is read completely."""
     outcome: Outcome | None = None
     failed: bool = False
-    """Whether the clip cannot be encoded. Its other windows are neither read nor encoded."""
+    """Whether the clip cannot be encoded. Then its other windows are neither read nor encoded."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _End:
-    """The end of a clip after so many pieces."""
+    """The end of a clip, after its last window."""
 
     work: _Work
     pieces: int
@@ -110,7 +110,7 @@ class _End:
 class Pipeline:
     """Encodes clips and writes their latents.
 
-    No file of a clip is open before it is complete, because a batch of a hundred windows may be of a hundred clips.
+    The files of a clip are opened when it is complete, because a batch of 100 windows may be from 100 clips.
     """
 
     backend: Backend
@@ -122,20 +122,21 @@ class Pipeline:
     """Called in the writer thread with each outcome, when the files of the clip are in the output."""
 
     def __post_init__(self) -> None:
-        # The error of a reader or of the writer.
+        # The first error of a reader or of the writer.
         self._error: BaseException | None = None
         self._stopped = False
-        # Each reader ends with None.
+        # Each reader puts None when it ends.
         self._read: queue.Queue[_Piece | _End | None] = queue.Queue(self.job.options.batch_size + self.readers)
         self._complete: queue.Queue[_Work | None] = queue.Queue(_WRITES_WAITING)
 
     def run(self, tasks: Sequence[Task]) -> None:
         """Encode every clip; raises what `Executor.encode` raises."""
-        # Threads may share an iterator over a list.
+        # An iterator over a list is safe to share between threads.
         waiting = iter(list(tasks))
-        readers = [threading.Thread(target=self._read_clips, args=(waiting,)) for _ in range(self.readers)]
+        # Daemon threads, so that a second Ctrl-C, which interrupts `_end_threads`, ends the process.
+        readers = [threading.Thread(target=self._read_clips, args=(waiting,), daemon=True) for _ in range(self.readers)]
         with self.job.output.workspace() as folder:
-            writer = threading.Thread(target=self._write_clips, args=(folder,))
+            writer = threading.Thread(target=self._write_clips, args=(folder,), daemon=True)
             try:
                 for thread in (writer, *readers):
                     _start(thread)
@@ -148,7 +149,7 @@ class Pipeline:
 
     def _end_threads(self, readers: list[threading.Thread], writer: threading.Thread) -> None:
         self._stopped = True
-        # Makes room for readers that wait to hand a window on.
+        # This makes room in the queue for readers that wait for it.
         while any(reader.is_alive() for reader in readers):
             with suppress(queue.Empty):
                 self._read.get(timeout=_POLL_SECONDS)
@@ -181,7 +182,7 @@ class Pipeline:
         self._read.put(_End(work, pieces, Outcome(task, clip, bad, reader.sha256, reader.caption_sha256)))
 
     def _encode(self) -> None:
-        """Encode what the readers read until all of them have ended."""
+        """Encode the windows from the readers until all readers have ended."""
         waiting: dict[int, list[_Piece]] = defaultdict(list)
         batch_size, active = self.job.options.batch_size, self.readers
         while active and not self._error:
@@ -209,7 +210,7 @@ class Pipeline:
             out = self.backend.encode(np.stack([piece.audio for piece in batch]))
         except NonFiniteError as error:
             if len(batch) > 1:
-                # One clip at a time, to find the one that fails.
+                # One window at a time, to find the clip that fails.
                 for piece in batch:
                     self._encode_batch([piece])
             else:
@@ -234,7 +235,7 @@ class Pipeline:
             self._complete.put(work)
 
     def _end(self, end: _End) -> None:
-        """Note that a clip was read to its end, or could not be read."""
+        """Handle the end of a clip, which was read or could not be read."""
         work = end.work
         if not work.failed:
             work.pieces, work.outcome, work.failed = end.pieces, end.outcome, end.outcome.bad is not None

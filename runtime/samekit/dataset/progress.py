@@ -26,11 +26,11 @@ class Display(ExitStack):
 
     def __call__(self, progress: Progress) -> None:
         """Show the progress."""
-        # A log that is full or closed does not stop the run.
+        # If standard error cannot be written, the run continues.
         with suppress(OSError):
             if _on_terminal():
                 self._advance_bar(progress)
-            elif time.monotonic() >= self._next_line or progress.done == progress.total:
+            elif sys.stderr and (time.monotonic() >= self._next_line or progress.done == progress.total):
                 self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
                 print(progress.describe(), file=sys.stderr, flush=True)  # noqa: T201 shown in logs
 
@@ -43,10 +43,10 @@ class Display(ExitStack):
 
 
 class Bar(AbstractContextManager["Bar"]):
-    """A progress bar of tqdm that never stops the work.
+    """A progress bar of tqdm whose errors never stop the work.
 
-    Environment variables (`TQDM_ASCII`, `TQDM_NCOLS`, ...) configure tqdm. A value that tqdm cannot use raises any
-    exception, on import or later. Then the bar is not shown.
+    Environment variables (`TQDM_ASCII`, `TQDM_NCOLS`, ...) configure tqdm. An invalid value can raise any exception, on
+    import or later. Then the bar is no longer shown.
 
     Args:
         options: arguments of `tqdm.tqdm`.
@@ -60,7 +60,7 @@ class Bar(AbstractContextManager["Bar"]):
             self._bar = tqdm(**options)
 
     def update(self, count: int, note: str | None = None) -> None:
-        """Advance by `count` units, and show a note behind the bar."""
+        """Advance by `count` units, and show a note after the bar."""
         with self._attempt():
             if self._bar is not None:
                 if note is not None:
@@ -74,7 +74,7 @@ class Bar(AbstractContextManager["Bar"]):
 
     @contextmanager
     def _attempt(self) -> Iterator[None]:
-        """Hide the bar after an exception, except one that says that the terminal cannot be written."""
+        """Ignore exceptions, and hide the bar after one, unless the terminal cannot be written."""
         try:
             yield
         except OSError:

@@ -50,7 +50,7 @@ _CONNECT_SECONDS: Final = 10
 _PLACE_SECONDS: Final = 600
 _LAST_PORT: Final = 65_535
 # Environment variable that limits how often Ray tries to connect.
-_TRIES: Final = "RAY_gcs_server_port_wait_time_s"
+_TRIES_VARIABLE: Final = "RAY_gcs_server_port_wait_time_s"
 # Calls carry names, outcomes and at most the latents of silence.
 _OBJECT_STORE_BYTES: Final = 200 * 2**20
 
@@ -67,7 +67,7 @@ class RayOptions:
     cpus_per_actor: int = 1
     """Cores of each actor, and threads of its encoder."""
     gpus_per_actor: float = 0
-    """GPUs of each actor; less than one is a share."""
+    """GPUs of each actor: a whole number, or a share of one GPU."""
 
     def __post_init__(self) -> None:
         if self.actors is not None:
@@ -78,18 +78,19 @@ class RayOptions:
             raise InputError(f"gpus_per_actor is {self.gpus_per_actor!r}; pass a share of one GPU, or a whole number")
 
     def fitting(self, resources: dict[str, float]) -> int:
-        """Return the number of actors for which a machine has room."""
-        room = resources.get("CPU", 0) // self.cpus_per_actor
-        if self.gpus_per_actor:
-            room = min(room, resources.get("GPU", 0) // self.gpus_per_actor)
+        """Return how many actors fit on a machine with these resources."""
+        room, gpus, share = resources.get("CPU", 0) // self.cpus_per_actor, resources.get("GPU", 0), self.gpus_per_actor
+        if share:
+            # An actor cannot have shares of several GPUs. Floor division would be wrong: 1 // 0.1 is 9.
+            room = min(room, gpus // share if share >= 1 else gpus * int(1 / share))
         return int(room)
 
 
 class _Worker:
-    """The code of an actor: one model, opened by the first call, because only calls keep the type of an error."""
+    """The code of an actor. Its first call opens the model, because Ray changes the type of errors in `__init__`."""
 
     def __init__(self, model: str, backend: dict[str, Any], cores: int, folder: str) -> None:
-        # Relative paths are those of the process that started the run.
+        # Relative paths start at the working folder of the process that started the run.
         with suppress(OSError):
             os.chdir(folder)
         self._model = model
@@ -116,11 +117,11 @@ class _Worker:
     def encode(self, facts: ModelFacts, job: Job, tasks: list[Task]) -> list[Outcome]:
         node = socket.gethostname()
         if not facts.same(self.facts()):
-            raise InputError(f"{node}: opens {self._model} as another model than the first node; give all the same one")
+            raise InputError(f"{node}: {self._model} is not the model of the first node; give all nodes the same one")
         for folder in {task.source.path.removesuffix(task.source.relpath) for task in tasks}:
             # Without this check, every clip would be reported as unreadable.
             if not Path(folder).is_dir():
-                raise InputError(f"{folder}: is not there on {node}; share it under the same path with every node")
+                raise InputError(f"{folder}: does not exist on {node}; give every node access under this path")
         outcomes: list[Outcome] = []
         self._opened().encode(job, tasks, outcomes.append)
         return outcomes
@@ -130,10 +131,12 @@ class RayExecutor(Executor):
     """Encodes on a cluster. A context manager that starts the actors and ends them.
 
     Args:
-        model: a name, an engine folder or a checkpoint folder, as every node finds it.
+        model: a name, an engine folder or a checkpoint folder, which every node must be able to find.
         ray: which cluster, and how many actors.
-        backend: arguments of `AutoencoderModel.from_pretrained` for each actor. Actors without a GPU run on the CPU;
-            asking them for one raises InputError.
+        backend: arguments of `AutoencoderModel.from_pretrained` for each actor. Actors without a GPU use the CPU.
+
+    Raises:
+        InputError: `backend` needs a GPU, but the actors get none.
     """
 
     def __init__(self, model: str | os.PathLike[str], ray: RayOptions | None = None, **backend: Any) -> None:
@@ -141,7 +144,7 @@ class RayExecutor(Executor):
         self._options = ray or RayOptions()
         device = backend.get("device")
         if not self._options.gpus_per_actor:
-            # Ray hides no GPU from actors that ask for none, so all of them would use the first.
+            # Ray does not hide GPUs from actors that request none, so all of them would use the first GPU.
             if str(device).startswith("cuda") or backend.get("backend") == "tensorrt":
                 raise InputError("actors get no GPU; pass --gpus-per-actor 1, or a share of one")
             device = "cpu"
@@ -171,7 +174,7 @@ class RayExecutor(Executor):
             self._connected = False
 
     def silence(self, latents: int) -> Array:
-        """Return the latents of silence, `[latent_width, latents]`, from the first idle actor that is not lost."""
+        """Return the latents of silence, `[latent_width, latents]`, from the first actor that is ready."""
         for actor, _ in self._ready_actors():
             with suppress(self._ray.exceptions.RayActorError):
                 array: Array = result_of(self._ray, retry_until_restarted(actor.silence).remote(latents))
@@ -179,7 +182,6 @@ class RayExecutor(Executor):
         raise BackendError(ALL_LOST)
 
     def encode(self, job: Job, tasks: Sequence[Task], finished: Callable[[Outcome], None]) -> None:
-        """Encode every clip."""
         calls = Calls(self._ray, self._actors, self.facts, job, batches_of(tasks, job.options.batch_size))
         try:
             for outcome in calls.outcomes():
@@ -242,7 +244,7 @@ class RayExecutor(Executor):
         self._actors = [remote.remote(*arguments) for _ in range(count)]
 
     def _ready_actors(self, seconds: float | None = None) -> Iterator[tuple[Any, ModelFacts]]:
-        """Yield each actor with its facts when its model is open; actors that are lost are left out."""
+        """Yield each actor with its facts when its model is open; leave out actors that are lost."""
         waiting = {retry_until_restarted(actor.facts).remote(): actor for actor in self._actors}
         while waiting:
             done, _ = self._ray.wait(list(waiting), num_returns=1, timeout=seconds)
@@ -274,7 +276,7 @@ def _import_ray() -> Any:
 
 
 def _require_listener(address: str) -> None:
-    """Raise OSError or ValueError if nothing listens at an address, for which Ray itself would need 41 s.
+    """Raise OSError or ValueError if nothing listens at an address. Ray itself would need 41 s to find that out.
 
     Only Ray can tell whether the listener is a cluster, because a busy cluster answers late.
     """
@@ -288,12 +290,12 @@ def _require_listener(address: str) -> None:
 
 @contextmanager
 def _one_try() -> Iterator[None]:
-    """Make Ray try an address once, for 41 s, and not 20 times. Older versions of Ray ignore the limit."""
-    if _TRIES in os.environ:
+    """Limit Ray to one attempt to connect, of 41 s, instead of 20. Older versions of Ray ignore the limit."""
+    if _TRIES_VARIABLE in os.environ:
         yield
         return
-    os.environ[_TRIES] = "1"
+    os.environ[_TRIES_VARIABLE] = "1"
     try:
         yield
     finally:
-        del os.environ[_TRIES]
+        del os.environ[_TRIES_VARIABLE]

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Size of one call for each window of an encoder batch. It takes long compared with the millisecond of a call, and is
-# little to encode again.
+# Most clips and bytes of one call, per window of an encoder batch. Encoding them takes much longer than the call itself
+# (1 ms), and encoding them again costs little.
 _BATCH_CLIPS: Final = 8
 _BATCH_BYTES: Final = 2**25
 BATCHES_PER_ACTOR: Final = 2
-"""An actor encodes one batch and reads the next."""
-# Actors that may die while they have the same batch.
+"""An actor encodes one batch, and reads the clips of the next one meanwhile."""
+# The run stops when so many actors have died with the same batch.
 _DEATHS: Final = 3
 ALL_LOST: Final = "every actor is lost, see Ray's log; run the same command again to go on"
 """The message when no actor is left."""
@@ -33,7 +33,7 @@ _END_SECONDS: Final = 10
 
 @dataclass
 class _Batch:
-    """Clips of one call, and the number of actors that died while they had it."""
+    """The clips of one call, and the number of actors that died while they had them."""
 
     tasks: list[Task]
     deaths: int = 0
@@ -41,7 +41,7 @@ class _Batch:
 
 @dataclass
 class _Actor:
-    """An actor, whether it has answered since its last start, and how many batches it has now."""
+    """An actor, whether it has answered since its last start, and the number of its batches."""
 
     handle: Any
     ready: bool = False
@@ -74,9 +74,9 @@ class Calls:
             outcomes: list[Outcome] = []
             try:
                 result = result_of(self._ray, done)
+            except self._ray.exceptions.RayTaskError:
+                raise
             except self._ray.exceptions.RayError as error:
-                if isinstance(error, self._ray.exceptions.RayTaskError):
-                    raise
                 self._failed(actor, batch, error)
             else:
                 if batch:
@@ -89,7 +89,7 @@ class Calls:
             yield from outcomes
 
     def end(self, *, at_once: bool) -> None:
-        """Wait until no actor writes any more. `at_once` kills the actors; Ray then restarts them."""
+        """Wait until no actor writes any more. With `at_once`, kill the actors first; Ray restarts them."""
         calls = [call for call, (_, batch) in self._calls.items() if batch]
         if at_once:
             for actor in self._actors:
@@ -98,7 +98,7 @@ class Calls:
             self._ray.wait(calls, num_returns=len(calls), timeout=_END_SECONDS if at_once else None)
 
     def _wait_ready(self, actor: _Actor) -> None:
-        """Make a call that an actor answers as soon as it runs."""
+        """Call a method of an actor. Its answer shows that the actor runs."""
         self._calls[retry_until_restarted(actor.handle.facts).remote()] = actor, None
 
     def _assign(self) -> None:
@@ -125,7 +125,7 @@ class Calls:
 
 
 def retry_until_restarted(method: Any) -> Any:
-    """Return a method of an actor whose calls wait while the actor is restarted."""
+    """Return a method of an actor whose calls are repeated when the actor has been restarted."""
     return method.options(max_task_retries=-1)
 
 
@@ -140,7 +140,7 @@ def result_of(ray: Any, call: Any) -> Any:
 
 
 def batches_of(tasks: Iterable[Task], batch_size: int) -> Iterator[_Batch]:
-    """Group clips by number and size."""
+    """Divide clips into batches of limited number and size."""
     batch, size = _Batch([]), 0
     for task in tasks:
         batch.tasks.append(task)
@@ -153,5 +153,5 @@ def batches_of(tasks: Iterable[Task], batch_size: int) -> Iterator[_Batch]:
 
 
 def last_line(error: Exception) -> str:
-    """Return the last line of a message of Ray, which names the error."""
+    """Return the last line of Ray's message, which names the error."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]

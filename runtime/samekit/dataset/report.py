@@ -16,13 +16,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: clips that were tried, clips to try, clips that could not be encoded, and seconds."""
+    """The progress of a run."""
 
     done: int
+    """Clips that are encoded or could not be encoded."""
     total: int
+    """Clips of this run."""
     bad: int
+    """Clips that could not be encoded."""
     audio_seconds: float
+    """Seconds of encoded audio."""
     elapsed: float
+    """Seconds since the start of encoding."""
 
     @property
     def speed(self) -> float:
@@ -38,7 +43,7 @@ class Progress:
         """Return the progress as one line of text."""
         minutes, seconds = divmod(round(self.remaining), 60)
         hours, minutes = divmod(minutes, 60)
-        # No estimate before the first clip is encoded.
+        # Before the first clip is encoded, there is no estimate.
         known = self.audio_seconds > 0 and self.done < self.total
         left = f"{hours}:{minutes:02d}:{seconds:02d} left, " if known else ""
         return (
@@ -58,7 +63,7 @@ class PreEncodeReport:
     encoded: int
     """Clips that this run encoded."""
     unchanged: int
-    """Clips that were encoded before, or are known to be bad."""
+    """Clips that an earlier run encoded or found to be bad."""
     statuses: dict[str, int]
     """Status -> number of clips, after this run."""
     bad: list[dict[str, Any]]
@@ -75,12 +80,12 @@ class PreEncodeReport:
     """Seconds from the first clip to the last."""
 
     def to_json(self) -> str:
-        """Return all fields on one line, with the length of each list in its place."""
+        """Return all fields as JSON in one line, with the length of each list instead of its items."""
         fields = dataclasses.asdict(self)
         return json.dumps({name: len(value) if isinstance(value, list) else value for name, value in fields.items()})
 
     def folder_json(self, settings: Settings) -> bytes:
-        """Return the file `report.json`: what describes the folder, however many runs it took."""
+        """Return the contents of `report.json`: the fields that describe the folder, not this run."""
         names = ("clips", "statuses", "gone", "passed_over", "unreadable_folders", "bad")
         fields = {"settings": dataclasses.asdict(settings), **{name: getattr(self, name) for name in names}}
         return f"{json.dumps(fields, indent=2)}\n".encode("ascii")

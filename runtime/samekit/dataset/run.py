@@ -2,8 +2,8 @@
 
     sources -> manifest (numbers) -> executor (reads, encodes and writes what is new or changed) -> report
 
-The latents of a clip are those of the reference: the clip is followed by zeros up to `sample_size` and encoded, and
-the latents of the clip are kept. Only those zeros are encoded that influence a latent of the clip.
+The latents are those of the reference, which pads each clip with zeros to `sample_size`, encodes it, and keeps the
+latents of the clip. samekit encodes only as many zeros as influence the latents of the clip.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from samekit.dataset.output import Output
     from samekit.model import AutoencoderModel
 
-# These may succeed although the files have not changed.
+# Clips with such a status are tried again, because they may succeed although their files have not changed.
 _RETRIED: Final = ("unreadable", "failed", "gone")
 
 
@@ -60,16 +60,16 @@ def pre_encode(
     run that was stopped.
 
     Args:
-        model: an open model, or a `samekit.dataset.ray.RayExecutor` to encode on a cluster.
+        model: an open model, or a `samekit.dataset.RayExecutor` to encode on a cluster.
         data_dir: one or several folders with audio files, at any depth, each with a caption of the same name in
             `.txt`. A `filelist.txt` at the root of a folder names the files to take.
-        output_path: folder for the latents, or a URL that fsspec opens. Each holds latents of one model and one kind
-            of settings.
+        output_path: folder for the latents, or a URL that fsspec opens. All its latents must have the same model and
+            settings.
         options: `PreEncodeOptions()` if not given.
         progress: called after each clip, possibly in another thread.
 
     Returns:
-        What was done. The part that describes the folder is also in `.samekit/report.json`.
+        The results of the run. Those that describe the folder are also in `.samekit/report.json`.
 
     Raises:
         InputError: there is no audio or no caption, or a list of files cannot be used. The output is a data folder or
@@ -126,7 +126,7 @@ class _Run:
         facts = self.executor.facts
         self._rules = CuttingRules(facts.spec, facts.windows, self.options.cut)
         self._files = self.output.names()
-        # Failed attempts at clips whose earlier latents stay.
+        # Failed attempts to encode clips whose earlier latents stay.
         self._failed_attempts: list[Row] = []
         self._start = time.perf_counter()
         self._state = Progress(0, 0, 0, 0.0, 0.0)
@@ -168,7 +168,7 @@ class _Run:
             self.executor.encode(Job(self._rules, options, silence, self.output), tasks, self._finished)
 
     def _sorted_by_length(self, due: list[Source]) -> list[Source]:
-        """Put clips of one length side by side, so that they can share a batch."""
+        """Sort clips by length, so that clips of one length share a batch."""
         with ThreadPoolExecutor(self.options.readers or default_readers(available_cpus())) as pool:
             lengths = list(pool.map(partial(expected_latents, rules=self._rules), due))
         return [source for _, source in sorted(zip(lengths, due, strict=True), key=lambda pair: pair[0])]
@@ -191,7 +191,7 @@ class _Run:
 
     def _has_silence(self, header: bytes, size: int) -> bool:
         """Return whether there is a `silence.npy` of these settings, with this header and size."""
-        # Before the first clip of these settings, the file is of other settings.
+        # Before a clip of these settings was encoded, the file may be of other settings.
         if all(row.status in (None, "gone") for row in self.manifest.rows.values()):
             return False
         try:
@@ -217,7 +217,7 @@ class _Run:
             seconds=clip.kept / self._rules.spec.sample_rate if clip else 0.0,
         )
         if bad and bad.transient and old.status == "encoded" and self._files.issuperset(old.files):
-            # The audio may only be unavailable for a while: the earlier latents stay, and the next run tries again.
+            # The files may be unavailable for a while only, so the earlier latents stay, and the next run tries again.
             self._failed_attempts.append(row)
         else:
             if bad:
@@ -239,7 +239,7 @@ class _Run:
             self.output.remove(file)
 
     def report(self, sources: dict[str, Source], found: Found) -> PreEncodeReport:
-        """Return what was done, after the end of the run."""
+        """Return the results after the end of the run."""
         rows = [self.manifest.rows[relpath] for relpath in sources]
         bad = [*(row for row in rows if row.status != "encoded"), *self._failed_attempts]
         bad.sort(key=lambda row: row.number)

@@ -26,10 +26,10 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES: Final = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff")
 """Suffixes of audio files."""
-# Characters of a line in a list of files: twice the longest path on Linux.
-_MOST_NAME: Final = 2**13
-# Characters of such a line in a message.
-_SHOWN: Final = 200
+# Longest line in a list of files: twice the longest path on Linux.
+_LONGEST_LINE: Final = 2**13
+# Characters of such a line that a message shows.
+_SHOWN_CHARACTERS: Final = 200
 _LIST_FILE: Final = "filelist.txt"
 # Number of suffixes in a message.
 _LISTED_SUFFIXES: Final = 6
@@ -40,9 +40,9 @@ class Source:
     """An audio file of a dataset, and the caption beside it."""
 
     path: str
-    """The data folder as it was given, and the file below it."""
+    """Path of the file: the data folder as it was given, and `relpath`."""
     relpath: str
-    """The file below its data folder."""
+    """Path of the file relative to its data folder."""
     audio: Stamp | None
     """Size and time of the audio; None if it is not a regular file."""
     caption: Stamp | None
@@ -59,7 +59,7 @@ class Source:
 
 @dataclass
 class Found:
-    """The contents of data folders."""
+    """The result of searching data folders."""
 
     sources: list[Source] = field(default_factory=list)
     """The audio files, sorted by relpath."""
@@ -69,7 +69,7 @@ class Found:
     """Relpaths of folders that this process may not list or enter."""
 
     def describe_left_out(self, separator: str) -> str:
-        """Return what was passed over, after a separator; nothing if nothing was passed over."""
+        """Return a text about files and folders that were left out, each part after a separator."""
         counts = sorted(self.passed_over.items(), key=lambda item: (-item[1], item[0] or "~"))
         kinds = [f"{count} {suffix or 'without a suffix'}" for suffix, count in counts[:_LISTED_SUFFIXES]]
         kinds += ["..."] * (len(counts) > _LISTED_SUFFIXES)
@@ -98,7 +98,7 @@ def find_sources(folders: Sequence[str | os.PathLike[str]]) -> Found:
         for source in _walk(folder, found) if listed is None else listed:
             if source.relpath in sources:
                 twice = f"{sources[source.relpath].path} and {source.path}"
-                raise InputError(f"{twice} have one name below their folders; rename one, or encode them apart")
+                raise InputError(f"{twice} have the same path below --data_dir; rename one, or encode them separately")
             sources[source.relpath] = source
     where = ", ".join(names)
     if not sources:
@@ -124,7 +124,7 @@ def require_folders(folders: Sequence[str | os.PathLike[str]]) -> None:
 
 @contextmanager
 def _listing_errors(folder: str) -> Iterator[None]:
-    """Report that a data folder, or a folder below it, cannot be listed."""
+    """Raise InputError if a data folder, or a folder below it, cannot be listed."""
     try:
         yield
     except OSError as error:
@@ -137,20 +137,20 @@ def _listing_errors(folder: str) -> Iterator[None]:
 def _walk(top: str, found: Found) -> Iterator[Source]:
     """Yield the audio files below a folder, and count in `found` what is passed over.
 
-    Folders are searched before links, so a file has the path where it lies if links lead to its folder as well.
+    Links are followed after all other folders are searched. So a file has its own path, not one through a link.
     """
     folders, links, seen = [(top, "")], deque[tuple[str, str]](), set()
     while folders or links:
         folder, below = folders.pop() if folders else links.popleft()
         with _listing_errors(folder):
             try:
-                # "/." asks for the right to enter the folder. Without it, names can be listed but no file opened.
+                # The path "FOLDER/." needs the right to enter the folder. Without it, no file could be opened.
                 status = os.stat(os.path.join(folder, "."))
                 entries = {entry.name: entry for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)}
             except PermissionError as error:
                 if not below:
                     raise
-                logger.warning("%s: cannot be read (%s), what it holds is left out", folder, error.strerror)
+                logger.warning("%s: cannot be read (%s), its contents are left out", folder, error.strerror)
                 found.unreadable_folders.append(below)
                 continue
         identity = (status.st_dev, status.st_ino)
@@ -171,7 +171,7 @@ def _walk(top: str, found: Found) -> Iterator[Source]:
 
 
 def _source(path: str, relpath: str, names: _Names) -> Source:
-    """Return the source of an audio file; `names` are those in its folder."""
+    """Return the source of an audio file; `names` are the names in its folder."""
     audio = Path(path)
     wanted = audio.with_suffix(".txt").name
     caption = names.find(wanted)
@@ -180,7 +180,7 @@ def _source(path: str, relpath: str, names: _Names) -> Source:
 
 
 class _Names:
-    """The names in a folder, which can be found in any Unicode normal form.
+    """The names in a folder, for searches that ignore the Unicode normal form.
 
     macOS writes names in decomposed form (NFD). Other systems keep the form that a program uses, mostly the composed
     one (NFC), and treat the two as different names.
@@ -206,8 +206,8 @@ class _Names:
 def _listed_files(folder: str) -> list[Source] | None:
     """Return the files in the list at the root of a data folder, or None if there is no list.
 
-    As in the reference, each line is stripped and names a file with any suffix. Unlike there, a line may not lead out
-    of the folder, because a downloaded dataset must not decide which files of this machine are read.
+    As in the reference, each line is stripped and names a file with any suffix. Unlike there, the file must be below
+    the folder, because a downloaded dataset must not decide which files of this machine are read.
     """
     path = Path(folder, _LIST_FILE)
     with _listing_errors(folder):
@@ -221,7 +221,7 @@ def _listed_files(folder: str) -> list[Source] | None:
         below = _below(name, roots)
         if below is None:
             raise InputError(
-                f"{path}: line {number} names {name[:_SHOWN]!r}, which is no file below this folder; "
+                f"{path}: line {number} names {name[:_SHOWN_CHARACTERS]!r}, which is no file below this folder; "
                 "remove the line, or pass that folder as another --data_dir"
             )
         source = _listed_source(folder, below, listing)
@@ -232,11 +232,11 @@ def _listed_files(folder: str) -> list[Source] | None:
 
 
 def _list_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the stripped lines of a list of files that are not blank, each with its number from 1."""
+    """Yield the number, from 1, and the stripped text of each line that is not blank."""
     try:
-        # Names that are not valid text are kept as the file system gives them.
+        # Names that are not valid UTF-8 are kept as Python represents them in paths.
         with open_regular(path) as file, TextIOWrapper(file, "utf-8-sig", "surrogateescape") as text:
-            for number, line in enumerate(iter(partial(text.readline, _MOST_NAME), ""), 1):
+            for number, line in enumerate(iter(partial(text.readline, _LONGEST_LINE), ""), 1):
                 if name := line.strip():
                     yield number, name
     except OSError as error:
@@ -244,13 +244,13 @@ def _list_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _below(name: str, roots: Sequence[Path]) -> Path | None:
-    """Return a line of a list as a path below the data folder, or None if it leads to the folder or out of it.
+    """Return a line of a list as a path relative to the data folder, or None if it names no file below the folder.
 
     Args:
         name: relative to the folder, or an absolute path.
         roots: the absolute path of the folder, with and without links.
     """
-    if "\0" in name or len(name) >= _MOST_NAME - 1:
+    if "\0" in name or len(name) >= _LONGEST_LINE - 1:
         return None
     path = Path(os.path.normpath(name))
     if path.is_absolute():
@@ -259,7 +259,7 @@ def _below(name: str, roots: Sequence[Path]) -> Path | None:
 
 
 def _listed_source(folder: str, below: Path, listing: Callable[[Path], _Names]) -> Source:
-    """Return the source for a path below a data folder; the names of its parts may be in any normal form."""
+    """Return the source for a path relative to a data folder; its names may be in any Unicode normal form."""
     path = Path(folder, below)
     if not os.path.lexists(path):
         path = Path(folder)
@@ -278,7 +278,8 @@ def _names_in(folder: Path) -> _Names:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Return whether an entry is a folder or a link to one; a link that leads in a circle raises OSError."""
+    """Return whether an entry is a folder or a link to one."""
+    # Links that lead in a circle raise OSError.
     with suppress(OSError):
         return entry.is_dir()
     return False

@@ -2,7 +2,7 @@
 
     OUT/same-l-encoder/config.pbtxt        the server's configuration, in protobuf's text format
     OUT/same-l-encoder/1/model.onnx        a hard link to a file of the engine folder, or a copy
-    OUT/same-l-encoder/1/encoder.onnx.data external data keeps the name that the graph contains
+    OUT/same-l-encoder/1/encoder.onnx.data external data, whose name the graph contains
     OUT/same-l-decoder/...
 
 A server can load several such repositories.
@@ -57,11 +57,11 @@ _FILES: Final[dict[str, str]] = {"onnxruntime": "model.onnx", "tensorrt": "model
 
 @dataclass(frozen=True)
 class TritonOptions:
-    """How the server runs encoder and decoder. Values that contradict each other raise InputError."""
+    """How the server runs encoder and decoder. Unknown or contradictory values raise InputError."""
 
     backend: ServerBackend = "onnxruntime"
     precision: Precision = "fp32"
-    """Precision of the graphs or engines. int8 runs on CPUs, one request at a time whatever `max_batch` is."""
+    """Precision of the graphs or engines. int8 runs on CPUs, one request at a time, and ignores `max_batch`."""
     max_batch: int = NARROW.batch[2]
     """Requests of one length that the server may run at once."""
     queue_delay: int = 2000
@@ -85,7 +85,7 @@ class TritonOptions:
         if self.backend == "tensorrt":
             if self.max_batch > NARROW.batch[2]:
                 raise InputError(
-                    f"max_batch is {self.max_batch}; pass 1 to {NARROW.batch[2]}, which is what the engines take"
+                    f"max_batch is {self.max_batch}; pass 1 to {NARROW.batch[2]}, the batch sizes of the engines"
                 )
             if self.kind == "cpu":
                 raise InputError("TensorRT needs a GPU; pass kind gpu, or backend onnxruntime")
@@ -121,7 +121,7 @@ def write_repository(engine: Engine, out: Path, options: TritonOptions | None = 
                 (model / "config.pbtxt").write_text(config_text(engine.spec, direction, options), "utf-8", newline="")
             except UnicodeEncodeError:
                 raise InputError(
-                    f"{engine.folder}: the model's name is no text, which the server needs; export it under another"
+                    f"{engine.folder}: the model's name is not valid UTF-8; export it under another name"
                 ) from None
     return [out / model_name(engine.spec.name, direction) for direction in DIRECTIONS]
 
@@ -141,7 +141,7 @@ def config_text(spec: EngineSpec, direction: Direction, options: TritonOptions) 
         # The profile for batches of windows.
         kind, profile, longest = "gpu", f' profile: [ "{PROFILES.index(NARROW)}" ]', NARROW.latents[2]
     if options.precision not in GPU_PRECISIONS:
-        # int8 measures ranges in each call. In a batch with a loud request, a quiet one would lose accuracy.
+        # int8 computes ranges on each call. In a batch with a loud request, a quiet one would lose accuracy.
         kind, batch, batching = "cpu", 1, ""
     facts = {name: getattr(spec, name) for name in _SPEC_FACTS}
     facts |= {"precision": options.precision, "longest_window": longest}
@@ -165,7 +165,7 @@ def _files(engine: Engine, direction: Direction, options: TritonOptions) -> dict
     model = _FILES[options.backend]
     if options.backend == "tensorrt":
         build = _build(engine, options.precision)
-        # Checks the digest.
+        # This checks the digest of the engine file.
         build.read(direction)
         return {model: build.folder / build.engines[direction].file}
     graph = engine.graph(direction, options.precision)
@@ -174,27 +174,27 @@ def _files(engine: Engine, direction: Direction, options: TritonOptions) -> dict
 
 
 def _build(engine: Engine, precision: str) -> Build:
-    """Return the only build for TensorRT; the server cannot run those of TensorRT-RTX."""
+    """Return the only TensorRT build of an engine; the server cannot run builds of TensorRT-RTX."""
     builds, damaged = builds_of(engine, precision)
     ours = [build for build in builds if build.fingerprint.flavour == TENSORRT]
     reasons = [reason for build in ours if (reason := why_stale(build.fingerprint, engine.spec, {}))]
-    cure = f"beside such a GPU run: {build_command(engine, precision)}"
+    cure = f"on a machine with the server's GPU, run: {build_command(engine, precision)}"
     if not ours and damaged:
         raise StaleEngineError(f"{engine.folder}: a TensorRT engine is damaged ({damaged[0]}); {cure}")
     if not ours:
         raise BackendUnavailableError(
-            f"{engine.folder}: no {precision} engine of TensorRT (RTX ones do not do); {cure}"
+            f"{engine.folder}: no {precision} engine of TensorRT (the server cannot run TensorRT-RTX); {cure}"
         )
     if reasons:
         raise StaleEngineError(f"{engine.folder}: a TensorRT engine is stale ({reasons[0]}); {cure}")
     if len(ours) > 1:
-        places = ", ".join(f"{b.fingerprint.version} for {b.fingerprint.target}" for b in ours)
-        raise InputError(f"{engine.folder}: has engines of TensorRT {places}; leave the one that the server runs")
+        found = ", ".join(f"{b.fingerprint.version} for {b.fingerprint.target}" for b in ours)
+        raise InputError(f"{engine.folder}: has engines of TensorRT {found}; leave only the one for the server")
     return ours[0]
 
 
 def facts_of(config: Any) -> dict[str, Any]:
-    """Return the facts about the model in a parsed `config.pbtxt` from any source.
+    """Return the facts about the model from a parsed `config.pbtxt`, which is treated as untrusted.
 
     Args:
         config: a `ModelConfig` of the server's protobuf schema.
