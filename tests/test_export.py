@@ -341,7 +341,7 @@ def test_what_is_of_another_checkpoint_does_not_stay(exported, ready_graphs):
 
 
 def test_unknown_precision(ready_graphs, tmp_path):
-    with pytest.raises(InputError, match="cannot export precision 'fp8'; choose of fp32") as caught:
+    with pytest.raises(InputError, match="cannot export precision 'fp8'; choose one of fp32") as caught:
         export(seeded("tiny-s"), tmp_path, ["fp32", "fp8"])
     assert_one_line(caught.value)
     assert ready_graphs == []

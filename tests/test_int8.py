@@ -337,7 +337,7 @@ def test_models_that_are_not_finite(eager_of):
     graph = GRAPHS[ENCODER](eager_of("tiny-s"))
     with torch.no_grad():
         graph.trunk.blocks[0].out.weight.fill_(3e38)
-    with pytest.raises(CheckpointError, match="makes NaN or infinity of ordinary audio") as caught:
+    with pytest.raises(CheckpointError, match="computes NaN or infinity for ordinary audio") as caught:
         quantize_(graph, eager_of("tiny-s"))
     assert_one_line(caught.value)
 

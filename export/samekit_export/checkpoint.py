@@ -78,7 +78,7 @@ def load(model: str, weights: str = HUB, revision: str | None = None) -> Checkpo
     if weights == HUB and not is_folder and model not in BUNDLED_FOLDERS:
         return load_hub(model, revision)
     if revision is not None:
-        raise CheckpointError("a revision is of a repository on the hub, and these weights are not; leave it out")
+        raise CheckpointError("only weights on the hub have revisions, and these are elsewhere; leave the revision out")
     if weights == RANDOM:
         return random_checkpoint(model)
     if weights != HUB:
@@ -117,7 +117,7 @@ def load_bundled(name: str) -> Checkpoint:
         CheckpointError: no such checkpoint comes with this samekit, or it is damaged.
     """
     if name not in BUNDLED_FOLDERS:
-        raise CheckpointError(f"{name!r} does not come with this samekit; choose of {', '.join(BUNDLED_FOLDERS)}")
+        raise CheckpointError(f"{name!r} does not come with this samekit; choose one of {', '.join(BUNDLED_FOLDERS)}")
     return dataclasses.replace(load_folder(BUNDLED_FOLDERS[name], name), source={"kind": BUNDLED, "name": name})
 
 

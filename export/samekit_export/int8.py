@@ -111,7 +111,7 @@ def moments_of(graph: GraphEncoder | GraphDecoder, inputs: Iterable[Tensor]) -> 
 
 def _check_finite(tensors: Iterable[Tensor]) -> None:
     if not all(tensor.isfinite().all() for tensor in tensors):
-        raise CheckpointError("the model makes NaN or infinity of ordinary audio; download the checkpoint again")
+        raise CheckpointError("the model computes NaN or infinity for ordinary audio; download the checkpoint again")
 
 
 def scale_features_(graph: GraphEncoder | GraphDecoder, moments: dict[str, Tensor]) -> None:

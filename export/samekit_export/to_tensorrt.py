@@ -185,11 +185,13 @@ class _EngineBuilder:
 
     def _note(self, severity: str, message: str) -> None:
         """Write one line of the build log."""
-        # TensorRT calls this function, which must not raise. A full disk raises an error when the engine is written.
-        with suppress(OSError):
-            self._log.write(f"[{severity}] {' '.join(message.split())}\n")
+        line = " ".join(message.split())
+        # TensorRT calls this from C++, so it must not raise. A full disk raises an error when the engine is written. A
+        # closed file raises ValueError: TensorRT's objects can outlive a failed build, and log when they are deleted.
+        with suppress(OSError, ValueError):
+            self._log.write(f"[{severity}] {line}\n")
         if severity.endswith("ERROR"):
-            self._errors.append(" ".join(message.split()))
+            self._errors.append(line)
 
     def build(self, path: Path) -> BuiltEngine:
         """Parse, compile and write the engine to `path`."""
