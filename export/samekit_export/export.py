@@ -195,7 +195,7 @@ def _add_precision(staging: Path, spec: EngineSpec, model: Same, precision: str,
         elif precision == "int8":
             logger.info("rounding weights to int8")
             if kept := quantize_(graph, model):
-                logger.info("products that stay float32, because int8 would cost too much accuracy: %s", ", ".join(kept))
+                logger.info("products that stay float32 for accuracy: %s", ", ".join(kept))
             else:
                 logger.info("all products of the blocks are int8")
         write_onnx(graph, path)
@@ -221,7 +221,7 @@ def _check_processor() -> None:
 def _check_out(folder: Path) -> None:
     """Refuse to write into a folder that is no engine folder, such as the checkpoint itself."""
     if folder.is_symlink():
-        raise OutputError(f"{folder}: is a link, which is not replaced; pass the folder that contains its target as --out")
+        raise OutputError(f"{folder}: is a link, and is not replaced; pass the folder of its target as --out")
     if not folder.exists() or _load_engine(folder):
         return
     if not folder.is_dir() or not all(_is_from_export(path) for path in folder.iterdir()):
