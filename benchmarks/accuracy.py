@@ -1,7 +1,7 @@
 """How accurate is each precision against eager PyTorch, by length, level and seed?
 
-`samekit verify` checks inputs of a usual level against a floor. This benchmark measures other inputs with the same SNR.
-No floor applies to quiet inputs, because not all rounding errors of a graph shrink with its input.
+`samekit verify` compares the SNR for inputs of a usual level with a floor. This benchmark measures the same SNR for
+more inputs. No floor applies to quiet inputs, because not all rounding errors of a graph shrink with its input.
 
     python benchmarks/accuracy.py engines/same-s --latents 1,32,128
 """
@@ -38,10 +38,10 @@ def measure(
         for seed in range(seeds):
             usual = example_input(eager.spec, direction, 1, latents, seed=1000 + seed)
             for level in LEVELS:
-                given = usual * np.float32(level)
-                expected = call_of(eager, direction)(given)
+                scaled = usual * np.float32(level)
+                expected = call_of(eager, direction)(scaled)
                 for precision, codec in tested.items():
-                    snr = round(snr_db(expected, call_of(codec, direction)(given)), 1)
+                    snr = round(snr_db(expected, call_of(codec, direction)(scaled)), 1)
                     row = {"direction": direction, "latents": latents, "seed": seed, "level": level}
                     rows.append({**row, "precision": precision, "snr_db": snr})
     return rows

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: options, sessions, timing, pictures, and the last line of JSON."""
+"""Code that the benchmarks share: options, sessions, timing, pictures, and the last line of JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from samekit.engine.folder import Engine, find_engine
 from samekit.engine.spec import ENCODER, Direction
 from samekit.errors import SamekitError
 from samekit.packages import import_onnxruntime
-from samekit_export.measure import interleaved, machine, summary
+from samekit_export.measure import machine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -26,28 +26,11 @@ if TYPE_CHECKING:
 
     from samekit.batches import Autoencoder
 
-__all__ = [
-    "call_of",
-    "child",
-    "counts",
-    "engine_argument",
-    "finish",
-    "interleaved",
-    "machine",
-    "open_codec",
-    "open_session",
-    "plot_bars",
-    "plot_lines",
-    "plot_option",
-    "question",
-    "summary",
-]
-
 STARTED = machine()
-"""The machine before anything was measured, so its load is caused by other programs."""
+"""The machine before the measurement, so that its load shows other programs only."""
 
 question = click.command(cls=Command)
-"""Makes a function a benchmark command, whose errors are one line each."""
+"""Decorator that makes a function a benchmark command, which prints every error as one line."""
 
 
 def counts(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
@@ -65,7 +48,7 @@ class Refusal(click.ClickException):
 
 
 def _engine(context: click.Context, parameter: click.Parameter, value: str) -> Engine:
-    """Find an engine folder before anything is measured."""
+    """Find the engine folder while the command line is parsed."""
     try:
         return find_engine(value)
     except SamekitError as error:
@@ -77,7 +60,7 @@ engine_argument = click.argument("engine", callback=_engine)
 
 
 def _plottable(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
-    """Refuse a picture that cannot be written before anything is measured."""
+    """Raise a usage error, before anything is measured, if the picture could not be written."""
     if value is not None:
         try:
             import matplotlib as mpl  # noqa: F401
@@ -99,7 +82,7 @@ plot_option = click.option(
 
 
 def call_of(codec: Autoencoder, direction: Direction) -> Callable[[Any], Any]:
-    """Return the method that users call."""
+    """Return the method that encodes or decodes arrays."""
     return codec.encode_audio if direction == ENCODER else codec.decode_audio
 
 
@@ -134,7 +117,7 @@ def child(*command: str | Path) -> str:
 
 
 def plot_lines(path: Path, points: Iterable[tuple[str, str, float, float]], x: str, y: str) -> None:
-    """Write a picture of points (panel, line, x, y)."""
+    """Write a picture of lines through points; each point is a panel, a line, x and y."""
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for panel, line, x_value, y_value in points:
         panels.setdefault(panel, {}).setdefault(line, []).append((x_value, y_value))
@@ -150,7 +133,7 @@ def plot_lines(path: Path, points: Iterable[tuple[str, str, float, float]], x: s
 
 
 def plot_bars(path: Path, panels: Mapping[str, Mapping[str, float]], x: str) -> None:
-    """Write a picture of panels, each with one bar for every name."""
+    """Write a picture of panels, which each have one bar for every name."""
 
     def draw(axes: Any, title: str) -> None:
         bars = axes.barh(list(panels[title]), list(panels[title].values()))
@@ -173,17 +156,17 @@ def _plot(path: Path, titles: Iterable[str], draw: Callable[[Any, str], None]) -
     plt.close(figure)
 
 
-def finish(question: str, results: object) -> None:
-    """Print the last line: machine, options, engine and results of the benchmark `question` as JSON."""
+def finish(benchmark: str, results: object) -> None:
+    """Print the last line: machine, options, engine and results of a benchmark as JSON."""
     options = click.get_current_context().params
     engine: Engine | None = options.get("engine")
-    document: dict[str, Any] = {"benchmark": question, "machine": STARTED, "options": options}
+    document: dict[str, Any] = {"benchmark": benchmark, "machine": STARTED, "options": options}
     if engine is not None:
         document["options"] = options | {"engine": engine.folder.absolute()}
         spec = engine.spec
         facts = {"name": spec.name, "source": spec.source, "source_sha256": spec.source_sha256, "tools": spec.tools}
         document["engine"] = facts
     load, cores = STARTED["load"], STARTED["cores"]
-    if load > 1.5 * cores:
+    if load is not None and load > 1.5 * cores:
         print(f"the load was {load} on {cores} cores when this began: other work makes these figures worthless")
     print(json.dumps(document | {"results": results}, default=str))

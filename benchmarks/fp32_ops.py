@@ -1,4 +1,4 @@
-"""Which steps of a float16 graph must stay in float32? Accuracy with and without each, every operation rounded.
+"""Which steps of a float16 graph must stay in float32? This measures the accuracy with and without each of them.
 
 PyTorch on a CPU rounds the result of every float16 operation, as a GPU does. ONNX Runtime on a CPU computes float16
 graphs in float32, so its figures would be too good. The reference is eager PyTorch in float32. Weights are seeded and
@@ -108,9 +108,9 @@ def worst_inputs(model: Same, latents: int) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
-def accuracy(graph: Graph, expected: Tensor, given: Tensor) -> str:
+def accuracy(graph: Graph, expected: Tensor, inputs: Tensor) -> str:
     """Return the SNR in dB, or "refused" for an output that is not finite."""
-    out = graph(given)
+    out = graph(inputs)
     return f"{snr_db(expected.numpy(), out.numpy()):.1f}" if bool(out.isfinite().all()) else "refused"
 
 

@@ -1,11 +1,11 @@
 """What does int8 cost in accuracy and save in time, and what does each step contribute that keeps the error small?
 
-Every variant is written as an ONNX graph, of seeded random weights or of the trained weights of `same-tiny`. All run in
-ONNX Runtime in turn. Accuracy is measured against eager PyTorch in float32.
+Every variant is written as an ONNX graph, from seeded random weights or from the trained weights of `same-tiny`.
+ONNX Runtime runs all of them in turn. Accuracy is measured against eager PyTorch in float32.
 
     python benchmarks/int8_trade.py same-s --direction encoder --latents 64
 
-With `--threads 1` times are processor time, which other work on the machine hardly disturbs.
+With `--threads 1`, times are processor time, which other work on the machine hardly changes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 import torch
-from common import finish, interleaved, machine, open_session, plot_bars, plot_option, question, summary
+from common import finish, open_session, plot_bars, plot_option, question
 
 from samekit.arguments import MOST_THREADS
 from samekit.audio import read_audio, to_channels
+from samekit.backends.cpu import available_cpus
 from samekit.engine.spec import DECODER, ENCODER, Direction
 from samekit_export.checkpoint import BUNDLED_FOLDERS, load
 from samekit_export.export import GRAPHS
@@ -41,6 +42,7 @@ from samekit_export.int8 import (
     select_int8_,
 )
 from samekit_export.int8_layers import Int8Branch, Int8Linear
+from samekit_export.measure import interleaved, summary
 from samekit_export.model import Same
 from samekit_export.model_spec import spec_of
 from samekit_export.random_weights import random_checkpoint
@@ -62,9 +64,9 @@ class QuantizationOptions:
     scale_features: bool = True
     """Make large features smaller."""
     compensate: bool = True
-    """Round weights so that errors cancel."""
+    """Round weights so that rounding errors cancel (GPTQ)."""
     split_latent_rows: bool = True
-    """Give the rows of the decoder's latents a range of their own in the feed-forward."""
+    """Give the rows of the decoder's latents their own range in the feed-forward."""
     float32: tuple[str, ...] = ()
     """Roles of the products that stay float32."""
 
@@ -88,7 +90,7 @@ VARIANTS = {
 }
 
 
-def listed(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:
+def variant_names(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:
     """Parse names of variants, separated by commas."""
     known = [FLOAT32, EXPORTED, *VARIANTS]
     chosen = value.split(",") if value else known
@@ -122,8 +124,8 @@ def quantize_with_(graph: GraphEncoder | GraphDecoder, model: Same, options: Qua
             block.split_latent_rows = False
 
 
-def change(graph: GraphEncoder | GraphDecoder, model: Same, variant: str) -> int:
-    """Make a variant of a float32 graph, in place; return how many products of its blocks are int8."""
+def apply_(graph: GraphEncoder | GraphDecoder, model: Same, variant: str) -> int:
+    """Turn a float32 graph into a variant, in place; return how many products of its blocks are int8."""
     if variant == EXPORTED:
         quantize_(graph, model)
     elif variant != FLOAT32:
@@ -132,7 +134,7 @@ def change(graph: GraphEncoder | GraphDecoder, model: Same, variant: str) -> int
 
 
 def from_file(path: Path, model: Same, direction: Direction, latents: int) -> np.ndarray[Any, Any]:
-    """Return the start of a file, or its latents for a decoder."""
+    """Return the start of an audio file for an encoder, or the latents of it for a decoder."""
     config, length = model.config, latents * model.config.hop
     samples, rate = read_audio(path)
     if rate != config.sample_rate or samples.shape[1] < length:
@@ -147,7 +149,7 @@ def from_file(path: Path, model: Same, direction: Direction, latents: int) -> np
 @question
 @click.argument("name", type=click.Choice(["tiny-s", "tiny-l", "same-s", "same-l", "same-tiny"]))
 @click.option("--direction", default=ENCODER, show_default=True, type=click.Choice([ENCODER, DECODER]))
-@click.option("--variants", callback=listed, help="Separated by commas. [default: all]")
+@click.option("--variants", callback=variant_names, help="Separated by commas. [default: all]")
 @click.option("--latents", default=64, show_default=True, type=click.IntRange(1))
 @click.option(
     "--audio", type=click.Path(path_type=Path, exists=True), help="Use the start of this file instead of noise."
@@ -168,7 +170,7 @@ def main(
     plot_path: Path | None,
 ) -> None:
     """Print the table for the encoder or decoder of one model; the last line is JSON."""
-    threads = threads or machine()["cores"]
+    threads = threads or available_cpus()
     # Encoders never split rows.
     chosen = [variant for variant in variants if direction == DECODER or variant != NOT_SPLIT]
     if not chosen:
@@ -188,7 +190,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         for number, variant in enumerate(chosen):
             graph = GRAPHS[direction](model)
-            rows[variant] = {"int8_products": change(graph, model, variant)}
+            rows[variant] = {"int8_products": apply_(graph, model, variant)}
             write_onnx(graph, Path(folder, f"{number}.onnx"))
             print(f"  written: {variant}", flush=True)
         del model, graph

@@ -13,23 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import torch
-from common import (
-    call_of,
-    counts,
-    engine_argument,
-    finish,
-    interleaved,
-    machine,
-    open_codec,
-    plot_lines,
-    plot_option,
-    question,
-    summary,
-)
+from common import call_of, counts, engine_argument, finish, open_codec, plot_lines, plot_option, question
 
+from samekit.backends.cpu import available_cpus
 from samekit.engine.spec import DECODER, ENCODER, Direction
 from samekit_export.config import BandSpan
 from samekit_export.diffusers import published_key
+from samekit_export.measure import interleaved, summary
 from samekit_export.verify import FLOOR_DB, example_input, snr_db
 
 if TYPE_CHECKING:
@@ -58,8 +48,8 @@ def open_all(engine: Path, precisions: list[str], threads: int, yardsticks: list
 
 
 def compile_(backend: Any) -> None:
-    """Compile the model for each length, with packed weights; the warm-up is not counted."""
-    # Without this, shapes beyond a limit would run without compilation. No public setting exists.
+    """Compile the model for each length, with packed weights; this happens in the warm-up."""
+    # By default, PyTorch runs shapes beyond a limit without compilation. No public setting for this exists.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     model = backend._model
     compiled = partial(torch.compile, dynamic=False, options={"freezing": True})
@@ -79,8 +69,8 @@ def compile_bfloat16_(backend: Any) -> None:
 
 
 def diffusers_(backend: Any) -> None:
-    """Use the same weights in the class of `diffusers`, for models of the band kind."""
-    backend._model = DiffusersPeer(backend._model)
+    """Use the same weights in the class of `diffusers`, for models whose attention is a `BandSpan`."""
+    backend._model = DiffusersModel(backend._model)
 
 
 def diffusers_tensor(key: str, tensor: Tensor) -> Tensor:
@@ -91,7 +81,7 @@ def diffusers_tensor(key: str, tensor: Tensor) -> Tensor:
     return torch.cat([q1, q2, k1, k2, v])
 
 
-class DiffusersPeer:
+class DiffusersModel:
     """`diffusers`' `AutoencoderSAME` with the weights of one of our models."""
 
     def __init__(self, ours: Same) -> None:
@@ -99,7 +89,7 @@ class DiffusersPeer:
 
         encoder, decoder = ours.config.encoder, ours.config.decoder
         if not isinstance(encoder.span, BandSpan):
-            raise click.UsageError("diffusers has models of the band kind only; leave its yardstick out")
+            raise click.UsageError("diffusers has models with sliding windows only; leave its yardstick out")
         theirs: Any = diffusers.AutoencoderSAME
         self._theirs = theirs(
             encoder_c_mults=(encoder.width // 128,),
@@ -138,14 +128,14 @@ YARDSTICKS: dict[str, Callable[[Any], None]] = {
 def measure(codecs: dict[str, Autoencoder], direction: Direction, latents: int, runs: int) -> list[dict[str, Any]]:
     """Return a row for each candidate on one length."""
     spec = codecs[EAGER].spec
-    given = example_input(spec, direction, 1, latents, seed=latents)
+    inputs = example_input(spec, direction, 1, latents, seed=latents)
     for codec in codecs.values():
-        # As in a service. Otherwise the engine would pack its weights in one of the counted runs.
+        # Otherwise ONNX Runtime would pack the weights in one of the counted runs.
         codec.backend.use_packed_weights(direction)
     calls = {name: call_of(codec, direction) for name, codec in codecs.items()}
-    expected = calls[EAGER](given)
-    accuracy = {name: snr_db(expected, call(given)) for name, call in calls.items()}
-    times = interleaved({name: partial(call, given) for name, call in calls.items()}, runs)
+    expected = calls[EAGER](inputs)
+    accuracy = {name: snr_db(expected, call(inputs)) for name, call in calls.items()}
+    times = interleaved({name: partial(call, inputs) for name, call in calls.items()}, runs)
     eager = summary(times[EAGER])["median"]
     rows = []
     for name, measured in times.items():
@@ -202,7 +192,7 @@ def main(
     plot_path: Path | None,
 ) -> None:
     """Print the table for one ENGINE folder; the last line is JSON."""
-    codecs = open_all(engine.folder, precision.split(","), threads or machine()["cores"], list(yardsticks))
+    codecs = open_all(engine.folder, precision.split(","), threads or available_cpus(), list(yardsticks))
     rows = []
     for direction in (ENCODER, DECODER):
         for length in latents:

@@ -1,7 +1,7 @@
 """What fraction of this machine's speed does a graph reach, and which operators take the time?
 
-The limit is the speed of one large matrix product in ONNX Runtime with the same number of threads. Operations are
-counted from the shapes of the products that ran. The times by operator are those of ONNX Runtime's profiler, which
+The limit is the speed of one large matrix product in ONNX Runtime with the same number of threads. The operations of a
+graph are counted from the shapes of its products. The times by operator are those of ONNX Runtime's profiler, which
 costs a few percent. The fraction is measured without it.
 
     python benchmarks/limit.py engines/same-s --latents 64
@@ -20,21 +20,13 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 import onnx
-from common import (
-    engine_argument,
-    finish,
-    interleaved,
-    machine,
-    open_session,
-    plot_bars,
-    plot_option,
-    question,
-    summary,
-)
+from common import engine_argument, finish, open_session, plot_bars, plot_option, question
 from onnx import TensorProto, helper, numpy_helper
 
 from samekit.arguments import MOST_THREADS
+from samekit.backends.cpu import available_cpus
 from samekit.engine.spec import DECODER, ENCODER, INPUT_NAMES, Direction
+from samekit_export.measure import interleaved, summary
 from samekit_export.verify import example_input
 
 if TYPE_CHECKING:
@@ -74,9 +66,9 @@ def product_graph(inner: int, columns: int, precision: str) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def fastest(engine: InferenceSession, given: Array) -> float:
+def fastest(session: InferenceSession, inputs: Array) -> float:
     """Return the seconds of the fastest of several runs."""
-    run = partial(engine.run, None, {engine.get_inputs()[0].name: given})
+    run = partial(session.run, None, {session.get_inputs()[0].name: inputs})
     return summary(interleaved({"": run}, RUNS)[""])["min"]
 
 
@@ -84,9 +76,9 @@ def measured_limit(precision: str, threads: int) -> float:
     """Return the most operations a second of the large products."""
     speeds = []
     for rows, inner, columns in LARGE:
-        engine = open_session(product_graph(inner, columns, precision), threads, precision)
-        given = np.random.default_rng(1).standard_normal((rows, inner), np.float32)
-        speeds.append(2 * rows * inner * columns / fastest(engine, given))
+        session = open_session(product_graph(inner, columns, precision), threads, precision)
+        inputs = np.random.default_rng(1).standard_normal((rows, inner), np.float32)
+        speeds.append(2 * rows * inner * columns / fastest(session, inputs))
     return max(speeds)
 
 
@@ -96,7 +88,7 @@ def _size(shapes: list[dict[str, list[int]]], index: int) -> list[int]:
 
 
 def operations(event: dict[str, Any]) -> int:
-    """Count multiplications and additions of a node: 2 * inner * outputs for a matrix product, 0 for others."""
+    """Return the multiplications and additions of a node: 2 * inner * outputs for a matrix product, 0 for others."""
     name = event["args"]["op_name"]
     if not any(part in name for part in ("MatMul", "Gemm")):
         return 0
@@ -106,20 +98,20 @@ def operations(event: dict[str, Any]) -> int:
     return 2 * inner * math.prod(outputs)
 
 
-def profile(path: Path, given: Array, threads: int, precision: str) -> list[dict[str, Any]]:
+def profile(path: Path, inputs: Array, threads: int, precision: str) -> list[dict[str, Any]]:
     """Return the events of the nodes in one run after a warm-up."""
     with tempfile.TemporaryDirectory() as folder:
-        engine = open_session(path, threads, precision, Path(folder) / "profile")
-        feeds = {engine.get_inputs()[0].name: given}
+        session = open_session(path, threads, precision, Path(folder) / "profile")
+        feeds = {session.get_inputs()[0].name: inputs}
         for _ in range(RUNS):
-            engine.run(None, feeds)
-        events = json.loads(Path(engine.end_profiling()).read_text())
+            session.run(None, feeds)
+        events = json.loads(Path(session.end_profiling()).read_text())
     nodes = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
     return nodes[-len(nodes) // RUNS :]
 
 
 def breakdown(events: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Return the fraction of the time of each operator, largest first."""
+    """Return the fraction of the time that each operator takes, largest first."""
     times: dict[str, float] = defaultdict(float)
     for event in events:
         times[event["args"]["op_name"]] += event["dur"]
@@ -150,17 +142,17 @@ def main(
     plot_path: Path | None,
 ) -> None:
     """Print the fraction and the breakdown for the directions of one ENGINE folder; the last line is JSON."""
-    threads = threads or machine()["cores"]
+    threads = threads or available_cpus()
     engine.check(precision)
     rows: dict[str, dict[str, Any]] = {}
     for direction in directions:
-        path, given = engine.graph(direction, precision), example_input(engine.spec, direction, 1, latents, seed=0)
-        opened = open_session(path, threads, precision)
-        if [node.name for node in opened.get_inputs()] != [INPUT_NAMES[direction]]:
+        path, inputs = engine.graph(direction, precision), example_input(engine.spec, direction, 1, latents, seed=0)
+        session = open_session(path, threads, precision)
+        if [node.name for node in session.get_inputs()] != [INPUT_NAMES[direction]]:
             raise click.ClickException(f"{path}: not the graph of an {direction}")
-        seconds = fastest(opened, given)
-        del opened
-        events = profile(path, given, threads, precision)
+        seconds = fastest(session, inputs)
+        del session
+        events = profile(path, inputs, threads, precision)
         rows[direction] = {"seconds": seconds, "operations": sum(map(operations, events)), "shares": breakdown(events)}
     # Measured last, because graphs are up to 8 % slower in memory that large products have used and freed.
     limit = measured_limit(precision, threads)

@@ -1,4 +1,4 @@
-"""How much memory does a file take, by length? The command encodes and decodes each file in a new process.
+"""How much memory does a file take, by length? Each file is encoded and decoded in a new process.
 
 python benchmarks/memory.py engines/same-s --latents 64,1024,4096
 """
@@ -36,7 +36,7 @@ def peak(*arguments: str | Path) -> float:
 
 
 def write_noise(path: Path, spec: EngineSpec, latents: int) -> None:
-    """Write a file of this many latents."""
+    """Write an audio file that is encoded to this many latents."""
     noise = np.random.default_rng(0)
     with sf.SoundFile(path, "w", spec.sample_rate, spec.channels) as file:
         for _ in range(latents):
@@ -53,8 +53,8 @@ def main(engine: Engine, latents: list[int], precision: str, plot_path: Path | N
     engine.check(precision)
     spec = engine.spec
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as name:
-        audio, encoded, decoded = (Path(name) / file for file in ("in.wav", "in.npy", "out.wav"))
+    with tempfile.TemporaryDirectory() as folder:
+        audio, encoded, decoded = (Path(folder) / file for file in ("in.wav", "in.npy", "out.wav"))
         options = ("--model", engine.folder, "--precision", precision, "--backend", "onnxruntime", "--device", "cpu")
         for length in latents:
             write_noise(audio, spec, length)
@@ -67,7 +67,7 @@ def main(engine: Engine, latents: list[int], precision: str, plot_path: Path | N
                 path.unlink()
             print(f"{length:>6} latents  encode {row[ENCODER]:7.0f} MiB  decode {row[DECODER]:7.0f} MiB", flush=True)
     if plot_path:
-        points = [(spec.name, name, row["latents"], peak) for row in rows for name, peak in row["peak_mib"].items()]
+        points = [(spec.name, name, row["latents"], mib) for row in rows for name, mib in row["peak_mib"].items()]
         plot_lines(plot_path, points, x="latents", y="MiB at the peak")
     finish("memory", rows)
 

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 import soundfile as sf
-from common import child, engine_argument, finish, plot_bars, plot_option, question, summary
+from common import child, engine_argument, finish, plot_bars, plot_option, question
+
+from samekit_export.measure import summary
 
 if TYPE_CHECKING:
     from samekit.engine.folder import Engine
 
 
-# Runs in a new process each time, because opening warms up the next opening.
+# Runs in a new process each time, because a second opening in one process is faster.
 OPEN = """
 import time, sys, numpy as np
 from samekit import AutoencoderModel
@@ -36,7 +38,7 @@ print(opened - start, time.perf_counter() - opened)
 
 
 def one_second(folder: Path) -> Path:
-    """Write a clip of noise."""
+    """Write a second of noise."""
     path = folder / "clip.wav"
     sf.write(path, 0.1 * np.random.default_rng(0).standard_normal((44100, 2)), 44100)
     return path

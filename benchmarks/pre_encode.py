@@ -1,4 +1,4 @@
-"""How fast is a dataset encoded by `samekit pre-encode`, the bare encoder, and the reference's method?
+"""How fast do `samekit pre-encode`, the encoder alone, and the reference's method encode a dataset?
 
 The reference pads every clip to 12,582,912 samples (3,072 latents) and encodes it in one pass in eager PyTorch. That
 takes minutes for each clip on a CPU, so a few clips are measured and the time is scaled to all; the table says so. A
@@ -33,7 +33,7 @@ OURS, BARE, REFERENCE = "samekit pre-encode", "bare encoder", "reference"
 
 
 def write_dataset(folder: Path, clips: int, seconds: float) -> list[np.ndarray]:
-    """Write stereo noise of -20 dB as 16-bit WAV with captions; return the clips as they are read back."""
+    """Write stereo noise of -20 dBFS as 16-bit WAV with captions; return the clips as they are read back."""
     folder.mkdir()
     audio = []
     for index in range(clips):
@@ -54,11 +54,11 @@ def bare_encoder(model: AutoencoderModel, audio: list[np.ndarray]) -> float:
 
 
 def whole_pipeline(model: AutoencoderModel, data: Path, out: Path, batch_size: int) -> float:
-    """Return the seconds from reading the first clip to writing the last one."""
+    """Return the seconds that `samekit pre-encode` takes for the dataset."""
     return pre_encode(model, data, out, PreEncodeOptions(batch_size=batch_size)).elapsed
 
 
-def reference_way(engine: Path, audio: list[np.ndarray], threads: int | None) -> tuple[float, list[np.ndarray]]:
+def reference_method(engine: Path, audio: list[np.ndarray], threads: int | None) -> tuple[float, list[np.ndarray]]:
     """Pad clips to the reference's length, encode each in one pass of eager PyTorch, return seconds and latents."""
     latents = []
     with AutoencoderModel.from_pretrained(engine, "cpu", backend="torch", threads=threads) as eager:
@@ -117,7 +117,7 @@ def main(
         snr = None
         if reference_clips:
             measured[REFERENCE] = min(reference_clips, clips)
-            taken, latents = reference_way(engine.folder, audio[:reference_clips], threads)
+            taken, latents = reference_method(engine.folder, audio[:reference_clips], threads)
             times[REFERENCE] = taken / measured[REFERENCE] * clips
             snr = least_snr_db(latents, folder / "out")
 

@@ -2,7 +2,7 @@
 
 The same clips are encoded in three ways, each into a new folder: this process with every core; one actor with every
 core, which shows the overhead of a cluster; and an actor for each core. The start of the cluster and of the actors is
-timed separately as "start". The other times are from planning to the finished manifest.
+timed separately as "start". The other times include everything up to the finished manifest.
 
 Rounds run in turn, A B C A B C, and the minimum of each counts, because other work on the machine only adds time. If
 there is much of it, compare "cpu": seconds that cores spent on this process and all that it started, including Ray's.
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return every file below a folder."""
+    """Return the contents of all files below a folder, by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def started(stack: ExitStack, engine: str, options: RayOptions) -> tuple[RayExecutor, float]:
-    """Start actors that have opened the model, and return the seconds that took."""
+def start_executor(stack: ExitStack, engine: str, options: RayOptions) -> tuple[RayExecutor, float]:
+    """Start actors that open the model; return their executor and the seconds until all are ready."""
     start = time.perf_counter()
-    encoder = stack.enter_context(RayExecutor(engine, options, device="cpu", backend="onnxruntime"))
-    return encoder, time.perf_counter() - start
+    executor = stack.enter_context(RayExecutor(engine, options, device="cpu", backend="onnxruntime"))
+    return executor, time.perf_counter() - start
 
 
 def cpu_seconds() -> float:
@@ -65,8 +65,8 @@ def one_run(encoder: AutoencoderModel | Executor, data: Path, out: Path) -> tupl
     return time.perf_counter() - start, cpu_seconds() - cpu
 
 
-def copies(folder: Path, clips: int) -> None:
-    """Fill a dataset up with copies of its first clips."""
+def add_copies(folder: Path, clips: int) -> None:
+    """Extend a dataset to `clips` clips by copies of those that it has."""
     sources = sorted(folder.glob("*.wav"))
     for index in range(len(sources), clips):
         path = folder / f"{index:05d}.wav"
@@ -88,12 +88,12 @@ def main(engine: Engine, clips: int, seconds: float, runs: int, plot_path: Path 
     times: dict[str, list[tuple[float, float]]] = {"one process": [], "Ray, one actor": [], "Ray, an actor a core": []}
     starts: dict[str, Any] = {}
     same = True
-    # Ray's workers have a low priority (nice 15). Here all ways must compete alike.
+    # By default, Ray's workers have a low priority (nice 15). Here all processes must have the same priority.
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     with tempfile.TemporaryDirectory() as scratch:
         data, outs = Path(scratch, "data"), {way: Path(scratch, way) for way in times}
         write_dataset(data, min(clips, 10), seconds)
-        copies(data, clips)
+        add_copies(data, clips)
         for _ in range(runs):
             with AutoencoderModel.from_pretrained(folder, "cpu", backend="onnxruntime") as model:
                 times["one process"].append(one_run(model, data, outs["one process"]))
@@ -102,9 +102,9 @@ def main(engine: Engine, clips: int, seconds: float, runs: int, plot_path: Path 
                 ("Ray, an actor a core", RayOptions("local", cores, 1)),
             ):
                 with ExitStack() as stack:
-                    encoder, start = started(stack, folder, options)
+                    executor, start = start_executor(stack, folder, options)
                     starts.setdefault(way, []).append(start)
-                    times[way].append(one_run(encoder, data, outs[way]))
+                    times[way].append(one_run(executor, data, outs[way]))
             folders = [contents(out) for out in outs.values()]
             same = same and all(folder == folders[0] for folder in folders)
     # Seconds and processor time each have their own minimum.

@@ -1,6 +1,6 @@
 """How many seconds of audio are encoded in a second, by window, batch and length?
 
-Windows and lengths are measured in turn, so that changes of the processor's speed affect all of them alike.
+Windows and lengths are measured in turn, so that changes of the processor's speed affect all of them equally.
 
     python benchmarks/throughput.py engines/same-s --windows 32,64,128,256 --batches 1,2,4
     python benchmarks/throughput.py engines/same-s --windows 128 --batches 1 --latents 64,512,4096
@@ -12,22 +12,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
-from common import (
-    call_of,
-    counts,
-    engine_argument,
-    finish,
-    interleaved,
-    machine,
-    open_codec,
-    plot_lines,
-    plot_option,
-    question,
-    summary,
-)
+from common import call_of, counts, engine_argument, finish, open_codec, plot_lines, plot_option, question
 
 from samekit.arguments import MOST_THREADS
+from samekit.backends.cpu import available_cpus
 from samekit.engine.spec import DECODER, ENCODER
+from samekit_export.measure import interleaved, summary
 from samekit_export.verify import example_input
 
 if TYPE_CHECKING:
@@ -59,7 +49,7 @@ def main(
     if min(latents) < max(batches):
         raise click.UsageError("fewer latents than sequences in a batch")
     # One backend for all windows, so that the weights are in memory once.
-    default = open_codec(engine.folder, "onnxruntime", precision, threads or machine()["cores"])
+    default = open_codec(engine.folder, "onnxruntime", precision, threads or available_cpus())
     codecs = {window: type(default)(default.backend, window) for window in windows}
     rows: list[dict[str, Any]] = []
     for direction in (ENCODER, DECODER):

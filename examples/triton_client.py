@@ -1,6 +1,6 @@
-"""Encode and decode files on a Triton Inference Server: a backend of samekit that sends requests to the server.
+"""Encode and decode files on a Triton Inference Server, with a samekit backend that sends requests to the server.
 
-The client reads, resamples and cuts the audio. The server gets windows of one size, which it can batch across clients.
+The client reads, resamples and cuts the audio. The server gets windows of one size, and can batch those of all clients.
 
     pip install 'samekit[triton]'
     python examples/triton_client.py encode song.flac song.npy --model same-l --url localhost:8001
@@ -45,7 +45,7 @@ class TritonBackend(Backend):
     def __init__(self, url: str, model: str) -> None:
         self._url = url
         self._client = triton.InferenceServerClient(url)
-        config = self._called(self._client.get_model_config, model_name(model, ENCODER)).config
+        config = self._call(self._client.get_model_config, model_name(model, ENCODER)).config
         facts = facts_of(config)
         precision = facts.pop("precision")
         self.longest_window = facts.pop("longest_window")
@@ -57,16 +57,16 @@ class TritonBackend(Backend):
         return np.concatenate([self._infer(direction, array[row : row + self._most]) for row in rows])
 
     def _infer(self, direction: Direction, array: Array) -> Array:
-        """Send one request."""
+        """Return the server's answer to one request."""
         values = triton.InferInput(INPUT_NAMES[direction], list(array.shape), "FP32")
         values.set_data_from_numpy(np.ascontiguousarray(array))
-        answer = self._called(self._client.infer, model_name(self.spec.name, direction), [values])
+        answer = self._call(self._client.infer, model_name(self.spec.name, direction), [values])
         result: Array = answer.as_numpy(INPUT_NAMES[opposite(direction)])
         return result
 
-    def _called(self, call: Callable[..., Any], *arguments: Any) -> Any:
+    def _call(self, method: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            return call(*arguments)
+            return method(*arguments)
         except triton.InferenceServerException as error:
             raise BackendError(f"{self._url}: {error.message()}; check the server and its log") from None
 

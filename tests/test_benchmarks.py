@@ -1,4 +1,4 @@
-"""The benchmarks on tiny models: their output and their errors. The figures mean nothing here."""
+"""The benchmarks on tiny models: their output and their errors. The figures themselves are not checked."""
 
 from __future__ import annotations
 
@@ -133,13 +133,13 @@ def test_lists_of_numbers(engine_of):
 @pytest.mark.parametrize(("factor", "refused"), [(1, False), (1.01, True)])
 def test_no_ratio_to_the_reference_where_latents_differ(engine_of, monkeypatch, factor, refused):
     pre_encode = importlib.import_module("pre_encode")
-    measured = pre_encode.reference_way
+    measured = pre_encode.reference_method
 
     def changed(*arguments):
         seconds, latents = measured(*arguments)
         return seconds, [np.float32(factor) * clip for clip in latents]
 
-    monkeypatch.setattr(pre_encode, "reference_way", changed)
+    monkeypatch.setattr(pre_encode, "reference_method", changed)
     results = results_of(
         run("pre_encode", engine_of("tiny-s").folder, "--clips", 1, "--seconds", 0.2, "--threads", 1), "pre_encode"
     )

@@ -1,4 +1,4 @@
-"""Checkpoints: both nestings, refusals by name, seeded weights, the hub without a network."""
+"""Checkpoints: both nestings, the message of each refusal, seeded weights, the hub without a network."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from samekit_export.tensors import tensor_shapes
 
 @pytest.fixture
 def folder(checkpoint_of, tmp_path):
-    """A checkpoint folder of tiny-s to be changed."""
+    """Return a checkpoint folder of tiny-s that the test may change."""
     return shutil.copytree(checkpoint_of("tiny-s"), tmp_path / "my-model")
 
 
 def rewrite(folder, change):
-    """Let `change` alter the dict of tensors in a checkpoint folder."""
+    """Call `change` with the dict of tensors of a checkpoint folder, and write the changed tensors."""
     tensors = load_file(folder / WEIGHTS_FILE)
     change(tensors)
     save_file(tensors, folder / WEIGHTS_FILE)
@@ -246,7 +246,7 @@ def test_configuration_of_something_else(folder, document):
 
 # --- What is not implemented -------------------------------------------------------------------------------
 
-# Path from `model`, value, and what the message names if not the field.
+# Path from `model`, value, and the text in the message if it is not the name of the field.
 NOT_IMPLEMENTED = [
     *[
         (f"{direction}.config.{field}", True)
@@ -300,7 +300,7 @@ def test_value_that_is_not_implemented(path, value):
     assert any(phrase in message for phrase in ("not implemented", "are implemented"))
 
 
-# Changes that contradict each other or the format, and what the message names.
+# Changes that contradict each other or the format, and the text in the message.
 CONTRADICTIONS = [
     ({"*.config.dim_heads": 24}, "heads of 24"),
     ({"*.config.dim_heads": 33}, "heads of 33"),
@@ -414,6 +414,18 @@ def test_seeds():
     assert_same(load("tiny-s", weights="random"), seeded("tiny-s"))
 
 
+def test_defaults_of_pytorch_change_no_checkpoint():
+    """The user may have set another dtype for new tensors, and another device."""
+    expected = [load("same-tiny").sha256, load("tiny-s", "random").sha256]
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        assert [load("same-tiny").sha256, load("tiny-s", "random").sha256] == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
 @pytest.mark.parametrize("name", ["same-m", "tiny-x", "s", "", "../tiny-s", "big-s"])
 def test_names_without_seeded_weights(name):
     assert "choose same-s, same-l, tiny-s or tiny-l" in refused(random_checkpoint, name)
@@ -474,7 +486,7 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def snapshot(folder):
-    """A checkpoint in a folder that is named after its commit, as in the hub's cache."""
+    """Return a checkpoint folder that is named after its commit, as in the hub's cache."""
     return folder.rename(folder.with_name("0123abc"))
 
 
@@ -578,7 +590,7 @@ def test_known_names_in_any_case(hub, snapshot, checkpoint_of):
     assert load("Tiny-S", "random").source == {"kind": "random", "name": "tiny-s", "seed": 0}
     assert load("Same-Tiny").name == "same-tiny"
     assert load("SAME-S", str(checkpoint_of("tiny-s"))).name == "same-s"
-    # Other names are kept as they are.
+    # Other names do not change.
     assert load("Mine", str(checkpoint_of("tiny-s"))).name == "Mine"
     assert "no random weights for 'Same-M'" in refused(load, "Same-M", "random")
 
@@ -586,7 +598,7 @@ def test_known_names_in_any_case(hub, snapshot, checkpoint_of):
 @pytest.mark.parametrize("file", [CONFIG_FILE, WEIGHTS_FILE])
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv, with which root is refused like others")
 def test_files_that_may_not_be_read(folder, file):
-    """They are not damaged: a download would not help."""
+    """The message is not that of damaged files, because another download would not help."""
     (folder / file).chmod(0)
     drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
     program = [*drop, sys.executable, "-m", "samekit", "export", folder]

@@ -20,7 +20,7 @@ from samekit_export.verify import snr_db
 
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory):
-    """The class of `diffusers` with random weights, and the folder that it saved."""
+    """Return a model of `diffusers` with random weights, and the folder in which it is saved."""
     with warnings.catch_warnings():
         # Its imports warn about packages that it does not need here, its model about old weight norm.
         warnings.simplefilter("ignore")

@@ -51,7 +51,7 @@ PIECE_SECONDS = 24
 
 @dataclass(frozen=True)
 class Step:
-    """A command or a Python snippet, and the output that the document shows for it, if any."""
+    """A command or a Python snippet, with the output that the document shows for it, if any."""
 
     document: str
     line: int
@@ -75,7 +75,7 @@ def blocks(name):
 
 
 def steps(name):
-    """Yield everything in a document that runs, in order."""
+    """Yield all commands and snippets of a document, in order."""
     for first, language, text in blocks(name):
         if language in ("python", "pycon"):
             yield Step(name, first, language, text)
@@ -90,7 +90,7 @@ STEPS = [step for name in DOCUMENTS for step in steps(name)]
 
 
 def command_named(name):
-    """Return a subcommand of samekit."""
+    """Return the subcommand of samekit that has this name."""
     return main.get_command(click.Context(main), name)
 
 
@@ -182,7 +182,7 @@ def run_make(step):
 
 
 def run_pip(step):
-    """Check the arguments only; `test_extras_exist` checks the extras."""
+    """Check the arguments only, because `test_extras_exist` checks the extras."""
     assert step.words[1] == "install"
     assert re.fullmatch(r"samekit\[[\w,]+\]", *step.words[2:])
 

@@ -1,4 +1,4 @@
-"""The exported graphs, and exports: complete, current and verified; a failed export leaves the older one."""
+"""The exported graphs and engine folders: accuracy, verification, and exports that are current or fail."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import os
 import numpy as np
 import onnx
 import pytest
+import torch
 from helpers import (
     DIRECTIONS,
     HOP,
@@ -33,7 +34,7 @@ from samekit.engine.folder import Engine, describe_graph
 from samekit.engine.spec import ENCODER
 from samekit.errors import EngineError, InputError, OutputError, VerificationError
 from samekit_export import export as export_module
-from samekit_export.checkpoint import load_folder
+from samekit_export.checkpoint import load, load_folder
 from samekit_export.export import export
 from samekit_export.graph import GRAPH_REVISION, GraphEncoder
 from samekit_export.model import Same
@@ -47,7 +48,7 @@ from samekit_export.verify import FLOOR_DB, example_input, verify
 
 @pytest.fixture(scope="module")
 def graph_of(engine_of):
-    """A parsed graph: model and direction -> ModelProto."""
+    """Return a function that parses a graph: model, direction -> ModelProto."""
     return lambda name, direction: onnx.load(engine_of(name).folder / f"{direction}.onnx")
 
 
@@ -57,7 +58,7 @@ def kind(request):
 
 
 def nodes(graph):
-    """Return every node, also those of subgraphs."""
+    """Return every node, including those of subgraphs."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
@@ -160,7 +161,7 @@ def test_verification_is_recorded(engine_of, kind):
 
 
 WRITTEN = ["GraphEncoder encoder.onnx", "GraphDecoder decoder.onnx"]
-# The first graphs can still be used meanwhile.
+# An export that replaces another one gives its graphs new names, so the older ones can be used until then.
 WRITTEN_AGAIN = ["GraphEncoder encoder.2.onnx", "GraphDecoder decoder.2.onnx"]
 
 
@@ -199,8 +200,8 @@ def test_current_folder_is_left_alone(exported, ready_graphs, progress):
 
 def files_of(engine):
     """Return the names of `spec.json` and of all files that it names."""
-    halves = engine.spec.graphs.values()
-    return sorted({"spec.json", *(name for graphs in halves for graph in graphs.values() for name in graph.sizes)})
+    pairs = engine.spec.graphs.values()
+    return sorted({"spec.json", *(name for pair in pairs for graph in pair.values() for name in graph.sizes)})
 
 
 def names(folder):
@@ -340,11 +341,28 @@ def test_what_is_of_another_checkpoint_does_not_stay(exported, ready_graphs):
 
 
 def test_unknown_precision(ready_graphs, tmp_path):
-    with pytest.raises(InputError, match="cannot export precision 'fp8'; choose of fp32") as caught:
+    with pytest.raises(InputError, match="cannot export precision 'fp8'; choose one of fp32") as caught:
         export(seeded("tiny-s"), tmp_path, ["fp32", "fp8"])
     assert_one_line(caught.value)
     assert ready_graphs == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_of_pytorch_change_no_export(engine_of, tmp_path):
+    """The user may have set other defaults in PyTorch, and autocast."""
+    expected = engine_of("tiny-s").spec
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            engine = export(load("tiny-s", "random"), tmp_path)
+            assert torch.get_default_dtype() == torch.float64
+            assert torch.is_autocast_enabled("cpu")
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert engine.spec.source_sha256 == expected.source_sha256
+    assert engine.spec.graphs == expected.graphs
 
 
 # --- An export that fails ----------------------------------------------------------------------------------
@@ -379,7 +397,7 @@ def test_failure_leaves_the_older_engine(exported, monkeypatch):
 
 @pytest.mark.parametrize("step", ["rename", "replace"])
 def test_failure_to_take_its_place_leaves_the_older_engine(exported, monkeypatch, step):
-    """The disk fails when the graphs are moved, or when `spec.json` is replaced."""
+    """The disk fails while the graphs are moved, or while `spec.json` is replaced."""
     before = contents(exported)
 
     def refuse(*_):
@@ -393,7 +411,7 @@ def test_failure_to_take_its_place_leaves_the_older_engine(exported, monkeypatch
 
 
 def test_spec_of_a_newer_samekit_is_valid_until_it_is_replaced(exported, monkeypatch):
-    """Its graphs are not known here, because the file cannot be read. They are not deleted as leftovers."""
+    """The file cannot be read, so its graphs are not known. They are not deleted as leftovers."""
     change_spec(exported / "tiny-s", format=2)
     before = contents(exported)
     monkeypatch.setattr(export_module, "verify", failing(VerificationError("too far; report this")))
@@ -406,7 +424,7 @@ def test_spec_of_a_newer_samekit_is_valid_until_it_is_replaced(exported, monkeyp
 
 
 def test_files_of_the_user_stay_in_an_engine_folder(exported):
-    """Only files with names that exports give are deleted."""
+    """Only files with names of exported files are deleted."""
     folder = exported / "tiny-s"
     mine = [
         "README.md",
@@ -535,7 +553,7 @@ def test_verify_reports_every_case(engine_of, eager_of, progress):
 
 @pytest.mark.parametrize("own", ["encoder.onnx/keep", "tensorrt", "tensorrt/notes", "tensorrt/models/keep", "link"])
 def test_what_no_export_writes_is_not_replaced(tmp_path, own):
-    """Names alone do not make an engine folder."""
+    """A folder is no engine folder because of the names in it alone."""
     folder = tmp_path / "tiny-s"
     if own == "link":
         (tmp_path / "elsewhere").mkdir()

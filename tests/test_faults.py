@@ -55,7 +55,7 @@ def samekit(*arguments):
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    """An engine folder of small graphs; do not change it."""
+    """Return an engine folder of small graphs, which tests must not change."""
     folder = tmp_path_factory.mktemp("small") / "engine"
     write_engine(folder)
     return folder
@@ -82,7 +82,7 @@ def latents(tmp_path, song, options):
 
 @pytest.fixture
 def out(tmp_path):
-    """An empty folder for outputs."""
+    """Return an empty folder for outputs."""
     folder = tmp_path / "out"
     folder.mkdir()
     return folder
@@ -103,7 +103,7 @@ def test_killed_encode(song, out, options, older, faults):
 
     def check(moment):
         found = {name: data for name, data in contents(out).items() if not name.startswith(".")}
-        # The .json goes first and comes last, so that it never lies beside another .npy.
+        # The .json is deleted first and written last, so that it is never beside another .npy.
         between = [{name: pair["a.npy"]} for pair in (old, new) for name in ("a.npy",) if pair]
         assert found in ([old, new, *between]), f"{moment}: {names(out)}"
         samekit("encode", song, out / "a.npy", *options)
@@ -146,7 +146,7 @@ def quick_graphs(monkeypatch):
 
 
 class QuickGraph:
-    """A fake graph module."""
+    """Replaces the graph modules."""
 
     def to_float16_(self):
         return self
@@ -185,7 +185,7 @@ KILLED_EXPORTS = {
 @pytest.mark.parametrize("what", KILLED_EXPORTS)
 @pytest.mark.usefixtures("quick_graphs")
 def test_killed_export(out, what, faults):
-    """After each kill one of the two exports can be used. The next export deletes everything else."""
+    """After each kill, the older or the newer export can be used. The next export deletes everything else."""
     folder = out / "tiny-s"
     name, seed, precisions = KILLED_EXPORTS[what]
     old = []
@@ -324,7 +324,7 @@ def test_killed_repository(engine, out, monkeypatch, links, faults):
             assert contents(models) == new, moment
             shutil.rmtree(models)
         run()
-        # Neither the killed process nor this one leaves anything else.
+        # Neither the killed command nor the repeated one leaves other files.
         assert names(out) == ["models"], moment
 
     run()
@@ -502,7 +502,7 @@ def test_audio_that_changes_while_it_is_encoded(tmp_path, monkeypatch, suffix, c
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_audio_that_changes_while_a_dataset_is_encoded(tmp_path, out, change, faults):
-    """What such a clip became does not matter, if the next run makes it right."""
+    """The first run may encode either contents or fail. After the next run, the clip must be right."""
     data = tmp_path / "data"
     data.mkdir()
     for index in range(4):
@@ -523,7 +523,7 @@ def test_audio_that_changes_while_a_dataset_is_encoded(tmp_path, out, change, fa
     pre_encode(model, data, out)
     pre_encode(model, data, tmp_path / "whole")
     if change == "remove":
-        # Its number stays its own.
+        # No other clip gets the number of the removed one.
         found = {name for name in contents(out) if name.endswith(".npy")}
         assert len(found) >= 4
         return
@@ -564,7 +564,7 @@ def pipe(path):
 
 
 def device(path):
-    """A device whose size is 0 and that never ends."""
+    """Return a device, whose size is 0 and which never ends."""
     path.symlink_to("/dev/zero")
 
 
@@ -615,11 +615,11 @@ def test_what_is_no_file_is_refused_at_once(engine, latents, checkpoint_of, tmp_
     faults["pipes and devices in place of files"] += 1
 
 
-# --- Two of everything ----------------------------------------------------------------------------------------
+# --- Concurrent processes ----------------------------------------------------------------------------------------
 
 
 def quietly(error, work):
-    """Return the work, which may raise `error` because another process was faster."""
+    """Return a function that does the work, and ignores `error` if another process was faster."""
 
     def run():
         try:
@@ -701,7 +701,7 @@ def test_caches_of_onnxruntime_are_opened_at_once(engine, tmp_path):
 
 @pytest.mark.usefixtures("quick_graphs")
 def test_reading_while_it_is_exported_again(out, monkeypatch):
-    """A reader runs one of the exports, or gets an error that the folder was exported again."""
+    """A reader runs one of the exports, or gets the error that the folder was exported again."""
 
     def small_spec(checkpoint):
         facts = {"name": checkpoint.name, "source": checkpoint.source, "source_sha256": checkpoint.sha256}
@@ -900,7 +900,7 @@ def test_checkpoint_whose_name_is_no_text(checkpoint_of, tmp_path):
 
 @pytest.mark.usefixtures("quick_graphs")
 def test_model_with_a_long_name(out):
-    """A checkpoint folder may have such a name."""
+    """A checkpoint folder may have a long name."""
     name = "m" * 250
     for _ in range(2):
         export(dataclasses.replace(seeded("tiny-s"), name=name), out, force=True)

@@ -1,8 +1,8 @@
 """Graphs of the same weights do not change unless `GRAPH_REVISION` is raised.
 
-`golden/graphs.json` describes the graphs of one revision, as one set of versions of PyTorch's exporter writes them.
-Other versions may write the same function with other steps, so the comparison is made with these versions only;
-`constraints.txt` names them. After a change of the exported graphs, raise the revision and run
+`golden/graphs.json` describes the graphs of one revision, as the package versions in `constraints.txt` write them.
+Other versions may write the same function with other operators, so the tests compare with these versions only. After a
+change of the exported graphs, raise the revision and run
 
     PYTHONPATH=runtime:export python tests/test_graph_revision.py
 """

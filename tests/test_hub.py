@@ -62,7 +62,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         path = self.path.split("?")[0].removeprefix("/api/models").strip("/").split("/")
         if len(path) == 2:
-            # Information about a repository, of its default branch.
+            # Information about a repository, for its default branch.
             path += ["revision", "main"]
         if len(path) < 4:
             self.answer(404)
@@ -98,7 +98,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """A hub on loopback, and an empty cache."""
+    """Start a hub on the loopback interface, and use an empty cache."""
     server = Server()
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
@@ -118,13 +118,13 @@ def server(monkeypatch, tmp_path):
 
 @pytest.fixture
 def _impatient(monkeypatch):
-    """The client waits between its tries, half a minute in all."""
+    """Let the client repeat requests without waiting, which would take half a minute in all."""
     monkeypatch.setattr("time.sleep", lambda _seconds: None)
 
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    """An empty cache, and no network."""
+    """Use an empty cache and no network."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
@@ -132,7 +132,7 @@ def offline(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A checkpoint folder for each published configuration."""
+    """Return a checkpoint folder for each published configuration."""
     folders = {file: tmp_path_factory.mktemp(file) for file in PUBLISHED_FILES}
     for file, folder in folders.items():
         save_folder(tiny(file), tensors(file), folder)
@@ -205,7 +205,7 @@ def test_the_pinned_revision_is_fetched(server, checkpoints, monkeypatch, caplog
     # The client also asks about the default branch, but downloads nothing of it.
     assert {revision for _, _, kind, revision in server.requests if kind in ("resolve", "tree")} == {pin(SAME_S)}
     assert "not the published weights" not in caplog.text
-    # The second time it comes from the cache, and so does what a source names.
+    # The second load, and a load by the source, use the cache.
     server.requests.clear()
     assert load("same-s").source == expected
     assert load_source(loaded.source).source == expected
@@ -300,7 +300,7 @@ def test_the_pinned_revision_in_the_cache_is_preferred(server, checkpoints):
 
 
 def test_another_revision_with_the_published_files_is_taken_before_a_download(server, checkpoints, monkeypatch):
-    """A commit that changes only the model card does not change the files."""
+    """A commit may change the model card only, so the weights are the published ones."""
     know(monkeypatch, MUSIC, checkpoints["small-music"])
     cache(MUSIC, OTHER, checkpoints["small-music"])
     loaded = load("same-s")
@@ -316,7 +316,7 @@ def test_another_revision_is_not_taken_before_a_download(server, checkpoints):
 
 @pytest.mark.usefixtures("offline")
 def test_files_are_hashed_once(checkpoints, monkeypatch):
-    """Hashing is avoided, because the weights of a full checkpoint have up to 9 GB."""
+    """The weights of a full checkpoint have up to 9 GB, so hashing takes seconds."""
     know(monkeypatch, MUSIC, checkpoints["small-music"])
     cache(MUSIC, OTHER, checkpoints["small-music"])
     with mock.patch("hashlib.file_digest", wraps=hashlib.file_digest) as hashed:

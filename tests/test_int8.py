@@ -55,7 +55,7 @@ from samekit_export.verify import snr_db
 # The least accuracy of int8 on seeded weights.
 LEAST_DB = 37
 
-# Let the runtime take this processor for one that adds pairs of int8 products in 16 bits.
+# Make the runtime treat this processor as one that adds pairs of int8 products in 16 bits.
 saturating = mock.patch("samekit.backends.onnxruntime.int8_saturates", return_value=True)
 
 INT8 = BackendOptions(precision="int8", device="cpu", threads=THREADS)
@@ -63,7 +63,7 @@ INT8 = BackendOptions(precision="int8", device="cpu", threads=THREADS)
 
 @pytest.fixture(scope="session")
 def int8_of(engine_of, tmp_path_factory):
-    """An exported model with int8 graphs beside the float32 ones, once a run: name -> Engine."""
+    """Return a function that exports a model to float32 and int8, once per run: name -> Engine."""
     folder = tmp_path_factory.mktemp("int8")
 
     def add(name):
@@ -80,7 +80,7 @@ def opened(int8_of, kind):
 
 
 def inputs(direction, latents, seed, batch=1):
-    """Return loud, usual and quiet noise, and a tone, which the export has not used."""
+    """Return inputs that the export has not used: loud, usual and quiet noise, and a tone."""
     if direction == ENCODER:
         shape = (batch, 2, latents * HOP)
         seconds = np.arange(latents * HOP) / 44_100
@@ -132,7 +132,7 @@ def test_same_windows_give_the_same_numbers(int8_of, kind, direction):
         assert np.array_equal(output, outputs[0])
 
 
-# Features of which no power of two above 8 is a divisor, and a head that is no power of two.
+# No power of two above 8 divides the features, and the width of a head is no power of two.
 ODD = {"*.config.channels": 120, "*.config.c_mults": [1], "*.config.dim_heads": 40, "*.config.ff_mult": 3}
 
 
@@ -149,7 +149,7 @@ def test_odd_widths(direction):
 
 @each_direction
 def test_blocks_that_add_nothing(kind, direction):
-    """All rows of a value are zero, so their range is empty and their size is zero."""
+    """All rows of a value are zero, so their range is empty and the size of each feature is zero."""
     model = Same.from_checkpoint(random_checkpoint(kind))
     graph = GRAPHS[direction](model)
     first, second = graph.trunk.blocks[:2]
@@ -163,7 +163,7 @@ def test_blocks_that_add_nothing(kind, direction):
 
 
 def test_rotation_spares_rare_large_values():
-    """One value in each row is 50 times as large and determines the range; rotation spreads it."""
+    """One value in each row is 50 times as large and determines the range; a rotation spreads it."""
     rows = torch.from_numpy(noise((256, 192), level=1))
     rows[:, 7] *= 50
     linear = functools.partial(torch.nn.functional.linear, rows)
@@ -200,7 +200,7 @@ def nearest(weight):
 
 @pytest.mark.parametrize("features", [96, 300])
 def test_errors_of_weights_cancel_over_rows_that_are_correlated(features):
-    """Most of the error is cancelled, also for similar rows that were not used for rounding."""
+    """Most of the error cancels, even for similar rows that were not used for rounding."""
     seen, others = (correlated(features, seed) for seed in (1, 2))
     weight = torch.from_numpy(noise((features, 64), seed=3, level=1))
     plain, compensated = (
@@ -252,7 +252,7 @@ def test_rows_of_zeros_are_rounded_to_nearest():
 
 
 def test_learned_row_counts_as_often_as_it_is_read(eager_of, kind):
-    """The first block holds the learned row once; its moment is that of all rows that it represents."""
+    """The first block computes the learned row once; it counts in the moment as often as it is repeated."""
     model = eager_of(kind)
     graph = GRAPHS["decoder"](model)
     given = []
@@ -280,7 +280,7 @@ def test_preparing_changes_no_function(eager_of, kind, direction):
 
 @each_direction
 def test_large_features_are_made_small(direction):
-    """Large features of trained weights get smaller, and powers of two change no result."""
+    """Large features of trained models get smaller. The factors are powers of two, so no result changes."""
     model = Same.from_checkpoint(load_bundled("same-tiny"))
     graph = GRAPHS[direction](model)
     with torch.no_grad():
@@ -305,7 +305,7 @@ def test_large_features_are_made_small(direction):
 
 @each_direction
 def test_trained_weights(direction):
-    """All but a few products of trained weights are int8 and reach the required accuracy."""
+    """With trained weights, all but a few products are int8, and the accuracy reaches the target."""
     model = Same.from_checkpoint(load_bundled("same-tiny"))
     graph = GRAPHS[direction](model)
     kept = quantize_(graph, model)
@@ -337,13 +337,13 @@ def test_models_that_are_not_finite(eager_of):
     graph = GRAPHS[ENCODER](eager_of("tiny-s"))
     with torch.no_grad():
         graph.trunk.blocks[0].out.weight.fill_(3e38)
-    with pytest.raises(CheckpointError, match="makes NaN or infinity of ordinary audio") as caught:
+    with pytest.raises(CheckpointError, match="computes NaN or infinity for ordinary audio") as caught:
         quantize_(graph, eager_of("tiny-s"))
     assert_one_line(caught.value)
 
 
 def test_export_is_refused_where_it_could_not_be_verified(tmp_path):
-    """The error comes before anything is written."""
+    """The export fails before it writes anything."""
     with saturating, pytest.raises(BackendUnavailableError, match="export it on another machine") as caught:
         export(seeded("tiny-s"), tmp_path, ["fp32", "int8"])
     assert_one_line(caught.value)
@@ -363,7 +363,7 @@ def test_report_leaves_out_what_does_not_run(int8_of, tmp_path):
 
 @pytest.fixture
 def graph(eager_of):
-    """Return the graph that amplifies errors most."""
+    """Return the graph that amplifies rounding errors most."""
     return GRAPHS["decoder"](eager_of("tiny-l"))
 
 
@@ -479,7 +479,7 @@ def test_operator_equals_onnx_runtime(tmp_path):
 
 
 def test_saturating_processors_encode_the_same_numbers(opened, int8_of, kind):
-    """They get other operators, which have unsigned weights."""
+    """The session uses other operators, with unsigned weights, on these processors."""
     array = inputs(ENCODER, 9, seed=3)[0]
     with saturating:
         types = {weight.data_type for weight in fused_graph(int8_of(kind).graph(ENCODER, "int8")).initializer}
@@ -501,7 +501,7 @@ def test_saturating_processors_do_not_decode(int8_of, kind):
 
 
 def test_probe_of_the_processor():
-    """The runtime contains this graph as bytes, because it has no package that writes graphs."""
+    """The runtime contains this graph as bytes, because it does not require a package that writes graphs."""
     graph = helper.make_graph(
         [helper.make_node("MatMulInteger", ["x", "w"], ["y"])],
         "probe",
@@ -538,7 +538,7 @@ def test_command_line(int8_of, tmp_path):
 
 
 def test_verification_measures_what_it_can(int8_of):
-    """All precisions except int8 are measured on a processor that cannot decode int8."""
+    """All precisions except int8 are measured on a processor that cannot run int8."""
     with saturating:
         done = CliRunner().invoke(main, ["verify", str(int8_of("tiny-s").folder)])
     assert done.exit_code == 2

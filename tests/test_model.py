@@ -1,4 +1,4 @@
-"""The eager model and the graphs that are exported from it, for all values that a configuration can have."""
+"""The eager model and the graphs that are exported from it, for all implemented values of a configuration."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ each_variant = pytest.mark.parametrize("name", VARIANTS)
 
 @pytest.fixture(scope="module")
 def variant_of():
-    """A variant's checkpoint and its model, made once: name -> both."""
+    """Return a function that makes the checkpoint and the model of a variant, once: name -> both."""
     made = {}
 
     def make(name):
@@ -132,7 +132,7 @@ def test_graph_equals_eager(variant_of, name, direction):
 
 
 def in_windows(backend, direction, plan, array):
-    """Run one direction over the windows of a plan."""
+    """Encode or decode in the windows of a plan."""
     windows = WindowCutter(plan, backend.spec.layout(direction)[1]).push(array, final=True)
     return np.concatenate(list(run_windows(backend, direction, windows)), axis=-1)
 
@@ -191,7 +191,7 @@ def test_configuration_is_honoured(variant_of, name):
 
 
 def dense_attention(attention, x, sees):
-    """Compute the formula for a whole sequence `[tokens, width]` in float64; `sees[i, j]`: i attends to j."""
+    """Compute attention for a sequence `[tokens, width]` in float64; token i attends to j if `sees[i, j]` is true."""
     width, tokens = attention.config.head_width, len(x)
     angles = np.outer(np.arange(tokens), 10_000.0 ** (-np.arange(0, 32, 2) / 32))
 
@@ -296,7 +296,7 @@ def test_alpha_of_zero_cannot_be_folded(norm, direction):
 
 
 def test_hidden_keys_weigh_nothing_and_are_not_subnormal():
-    """Masking also works if all visible keys have the least possible score, and the hidden one the largest."""
+    """Masking works even if visible keys have the lowest possible score and the hidden key has the highest."""
     model = Same.from_checkpoint(seeded("tiny-l"))
     for trunk in (model.encoder_parts[0], model.decoder_parts[1]):
         hides = np.float32(mask_value(trunk))
@@ -313,7 +313,7 @@ def test_hidden_keys_weigh_nothing_and_are_not_subnormal():
 
 @pytest.mark.parametrize("name", KINDS)
 def test_sharp_attention(name):
-    """Large scores make every softmax nearly one-hot, where mistakes in masks and scales show most."""
+    """Large scores make every softmax nearly one-hot, so mistakes in masks and scales have a large effect."""
     checkpoint = with_tensors(name, lambda tensors: {k: 3 * t for k, t in tensors.items() if "q_norm.gamma" in k})
     model = Same.from_checkpoint(checkpoint)
     for direction in DIRECTIONS:

@@ -1,4 +1,4 @@
-"""Published configurations: unchanged, with additions that change nothing, and each refusal."""
+"""Published configurations: as published, with additions that change nothing, and with values that are refused."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def published(file):
 
 
 def autoencoder(document, file):
-    """The part of a configuration that describes the autoencoder."""
+    """Return the part of a configuration that describes the autoencoder."""
     for key in INNER[file].split("."):
         document = document[key]
     return document
 
 
 def tiny(file):
-    """A published configuration with the sizes of the tiny model of its kind."""
+    """Return a published configuration with the sizes of the tiny model of its kind."""
     document = published(file)
     edit(autoencoder(document, file), TINY)
     if KIND[file] == "l":
@@ -60,7 +60,7 @@ def tiny(file):
 
 
 def tensors(file):
-    """The seeded tensors of the tiny model, as a file of this nesting holds them, among those of other parts."""
+    """Return the seeded tensors of the tiny model under the names of this nesting, with tensors of other parts."""
     own = seeded(f"tiny-{KIND[file]}").tensors
     if file == "SAME-S":
         return dict(own)
@@ -343,12 +343,12 @@ def test_fields_without_a_default(field, absent):
 
 # --- Keys of tensors ---------------------------------------------------------------------------------------
 
-# The reference tries a key that its model does not have again without one of its path components, the first excepted
+# If the model lacks a key, the reference tries it without one of its path components, except for the first one
 # (`remap_state_dict_keys` in stable_audio_3/loading_utils.py of Stability-AI/stable-audio-3).
 
 
 def renamed(found, old, new):
-    """Tensors with `old` at the start of a key, or anywhere after a dot, replaced once."""
+    """Return tensors whose keys have the first `old`, at the start or after a dot, replaced by `new`."""
     return {key.replace(old, new, 1) if key.startswith(old) or f".{old}" in key else key: t for key, t in found.items()}
 
 
@@ -392,13 +392,13 @@ def test_a_second_copy_of_a_tensor_is_not_chosen_at_random(file, tmp_path):
     found = tensors(file)
     prefix = "" if file == "SAME-S" else NESTED_PREFIX
     bias = f"{prefix}encoder.layers.2.bias"
-    # Beside the exact key, another one is an unexpected tensor ...
+    # If the exact key is there, the other one is an unexpected tensor.
     save_folder(tiny(file), found | {f"{prefix}encoder.ema.layers.2.bias": torch.ones(32)}, tmp_path)
     with pytest.raises(
         CheckpointError, match=r"tensor encoder\.ema\.layers\.2\.bias is not part of a SAME autoencoder"
     ):
         load_folder(tmp_path)
-    # ... and without it, two others could both be meant.
+    # If it is missing, two other keys can both match it.
     copies = {f"{prefix}encoder.{copy}.layers.2.bias": found[bias].clone() for copy in ("a", "b")}
     save_folder(tiny(file), {key: tensor for key, tensor in found.items() if key != bias} | copies, tmp_path)
     with pytest.raises(CheckpointError, match=r"encoder\.a\.layers\.2\.bias and .*encoder\.b\.layers\.2\.bias"):

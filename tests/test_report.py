@@ -1,4 +1,4 @@
-"""The report page: right figures, one file, and a browser that plays and shows it."""
+"""The report page: its figures, that it is one file, and how a browser shows and plays it."""
 
 from __future__ import annotations
 
@@ -146,6 +146,20 @@ def test_silence_can_be_shown(engine_of, tmp_path):
     sf.write(tmp_path / "silence.wav", np.zeros((100, 1)), RATE)
     page = page_of(measure(tmp_path / "silence.wav", engine_of("tiny-s"), threads=1))
     assert "-inf dB" in Page(page).text
+
+
+def test_system_without_a_load(measured, monkeypatch):
+    """Windows does not report the load."""
+    monkeypatch.delattr("os.getloadavg")
+    text = Page(page_of(measured)).text
+    assert " cores;" in text
+    assert "load" not in text
+
+
+def test_more_seconds_than_any_file_has(bundled_engine, tmp_path):
+    sf.write(tmp_path / "short.wav", noise((100, 1)), RATE)
+    measured = measure(tmp_path / "short.wav", bundled_engine, seconds=1e308, threads=1)
+    assert measured.original.shape[1] == 100
 
 
 def test_command(engine_of, song, tmp_path):

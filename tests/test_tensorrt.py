@@ -417,6 +417,12 @@ def test_build_log_that_cannot_be_written(encoder_builder, tmp_path):
     assert (tmp_path / "encoder.engine").read_bytes() == b"engine"
 
 
+def test_message_after_the_build_log_was_closed(half_builder):
+    """TensorRT's objects can outlive a failed build, and log when they are deleted."""
+    half_builder._log.close()
+    half_builder._logger.log(SimpleNamespace(name="WARNING"), "a late message")
+
+
 # --- Fingerprints ---------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Write the API reference, HTML from the docstrings, to build/docs."""
+"""Write the API reference to build/docs, as HTML that is made from the docstrings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def modules() -> list[str]:
 
 
 def prepare() -> None:
-    """Import what pdoc reads from modules but does not import itself."""
+    """Import the modules and names that pdoc reads but does not import itself."""
     # These packages import their public names on first use.
     for package in (samekit, dataset):
         for name in package.__all__:

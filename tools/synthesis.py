@@ -1,4 +1,4 @@
-"""Make music and sounds from a seed: the training and test data of `same-tiny`, and the piece of the demo.
+"""Synthesize music and sounds from a seed: training and test data of `same-tiny`, and the piece of the demo.
 
     notes ──┐
     drums ──┤                      ┌─ pan, width ─┐
@@ -6,7 +6,7 @@
     noise ──┤                      └─ reverb ─────┘
     chirps ─┘
 
-Every clip is a function of a `numpy.random.Generator`; 44,100 Hz, float32.
+Every clip depends only on a `numpy.random.Generator`. Clips have 44,100 Hz and are float32.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def envelope(random: Generator, samples: int, attack: float, release: float, dec
 
 
 def sustained(random: Generator, frequency: float, samples: int) -> Line:
-    """Strings, organs, winds, synthesizers: harmonics with a slope, vibrato and detuned copies."""
+    """Return a tone of strings, organs or winds: harmonics with a slope, vibrato and detuned copies."""
     count = max(1, min(int(random.uniform(4, 60)), int(0.9 * RATE / 2 / frequency)))
     n = np.arange(1, count + 1)
     harmonics = n ** -random.uniform(0.8, 2.5) * np.exp(0.5 * random.standard_normal(count))
@@ -99,7 +99,7 @@ def sustained(random: Generator, frequency: float, samples: int) -> Line:
 
 
 def plucked(random: Generator, frequency: float, samples: int) -> Line:
-    """A plucked string (Karplus and Strong, 1983): noise circulates through an averaging filter."""
+    """Return a tone of a plucked string (Karplus and Strong, 1983): noise circulates through an averaging filter."""
     period = max(int(RATE / frequency), 2)
     excitation = random.uniform(-1, 1, period)
     smoothing = np.exp(-np.arange(period) * random.uniform(0.02, 1.0))
@@ -116,7 +116,7 @@ def plucked(random: Generator, frequency: float, samples: int) -> Line:
 
 
 def bell(random: Generator, frequency: float, samples: int) -> Line:
-    """Electric pianos, bells, mallets: one sine that modulates another's phase (Chowning, 1973)."""
+    """Return a tone of electric pianos or bells: one sine modulates another's phase (Chowning, 1973)."""
     ratio = random.choice([1, 2, 3, 3.5, 1.41, 7])
     time = seconds(samples)
     turns = phases(frequency, samples, random.random())
@@ -129,7 +129,7 @@ INSTRUMENTS: tuple[Instrument, ...] = (sustained, plucked, bell)
 
 
 def drum(random: Generator, kind: int, samples: int) -> Line:
-    """Kick, snare, hat or tom."""
+    """Return a stroke of kick (0), snare (1), hat (2) or tom (3)."""
     time = seconds(samples)
     hiss = random.standard_normal(samples)
     if kind == 0:
@@ -149,7 +149,7 @@ def drum(random: Generator, kind: int, samples: int) -> Line:
 
 
 def voice(random: Generator, samples: int) -> Line:
-    """Syllables of speech or song: pulses through three changing formants, with consonants of noise between them."""
+    """Return syllables of speech or song: pulses through three formants; some begin with a consonant of noise."""
     line = np.zeros(samples)
     base = random.uniform(80, 300)
     start = 0
@@ -174,14 +174,14 @@ def voice(random: Generator, samples: int) -> Line:
 
 
 def chirp(random: Generator, samples: int) -> Line:
-    """A sine that glides between two frequencies."""
+    """Return a sine that glides between two frequencies."""
     low, high = np.sort(np.exp(random.uniform(np.log(40), np.log(9000), 2)))
     ends = (low, high) if random.random() < 0.5 else (high, low)
     return np.sin(2 * np.pi * phases(np.geomspace(*ends, samples), samples)) * envelope(random, samples, 0.01, 0.05, 0)
 
 
 def noise(random: Generator, samples: int) -> Line:
-    """Bursts of coloured noise: wind, surf, breath, steps."""
+    """Return bursts of coloured noise, such as wind, surf, breath or steps."""
     coloured = filtered(random.standard_normal(samples), band(np.exp(random.uniform(4.5, 8.5)), random.uniform(0.3, 2)))
     swell = np.interp(np.arange(samples), np.linspace(0, samples, 12), random.uniform(0, 1, 12) ** 2)
     return coloured * swell
@@ -216,7 +216,7 @@ def placed(random: Generator, line: Line) -> Line:
 
 
 def level(line: Line) -> float:
-    """Return the root mean square."""
+    """Return the root mean square of a line, which is never zero."""
     return float(np.sqrt(np.mean(line**2))) + 1e-9
 
 
@@ -293,7 +293,7 @@ def clip(random: Generator, length: float, *, music: bool | None = None) -> Line
     """Return a stereo clip, `[samples, 2]` in float32, with a peak of at most 1.
 
     Args:
-        random: decides everything.
+        random: the source of all random choices.
         length: in seconds.
         music: a piece of music or other sounds; unless given, three of four clips are music.
     """

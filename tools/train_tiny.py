@@ -38,10 +38,10 @@ from samekit_export.tensors import tensor_shapes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# These are the values for the published checkpoint and its curve.
+# With these values, the published checkpoint and its curve were made.
 SEED = 0
 POOL_CLIPS, POOL_SECONDS, POOL_STEPS = 320, 8.0, 1500
-"""Clips from which crops are drawn, seconds of each, and steps until they are replaced."""
+"""Clips from which crops are drawn, the seconds of each, and the steps after which all are replaced."""
 HELD_OUT_CLIPS, HELD_OUT_SECONDS = 32, 4.0
 CROP_LATENTS, BATCH, STEPS = 64, 8, 3000
 PEAK_RATE, WARM_UP = 1e-3, 200
@@ -54,8 +54,8 @@ SELECTING = 6
 """Features of a head that select positions, at the highest frequencies of the rotary embedding."""
 
 
-def document() -> dict[str, Any]:
-    """Return the `model_config.json`: hop 384 as two patches of 192, 64 channels, 12 times fewer numbers than audio."""
+def model_config() -> dict[str, Any]:
+    """Return the `model_config.json`: two patches of 192 samples a latent, 64 features, 12 times fewer numbers."""
     config = published_config("tiny-s")
     patch, stride, latent, chunk = 192, 2, 64, 8
     model = config["model"]
@@ -75,7 +75,7 @@ def make_clip(seed: tuple[int, ...], length: float) -> np.ndarray:
 
 
 def make_clips(stream: int, count: int, length: float, workers: int) -> Tensor:
-    """Return clips `[count, 2, samples]` of 16-bit numbers; even streams are for training, odd ones for tests."""
+    """Return clips `[count, 2, samples]` of 16-bit numbers. Even streams are for training, odd ones for tests."""
     seeds = [(SEED, stream, i) for i in range(count)]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
@@ -83,13 +83,13 @@ def make_clips(stream: int, count: int, length: float, workers: int) -> Tensor:
 
 
 def make_pool(step: int, workers: int) -> Tensor:
-    """Return the training clips from `step` on."""
+    """Return the clips that training uses from `step` on."""
     print("making clips", flush=True)
     return make_clips(2 * (step // POOL_STEPS), POOL_CLIPS, POOL_SECONDS, workers)
 
 
 def held_out(workers: int, hop: int) -> Tensor:
-    """Return the test clips of the published accuracy, in whole latents."""
+    """Return the clips on which the published accuracy was measured, in whole latents."""
     clips = make_clips(1, HELD_OUT_CLIPS, HELD_OUT_SECONDS, workers).float() / 32767
     return clips[..., : clips.shape[-1] // hop * hop]
 
@@ -118,7 +118,7 @@ def relative_error(audio: Tensor, back: Tensor) -> Tensor:
 
 
 def initialise(model: Same, pool: Tensor) -> None:
-    """Set the weights of a linear codec, see the module's docstring; `pool` is from `make_clips`."""
+    """Set the weights to those of a linear codec, see the module's docstring; `pool` is from `make_clips`."""
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
     model.bottleneck["scaling_factor"].fill_(1)
@@ -172,7 +172,7 @@ def initialise(model: Same, pool: Tensor) -> None:
 
 
 def _start_trunk(trunk: Trunk, distances: list[tuple[int, int]], gain: float) -> None:
-    """Set norms and position selectors; the first block copies the selected tokens, the others are nearly zero."""
+    """Set norms and position selectors. The first block copies the selected tokens; the others add nearly zero."""
     config = trunk.config
     width, head = config.width, config.head_width
     angles = torch.as_tensor(rotary_frequencies(config.rotated)[:SELECTING])
@@ -222,7 +222,7 @@ def _least_squares(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
 
 
 def _set_mapping(mapping: WeightNormConv, weight: Tensor) -> None:
-    """Give a weight-normed layer an effective weight `[n_out or fewer, n_in, kernel]`; missing rows are zero."""
+    """Set the effective weight, `[n_out or fewer, n_in, kernel]`, of a layer with weight norm; other rows are zero."""
     mapping.weight_v.copy_(torch.randn(mapping.weight_v.shape))
     mapping.weight_v[: len(weight)] = weight
     mapping.weight_g[: len(weight)] = weight.norm(dim=(1, 2), keepdim=True)
@@ -274,7 +274,7 @@ def save(model: Same, pool: Tensor, folder: Path) -> Same:
     copied = copy.deepcopy(model)
     calibrate(copied, pool)
     tensors = {key: copied.state_dict()[key].half() for key in tensor_shapes(copied.config)}
-    save_folder(document(), tensors, folder)
+    save_folder(model_config(), tensors, folder)
     copied.load_state_dict(tensors)
     return copied
 
@@ -285,7 +285,7 @@ def train(folder: Path, steps: int, threads: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
     torch.set_num_threads(threads)
-    config, _ = parse_config(document())
+    config, _ = parse_config(model_config())
     model = Same(config)
     judged = held_out(threads, config.hop)
     torch.set_grad_enabled(False)

@@ -1,1 +1,4 @@
-"""Makes engine folders from SAME checkpoints, and runs checkpoints in PyTorch. Its entry points register both."""
+"""Export SAME checkpoints to engine folders, and run checkpoints in PyTorch.
+
+The entry points of the distribution register the commands and the PyTorch backend.
+"""

@@ -1,4 +1,4 @@
-"""PyTorch behind the contract of backends: the fallback where no engine was exported, and the oracle of the others."""
+"""The PyTorch backend: it runs models that were not exported, and is the reference for all other backends."""
 
 from __future__ import annotations
 
@@ -72,11 +72,11 @@ class EagerBackend(Backend):
 
 @contextmanager
 def pytorch_defaults() -> Iterator[None]:
-    """Create new tensors as float32 on the CPU, although the user may have set other defaults."""
+    """Compute in float32 on the CPU, even if the user has set other defaults or autocast in PyTorch."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.device("cpu"):
+        with torch.device("cpu"), torch.autocast("cpu", enabled=False):
             yield
     finally:
         torch.set_default_dtype(before)
@@ -85,13 +85,13 @@ def pytorch_defaults() -> Iterator[None]:
 class _ExactProducts:
     """Compute float32 products exactly while any thread is in `held`.
 
-    PyTorch's settings are those of the whole process. The user's choice, such as
+    PyTorch's settings apply to the whole process. The user's settings, such as
     `torch.set_float32_matmul_precision("medium")`, and the default for convolutions on GPUs allow bfloat16 or TF32,
-    which have 8 and 11 bits.
+    whose significands have 8 and 11 bits.
     """
 
     SETTINGS = (("cuda", "matmul"), ("cudnn", "conv"), ("cudnn", "rnn"), ("mkldnn", "matmul"), ("mkldnn", "conv"))
-    """In `torch.backends`. The settings for recurrent networks must equal those of convolutions."""
+    """Backend and kind of each setting in `torch.backends`; PyTorch requires those of `rnn` and `conv` to be equal."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -125,7 +125,7 @@ class _ExactProducts:
 
     def _restore(self) -> None:
         for setting, precision in self._before:
-            # A setting that followed a wider one must follow it again, so this is tried first.
+            # "none" makes a setting follow the wider one again, if it did so before.
             setting.fp32_precision = "none"
             if setting.fp32_precision != precision:
                 setting.fp32_precision = precision

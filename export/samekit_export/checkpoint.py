@@ -1,7 +1,7 @@
 """Load SAME checkpoints: a folder, a repository on the Hugging Face hub, or seeded random weights.
 
 Loading is strict. Values of the configuration that the model code does not honour, and missing or unexpected tensors of
-the autoencoder, raise CheckpointError: what is silently ignored gives wrong audio. The other parts of a full Stable
+the autoencoder, raise CheckpointError, because ignoring them would give wrong audio. The other parts of a full Stable
 Audio 3 checkpoint are not read.
 """
 
@@ -20,7 +20,7 @@ from samekit.engine.spec import RANDOM
 from samekit.errors import CheckpointError, SamekitError
 from samekit.files.json_fields import check_kinds
 from samekit.files.paths import checked_path, expanded_text, read_regular, utf8_path
-from samekit.packages import import_package
+from samekit.packages import INSTALL_EXPORT, import_package
 from samekit_export import diffusers, hub
 from samekit_export.config import CONFIG_FILE, parse_config
 from samekit_export.digest import checkpoint_digest
@@ -78,7 +78,7 @@ def load(model: str, weights: str = HUB, revision: str | None = None) -> Checkpo
     if weights == HUB and not is_folder and model not in BUNDLED_FOLDERS:
         return load_hub(model, revision)
     if revision is not None:
-        raise CheckpointError("a revision is of a repository on the hub, and these weights are not; leave it out")
+        raise CheckpointError("only weights on the hub have revisions, and these are elsewhere; leave the revision out")
     if weights == RANDOM:
         return random_checkpoint(model)
     if weights != HUB:
@@ -117,7 +117,7 @@ def load_bundled(name: str) -> Checkpoint:
         CheckpointError: no such checkpoint comes with this samekit, or it is damaged.
     """
     if name not in BUNDLED_FOLDERS:
-        raise CheckpointError(f"{name!r} does not come with this samekit; choose of {', '.join(BUNDLED_FOLDERS)}")
+        raise CheckpointError(f"{name!r} does not come with this samekit; choose one of {', '.join(BUNDLED_FOLDERS)}")
     return dataclasses.replace(load_folder(BUNDLED_FOLDERS[name], name), source={"kind": BUNDLED, "name": name})
 
 
@@ -174,7 +174,7 @@ def _read_config(path: Path) -> Any:
 def _read_tensors(
     path: Path, config: SameConfig, published_key: Callable[[str], str], prefix: str
 ) -> dict[str, torch.Tensor]:
-    """Read the tensors of the autoencoder from a safetensors file, and check their shapes before that."""
+    """Check the shapes of the autoencoder's tensors in a safetensors file, then read the tensors."""
     from safetensors import SafetensorError, safe_open  # not needed to look up names of models
 
     expected = tensor_shapes(config)
@@ -185,12 +185,12 @@ def _read_tensors(
             found = {bare: tuple(file.get_slice(key).get_shape()) for bare, key in keys.items()}
             shapes = {key: shape for key, shape in expected.items() if is_derived(key)}
             check_shapes(shapes | found, config, str(path))
-            # Not before: a configuration may ask for tensors of any size, and memory is taken only for the file's.
+            # Only after that check: a configuration alone could make these tensors larger than the memory.
             derived = derived_tensors(config)
             tensors = {bare: file.get_tensor(key).float() for bare, key in keys.items()}
+    except SamekitError:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, SamekitError):
-            raise
         raise CheckpointError(f"{path}: not a readable safetensors file ({error}); download it again") from None
     check_finite(tensors, str(path))
     for key, tensor in derived.items():
@@ -211,7 +211,7 @@ def _autoencoder_keys(names: Mapping[str, str], expected: AbstractSet[str], pref
     """
     model = {prefix + name for name in expected}
     missing = model.difference(names.values())
-    # Longer names cannot match, and trying each of their components takes a time that grows with the square of length.
+    # Longer names cannot match. Trying them would take time that grows with the square of their length.
     most = max((name.count(".") + 2 for name in missing), default=0)
     matched: dict[str, str] = {}
     for key, name in names.items():
@@ -242,10 +242,10 @@ def save_folder(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], 
 
 
 def hub_repository(name: str) -> str:
-    """Return the repository `owner/name` of a published model, or `name` itself; the hub is not asked.
+    """Return the repository of a published model, or `name` itself if it is `owner/name`; the hub is not asked.
 
     Raises:
-        CheckpointError: `name` is neither, or it is a path.
+        CheckpointError: `name` is neither of these, or it is a path.
     """
     if name not in hub.HUB_REPOSITORIES and os.path.isfile(name):
         raise CheckpointError(f"{name}: is no folder; pass the folder of the checkpoint")
@@ -278,7 +278,7 @@ def load_hub(name: str, revision: str | None = None, weights: str | None = None)
         BackendUnavailableError: `huggingface_hub` is not installed.
     """
     repository = hub_repository(name)
-    import_package("huggingface_hub", "pip install 'samekit[export]'")
+    import_package("huggingface_hub", INSTALL_EXPORT)
     failures: list[CheckpointError] = []
     for found, folder, description in hub.snapshots(repository, hub.CONTAINING_REPOSITORIES.get(name, ()), revision):
         if failures:

@@ -1,4 +1,4 @@
-"""The commands `export`, `report` and `verify`: what the entry points of `samekit.commands` name."""
+"""The commands `export`, `report` and `verify`, which the entry points of `samekit.commands` name."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def progress_on_stdout() -> Iterator[None]:
     default="off",
     show_default=True,
     type=click.Choice(["auto", "rtx", "off"]),
-    help="Build TensorRT engines too: for this GPU, else with TensorRT-RTX for many; rtx: with that.",
+    help="Build TensorRT engines too. auto: for this GPU, else with TensorRT-RTX for many GPUs; rtx: TensorRT-RTX.",
 )
 @progress_on_stdout()
 def export(
@@ -74,7 +74,7 @@ def export(
     from samekit_export.export import export as run
     from samekit_export.hub import PUBLISHED_WEIGHTS
 
-    # Before gigabytes are downloaded.
+    # Checked before gigabytes are downloaded.
     precisions = check_precisions(precision.split(","))
     say(f"loading {model}")
     checkpoint = load(model, weights, revision)
@@ -141,7 +141,7 @@ def verify(engine: Path) -> None:
         try:
             measure(found, model, precision)
         except BackendUnavailableError as error:
-            # The others can be measured all the same.
+            # The other precisions can still be measured.
             unavailable = error
             say(f"{precision}: not measured, {error}", err=True)
     if unavailable:

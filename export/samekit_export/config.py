@@ -1,4 +1,4 @@
-"""The configuration of a SAME autoencoder: read `model_config.json`, of either nesting, into a SameConfig."""
+"""Read the configuration of a SAME autoencoder, `model_config.json` of either nesting, into a `SameConfig`."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ class _Fields:
         return part
 
     def unread(self) -> Iterator[str]:
-        """Yield the paths of all fields that were not taken, in nested objects too."""
+        """Yield the paths of all fields that were not taken, including those of nested objects."""
         yield from (f"{self._path}.{key}" for key in self._values)
         for part in self._parts:
             yield from part.unread()
@@ -298,7 +298,7 @@ def parse_config(document: Any, source: str = CONFIG_FILE) -> tuple[SameConfig, 
         The configuration, and whether it lay inside a full Stable Audio 3 configuration.
 
     Raises:
-        CheckpointError: a field is missing, of the wrong type, or asks for what is not implemented.
+        CheckpointError: a field is missing, has the wrong type, or has a value that is not implemented.
     """
     top = _Fields(document, "config", source)
     outer = top.sub("model")

@@ -70,10 +70,12 @@ def published_tensor(key: str, tensor: Tensor) -> Tensor:
 
 
 def published_config(document: Any, source: str = CONFIG_FILE) -> dict[str, Any]:
-    """Return the published `model_config.json` for parsed JSON of `diffusers`; messages name the file `source`.
+    """Return the published `model_config.json` for a parsed configuration of `diffusers`.
+
+    Messages name the file `source`.
 
     Raises:
-        CheckpointError: the configuration is of another class, or incomplete.
+        CheckpointError: the configuration is of another class, damaged, or has a value that is not implemented.
     """
     if not isinstance(document, dict) or document.get("_class_name") != CLASS_NAME:
         raise CheckpointError(f"{source}: not of {CLASS_NAME}; pass the folder of the autoencoder itself (vae)")
@@ -84,18 +86,18 @@ def published_config(document: Any, source: str = CONFIG_FILE) -> dict[str, Any]
 
 
 def _translated(given: dict[str, Any], source: str) -> dict[str, Any]:
-    # These are multiplied below, and Python multiplies text too.
+    # These are multiplied below, and Python can multiply lists and text too.
     for name in ("dim_heads", "patch_size", "audio_channels"):
         check_kind(name, given[name], int)
     for stride in given["encoder_strides"]:
         check_kind("encoder_strides", stride, int)
     if given["dim_heads"] < 64:
-        # That class turns half of a small head, the published model 32 features of it.
+        # For small heads, that class rotates half of the features, and the published model rotates 32.
         raise CheckpointError(
             f"{source}: dim_heads = {given['dim_heads']} is not implemented here, 64 or more is; pass the checkpoint "
             "in the published format"
         )
-    # A switch that is off changes nothing. Fields with "_" describe the class and its package.
+    # A switch that is off changes nothing. Fields that begin with "_" describe the class and its package.
     for key, value in given.items():
         if value and key not in _FIELDS and not key.startswith("_"):
             raise CheckpointError(

@@ -25,6 +25,7 @@ from samekit.files.atomic import output_errors
 from samekit.files.locks import LOCK_FILE, folder_lock
 from samekit.files.paths import expanded
 from samekit.packages import import_onnxruntime
+from samekit_export.backend import pytorch_defaults
 from samekit_export.graph import GRAPH_REVISION, GraphDecoder, GraphEncoder
 from samekit_export.int8 import quantize_
 from samekit_export.model import Same
@@ -52,10 +53,11 @@ def check_precisions(precisions: Sequence[str]) -> list[str]:
     """
     for precision in precisions:
         if precision not in PRECISIONS:
-            raise InputError(f"cannot export precision {precision!r}; choose of {', '.join(PRECISIONS)}")
+            raise InputError(f"cannot export precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
     return list(dict.fromkeys(precisions))
 
 
+@pytorch_defaults()
 def export(checkpoint: Checkpoint, out: Path, precisions: Sequence[str] = ("fp32",), *, force: bool = False) -> Engine:
     """Write the engine folder `out` / the checkpoint's name, or leave it if it is current.
 
@@ -71,11 +73,11 @@ def export(checkpoint: Checkpoint, out: Path, precisions: Sequence[str] = ("fp32
 
     Raises:
         InputError: a precision cannot be exported, or no folder can have the model's name.
-        CheckpointError: the weights cannot be exported, such as a norm whose alpha is zero.
-        BackendUnavailableError: ONNX Runtime, which verification needs, cannot be used here; or int8 is asked for on a
-            processor on which it cannot be verified.
+        CheckpointError: the weights cannot be exported, for example because the alpha of a norm is zero.
+        BackendUnavailableError: ONNX Runtime, which verification needs, cannot be used here; or int8 was requested, and
+            this processor cannot verify it.
         VerificationError: a graph does not equal eager PyTorch; nothing was written.
-        OutputError: the folder cannot be written, something else lies there, or random weights would replace others.
+        OutputError: the folder cannot be written, is no engine folder, or random weights would replace others.
     """
     precisions = check_precisions(precisions)
     try:
@@ -101,7 +103,7 @@ def export(checkpoint: Checkpoint, out: Path, precisions: Sequence[str] = ("fp32
 def _export_locked(
     folder: Path, checkpoint: Checkpoint, spec: EngineSpec, precisions: Sequence[str], *, force: bool
 ) -> Engine:
-    """Export into a folder whose lock is held."""
+    """Export into a folder whose lock this process holds."""
     remove_leftovers(folder)
     # Loaded again, because the process that held the lock may have exported something.
     present = _load_engine(folder)
@@ -139,7 +141,7 @@ def _export_locked(
         commit_export(folder, staging, spec)
     engine = Engine.load(folder)
     if not older:
-        # These were built from graphs that no longer exist. Other builds may be for any version of TensorRT.
+        # Builds of the replaced graphs are deleted. With no versions given, builds for any version of TensorRT stay.
         remove_stale_builds(engine, {})
     logger.info("%s is ready", folder)
     return engine
@@ -147,7 +149,7 @@ def _export_locked(
 
 def _remove_leftovers_unless_locked(folder: Path) -> None:
     """Delete what killed exports left in a folder that is current, unless another export is running there."""
-    # A killed export leaves its lock file; the lock itself ended with it.
+    # A killed export leaves its lock file, which is not locked any more.
     if leftovers(folder) or (folder / LOCK_FILE).exists():
         with suppress(OSError), folder_lock(folder, wait=False):
             remove_leftovers(folder)
@@ -193,9 +195,9 @@ def _add_precision(staging: Path, spec: EngineSpec, model: Same, precision: str,
         elif precision == "int8":
             logger.info("rounding weights to int8")
             if kept := quantize_(graph, model):
-                logger.info("float32 for the sake of accuracy: %s", ", ".join(kept))
+                logger.info("products that stay float32 for accuracy: %s", ", ".join(kept))
             else:
-                logger.info("every product of the blocks is int8")
+                logger.info("all products of the blocks are int8")
         write_onnx(graph, path)
         graphs[direction] = describe_graph(staging, path.name)
     spec = dataclasses.replace(spec, graphs={**spec.graphs, precision: graphs})
@@ -208,7 +210,7 @@ def _check_processor() -> None:
     try:
         onnxruntime = import_onnxruntime()
     except BackendUnavailableError:
-        # Verification says what is missing.
+        # Verification raises this error again.
         return
     if ort.int8_saturates(onnxruntime):
         raise BackendUnavailableError(
@@ -219,7 +221,7 @@ def _check_processor() -> None:
 def _check_out(folder: Path) -> None:
     """Refuse to write into a folder that is no engine folder, such as the checkpoint itself."""
     if folder.is_symlink():
-        raise OutputError(f"{folder}: is a link, and is not replaced; pass the folder that it leads into as --out")
+        raise OutputError(f"{folder}: is a link, and is not replaced; pass the folder of its target as --out")
     if not folder.exists() or _load_engine(folder):
         return
     if not folder.is_dir() or not all(_is_from_export(path) for path in folder.iterdir()):

@@ -1,8 +1,8 @@
-"""Round weights to int8 so that the errors cancel over the rows that a product meets.
+"""Round weights to int8 so that the rounding errors cancel over the rows that the product reads.
 
 Rounding each weight to the nearest step is best for rows whose features are not correlated. The rows of a model are
 correlated, so the weights of other features can compensate for the error of one weight (GPTQ, Frantar et al., arXiv
-2210.17323, after Optimal Brain Surgeon).
+2210.17323, which builds on Optimal Brain Surgeon).
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 DAMPING = 0.01
-"""Added to the second moments, as a fraction of their mean, so that compensation stays small for unseen rows."""
+"""Added to the diagonal of the second moments, as a fraction of its mean; keeps compensation small for other rows."""
 
 BLOCK = 128
-"""Features whose errors are compensated among themselves first, and in all others by one product."""
+"""Features in a block: errors are compensated one by one inside a block, and in all later features by one product."""
 
 STEPS = 127
-"""Steps of int8 to either side of zero."""
+"""Steps of int8 on each side of zero."""
 
 
 class GptqRounder:

@@ -49,17 +49,17 @@ if TYPE_CHECKING:
     from samekit_export.model import Block, Same, Trunk
 
 GRAPH_REVISION = 1
-"""The revision of the exported graphs. Raise it when a change here, in `int8.py`, `gptq.py` or `to_onnx.py` exports
-other graphs of the same weights. Engine folders of another revision are exported again."""
+"""The revision of the exported graphs. Raise it when a change of the code exports other graphs of the same weights.
+Engine folders of another revision are exported again."""
 
 
 class GraphBlock(nn.Module):
-    """One transformer block over rows; takes the residual times `alpha_in`, returns it times `alpha_out`."""
+    """One transformer block over rows; it takes the residual times `alpha_in` and returns it times `alpha_out`."""
 
     def __init__(self, block: Block, config: TrunkConfig, alpha_in: float, alpha_out: float) -> None:
         super().__init__()
         self.split_latent_rows = False
-        """Whether the first token of each latent passes the feed-forward separately, with an int8 range of its own."""
+        """Whether the feed-forward processes the first token of each latent separately, with its own int8 range."""
         self.heads = config.heads
         self.head_width = config.head_width
         self.width = config.width
@@ -99,9 +99,9 @@ class GraphBlock(nn.Module):
         """Return `[rows, width]` from the same shape.
 
         Args:
-            residual: the stream, times `alpha_in`.
+            residual: the residual stream times `alpha_in`.
             attention: how rows form groups.
-            repeat_rows: for rows that hold equal tokens only once: turns them into the rows of all tokens.
+            repeat_rows: given if equal tokens share one row: returns the rows of all tokens.
             output_tokens_only: return only the rows of the tokens that are used after the last block.
         """
         tables, product_dtype = attention.tables, self.v.dtype
@@ -160,9 +160,9 @@ def _same(rows: Tensor) -> Tensor:
 
 
 def _pad_to(x: Tensor, dim: int, padding: int, length: int) -> Tensor:
-    """Return the first `length` entries along `dim` of `x` followed by `padding` zeros.
+    """Append `padding` zeros to `x` along `dim`, and return the first `length` entries.
 
-    This needs no condition on `length`. An index becomes a tenth of the TensorRT layers that a slice becomes.
+    This needs no condition on `length`. TensorRT needs a tenth of the layers for an index that it needs for a slice.
     """
     shape = list(x.shape)
     shape[dim] = padding
@@ -171,14 +171,14 @@ def _pad_to(x: Tensor, dim: int, padding: int, length: int) -> Tensor:
 
 def output_rows(rows: Tensor, tables: AttentionTables) -> Tensor:
     """Return the rows of the tokens that are used after the last block."""
-    # An index for the reason that `_pad_to` gives.
+    # An index instead of a slice, see `_pad_to`.
     width = rows.shape[-1]
     latents = rows.view(tables.latents, tables.tokens // tables.latents, -1, width)
     return latents.index_select(1, tables.output_tokens).reshape(-1, width)
 
 
 class GraphTrunk(nn.Module):
-    """All blocks of one direction over rows."""
+    """All blocks of the encoder or the decoder over rows."""
 
     def __init__(self, trunk: Trunk, first_output: int) -> None:
         super().__init__()
@@ -211,7 +211,7 @@ class GraphTrunk(nn.Module):
         return rows if self.shift_at is None else self._shift_back(rows, batch, groups)
 
     def _shift(self, rows: Tensor, batch: int, groups: int) -> Tensor:
-        """Move chunks by half a chunk: extend the sequence by copies of its first and its last half chunk."""
+        """Shift chunks by half a chunk: extend the sequence by copies of its first and its last half chunk."""
         halves = rows.view(2, -1, batch, groups, rows.shape[-1])
         first, second = halves.select(0, 0), halves.select(0, 1)
         first_halves = torch.cat([first.select(2, 0).unsqueeze(2), second], dim=2)

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 MASK_MARGIN = 25.0
-"""A masked score lies at least this far below every visible one: a weight of e^-25 vanishes in float32 sums."""
+"""A masked score is at least this much below every visible one: a weight of e^-25 is lost in float32 sums."""
 
 
 class AttentionGroups:
-    """Positions, keys and mask of the groups in one stretch of blocks.
+    """Positions, keys and mask of the groups in consecutive blocks.
 
     Args:
         tables: the constants, which do not depend on the number of groups.
@@ -126,7 +126,7 @@ class AttentionTables(nn.Module):
 def mask_value(trunk: Trunk) -> float:
     """Return what is added to the score of a hidden key.
 
-    It is no larger than necessary: its exponential must not be subnormal, which takes processors a hundred cycles.
+    Its magnitude is no larger than necessary, because exponentials that are subnormal take a hundred cycles.
     A score is at most the product of the lengths of query and key. A feature of either is a tanh with gamma and beta,
     so it is at most the sum of both; rotation keeps lengths.
     """

@@ -55,7 +55,7 @@ class Branch(Linear):
 
 
 class Norm(nn.Module):
-    """A norm before linear layers, of which folding left only tanh: `[rows, width]` to the same shape."""
+    """A norm before linear layers, of which only tanh is left: its weights are folded into the other layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Norm(nn.Module):
         self.scale: nn.Parameter | None = None
 
     def forward(self, residual: Tensor) -> Tensor:
-        """Return the norm of the scaled residual."""
+        """Return `[rows, width]` from the scaled residual of the same shape."""
         x = torch.tanh(residual)
         return x if self.scale is None else x * self.scale
 

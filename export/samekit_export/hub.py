@@ -1,4 +1,4 @@
-"""Find the files of published weights: in the cache of the Hugging Face hub, or by downloading them."""
+"""Find the files of published weights in the cache of the Hugging Face hub, or download them."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ PUBLISHED = {
 
 
 def describe_weights(repository: str, folder: Path) -> str | None:
-    """Say whether the files of a known repository are the published ones; None for a repository that is not known."""
+    """Return whether the files of a known repository are the published ones, as text; None for other repositories."""
     if repository not in PUBLISHED:
         return None
     others = []
@@ -114,11 +114,14 @@ def describe_weights(repository: str, folder: Path) -> str | None:
 def snapshots(
     repository: str, containing: tuple[str, ...], revision: str | None
 ) -> Iterator[tuple[str, Path, str | None]]:
-    """Yield folders that hold a model's files, the best ones first; each is looked for only when it is asked for.
+    """Yield folders that hold a model's files, the best ones first; each is searched for when the caller asks for it.
 
-    Without a revision these are: the pinned revision in the cache, of `repository` and then of the others; other
-    revisions in the cache whose files have the published digests; the pinned revision of `repository`, downloaded. If
-    the download fails, for example without a network, any other revision in the cache follows.
+    Without a revision, the order is:
+
+    1. the pinned revisions in the cache, of `repository` first;
+    2. other revisions in the cache whose files have the published digests;
+    3. the pinned revision of `repository`, downloaded if it is not in the cache;
+    4. if nothing was downloaded, for example without a network, all other revisions in the cache.
 
     Args:
         repository: the repository that was asked for.
@@ -126,8 +129,8 @@ def snapshots(
         revision: a branch, tag or commit of `repository`; nothing else is used then.
 
     Yields:
-        The repository, the snapshot's folder, which is named after its commit, and what `describe_weights` says of it
-        if its files were hashed to choose it.
+        The repository, the snapshot's folder, which is named after its commit, and what `describe_weights` returned if
+        the files were hashed.
 
     Raises:
         CheckpointError: nothing is in the cache, and the download failed.
@@ -150,7 +153,7 @@ def snapshots(
         else:
             others.append((candidate, folder, description))
     if repository in dict(tried):
-        # It is in the cache, and a download would leave its files as they are.
+        # It is in the cache, and a download would not change its files.
         yield from others
         return
     try:
@@ -196,7 +199,7 @@ def _cached_revisions(repository: str) -> list[Path]:
         snapshots_folder = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "snapshots")
         found = [(folder.stat().st_mtime, folder) for folder in snapshots_folder.iterdir() if _is_complete(folder)]
     except (OSError, ValueError):
-        # A name that no file system takes is a ValueError.
+        # A name that no file system accepts raises ValueError.
         return []
     return [folder for _, folder in sorted(found, reverse=True)]
 
@@ -216,18 +219,18 @@ def _describe_if_sizes_fit(repository: str, folder: Path) -> str | None:
 
 
 def _downloaded(repository: str, revision: str | None) -> Path:
-    """Download a revision of a repository: the one that is asked for, else the pinned one, else the newest one."""
+    """Download a revision of a repository: the requested one, else the pinned one, else the newest one."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import RevisionNotFoundError
 
     def download(wanted: str | None) -> Path:
-        # This request is not repeated. For a pinned revision, snapshot_download would first repeat others for 23 s
-        # without a network, and log each.
+        # This request fails at once without a network. For a pinned revision, snapshot_download would repeat its
+        # requests for 23 s and log each.
         HfApi().model_info(repository, revision=wanted)
         return Path(snapshot_download(repository, revision=wanted, allow_patterns=list(FILES)))
 
     pinned = _pinned(repository)
-    # The client may try for half a minute before it says anything.
+    # The client may repeat its requests for half a minute without a message.
     logger.warning("fetching %s from the hub", repository)
     try:
         try:
@@ -250,7 +253,7 @@ def _failure(repository: str, error: Exception) -> CheckpointError:
         error = error.__cause__
     status = getattr(getattr(error, "response", None), "status_code", None)
     said = str(error).strip() or type(error).__name__
-    # Too many requests: only the client's text tells how long to wait.
+    # For too many requests (429), only the client's text contains the time to wait.
     if status != 429:
         said = getattr(error, "server_message", None) or said
     said = " ".join(said.split())[:500]

@@ -6,12 +6,12 @@ stays float32. These measures keep the error small:
 * The inner activations of the feed-forward, products of two activations with rare large values, are rotated by an
   orthogonal matrix in blocks (QuaRot, arXiv 2404.00456). This spreads large values, so the range shrinks. The outputs
   of heads are rotated too; that rotation is folded into the layers on either side.
-* Features that are large at the input of a product are made smaller, and their weights larger (SmoothQuant, arXiv
-  2211.10438). The factor is folded into the layer before, or multiplies a norm.
-* Weights are rounded so that their errors cancel over the rows of examples, see `gptq.py`.
-* The decoder's rows of latents are larger than its learned rows, so the two pass the feed-forward separately, each with
-  its own range.
-* Products that cost a model too much accuracy stay float32. `quantize_` finds them by measurement.
+* Features that are large at the input of a product are divided by a factor, and their weights are multiplied by it
+  (SmoothQuant, arXiv 2211.10438). The division is folded into the layer before, or follows a norm.
+* Weights are rounded so that rounding errors cancel over the rows of examples, see `gptq.py`.
+* The decoder's rows of latents have larger values than its learned rows, so the feed-forward processes the two
+  separately, each with its own range.
+* Products that reduce the accuracy too much stay float32. `quantize_` finds them by measurement.
 
 Activation ranges are computed on each call (dynamic quantization), so another window or batch rounds differently. The
 same call gives the same numbers.
@@ -43,16 +43,16 @@ if TYPE_CHECKING:
     from samekit_export.model import Same
 
 TARGET_DB = 38.0
-"""Accuracy that an export aims at on the evaluation examples; every case must reach `verify.FLOOR_DB`."""
+"""Least accuracy of `quantize_` on the evaluation examples. Verification requires the lower `verify.FLOOR_DB`."""
 
 CALIBRATION_SEED, EVALUATION_SEED = 0, 1
-"""Seeds of `examples`: those for which weights are rounded, and those on which accuracy is measured."""
+"""Seeds of `examples`: of those for which weights are rounded, and of those on which accuracy is measured."""
 
 CALIBRATION_LATENTS = 24
 """Latents of each calibration example."""
 
 INNER_ROTATION = 16
-"""Most inner activations that are rotated together. Longer blocks take longer and gain little."""
+"""Most inner activations that are rotated together. Larger blocks take longer and hardly improve accuracy."""
 
 QUANTIZED_INPUTS = {
     "norm": ("k.linear", "q.linear", "v"),
@@ -60,14 +60,14 @@ QUANTIZED_INPUTS = {
     "ff_norm": ("value", "gate"),
     "inner": ("ff",),
 }
-"""Inputs that are rounded in a block, and the layers that read each; the first layer reads all rows."""
+"""Inputs that are quantized in a block, and the layers that read each; the first layer reads all rows."""
 
 FAINTEST = 1e-3
-"""Features smaller than this fraction of the mean size are not enlarged further."""
+"""Features smaller than this fraction of the mean size are scaled as if they had it."""
 
 
 def rotate_heads_(graph: GraphEncoder | GraphDecoder) -> None:
-    """Rotate the output of every head, and undo it in the layer that reads it; in place, the same function."""
+    """Rotate the output of every head, and undo it in the layer that reads it; in place. The function is the same."""
     block: GraphBlock
     for block in graph.trunk.blocks:  # type: ignore[assignment]
         rotation = rotation_for(block.head_width)
@@ -111,13 +111,13 @@ def moments_of(graph: GraphEncoder | GraphDecoder, inputs: Iterable[Tensor]) -> 
 
 def _check_finite(tensors: Iterable[Tensor]) -> None:
     if not all(tensor.isfinite().all() for tensor in tensors):
-        raise CheckpointError("the model makes NaN or infinity of ordinary audio; download the checkpoint again")
+        raise CheckpointError("the model computes NaN or infinity for ordinary audio; download the checkpoint again")
 
 
 def scale_features_(graph: GraphEncoder | GraphDecoder, moments: dict[str, Tensor]) -> None:
     """Divide features by the root of their size at each of `QUANTIZED_INPUTS`, and multiply weights by it; in place.
 
-    The factors are powers of two, so float32 products stay bit for bit the same. The moments of `moments_of` are
+    The factors are powers of two, so float32 products do not change by a bit. The moments of `moments_of` are
     replaced by those of the scaled rows.
     """
     block: GraphBlock
@@ -166,7 +166,7 @@ class Product:
 
 
 def products(graph: GraphEncoder | GraphDecoder, moments: dict[str, Tensor]) -> Iterator[Product]:
-    """Yield both forms of the products of the blocks; the layers at the ends are a hundredth of the work.
+    """Yield both forms of the products of the blocks. Layers outside of the blocks are a hundredth of the work.
 
     The graph is float32. The moments of `moments_of` are removed from the dict, so that their memory is freed.
     """
@@ -185,11 +185,11 @@ def products(graph: GraphEncoder | GraphDecoder, moments: dict[str, Tensor]) -> 
 
 
 def examples(graph: GraphEncoder | GraphDecoder, model: Same, latents: int, seed: int) -> Iterator[Tensor]:
-    """Yield inputs of several kinds and levels: noise of a usual level first, latents that the model encodes last.
+    """Yield inputs of several kinds and levels: noise of a usual level first, latents of encoded audio last.
 
     Args:
         graph: the encoder or decoder that gets the inputs.
-        model: the model that the graph was made of.
+        model: the model that the graph was made from.
         latents: length of each example.
         seed: of the noise and of the chord's pitches.
     """
@@ -240,14 +240,14 @@ def select_int8_(graph: GraphEncoder | GraphDecoder, prepared: Iterable[Product]
 def quantize_(
     graph: GraphEncoder | GraphDecoder, model: Same, target_db: float = TARGET_DB, latents: int = 8
 ) -> list[str]:
-    """Turn the products of the blocks into int8, except those that keep the graph from `target_db`; in place.
+    """Turn the products of the blocks into int8, in place, as long as the accuracy is at least `target_db`.
 
     If not all can be int8, each product is measured alone. Those that add the most noise for their size stay float32.
-    Their number is found by bisection, so that the target is missed with one more in int8.
+    Bisection finds their number: with one more product in int8, the accuracy would be below the target.
 
     Args:
         graph: float32, not prepared.
-        model: the model that the graph was made of.
+        model: the model that the graph was made from.
         target_db: least accuracy against the float32 graph, on the worst of `examples`.
         latents: length of each example.
 

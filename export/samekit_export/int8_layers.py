@@ -42,7 +42,7 @@ def _(rows: Tensor, weight: Tensor, _scale: Tensor) -> Tensor:
 
 
 def _int8_product_onnx(rows: Any, weight: Any, scale: Any) -> Any:
-    """Write the operators that ONNX Runtime fuses into one step, together with a bias that is added."""
+    """Write the operators that ONNX Runtime fuses into one step, together with the bias that follows."""
     # The exporter writes opset 18 first, and then converts everything to the opset of the graph.
     steps, step, zero = opset18.DynamicQuantizeLinear(rows)
     total = opset18.Cast(opset18.MatMulInteger(steps, weight, zero), to=FLOAT)
@@ -52,7 +52,7 @@ def _int8_product_onnx(rows: Any, weight: Any, scale: Any) -> Any:
 ONNX_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.samekit.int8_product.default: _int8_product_onnx
 }
-"""How the exporter writes the operators of this module."""
+"""PyTorch operator of this module -> function that writes it in ONNX."""
 
 
 class Int8Linear(nn.Module):
@@ -60,8 +60,8 @@ class Int8Linear(nn.Module):
 
     Args:
         linear: the layer that this one replaces.
-        rounder: for the rows that the layer reads, rotated if there is a rotation.
-        rotation: an orthogonal matrix by which rows are rotated first, in blocks of its size.
+        rounder: made from the rows that the layer reads, after the rotation if there is one.
+        rotation: an orthogonal matrix that first multiplies the rows, in blocks of its size.
     """
 
     weight: Tensor

@@ -22,7 +22,7 @@ _Name = TypeVar("_Name", bound="Hashable")
 
 
 def machine() -> dict[str, Any]:
-    """Return processor, cores, load and versions."""
+    """Return the processor, the number of cores, the load, which Windows does not report, and versions of packages."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -31,7 +31,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": model,
         "cores": available_cpus(),
-        "load": round(os.getloadavg()[0], 2),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "versions": {package: _version(package) for package in PACKAGES},
     }
 
@@ -48,7 +48,7 @@ def interleaved(
 ) -> dict[_Name, list[float]]:
     """Return the seconds of each run of each candidate, run in turn: A B C A B C.
 
-    The order spreads changes of the machine's speed over all candidates. One round before warms up and is not counted.
+    The order spreads changes of the machine's speed over all candidates. The first round is a warm-up and not counted.
     """
     times: dict[_Name, list[float]] = {name: [] for name in candidates}
     for round_number in range(runs + 1):

@@ -1,4 +1,4 @@
-"""SAME in plain PyTorch, written to be read: the eager backend, and the reference for every exported graph.
+"""SAME in plain and readable PyTorch: the model of the PyTorch backend, and the reference for every exported graph.
 
 Parameters have the published names, so a checkpoint loads strictly.
 
@@ -37,7 +37,7 @@ class DynamicTanh(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Rotary position embedding of the first features of a head; feature i is turned with feature i + half."""
+    """Rotary position embedding of the first features of a head; features i and i + rotated / 2 form a pair."""
 
     inv_freq: Tensor
 
@@ -46,7 +46,7 @@ class Rotary(nn.Module):
         self.register_buffer("inv_freq", torch.as_tensor(rotary_frequencies(rotated), dtype=torch.float32))
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Turn `[..., tokens, head_width]` by `positions` `[tokens]`, in float32."""
+        """Rotate `[..., tokens, head_width]` by `positions` `[tokens]`, in float32; return the same shape and dtype."""
         angles = torch.outer(positions.float(), self.inv_freq)
         cos, sin = angles.cos(), angles.sin()
         half = angles.shape[-1]
@@ -56,7 +56,7 @@ class Rotary(nn.Module):
 
 
 class DifferentialAttention(nn.Module):
-    """The difference of two attentions with a common value and without a learned weight."""
+    """The difference of two attentions with a common value; the second one has no learned weight."""
 
     def __init__(self, config: TrunkConfig) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ def with_neighbours(x: Tensor, neighbours: int) -> Tensor:
 
 
 def band_mask(batch: int, groups: int, tokens: int, neighbours: int, device: torch.device) -> Tensor:
-    """Return which keys a query of a band sees: `[batch * groups, 1, tokens, tokens * (2n + 1)]`, true for visible."""
+    """Return which keys each query sees: `[batch * groups, 1, tokens, tokens * (2n + 1)]`, true for visible ones."""
     reach = neighbours * tokens
     query = torch.arange(tokens, device=device)[:, None] + reach
     key = torch.arange(tokens + 2 * reach, device=device)
@@ -209,7 +209,7 @@ class Trunk(nn.Module):
 
 
 class Same(nn.Module):
-    """The SAME autoencoder without the reference's inference noise, for any number of latents, also odd ones."""
+    """The SAME autoencoder for any number of latents, without the noise that the reference adds at inference."""
 
     def __init__(self, config: SameConfig) -> None:
         super().__init__()

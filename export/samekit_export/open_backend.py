@@ -1,4 +1,4 @@
-"""Open a checkpoint as a backend: the function that the entry point `torch` of `samekit.backends` names.
+"""Open a checkpoint in PyTorch: the entry point `torch` of `samekit.backends` names `open_torch`.
 
 PyTorch is imported after the checks, so that the messages say which package is missing.
 """
@@ -34,22 +34,22 @@ def open_torch(model: Engine | str, options: BackendOptions) -> Backend:
     for package in ("torch", "safetensors", *(("huggingface_hub",) if on_hub else ())):
         import_package(package, INSTALL_EXPORT)
 
-    from samekit_export.backend import EagerBackend, pytorch_defaults
+    from samekit_export.backend import EagerBackend
     from samekit_export.model import Same
     from samekit_export.model_spec import spec_of
 
     if engine is None:
-        # Before the checkpoint is loaded, because a download can take minutes.
+        # Logged before the checkpoint is loaded, because a download can take minutes.
         logger.warning(
             "no engine for %s: opening it in PyTorch, slower; for an engine run: samekit export %s", model, model
         )
-    with pytorch_defaults():
-        checkpoint = load_source(engine.spec.source) if engine else load(str(model))
-        if engine and checkpoint.sha256 != engine.spec.source_sha256:
-            raise BackendUnavailableError(
-                f"{checkpoint.source}: not the checkpoint that {engine.folder} was exported from; export it again"
-            )
-        return EagerBackend(spec_of(checkpoint), Same.from_checkpoint(checkpoint), options)
+    checkpoint = load_source(engine.spec.source) if engine else load(str(model))
+    spec = spec_of(checkpoint)
+    if engine and checkpoint.sha256 != engine.spec.source_sha256:
+        raise BackendUnavailableError(
+            f"{spec.origin}: not the checkpoint that {engine.folder} was exported from; export it again"
+        )
+    return EagerBackend(spec, Same.from_checkpoint(checkpoint), options)
 
 
 def _require_checkpoint(model: str) -> bool:

@@ -97,7 +97,7 @@ def random_checkpoint(name: str, seed: int = 0) -> Checkpoint:
     import torch  # slow, and not needed to look up names of models
 
     config, _ = parse_config(published_config(name))
-    tensors = {**derived_tensors(config), "bottleneck.running_std": torch.tensor([1.25])}
+    tensors = {**derived_tensors(config), "bottleneck.running_std": torch.from_numpy(np.array([1.25], np.float32))}
     for key, shape in tensor_shapes(config).items():
         if key not in tensors:
             mean, std = _random_scale(key, shape)

@@ -1,4 +1,4 @@
-"""Report on a model with one piece of audio: measure every backend and precision, and write one self-contained page.
+"""Measure every backend and precision of a model on one audio file, and write a report as one HTML page.
 
     audio ── eager PyTorch, the reference ─┐
         └─── every engine that runs here ──┴─ rows of figures ── report.html: players, pictures, table, machine
@@ -12,6 +12,7 @@ import base64
 import io
 import logging
 import math
+import sys
 import tempfile
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -102,7 +103,7 @@ class Report:
     engine: Engine
     """The model."""
     rows: Sequence[Row]
-    """What ran; eager PyTorch first."""
+    """One row for each backend and precision that ran; eager PyTorch first."""
     left_out: Sequence[str]
     """A line for each backend and precision that cannot run here, with the reason."""
     original: Array = field(repr=False)
@@ -126,13 +127,13 @@ class Report:
 def measure(
     audio: str | os.PathLike[str], engine: Engine, *, seconds: float | None = None, threads: int | None = None
 ) -> Report:
-    """Send audio through every backend and precision of an engine folder that runs here; log each of them.
+    """Encode and decode audio with every backend and precision of an engine folder that runs here; log each of them.
 
     Args:
         audio: a file of any rate and length. It and all results must fit into memory.
         engine: a finished engine folder.
-        seconds: how much of the file to take, from its start; all unless given.
-        threads: CPU threads; all unless given.
+        seconds: length to use, from the start of the file; the whole file unless given.
+        threads: CPU threads; one for each core unless given.
 
     Raises:
         InputError: `seconds` is not a positive length.
@@ -207,11 +208,12 @@ def _read(path: Path, seconds: float | None) -> tuple[Array, int]:
     blocks, frames = [], 0
     with AudioReader(path) as reader:
         rate = reader.info.sample_rate
-        most = None if seconds is None else max(1, round(seconds * rate))
+        # No array holds more samples than sys.maxsize, and infinity cannot be rounded.
+        most = sys.maxsize if seconds is None else max(1, round(min(seconds * rate, sys.maxsize)))
         for block in reader:
             blocks.append(block)
             frames += block.shape[1]
-            if most is not None and frames >= most:
+            if frames >= most:
                 break
     return np.concatenate(blocks, axis=1)[:, :most], rate
 
@@ -228,7 +230,7 @@ def _largest_build(engine: Engine, precision: str) -> int:
     """Return the bytes of the largest TensorRT build of a precision; 0 if there is none."""
     largest = 0
     for folder in build_folders(engine):
-        # A damaged build cannot have run.
+        # A damaged build does not run.
         with suppress(StaleEngineError):
             build = Build.load(folder)
             if build.fingerprint.precision == precision:

@@ -1,9 +1,11 @@
-"""The tensors of a SAME checkpoint: names and shapes, and those that follow from the configuration."""
+"""The tensors of a SAME checkpoint: their names and shapes, and the values that follow from the configuration."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from samekit.errors import CheckpointError
 from samekit_export.config import rotary_frequencies
@@ -79,7 +81,7 @@ def tensor_shapes(config: SameConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], config: SameConfig, source: str) -> None:
-    """Refuse a missing, unexpected or misshaped tensor by its name."""
+    """Raise CheckpointError, with the tensor's name, if one is missing, unexpected or of another shape."""
     expected = tensor_shapes(config)
     for key, shape in expected.items():
         if key not in found:
@@ -106,17 +108,18 @@ def derived_tensors(config: SameConfig) -> dict[str, torch.Tensor]:
     """Return the tensors that follow from the configuration."""
     import torch  # slow, and not needed to look up names of models
 
+    # From NumPy, because the user may have set another default dtype or device in PyTorch.
     return {
-        key: torch.as_tensor(rotary_frequencies(2 * shape[0]), dtype=torch.float32)
-        if key.endswith(_FREQUENCIES)
-        else torch.zeros(shape)
+        key: torch.from_numpy(
+            (rotary_frequencies(2 * shape[0]) if key.endswith(_FREQUENCIES) else np.zeros(shape)).astype(np.float32)
+        )
         for key, shape in tensor_shapes(config).items()
         if is_derived(key)
     }
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
-    """Refuse tensors that hold NaN or infinity."""
+    """Raise CheckpointError, with the tensor's name, if one holds NaN or infinity."""
     for key, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{source}: tensor {key} holds NaN or infinity; download the checkpoint again")

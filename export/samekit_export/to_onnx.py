@@ -33,7 +33,7 @@ def tool_versions() -> dict[str, str]:
 
 @contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Suppress the exporter's notes on packages that we do not use and on its own deprecations."""
+    """Suppress the exporter's messages about packages that samekit does not use and about its own deprecations."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -49,7 +49,7 @@ def write_onnx(graph: GraphEncoder | GraphDecoder, path: Path) -> None:
     """Write one graph to the `.onnx` file `path`; large weights go to `path` + `.data`."""
     config = graph.config
     batch, latents = torch.export.Dim("batch"), torch.export.Dim("latents")
-    # The exporter takes sizes of 0 and 1, and of one group, for constants. Any other size gives the same graph.
+    # The exporter treats sizes of 0 and 1, and a single group, as constants. Any other size gives the same graph.
     several = max(6, 3 * graph.trunk.tables.latents)
     if isinstance(graph, GraphEncoder):
         example = torch.zeros(2, config.channels, several * config.hop)
@@ -71,7 +71,7 @@ def write_onnx(graph: GraphEncoder | GraphDecoder, path: Path) -> None:
         )
         if program is None:
             raise RuntimeError("torch.onnx.export returned nothing")
-        # The exporter derives this as a long formula over its own symbols.
+        # The exporter gives this size as a long formula of its own symbols.
         shape = program.model.graph.outputs[0].shape
         if shape is None:
             raise RuntimeError("torch.onnx.export lost the output's shape")

@@ -1,7 +1,7 @@
 """Build TensorRT engines from ONNX graphs, with TensorRT or TensorRT-RTX.
 
-TensorRT builds for the GPU of this machine. TensorRT-RTX needs no GPU and builds for a portable set of them. Networks
-are strongly typed: the graph decides the precision of every step. Each engine holds both profiles of
+TensorRT builds for the GPU of this machine. TensorRT-RTX needs no GPU and builds for several GPU architectures.
+Networks are strongly typed: the graph decides the precision of every step. Each engine holds both profiles of
 `samekit.engine.fingerprint`.
 """
 
@@ -53,12 +53,12 @@ AUTO, RTX, OFF = MODES = ("auto", "rtx", "off")
 def add_engines(engine: Engine, precisions: Sequence[str], mode: str) -> list[Build]:
     """Build the TensorRT engines that a finished engine folder lacks; log each step, and what is left out and why.
 
-    The mode is one of `MODES`. Returns the builds of these precisions, also current ones.
+    `mode` is one of `MODES`. Return the builds of these precisions, including current ones.
 
     Raises:
         InputError: unknown mode.
         BackendUnavailableError: TensorRT-RTX was asked for and cannot be imported.
-        BuildError: TensorRT does not take a graph.
+        BuildError: TensorRT cannot build a graph.
         OutputError: the folder cannot be written.
     """
     flavour, target = _choose_flavour(mode)
@@ -106,7 +106,7 @@ def _gpu_here() -> str:
 def build_engines(engine: Engine, precision: str, module: Any, target: str) -> Build:
     """Build the engines of both directions of one precision, or leave them if they are complete and current.
 
-    Waits while another process writes to the engine folder.
+    Wait while another process writes to the engine folder.
 
     Args:
         engine: a finished engine folder.
@@ -115,7 +115,7 @@ def build_engines(engine: Engine, precision: str, module: Any, target: str) -> B
         target: the compute capability of this machine's GPU, or `PORTABLE`.
 
     Raises:
-        BuildError: TensorRT does not take a graph; its log stays beside the builds.
+        BuildError: TensorRT cannot build a graph; its log stays beside the builds.
         OutputError: the folder cannot be written.
     """
     if current := _current_build(engine, precision, module, target):
@@ -144,7 +144,7 @@ def build_engines(engine: Engine, precision: str, module: Any, target: str) -> B
 
 
 def _current_build(engine: Engine, precision: str, module: Any, target: str) -> Build | None:
-    """Return the build that already exists, if it is complete and current."""
+    """Return the build, if it exists and is complete and current."""
     fingerprint = fingerprint_of(engine.spec, precision, module.__name__, module.__version__, target)
     folder = engine.folder / BUILDS_FOLDER / fingerprint.name
     if not is_whole(folder):
@@ -185,11 +185,13 @@ class _EngineBuilder:
 
     def _note(self, severity: str, message: str) -> None:
         """Write one line of the build log."""
-        # TensorRT calls this and takes no exceptions. A full disk is noticed when the engine is written.
-        with suppress(OSError):
-            self._log.write(f"[{severity}] {' '.join(message.split())}\n")
+        line = " ".join(message.split())
+        # TensorRT calls this from C++, so it must not raise. A full disk raises an error when the engine is written. A
+        # closed file raises ValueError: TensorRT's objects can outlive a failed build, and log when they are deleted.
+        with suppress(OSError, ValueError):
+            self._log.write(f"[{severity}] {line}\n")
         if severity.endswith("ERROR"):
-            self._errors.append(" ".join(message.split()))
+            self._errors.append(line)
 
     def build(self, path: Path) -> BuiltEngine:
         """Parse, compile and write the engine to `path`."""
@@ -221,7 +223,7 @@ class _EngineBuilder:
         return built
 
     def _parse(self, network: Any) -> None:
-        """Read the graph; every error of the parser becomes a line with the node's name."""
+        """Read the graph; log every error of the parser with the name of its node."""
         parser = self._module.OnnxParser(network, self._logger)
         # The parser gets the path, so that it finds weights beside the graph.
         if not parser.parse_from_file(utf8_path(self._graph)):
@@ -266,14 +268,14 @@ class _EngineBuilder:
 
     @property
     def _timing_path(self) -> Path | None:
-        """The user's timing cache of this version and GPU; TensorRT-RTX has none, because it measures nothing."""
+        """The user's timing cache for this version and GPU; None for TensorRT-RTX, which measures nothing."""
         fingerprint = self._fingerprint
         if fingerprint.flavour != TENSORRT:
             return None
         return engine_roots()[-1] / ".timing" / f"{TENSORRT}-{fingerprint.version}-{fingerprint.target}.cache"
 
     def _attach_timing_cache(self, config: Any) -> None:
-        """Reuse measured times for all models; a cache that does not fit or cannot be read is started again."""
+        """Reuse the times that were measured for other models; start an empty cache if that is not possible."""
         path = self._timing_path
         if path is None:
             return

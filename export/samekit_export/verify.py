@@ -1,4 +1,4 @@
-"""Measure exported graphs against eager PyTorch; an export below the floor of its precision is not finished."""
+"""Measure exported graphs against eager PyTorch; an export below the least SNR of its precision fails."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Float32 ports reach 104 to 130 dB, published float16 ports 46 dB with trained weights. Below these floors something is
-# wrong. int8 graphs are made to reach 38 dB on examples of eight latents, and other lengths have other ranges; ports
-# that round everything to the nearest step reach 30 dB.
+# Float32 graphs reach 104 to 130 dB, published float16 ports 46 dB with trained weights. An SNR below these floors
+# indicates a fault. `int8.quantize_` reaches 38 dB on examples of eight latents, and other lengths have other ranges.
+# Graphs in which every weight is rounded to the nearest step reach 30 dB.
 FLOOR_DB = {"fp32": 90.0, "fp16": 40.0, "int8": 32.0}
 """Precision -> least signal-to-noise ratio of an export, in dB."""
 
