@@ -682,6 +682,9 @@ def test_other_model_is_refused_and_another_name_is_not(data, out):
     assert run(data, out, renamed).unchanged == 1
     with pytest.raises(InputError, match=r"model fake \(0\) there, fake \(11111111\) here"):
         run(data, out, other)
+    # Only what differs is named.
+    with pytest.raises(InputError, match=r"settings \(sample_size \d+ there, 8000 here\); "):
+        run(data, out, sample_size=8000)
 
 
 @pytest.mark.parametrize("name", ["latents.npy", "000000000000.json"])

@@ -91,7 +91,7 @@ def _check_files(paths: list[Path], rows: dict[str, Row]) -> Iterator[str]:
         if temporary_target(path.name):
             yield f"{path}: is an unfinished file; run pre-encode again"
         elif path.suffix in (".npy", ".json") and path.stem.isdecimal() and (row is None or row.status != "encoded"):
-            yield f"{path}: belongs to no clip; remove it"
+            yield f"{path}: belongs to no clip; run pre-encode again, and remove it if it stays"
 
 
 def _check_manifests(folder: Path, manifests: list[tuple[Settings, list[Row]]]) -> Iterator[str]:
