@@ -195,4 +195,5 @@ class Settings:
         """Return all fields in one dict, with the model's name and digest as one field."""
         fields = dataclasses.asdict(self)
         fields["model"] = f"{self.model} ({fields.pop('model_sha256')[:8]})"
-        return fields.pop("cut") | fields
+        cut = fields.pop("cut")
+        return {**fields, **cut}
