@@ -856,7 +856,54 @@ def test_left_and_right_by_the_core_audio_layout(tmp_path, container, layout):
             read_audio(path)
 
 
+@pytest.mark.parametrize("second", [False, True])
+def test_left_and_right_beyond_the_channels(read, second):
+    """A layout of five channels in a file of two, and a second header that counts six."""
+    data = made("CAF", 60_000, "PCM_16")
+    if second:
+        header = data.index(b"desc")
+        end = header + 12 + 32
+        # Channel bitmap: the stereo downmix of FFmpeg after four other channels.
+        body = struct.pack(">III", 1 << 16, 0x60000000 | 0x4 | 0x8 | 0x100 | 0x800, 0)
+        data = data[:end] + data[header : header + 36] + struct.pack(">I", 6) + data[header + 40 : end] + data[end:]
+    else:
+        labels = (3, 4, 5, 1, 2)
+        body = struct.pack(">III", 0, 0, 5) + b"".join(struct.pack(">II12x", label, 0) for label in labels)
+    at = data.index(b"data")
+    data = data[:at] + b"chan" + struct.pack(">Q", len(body)) + body + data[at:]
+    assert_refused(read, data, "names left and right among more channels than the 2 that it holds; convert it")
+
+
 # --- How files are read -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="/proc is Linux")
+@pytest.mark.parametrize("container", ["WAV", "FLAC", "MP3", "OGG"])
+@pytest.mark.parametrize("tag", [b"", mangle.id3v2()], ids=["alone", "behind a tag"])
+def test_disk_that_fails(tmp_path, container, tag):
+    """The descriptor is replaced by that of a folder, from which nothing can be read."""
+    path = tmp_path / "song.bin"
+    path.write_bytes(tag + made(container, 280_000))
+    folder = os.open(tmp_path, os.O_RDONLY)
+    with AudioReader(path, block=4096) as reader:
+        blocks = iter(reader)
+        next(blocks)
+        (descriptor,) = (
+            int(name) for name in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{name}") == str(path)
+        )
+        os.dup2(folder, descriptor)
+        with pytest.raises(AudioFileError, match=r"cannot be read \(.*\); check the disk$"):
+            list(blocks)
+    os.close(folder)
+
+
+def test_mp3_whose_length_libmpg123_estimates_wrong_is_read_from_its_beginning(tmp_path):
+    """It is opened twice; the second time with a frame that counts the others."""
+    path = tmp_path / "song.mp3"
+    path.write_bytes(mp3(280_000, xing=False, loud_first=False))
+    audio, _ = read_audio(path)
+    path.write_bytes(mangle.id3v2() + path.read_bytes())
+    assert np.array_equal(read_audio(path)[0], audio)
 
 
 def test_memory_of_long_streams_is_flat(tmp_path):

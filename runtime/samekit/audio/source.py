@@ -27,6 +27,7 @@ class Source:
         self.path = path
         self._file = file
         self.size = file.seek(0, os.SEEK_END)
+        self.descriptor = file.fileno()
 
     def read(self, offset: int, size: int) -> bytes:
         """Return up to `size` bytes at `offset`, which may be beyond the end."""

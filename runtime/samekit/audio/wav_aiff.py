@@ -48,13 +48,13 @@ _LINEAR_CODES: Final = (1, 3, 6, 7)
 _EXTENSIBLE: Final = 0xFFFE
 # Limits the time that a malicious file of empty chunks takes.
 _MOST_CHUNKS: Final = 10_000
-# The chunks whose content is used are shorter: a channel layout takes 20 bytes a channel.
+# Most bytes of a chunk that are kept. Those that are used are shorter: a channel layout takes 20 bytes a channel.
 _MOST_CONTENT: Final = 2**15
 # The CHAN chunk of 8SVX: left (2) and right (4).
 _SVX_STEREO: Final = 6
 # The tail of the sub-format of Ambisonic B-format files (.amb).
 _AMBISONIC: Final = bytes.fromhex("2107d3118644c8c1ca000000")
-# Names of chunks that programs append to the samples. A chunk that runs over the end is known by its name alone.
+# Names of chunks that programs append to the samples. Only these may extend past the end of the file.
 _TRAILING: Final = tuple(
     name.ljust(4)
     for name in (
@@ -116,7 +116,7 @@ def chunked_parts(source: Source, start: int) -> list[Part]:
 
 
 def _read_chunks(source: Source, start: int) -> _Chunks:
-    """Go from chunk to chunk."""
+    """Read the headers of the chunks of one file."""
     head = source.read(start, 12)
     form = _SVX if head[:4] == b"FORM" and head[8:] in (b"8SVX", b"16SV") else _FORMS[head[:4]]
     chunks = _Chunks(head[:4], start)
@@ -201,7 +201,9 @@ def _parts(source: Source, chunks: _Chunks) -> list[Part]:
     form = _FORMS[chunks.kind]
     if chunks.kind in (b"RIFF", b"caff") and stop - body < 1 << 8 * form.size:
         # libsndfile refuses the -1 of CAF, and finds no samples in some WAV files whose size is 0.
-        changes[body - form.size] = (stop - body).to_bytes(form.size, form.order)
+        at, size = body - form.size, (stop - body).to_bytes(form.size, form.order)
+        if source.read(at, form.size) != size:
+            changes[at] = size
     pieces: list[Piece] = []
     position = chunks.start
     for at, data in sorted(changes.items()):
