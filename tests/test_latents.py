@@ -1,4 +1,4 @@
-"""Latents on disk: plain NumPy reads them, the files of a pair belong together, and damage is refused."""
+"""Latents on disk: NumPy reads them, the two files of a pair belong together, and damaged files are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Locks of folders: one writer at a time."""
+"""Locks of folders: only one process writes at a time."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_file_system_without_locks(folder, monkeypatch, caplog, error):
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="/proc is Linux")
 @pytest.mark.parametrize("name", ["/proc", "/proc/nowhere"])
 def test_file_system_that_takes_no_new_files(name):
-    """It reports the same error as a folder that another process deletes, but always."""
+    """It reports the same error as a folder that another process has deleted, at every attempt."""
     with pytest.raises(OutputError, match=r"cannot be written \(No such file or directory\)"), folder_lock(Path(name)):
         pass
 

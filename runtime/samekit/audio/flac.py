@@ -51,6 +51,7 @@ def flac_parts(source: Source, start: int) -> list[Part]:
         following = _next_stream(source, frames_start)
         end = source.size if following is None else following
         parts.append(_part(source, start, frames_start, end))
+        source.check_streams(len(parts))
         empty += end - frames_start < _LEAST_FRAME
         if empty > _MOST_EMPTY:
             raise source.error(f"holds more than {_MOST_EMPTY} FLAC streams without samples")

@@ -198,6 +198,7 @@ def _find_streams(source: Source, position: int, end: int) -> list[_Stream]:
         info = None if any(block[at + 6 : at + 12]) else _read_info(block[at : at + header.size])
         if info or not streams or streams[-1].header.kind != header.kind:
             streams.append(_Stream(header, word, info))
+            source.check_streams(len(streams))
         if not info:
             streams[-1].bit_rate_changes |= header.bit_rate != streams[-1].header.bit_rate
             streams[-1].add(position, position + header.size)

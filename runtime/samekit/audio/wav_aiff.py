@@ -91,25 +91,27 @@ class _Chunks:
 
 def chunked_parts(source: Source, start: int) -> list[Part]:
     """Return the files in a file of chunks: one, or several that were joined."""
-    found = [_read_chunks(source, start)]
-    while source.read(found[-1].end, 4) in MAGICS:
-        found.append(_read_chunks(source, found[-1].end))
-    parts = []
-    for chunks in found:
+    parts: list[Part] = []
+    end = start
+    while True:
+        chunks = _read_chunks(source, end)
         if len(chunks.samples) > 1:
             # Other decoders read only one of them too.
             cause = f"holds its samples in {len(chunks.samples)} chunks, of which libsndfile reads one"
             raise source.error(cause, "split it, so that each file has one")
         parts.extend(_parts(source, chunks))
-    last = found[-1]
-    rest = source.unaccounted(last.end, source.size)
+        source.check_streams(len(parts))
+        end = chunks.end
+        if source.read(end, 4) not in MAGICS:
+            break
+    rest = source.unaccounted(end, source.size)
     # Less than a frame, such as the line end that some transfers append, holds no sample.
-    if rest < max(1, _frame_bytes(last)):
+    if rest < max(1, _frame_bytes(chunks)):
         return parts
-    if not last.samples or last.samples[-1][1] != last.end:
+    if not chunks.samples or chunks.samples[-1][1] != end:
         raise source.unknown_bytes(rest, "after its last chunk")
     cure = "take what it announces: ffmpeg -i IN OUT.flac"
-    if last.format.startswith(b"fmt ") and last.kind != b"riff":
+    if chunks.format.startswith(b"fmt ") and chunks.kind != b"riff":
         cure += ", or all of it: ffmpeg -ignore_length 1 -i IN OUT.flac"
     cause = f"{rest} bytes follow the samples that it announces, and are neither a chunk nor a tag"
     raise source.error(cause, cure)

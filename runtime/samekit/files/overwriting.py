@@ -41,7 +41,7 @@ def require_no_recording(
         return
     described = latents.with_suffix(".json")
     # samekit writes absolute paths. A relative one counts from a folder that is not recorded, so two are tried.
-    found = [path for path in (Path.cwd() / source, latents.absolute().parent / source) if os.path.exists(path)]
+    found = [path for path in (source, latents.parent / source) if os.path.exists(path)]
     if any(_is_same(output, path) for path in found):
         problem = f"is the recording that {described} names as the source of these latents"
     # Some file systems ignore the case of letters in names.
