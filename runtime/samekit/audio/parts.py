@@ -38,14 +38,10 @@ class PieceFile:
         self._pieces = pieces
         sizes = (len(piece) if isinstance(piece, bytes) else piece[1] - piece[0] for piece in pieces)
         self._starts = [0, *accumulate(sizes)]
+        self.size = self._starts[-1]
         self._position = 0
         # The error of a read: libsndfile would not pass on the exception.
         self.error: OSError | None = None
-
-    @property
-    def size(self) -> int:
-        """Bytes of all pieces."""
-        return self._starts[-1]
 
     def tell(self) -> int:
         return self._position

@@ -31,8 +31,8 @@ LOCK_FILE: Final = ".lock"
 """Name of the lock file in an engine folder; it exists while a process holds the lock, or after it was killed."""
 
 _POLL_SECONDS: Final = 0.1
-# Other processes can delete the folder of a lock file this often before it is opened. A file system that refuses new
-# files may report the same error, as /proc does.
+# Attempts to open a lock file, whose folder other processes may delete meanwhile. Some file systems, such as /proc,
+# report the same error for every new file.
 _OPENING_ATTEMPTS: Final = 1000
 # More than this module writes; a file of another program may have any size.
 _HOLDER_BYTES: Final = 64
