@@ -1,4 +1,4 @@
-"""Audio in and out: the reference's numbers, every format, and no damaged file passed on."""
+"""Resampling as in the reference, audio files of every format, and damaged files, which are refused."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def noise(shape, seed=0):
 
 
 def snr(reference, output):
-    """Signal to noise in dB."""
+    """Return the signal-to-noise ratio in dB."""
     assert reference.shape == output.shape
     error = np.linalg.norm(output.astype(np.float64) - reference)
     return math.inf if error == 0 else 20 * math.log10(np.linalg.norm(reference) / error)
 
 
 def stream(audio, rate_in, rate_out, sizes):
-    """Resample in blocks of the given sizes, over and over."""
+    """Resample in blocks of these sizes, which are repeated."""
     resampler = StreamResampler(rate_in, rate_out, audio.shape[0])
     outputs, start, turn = [], 0, 0
     while start < audio.shape[1]:
@@ -225,7 +225,7 @@ each_format = pytest.mark.parametrize("kind", READABLE, ids=lambda kind: "-".joi
 
 
 def music(samples=SAMPLES):
-    """Return `[2, samples]` that codecs can code well, too varied to compress to nothing."""
+    """Return `[2, samples]`: a rising tone and noise, so that no codec makes a tiny file of it."""
     time = np.arange(samples) / 44_100
     tone = 0.3 * np.sin(2 * np.pi * 440 * time * (1 + time))
     return (np.stack([tone, -tone]) + noise((2, samples)) * 0.3).astype(np.float32)
@@ -233,7 +233,7 @@ def music(samples=SAMPLES):
 
 @pytest.fixture
 def encoded(tmp_path):
-    """Write `music` with libsndfile, return the path."""
+    """Return a function that writes `music` with libsndfile and returns the path."""
 
     def write(kind, samples=SAMPLES):
         suffix, container, subtype, rate = kind

@@ -1,6 +1,6 @@
-"""No file is read with less audio than ffmpeg finds in it: formats of libsndfile, files of other encoders, manglings.
+"""Compare how much audio samekit and ffmpeg read: from formats of libsndfile, files of other encoders, changed files.
 
-Needs ffmpeg on PATH; sox, lame, opusenc, oggenc and flac add files where they are there.
+The tests need ffmpeg on PATH. With sox, lame, opusenc, oggenc and flac they try more files.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ KINDS = [
 
 
 def sound(seconds, rate=RATE, channels=2):
-    """Return `[frames, channels]`: a tone a channel, and noise that begins or ends loud."""
+    """Return `[frames, channels]`: a tone in each channel, and noise that becomes louder."""
     time = np.arange(int(seconds * rate))[:, None] / rate
     noise = np.random.RandomState(1).standard_normal((len(time), channels))
     loud = np.where(time < seconds / 2, 0.02, 0.2)
@@ -99,13 +99,13 @@ def sound(seconds, rate=RATE, channels=2):
 
 
 def seconds_by_ffmpeg(path):
-    """Return how much audio ffmpeg decodes from the first stream."""
+    """Return how many seconds of audio ffmpeg decodes from the first stream."""
     command = ["ffmpeg", "-v", "error", "-i", path, "-map", "0:a:0", "-ac", "1", "-ar", "48000", "-f", "f32le", "-"]
     return len(subprocess.run(command, capture_output=True, check=False, timeout=120).stdout) / 4 / 48_000
 
 
 def check(path, outcomes):
-    """Read a file; it must be refused by name, or hold no less than ffmpeg finds, but for what decoders cut off."""
+    """Read a file, which must be refused, or be no shorter than what ffmpeg decodes, within the delays of codecs."""
     try:
         with AudioReader(path) as reader:
             rate = reader.info.sample_rate
@@ -121,7 +121,7 @@ def check(path, outcomes):
 
 
 def check_all(folder, name, data, outcomes):
-    """Check what people's tools make of a file."""
+    """Check a file, and the changed files that `mangle.manglings` makes of it."""
     path = folder / name
     for kind, mangled in mangle.manglings(data):
         path = folder / f"{kind.replace(' ', '-')}-{name}"
@@ -131,7 +131,7 @@ def check_all(folder, name, data, outcomes):
 
 
 def finish(outcomes, inputs, record_property):
-    """Report the counts; the file as it is was tried first."""
+    """Report the counts."""
     inputs["audio files against ffmpeg"] += outcomes.total()
     record_property("outcomes", str(dict(outcomes)))
     print(dict(outcomes))

@@ -1,4 +1,4 @@
-"""The end of an audio file: what is announced, decoded and held agrees, or the file is refused."""
+"""Audio files that hold less or more than they announce: they are read completely, or refused."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ each_tag_before = pytest.mark.parametrize("tag", TAGS_BEFORE.values(), ids=TAGS_
 @pytest.mark.parametrize("loud_first", [True, False])
 @pytest.mark.parametrize("mode", ["VARIABLE", "CONSTANT", "AVERAGE"])
 def test_mp3_without_a_xing_frame_is_read_whole(read, frames, mode, loud_first):
-    """As LAME writes to a pipe, and as streams and recorders do."""
+    """LAME writes such files to a pipe. Radio streams and recorders write them too."""
     assert read(mp3(frames, mode, xing=False, loud_first=loud_first)) == pytest.approx(frames, abs=MP3_SLACK)
 
 
@@ -203,7 +203,7 @@ INTERRUPTIONS = {
 
 @pytest.mark.parametrize("interrupt", INTERRUPTIONS.values(), ids=INTERRUPTIONS)
 def test_mp3_that_is_interrupted_again_and_again(read, interrupt):
-    """Each interruption is shorter than a frame; together they would take a part of the audio without an error."""
+    """Each interruption is shorter than a frame. Together, they could remove a part of the audio without an error."""
     frames = mangle.mpeg_frames(mp3(280_000, "CONSTANT", xing=False))
     assert_refused(
         read,
@@ -213,7 +213,7 @@ def test_mp3_that_is_interrupted_again_and_again(read, interrupt):
 
 
 def test_joined_mp3s_with_something_between(read):
-    """The rest of a cut frame before the next file, and padding, are no damage."""
+    """The rest of a cut frame before the next file is no damage, and neither is padding."""
     data = mp3(60_000, "CONSTANT")
     whole = read(data * 4)
     assert read((data + data[-200:]) * 4) == pytest.approx(whole, abs=4 * 1152)
@@ -259,7 +259,7 @@ def test_mp3_of_one_frame(read, capfd):
 
 
 def test_many_tags_behind_many_headers_take_no_time(read):
-    """16,000 frame headers without frames, each of which the tags at the end could follow."""
+    """The file has 16,000 frame headers without frames. The tags at the end could follow each of them."""
     begin = time.perf_counter()
     with contextlib.suppress(AudioFileError):
         read(b"\xff\xfb\x90\x00" * 16_384 + mangle.ID3V1 * 999, "song.mp3")
@@ -277,11 +277,15 @@ def in_riff(data, code=0x55, size=None):
 @each_length
 @pytest.mark.parametrize("xing", [True, False])
 def test_mp3_in_riff(read, frames, xing):
-    """As recorders and audio workstations write it."""
+    """Recorders and audio workstations write such files."""
     data = mp3(frames, xing=xing)
     assert read(in_riff(data), "song.wav") == pytest.approx(frames, abs=MP3_SLACK)
     assert read(in_riff(data, size=0xFFFFFFFF), "song.wav") == pytest.approx(frames, abs=MP3_SLACK)
     assert_refused(read, in_riff(data)[:-2000], "cut off")
+
+
+def test_mp3_in_riff_without_a_frame_of_sound(read):
+    assert_refused(read, in_riff(mangle.mpeg_frames(mp3(60_000))[0]), "holds no samples|cannot be read", "song.wav")
 
 
 def test_mp3s_of_two_rates(read):
@@ -306,7 +310,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 @pytest.mark.parametrize("xing", [True, False])
 def test_libmpg123_prints_nothing(tmp_path, capfd, damage, xing):
-    """It writes to the standard error of the process what it finds between frames, so it is given frames alone."""
+    """It reports bytes between frames on the standard error of the process, so it is given frames only."""
     path = tmp_path / "song.mp3"
     path.write_bytes(damage(mp3(280_000, xing=xing)))
     with contextlib.suppress(AudioFileError):
@@ -377,7 +381,7 @@ def test_chained_ogg_of_two_kinds(read):
 @each_ogg
 @each_length
 def test_ogg_without_the_end_flag(read, subtype, rate, frames):
-    """As Android recorders and messengers write it."""
+    """Android recorders and messengers write such files."""
     assert read(mangle.without_end_flag(made("OGG", frames, subtype, rate=rate))) == pytest.approx(frames, abs=2)
 
 
@@ -419,7 +423,7 @@ def test_ogg_with_tags(read, subtype, rate, tag):
 
 @each_ogg
 def test_ogg_cut_from_a_radio_programme(read, tmp_path, subtype, rate):
-    """Its times begin late, and a relay leaves out the pages between the headers and what is played."""
+    """Its time stamps begin late. A relay leaves out the pages between the headers and the current programme."""
     data = made("OGG", 280_000, subtype, rate=rate)
     whole = mangle.pages(data)
     assert read(mangle.shifted(data, 10_000_000)) == pytest.approx(280_000, abs=6000)
@@ -433,7 +437,7 @@ def test_ogg_cut_from_a_radio_programme(read, tmp_path, subtype, rate):
 
 @pytest.mark.parametrize("scale", [0.5, 0.34, 0])
 def test_vorbis_whose_time_stamps_count_too_little(read, scale):
-    """A decoder that stops at the last time stamp would lose the rest without an error."""
+    """A decoder that stops at the last time stamp loses the rest without an error."""
     whole = mangle.pages(made("OGG", 280_000))
     counted = [
         mangle.page(one, granule=int(mangle.granule_of(one) * scale)) if mangle.granule_of(one) > 0 else one
@@ -478,7 +482,7 @@ def test_multiplexed_ogg(read):
 
 @each_length
 def test_flac_in_ogg(read, frames):
-    """Libsndfile 1.2.2 does not open it."""
+    """FLAC in Ogg, which libsndfile 1.2.2 does not open, is read."""
     data = flac_in_ogg(made("FLAC", frames, "PCM_16"))
     assert read(data, "song.oga") == frames
     assert read(data + data, "song.oga") == 2 * frames
@@ -486,7 +490,7 @@ def test_flac_in_ogg(read, frames):
 
 
 def test_flac_in_ogg_cut_from_a_programme_soon_after_its_start(read):
-    """Pages may be missing behind the headers: its times begin at 5 blocks of 4,096 samples, below 65,535."""
+    """Pages may be missing after the headers. The time stamps begin at 5 blocks of 4,096 samples, below 65,535."""
     headers, *whole = mangle.pages(flac_in_ogg(made("FLAC", 60_000, "PCM_16")))
     blocks = [one for one in whole if mangle.granule_of(one) == 0]
     frames = whole[len(blocks) :]
@@ -713,7 +717,7 @@ def test_voc_that_counts_wrong(read):
 
 
 def test_stereo_8svx(read):
-    """As SoX writes it (8svx.c): a CHAN chunk of value 6, all samples of the left channel, then those of the right."""
+    """SoX (8svx.c) writes a CHAN chunk of value 6, all samples of the left channel, then those of the right one."""
     data = made("SVX", 60_000, "PCM_S8", channels=1)
     at = data.index(b"BODY")
     for value, match in ((2, None), (6, r"8SVX with two channels one after the other; convert it: ffmpeg")):
@@ -856,7 +860,70 @@ def test_left_and_right_by_the_core_audio_layout(tmp_path, container, layout):
             read_audio(path)
 
 
+@pytest.mark.parametrize("second", [False, True])
+def test_left_and_right_beyond_the_channels(read, second):
+    """The layout describes five channels of a file of two, or a second header counts six."""
+    data = made("CAF", 60_000, "PCM_16")
+    if second:
+        header = data.index(b"desc")
+        end = header + 12 + 32
+        # Channel bitmap: the stereo downmix of FFmpeg after four other channels.
+        body = struct.pack(">III", 1 << 16, 0x60000000 | 0x4 | 0x8 | 0x100 | 0x800, 0)
+        data = data[:end] + data[header : header + 36] + struct.pack(">I", 6) + data[header + 40 : end] + data[end:]
+    else:
+        labels = (3, 4, 5, 1, 2)
+        body = struct.pack(">III", 0, 0, 5) + b"".join(struct.pack(">II12x", label, 0) for label in labels)
+    at = data.index(b"data")
+    data = data[:at] + b"chan" + struct.pack(">Q", len(body)) + body + data[at:]
+    assert_refused(read, data, "names left and right among more channels than the 2 that it holds; convert it")
+
+
+MANY_STREAMS = {
+    "WAV": lambda: b"RIFF\4\0\0\0WAVE" * 20_000,
+    "FLAC": lambda: (made("FLAC", 1000, "PCM_16")[:42] + b"\x81\0\0\0" + bytes(8)) * 20_000,
+    "Ogg": lambda: b"".join(
+        mangle.page(b"OggS\0\2" + bytes(8) + struct.pack("<III", serial, 0, 0) + b"\1\0") for serial in range(20_000)
+    ),
+    # Stereo and mono frames of 72 bytes: MPEG-2.5 layer III, 8 kbit/s, 8 kHz.
+    "MP3": lambda: b"".join(b"\xff\xe3\x18" + mode + bytes(68) for mode in [b"\0"] * 3 + [b"\xc0", b"\0"] * 10_000),
+}
+
+
+@pytest.mark.parametrize("make", MANY_STREAMS.values(), ids=MANY_STREAMS)
+def test_many_streams_take_no_memory(read, make):
+    assert_refused(read, make(), "holds more than 10000 streams; split it")
+
+
 # --- How files are read -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="/proc is Linux")
+@pytest.mark.parametrize("container", ["WAV", "FLAC", "MP3", "OGG"])
+@pytest.mark.parametrize("tag", [b"", mangle.id3v2()], ids=["alone", "behind a tag"])
+def test_disk_that_fails(tmp_path, container, tag):
+    """The descriptor is replaced by that of a folder, from which nothing can be read."""
+    path = tmp_path / "song.bin"
+    path.write_bytes(tag + made(container, 280_000))
+    folder = os.open(tmp_path, os.O_RDONLY)
+    with AudioReader(path, block=4096) as reader:
+        blocks = iter(reader)
+        next(blocks)
+        (descriptor,) = (
+            int(name) for name in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{name}") == str(path)
+        )
+        os.dup2(folder, descriptor)
+        with pytest.raises(AudioFileError, match=r"cannot be read \(.*\); check the disk$"):
+            list(blocks)
+    os.close(folder)
+
+
+def test_mp3_whose_length_libmpg123_estimates_wrong_is_read_from_its_beginning(tmp_path):
+    """It is opened twice, the second time with a frame that counts the others."""
+    path = tmp_path / "song.mp3"
+    path.write_bytes(mp3(280_000, xing=False, loud_first=False))
+    audio, _ = read_audio(path)
+    path.write_bytes(mangle.id3v2() + path.read_bytes())
+    assert np.array_equal(read_audio(path)[0], audio)
 
 
 def test_memory_of_long_streams_is_flat(tmp_path):
@@ -882,7 +949,7 @@ def read_often(path):
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
 def test_interrupt_while_the_decoder_reads_is_not_lost(tmp_path):
-    """The decoder calls back into Python for such files; an exception there would be printed and forgotten."""
+    """The decoder calls Python to read such files. An exception there would be printed and lost."""
     path = tmp_path / "song.mp3"
     path.write_bytes(mp3(280_000, loud_first=False, xing=False) * 20)
     before = signal.getsignal(signal.SIGINT)
@@ -896,7 +963,7 @@ def test_interrupt_while_the_decoder_reads_is_not_lost(tmp_path):
 
 @pytest.mark.parametrize("container", ["WAV", "FLAC", "MP3", "OGG", "AIFF"])
 def test_files_with_the_suffix_of_raw_samples(read, container):
-    """Some recorders and scripts name everything so; the content tells the format."""
+    """Some recorders and scripts give this suffix to all files. The content tells the format."""
     data = made(container, 60_000)
     assert read(data, "song.RAW") == read(data, "song.raw") == read(data)
 

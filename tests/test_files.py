@@ -1,4 +1,4 @@
-"""Files are written atomically, and the leftovers of killed processes are told from the files of running ones."""
+"""Files are written atomically. Leftovers of killed processes are deleted, files of running processes are not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from samekit.files.atomic import atomic_folder, atomic_path, output_errors, remo
 
 
 def dying_writer(path):
-    """Write a file, and be killed meanwhile."""
+    """Begin to write a file, then end this process as `kill -9` does."""
     with atomic_path(path):
         kill_this_process()
 

@@ -1,8 +1,10 @@
-"""Latents on disk: plain NumPy reads them, the files of a pair belong together, and damage is refused."""
+"""Latents on disk: NumPy reads them, the two files of a pair belong together, and damaged files are refused."""
 
 from __future__ import annotations
 
+import errno
 import json
+import mmap
 import os
 import pickle
 import tracemalloc
@@ -264,6 +266,18 @@ def test_arrays_that_are_no_latents(tmp_path, array, match):
     path = tmp_path / "song.npy"
     np.save(path, array)
     assert_refused(path, match)
+
+
+def test_file_system_that_maps_no_files(tmp_path, monkeypatch):
+    """Some file systems have no mmap, see mmap(2)."""
+    path = tmp_path / "song.npy"
+    write(path, latents_of(3))
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    assert_refused(path, r"cannot be opened \(No such device\)")
 
 
 def test_another_width_names_both(tmp_path):

@@ -1,4 +1,4 @@
-"""Locks of folders: one writer at a time."""
+"""Locks of folders: only one process writes at a time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import fcntl
 import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from faults import KILLED, in_a_fork, kill_this_process, together
@@ -112,6 +113,14 @@ def test_file_system_without_locks(folder, monkeypatch, caplog, error):
     for lock in (folder_lock(folder, wait=False), file_lock(folder / "lock", folder)):
         with pytest.raises(OutputError, match=os.strerror(error)), lock:
             pass
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="/proc is Linux")
+@pytest.mark.parametrize("name", ["/proc", "/proc/nowhere"])
+def test_file_system_that_takes_no_new_files(name):
+    """It reports the same error as a folder that another process has deleted, at every attempt."""
+    with pytest.raises(OutputError, match=r"cannot be written \(No such file or directory\)"), folder_lock(Path(name)):
+        pass
 
 
 @pytest.mark.parametrize("what", ["link", "folder", "pipe"])

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from samekit.audio.source import Source
 
 _HEADER_BYTES: Final = 1024
-# Byte order by the first four bytes; sizes from here on (0xFFFFFFFF, or SoX's 0x7FFFF000) mean an unknown length.
+# AU: byte order by the first four bytes.
 _AU: Final[dict[bytes, Literal["big", "little"]]] = {b".snd": "big", b"dns.": "little"}
+# Sizes from here on mean an unknown length: 0x7FFFF000 (SoX) or 0xFFFFFFFF.
 _AU_UNKNOWN: Final = 0x7FFFF000
 # Creative Voice File: block types of samples (new or continued), silence, and samples with an extended header.
 _VOC: Final = b"Creative Voice File\x1a"
@@ -45,16 +46,16 @@ def counted_part(source: Source) -> Part | None:
         return Part(((0, last),))
     if header[:4] in _AU:
         return _au_part(source, header, last)
-    ends = [samples_end(header) for mark, samples_end in _ENDS.items() if header.startswith(mark)]
-    if not ends or not ends[0]:
+    end = next((samples_end(header) for mark, samples_end in _ENDS.items() if header.startswith(mark)), 0)
+    if not end:
         return None
-    if ends[0] > source.size:
+    if end > source.size:
         raise source.cut_off()
     # Padding is refused too, because other decoders decode it as samples.
-    following = source.after_tags(ends[0], source.size)
+    following = source.after_tags(end, source.size)
     if rest := source.before_tags(following, source.size) - following:
         raise source.unknown_bytes(rest, "after the samples that it counts")
-    return Part(((0, ends[0]),))
+    return Part(((0, end),))
 
 
 def _au_part(source: Source, header: bytes, end: int) -> Part:
@@ -93,7 +94,7 @@ def _check_voc(source: Source, header: bytes, end: int) -> None:
 
 
 def _nist_end(header: bytes) -> int:
-    """Return where the samples of a NIST SPHERE file end, by its text header; 0 if it does not tell."""
+    """Return where the samples of a NIST SPHERE file end, by its text header; 0 if the header does not tell."""
     names = rb"sample_count|channel_count|sample_n_bytes"
     fields = dict(re.findall(rb"^(%b) -\w+ (\d{1,15})\s*$" % names, header, re.MULTILINE))
     size = re.match(rb"NIST_1A\n\s*(\d{1,9})\s", header)
@@ -105,7 +106,7 @@ def _nist_end(header: bytes) -> int:
 
 
 def _sds_end(header: bytes) -> int:
-    """Return where the packets of a MIDI sample dump end: each sample takes as many bytes of seven bits as it needs."""
+    """Return where the packets of a MIDI sample dump end. Each byte holds seven bits of a sample."""
     if header[3] != 1 or not 0 < header[6] <= 28:
         return 0
     count = header[10] & 0x7F | (header[11] & 0x7F) << 7 | (header[12] & 0x7F) << 14

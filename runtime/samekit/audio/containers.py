@@ -44,7 +44,7 @@ def find_parts(source: Source) -> list[Part]:
         if first is not None:
             parts = mpeg_parts(source, first, end)
         elif named_mpeg and not is_free_format(source, start):
-            # libsndfile would call the file missing, and libmpg123 would print to the standard error.
+            # libsndfile would not name the cause, and libmpg123 would print to the standard error.
             cause = "is named as MPEG audio and holds no MPEG frame near its beginning"
             raise source.error(cause, f"{COPY}, or {CONVERT}")
     # In many of the other formats, all bytes up to the end are samples.

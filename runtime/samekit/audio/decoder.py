@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 # libsndfile's SF_COUNT_MAX: the length of a FLAC file that was written to a pipe.
 _UNKNOWN_FRAMES: Final = 2**63 - 1
+# libsndfile's SF_ERR_SYSTEM: the operating system could not read.
+_SYSTEM_ERROR: Final = 2
 # Fewer unread bytes may be an incomplete block of a codec.
 _BLOCK_BYTES: Final = 2048
 
@@ -32,7 +35,6 @@ class _SequentialFile(sf.SoundFile):  # type: ignore[misc]  # soundfile ships no
     """
 
     def seekable(self) -> bool:
-        """Return False."""
         return False
 
 
@@ -61,9 +63,15 @@ class Decoder:
 
     def _open(self, pieces: tuple[Piece, ...]) -> None:
         self._pieces = PieceFile(self._source, pieces)
-        cure = f"give a file that libsndfile reads, or {CONVERT}"
-        with self._decoding("cannot be read as audio", cure):
-            self._file = _SequentialFile(self._pieces)
+        file: PieceFile | int = self._pieces
+        self._descriptor = None
+        # libsndfile reads faster without calls into Python. It then moves the position of the file, so nothing else may
+        # read. On Windows, it may use another C library, to which Python's descriptors mean nothing.
+        if pieces == ((0, self._source.size),) and not self._part.count_frame and os.name == "posix":
+            file = self._descriptor = self._source.descriptor
+            os.lseek(file, 0, os.SEEK_SET)
+        with self._decoding("cannot be read as audio", f"give a file that libsndfile reads, or {CONVERT}"):
+            self._file = _SequentialFile(file, closefd=False)
 
     def close(self) -> None:
         """Close the decoder; the source stays open."""
@@ -77,8 +85,6 @@ class Decoder:
         cause = f"is damaged after {seconds:.1f} s, before {seconds + wanted / self.layout[0]:.1f} s"
         with self._decoding(cause, COPY):
             frames: Audio = self._file.read(wanted, dtype="float32", always_2d=True)
-        if error := self._pieces.error:
-            raise self._source.error(f"cannot be read ({error.strerror})", "check the disk") from error
         self._frames_read += len(frames)
         return frames
 
@@ -87,7 +93,9 @@ class Decoder:
         announced = self.frames if self._part.frames is None else self._part.frames
         if announced is not None and not self._part.starts_late and self._frames_read < announced - self._part.slack:
             raise self._source.cut_off()
-        rest = self._pieces.unread
+        descriptor = self._descriptor
+        position = self._pieces.tell() if descriptor is None else os.lseek(descriptor, 0, os.SEEK_CUR)
+        rest = self._pieces.size - position
         if self._part.timed and rest > 0:
             seconds = self._frames_read / self.layout[0]
             cause = f"its time stamps announce {seconds:.1f} s, and {rest} bytes follow"
@@ -99,9 +107,10 @@ class Decoder:
     def _decoding(self, cause: str, cure: str) -> Iterator[None]:
         """Raise the decoder's errors as an AudioFileError, and hold back signal handlers.
 
-        libsndfile calls back into Python to read, and cannot pass on what a handler raises there: KeyboardInterrupt
-        would be printed and lost, and the file would seem to end.
+        libsndfile calls `PieceFile` to read, and cannot pass on what a handler raises there: KeyboardInterrupt would be
+        printed and lost, and the file would seem to end.
         """
+        failure: sf.SoundFileError | None = None
         received: list[tuple[int, Any]] = []
         # Only the main thread may set handlers, and only it runs them.
         numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
@@ -110,11 +119,17 @@ class Decoder:
             for number in handlers:
                 signal.signal(number, lambda number, frame: received.append((number, frame)))
             yield
-        except (sf.SoundFileError, OSError) as error:
-            reason = str(getattr(error, "error_string", None) or getattr(error, "strerror", None) or error).rstrip(".")
-            raise self._source.error(f"{cause} ({reason})", cure) from error
+        except sf.SoundFileError as error:
+            failure = error
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             for caught, frame in received:
                 handlers[signal.Signals(caught)](caught, frame)
+        if fault := self._pieces.error:
+            raise self._source.error(f"cannot be read ({fault.strerror})", "check the disk") from fault
+        if failure:
+            reason = str(getattr(failure, "error_string", failure)).rstrip(".")
+            if getattr(failure, "code", None) == _SYSTEM_ERROR:
+                cause, cure = "cannot be read", "check the disk"
+            raise self._source.error(f"{cause} ({reason})", cure) from failure

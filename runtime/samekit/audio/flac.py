@@ -15,7 +15,7 @@ from samekit.audio.parts import Part, Piece
 if TYPE_CHECKING:
     from samekit.audio.source import Source
 
-# Bytes that are read at a time in search of streams, and at the end; the least bytes of padding.
+# Bytes that are read at a time in search of streams, and at the end; the least equal bytes that count as padding.
 _BLOCK, _TAIL, _PADDING = 2**18, 2**14, 2**10
 # RFC 9639, 8.1 and 8.2: the signature and the header of the STREAMINFO block, last block or not; the end of this block.
 _BEGINNING: Final = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
@@ -51,6 +51,7 @@ def flac_parts(source: Source, start: int) -> list[Part]:
         following = _next_stream(source, frames_start)
         end = source.size if following is None else following
         parts.append(_part(source, start, frames_start, end))
+        source.check_streams(len(parts))
         empty += end - frames_start < _LEAST_FRAME
         if empty > _MOST_EMPTY:
             raise source.error(f"holds more than {_MOST_EMPTY} FLAC streams without samples")
@@ -78,7 +79,7 @@ def _next_stream(source: Source, position: int) -> int | None:
 
 
 def _metadata_end(source: Source, position: int) -> int | None:
-    """Return where the metadata blocks of a stream end; None if they do not."""
+    """Return where the metadata blocks of a stream end; None if the file ends before."""
     position += 4
     for _ in range(_MOST_BLOCKS):
         header = source.read(position, 4)

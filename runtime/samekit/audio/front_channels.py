@@ -28,7 +28,7 @@ _OTHER_PLACES: Final[dict[int, Front]] = {
     **dict.fromkeys((119, 123, 150, 151, 152, 154, 155, 156), (0, 2)),  # L C R ...
     127: (3, 4),  # C Lc Rc L R ...
 }
-_LABEL_LEFT, _LABEL_RIGHT, _MOST_CHANNELS = 1, 2, 1024
+_LABEL_LEFT, _LABEL_RIGHT = 1, 2
 
 
 def no_front(source: Source, what: str) -> AudioFileError:
@@ -52,7 +52,7 @@ def front_of_ogg(source: Source, header: bytes) -> Front:
 def front_of_mask(source: Source, mask: int, channels: int) -> Front:
     """Return the front channels by a channel mask, whose bits are the channels in order."""
     bits = [1 << bit for bit in range(32) if mask >> bit & 1]
-    # A mask of another size is wrong, and an empty one says nothing.
+    # A mask with another number of channels is wrong, and an empty one says nothing.
     if channels < 2 or len(bits) != channels:
         return 0, 1
     for left, right in _PAIRS:
@@ -65,14 +65,14 @@ def front_of_core_audio(source: Source, chunk: bytes, channels: int) -> Front:
     """Return the front channels by the `chan` chunk of a CAF or the `CHAN` chunk of an AIFF file."""
     if channels < 2 or len(chunk) < 12:
         return 0, 1
-    tag, mask, count = (int.from_bytes(chunk[at : at + 4], "big") for at in (0, 4, 8))
+    tag, mask = (int.from_bytes(chunk[at : at + 4], "big") for at in (0, 4))
     kind = tag >> 16
     if tag == _USE_MASK << 16:
         return front_of_mask(source, mask, channels)
     if tag == _USE_DESCRIPTIONS:
-        # A description takes 20 bytes: label, flags and three coordinates.
+        # Descriptions follow their count at 8. Each takes 20 bytes: label, flags and three coordinates.
         labels = [int.from_bytes(chunk[at : at + 4], "big") for at in range(12, len(chunk) - 19, 20)]
-        if _LABEL_LEFT in labels and _LABEL_RIGHT in labels and count <= _MOST_CHANNELS:
+        if _LABEL_LEFT in labels and _LABEL_RIGHT in labels:
             return labels.index(_LABEL_LEFT), labels.index(_LABEL_RIGHT)
         if not labels:
             return 0, 1

@@ -79,10 +79,10 @@ class _Info(NamedTuple):
     """A silent frame that carries a Xing, Info or VBRI header."""
 
     frame: bytes
-    at: int  # offset of the name of this header
+    at: int  # where the name of this header is in the frame
     flags: int  # fields of a Xing or Info header: 1 frames, 2 bytes, 4 seek table, 8 quality
     frames: int  # announced; 0 if it announces none
-    trimmed: int  # samples that the encoder's delay and padding take, by the LAME tag after the fields
+    trimmed: int  # samples of the encoder's delay and padding, by the LAME tag after the fields
 
 
 def _read_info(frame: bytes) -> _Info | None:
@@ -170,7 +170,7 @@ def mpeg_parts(source: Source, start: int, end: int) -> list[Part]:
 
 
 def _find_streams(source: Source, position: int, end: int) -> list[_Stream]:
-    """Go from frame to frame."""
+    """Return the streams, by reading each frame header up to `end`."""
     streams: list[_Stream] = []
     seconds = 0.0
     damaged_at: float | None = None
@@ -198,6 +198,7 @@ def _find_streams(source: Source, position: int, end: int) -> list[_Stream]:
         info = None if any(block[at + 6 : at + 12]) else _read_info(block[at : at + header.size])
         if info or not streams or streams[-1].header.kind != header.kind:
             streams.append(_Stream(header, word, info))
+            source.check_streams(len(streams))
         if not info:
             streams[-1].bit_rate_changes |= header.bit_rate != streams[-1].header.bit_rate
             streams[-1].add(position, position + header.size)
@@ -207,7 +208,7 @@ def _find_streams(source: Source, position: int, end: int) -> list[_Stream]:
 
 
 def _after_gap(source: Source, position: int, end: int, seconds: float) -> int:
-    """Return where the frames go on after something else, which must be a tag, padding or shorter than a frame."""
+    """Return where the next frame begins after bytes that are a tag, padding or shorter than a frame."""
     following = source.after_tags(position, end)
     if following > position:
         return following
@@ -262,7 +263,8 @@ def _with_count(stream: _Stream) -> bytes:
     else:
         # Layer III without checksum, padded, at the smallest bit rate whose frame has room for the fields.
         words = (stream.word & ~0xF000 | 0x10200 | index << 12 for index in range(1, 15))
-        word, size = next((word, header.size) for word in words if (header := _header(word)) and header.size >= 64)
+        sizes = ((word, header.size) for word in words if (header := _header(word)))
+        word, size = next((word, size) for word, size in sizes if size >= _LEAST_INFO)
         frame = bytearray(word.to_bytes(4, "big").ljust(size, b"\0"))
         at = 4 + _SIDE_BYTES[stream.header.mpeg1, stream.header.mono]
         frame[at : at + 8] = b"Xing\0\0\0\3"

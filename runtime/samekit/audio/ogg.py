@@ -77,11 +77,14 @@ def ogg_parts(source: Source, start: int) -> list[Part]:
     groups: list[dict[int, _Stream]] = []
     end = start
     opening = False
+    begun = 0
     for page in _pages(source, start):
         if page.flags & _FIRST:
             if not opening or page.serial in groups[-1]:
                 groups.append({})
             groups[-1][page.serial] = _Stream(page.head, page.number - 1)
+            begun += 1
+            source.check_streams(begun)
         opening = bool(page.flags & _FIRST)
         if not groups or page.serial not in groups[-1]:
             raise source.error(f"is damaged: the page at byte {page.start} belongs to no stream that has begun")

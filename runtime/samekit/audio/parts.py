@@ -38,22 +38,17 @@ class PieceFile:
         self._pieces = pieces
         sizes = (len(piece) if isinstance(piece, bytes) else piece[1] - piece[0] for piece in pieces)
         self._starts = [0, *accumulate(sizes)]
+        self.size = self._starts[-1]
         self._position = 0
         # The error of a read: libsndfile would not pass on the exception.
         self.error: OSError | None = None
 
-    @property
-    def unread(self) -> int:
-        """Bytes after the position."""
-        return self._starts[-1] - self._position
-
     def tell(self) -> int:
-        """Return the position."""
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Change the position; like `lseek`, leave it where it is if the result would be negative."""
-        position = offset + (0, self._position, self._starts[-1])[whence]
+        position = offset + (0, self._position, self.size)[whence]
         if position >= 0:
             self._position = position
         return self._position
@@ -62,7 +57,7 @@ class PieceFile:
         """Fill a buffer, and return how many bytes were read; fewer than it holds at the end only."""
         view = memoryview(buffer).cast("B")
         filled = 0
-        while filled < len(view) and self._position < self._starts[-1]:
+        while filled < len(view) and self._position < self.size:
             index = bisect_right(self._starts, self._position) - 1
             piece, inside = self._pieces[index], self._position - self._starts[index]
             target = view[filled : filled + self._starts[index + 1] - self._position]

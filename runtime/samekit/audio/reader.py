@@ -12,7 +12,7 @@ from samekit.audio.channels import Audio, to_channels
 from samekit.audio.containers import find_parts
 from samekit.audio.decoder import Decoder
 from samekit.audio.resampler import StreamResampler, resample
-from samekit.audio.source import Source
+from samekit.audio.source import CONVERT, Source
 from samekit.errors import AudioFileError, InputError
 from samekit.files.paths import checked_path, file_signature, open_regular
 
@@ -99,8 +99,11 @@ class AudioReader:
     def __iter__(self) -> Iterator[Audio]:
         """Yield the samples that are left, as `[channels, samples]`."""
         while True:
-            front = self._part.front
-            order = [*front, *(channel for channel in range(self.info.channels) if channel not in front)]
+            front, channels = self._part.front, self.info.channels
+            if front != (0, 1) and max(front) >= channels:
+                cause = f"names left and right among more channels than the {channels} that it holds"
+                raise self._source.error(cause, CONVERT)
+            order = [*front, *(channel for channel in range(channels) if channel not in front)]
             while len(frames := self._decoder.read(self._block, self._seconds)):
                 self._frames_read += len(frames)
                 if not np.isfinite(frames).all():
@@ -117,11 +120,11 @@ class AudioReader:
 
     @property
     def _seconds(self) -> float:
-        """How much was read."""
+        """Seconds of the file that were read."""
         return self._frames_read / self.info.sample_rate
 
     def _next_part(self) -> None:
-        """Go on with the stream that follows, which must have the rate and channels of the first."""
+        """Continue with the next stream, which must have the rate and channels of the first."""
         self._decoder.close()
         self._part = self._parts.pop(0)
         self._decoder = Decoder(self._source, self._part)

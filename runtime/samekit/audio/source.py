@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 COPY: Final = "copy or download it again"
 CONVERT: Final = "convert it: ffmpeg -i IN OUT.flac"
 _BLOCK: Final = 2**16
-# Limits the time that a malicious file of empty tags takes.
+# Limits the time that a malicious file of empty tags takes, and the memory that one of tiny streams takes.
 _MOST_TAGS: Final = 1000
+_MOST_STREAMS: Final = 10_000
 
 
 class Source:
@@ -27,6 +28,7 @@ class Source:
         self.path = path
         self._file = file
         self.size = file.seek(0, os.SEEK_END)
+        self.descriptor = file.fileno()
 
     def read(self, offset: int, size: int) -> bytes:
         """Return up to `size` bytes at `offset`, which may be beyond the end."""
@@ -50,6 +52,11 @@ class Source:
     def unknown_bytes(self, size: int, where: str) -> AudioFileError:
         """Return the error of bytes that are neither samples nor a known tag."""
         return self.error(f"holds {size} bytes {where} that are neither its audio nor a tag", CONVERT)
+
+    def check_streams(self, count: int) -> None:
+        """Raise an error if the file holds too many streams."""
+        if count > _MOST_STREAMS:
+            raise self.error(f"holds more than {_MOST_STREAMS} streams", "split it")
 
     def after_tags(self, position: int, end: int) -> int:
         """Return the end of the tags that begin at `position`."""

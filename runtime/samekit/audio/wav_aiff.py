@@ -48,13 +48,13 @@ _LINEAR_CODES: Final = (1, 3, 6, 7)
 _EXTENSIBLE: Final = 0xFFFE
 # Limits the time that a malicious file of empty chunks takes.
 _MOST_CHUNKS: Final = 10_000
-# The chunks whose content is used are shorter: a channel layout takes 20 bytes a channel.
+# Most bytes of a chunk that are kept. Those that are used are shorter: a channel layout takes 20 bytes a channel.
 _MOST_CONTENT: Final = 2**15
 # The CHAN chunk of 8SVX: left (2) and right (4).
 _SVX_STEREO: Final = 6
 # The tail of the sub-format of Ambisonic B-format files (.amb).
 _AMBISONIC: Final = bytes.fromhex("2107d3118644c8c1ca000000")
-# Names of chunks that programs append to the samples. A chunk that runs over the end is known by its name alone.
+# Names of chunks that programs append to the samples. Only these may extend past the end of the file.
 _TRAILING: Final = tuple(
     name.ljust(4)
     for name in (
@@ -91,32 +91,34 @@ class _Chunks:
 
 def chunked_parts(source: Source, start: int) -> list[Part]:
     """Return the files in a file of chunks: one, or several that were joined."""
-    found = [_read_chunks(source, start)]
-    while source.read(found[-1].end, 4) in MAGICS:
-        found.append(_read_chunks(source, found[-1].end))
-    parts = []
-    for chunks in found:
+    parts: list[Part] = []
+    end = start
+    while True:
+        chunks = _read_chunks(source, end)
         if len(chunks.samples) > 1:
             # Other decoders read only one of them too.
             cause = f"holds its samples in {len(chunks.samples)} chunks, of which libsndfile reads one"
             raise source.error(cause, "split it, so that each file has one")
         parts.extend(_parts(source, chunks))
-    last = found[-1]
-    rest = source.unaccounted(last.end, source.size)
+        source.check_streams(len(parts))
+        end = chunks.end
+        if source.read(end, 4) not in MAGICS:
+            break
+    rest = source.unaccounted(end, source.size)
     # Less than a frame, such as the line end that some transfers append, holds no sample.
-    if rest < max(1, _frame_bytes(last)):
+    if rest < max(1, _frame_bytes(chunks)):
         return parts
-    if not last.samples or last.samples[-1][1] != last.end:
+    if not chunks.samples or chunks.samples[-1][1] != end:
         raise source.unknown_bytes(rest, "after its last chunk")
     cure = "take what it announces: ffmpeg -i IN OUT.flac"
-    if last.format.startswith(b"fmt ") and last.kind != b"riff":
+    if chunks.format.startswith(b"fmt ") and chunks.kind != b"riff":
         cure += ", or all of it: ffmpeg -ignore_length 1 -i IN OUT.flac"
     cause = f"{rest} bytes follow the samples that it announces, and are neither a chunk nor a tag"
     raise source.error(cause, cure)
 
 
 def _read_chunks(source: Source, start: int) -> _Chunks:
-    """Go from chunk to chunk."""
+    """Read the headers of the chunks of one file."""
     head = source.read(start, 12)
     form = _SVX if head[:4] == b"FORM" and head[8:] in (b"8SVX", b"16SV") else _FORMS[head[:4]]
     chunks = _Chunks(head[:4], start)
@@ -201,7 +203,9 @@ def _parts(source: Source, chunks: _Chunks) -> list[Part]:
     form = _FORMS[chunks.kind]
     if chunks.kind in (b"RIFF", b"caff") and stop - body < 1 << 8 * form.size:
         # libsndfile refuses the -1 of CAF, and finds no samples in some WAV files whose size is 0.
-        changes[body - form.size] = (stop - body).to_bytes(form.size, form.order)
+        at, size = body - form.size, (stop - body).to_bytes(form.size, form.order)
+        if source.read(at, form.size) != size:
+            changes[at] = size
     pieces: list[Piece] = []
     position = chunks.start
     for at, data in sorted(changes.items()):

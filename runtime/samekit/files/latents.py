@@ -161,7 +161,8 @@ class LatentsReader:
 
     def __init__(self, path: str | os.PathLike[str], width: int | None = None) -> None:
         self._path = checked_path(path)
-        self._header = _read_header(self._path)
+        with _readable(self._path) as file:
+            self._header = _read_header(self._path, file)
         self.width, self.latents = _clip_shape(self._path, self._header.shape, width)
         self.metadata = _read_metadata(_metadata_path(self._path))
         """The contents of the `.json` file; empty if there is none."""
@@ -198,10 +199,11 @@ def map_array(path: Path) -> Floats:
 
     Raise LatentsFileError if the file is missing, cut off, or not an array of at least one floating-point number.
     """
-    header = _read_header(path)
-    order: Literal["F", "C"] = "F" if header.fortran_order else "C"
-    # A plain array that keeps the map alive: np.memmap would make every result computed from it a memmap too.
-    return np.asarray(np.memmap(path, header.dtype, "r", header.offset, header.shape, order))
+    with _readable(path) as file:
+        header = _read_header(path, file)
+        order: Literal["F", "C"] = "F" if header.fortran_order else "C"
+        # A plain array that keeps the map alive: np.memmap would make every result computed from it a memmap too.
+        return np.asarray(np.memmap(file, header.dtype, "r", header.offset, header.shape, order))
 
 
 class _Header(NamedTuple):
@@ -214,11 +216,10 @@ class _Header(NamedTuple):
     """Bytes before the first value."""
 
 
-def _read_header(path: Path) -> _Header:
-    """Read the header of a `.npy` file, and check it against the size of the file."""
-    with _readable(path) as file:
-        head = io.BytesIO(file.read(_HEAD_BYTES))
-        file_bytes = file.seek(0, os.SEEK_END)
+def _read_header(path: Path, file: BinaryIO) -> _Header:
+    """Read the header of an open `.npy` file, and check it against the size of the file."""
+    head = io.BytesIO(file.read(_HEAD_BYTES))
+    file_bytes = file.seek(0, os.SEEK_END)
     try:
         shape, fortran_order, dtype = _HEADER_READERS[np.lib.format.read_magic(head)](head)
     except _HEADER_ERRORS as error:
@@ -238,9 +239,9 @@ def _read_header(path: Path) -> _Header:
 
 def _clip_shape(path: Path, shape: tuple[int, ...], width: int | None) -> tuple[int, int]:
     """Return the width and the number of latents of one clip."""
-    *batch, found, latents = shape if len(shape) > 1 else (0, 0, 0, 0)
-    if batch not in ([], [1]):
+    if len(shape) < 2 or shape[:-2] not in ((), (1,)):
         raise LatentsFileError(f"{path}: has shape {shape}; give one clip, [width, latents]")
+    found, latents = shape[-2:]
     if width is not None and found != width:
         raise LatentsFileError(
             f"{path}: its latents are {found} wide, the model's {width}; use the model that made them"

@@ -31,6 +31,9 @@ LOCK_FILE: Final = ".lock"
 """Name of the lock file in an engine folder; it exists while a process holds the lock, or after it was killed."""
 
 _POLL_SECONDS: Final = 0.1
+# Attempts to open a lock file, whose folder other processes may delete meanwhile. Some file systems, such as /proc,
+# report the same error for every new file.
+_OPENING_ATTEMPTS: Final = 1000
 # More than this module writes; a file of another program may have any size.
 _HOLDER_BYTES: Final = 64
 
@@ -47,8 +50,8 @@ def folder_lock(folder: Path, *, wait: bool = True) -> Iterator[None]:
     try:
         yield
     finally:
-        # Deleted while the lock is held. A process that has opened this file meanwhile finds that it is no longer the
-        # one in the folder, and opens the next one.
+        # The file is deleted while the lock is held. A process that has opened it meanwhile finds that it is no longer
+        # in the folder, and opens the next one.
         with suppress(OSError):
             path.unlink()
         with suppress(OSError):
@@ -110,16 +113,17 @@ def _open(path: Path, folder: Path) -> int:
     """Open a lock file, after creating it and its folder if they are missing."""
     # Not through a link, which would make this write to a file elsewhere. A pipe must not block.
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    attempts = 0
     while True:
         # Both steps are repeated if the process that held the lock has deleted the folder meanwhile.
+        attempts += 1
         with output_errors(folder):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 return os.open(path, flags, 0o666)
-            except FileNotFoundError:
-                pass
-            except FileExistsError:
-                if os.path.lexists(path.parent) and not os.path.isdir(path.parent):
+            except (FileNotFoundError, FileExistsError):
+                is_no_folder = os.path.lexists(path.parent) and not os.path.isdir(path.parent)
+                if is_no_folder or attempts == _OPENING_ATTEMPTS:
                     raise
 
 

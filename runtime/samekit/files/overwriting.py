@@ -37,15 +37,14 @@ def require_no_recording(
     """
     output, latents = Path(audio_path), Path(latents_path)
     source = next((Path(value) for name in _SOURCE_FIELDS if isinstance(value := metadata.get(name), str)), None)
-    if source is None or not _exists(output):
+    if source is None or not os.path.exists(output):
         return
     described = latents.with_suffix(".json")
-    # Files written today hold absolute paths. A relative path counts from the folder where `encode` ran, which is not
-    # recorded.
-    found = [path for path in (Path.cwd() / source, latents.absolute().parent / source) if _exists(path)]
+    # samekit writes absolute paths. A relative one counts from a folder that is not recorded, so two are tried.
+    found = [path for path in (source, latents.parent / source) if os.path.exists(path)]
     if any(_is_same(output, path) for path in found):
         problem = f"is the recording that {described} names as the source of these latents"
-    # Some systems ignore the case of letters in names.
+    # Some file systems ignore the case of letters in names.
     elif not found and output.name.casefold() == source.name.casefold():
         problem = f"may be the recording {source}, which {described} names and which is not there"
     else:
@@ -53,14 +52,10 @@ def require_no_recording(
     raise OutputError(f"{output}: {problem}; choose another name, or pass --force (from Python: force=True)")
 
 
-def _exists(path: Path) -> bool:
-    return os.path.exists(path)
-
-
 def _is_same(output: Path, source: Path) -> bool:
     """Return whether two names lead to one file, also through links."""
     try:
         return output.samefile(source)
-    # One does not exist, or is no possible name.
     except (OSError, ValueError):
+        # A file does not exist, or its name is not possible.
         return False
