@@ -1,6 +1,21 @@
 """TensorRT: engines built by NVIDIA's compiler, the builds of an engine folder, and the backend on a fake runtime.
 
 Tests that run an engine need a GPU and are marked "gpu". There the contract of every backend is tested too.
+
+Common faults of programs with TensorRT, and the tests that samekit avoids them:
+
+* input written on another stream than the engine's: `test_work_is_ordered`, `test_streams_wait_for_each_other`,
+  `test_input_from_another_stream`
+* a launch that fails, or a shape that is refused, without an error: `test_every_answer_is_heard`,
+  `test_too_long_is_refused_before_anything_happens`
+* an output buffer that the next call overwrites: `test_results_are_the_callers_own`
+* scratch memory for the largest shape: `test_scratch_is_what_the_shape_needs`
+* engines loaded before they are used: `test_engines_are_read_when_they_are_used`
+* engines that are used although they are out of date: `test_stale_engines_are_refused`, `test_damaged_builds_are_refused`
+* plugins that tie an engine to one GPU family: `TestBuilding` (the graphs have standard ONNX operators only)
+* only batch 1, or only one length: `test_every_shape_comes_out_right`
+* an engine that is compared with itself: `test_equals_eager_pytorch_in_both_profiles`
+* float32 layers that are converted to lower precision: `test_weights_keep_their_precision`
 """
 
 from __future__ import annotations
@@ -417,10 +432,10 @@ def test_build_log_that_cannot_be_written(encoder_builder, tmp_path):
     assert (tmp_path / "encoder.engine").read_bytes() == b"engine"
 
 
-def test_message_after_the_build_log_was_closed(half_builder):
+def test_message_after_the_build_log_was_closed(encoder_builder):
     """TensorRT's objects can outlive a failed build, and log when they are deleted."""
-    half_builder._log.close()
-    half_builder._logger.log(SimpleNamespace(name="WARNING"), "a late message")
+    encoder_builder._log.close()
+    encoder_builder._logger.log(SimpleNamespace(name="WARNING"), "a late message")
 
 
 # --- Fingerprints ---------------------------------------------------------------------------------------------
