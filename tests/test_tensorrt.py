@@ -11,7 +11,8 @@ Common faults of programs with TensorRT, and the tests that samekit avoids them:
 * an output buffer that the next call overwrites: `test_results_are_the_callers_own`
 * scratch memory for the largest shape: `test_scratch_is_what_the_shape_needs`
 * engines loaded before they are used: `test_engines_are_read_when_they_are_used`
-* engines that are used although they are out of date: `test_stale_engines_are_refused`, `test_damaged_builds_are_refused`
+* engines that are used although they are out of date: `test_stale_engines_are_refused`,
+  `test_damaged_builds_are_refused`
 * plugins that tie an engine to one GPU family: `TestBuilding` (the graphs have standard ONNX operators only)
 * only batch 1, or only one length: `test_every_shape_comes_out_right`
 * an engine that is compared with itself: `test_equals_eager_pytorch_in_both_profiles`
