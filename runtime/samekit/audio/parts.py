@@ -44,6 +44,7 @@ class PieceFile:
         self.error: OSError | None = None
 
     def tell(self) -> int:
+        """Return the position."""
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
