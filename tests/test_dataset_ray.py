@@ -84,9 +84,13 @@ def work(engine_of, tmp_path_factory):
 
 def workers():
     """Return the processes of the actors."""
-    return [
-        process for process in psutil.Process().children(recursive=True) if process.name().startswith("ray::_Worker")
-    ]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        # Others of Ray's processes may end at any moment.
+        with suppress(psutil.NoSuchProcess):
+            if process.name().startswith("ray::_Worker"):
+                found.append(process)
+    return found
 
 
 def mixed_clips(folder):
