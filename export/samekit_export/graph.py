@@ -140,7 +140,7 @@ class GraphBlock(nn.Module):
     def _rotary(self, rows: Tensor, positions: Tensor, attention: AttentionGroups) -> Tensor:
         """Apply rotary embedding, then `_per_head`."""
         tables = attention.tables
-        # Each row is a sequence of its own: ONNX Runtime takes no sequence that is longer than the tables.
+        # Each row is one sequence, because ONNX Runtime takes no sequence that is longer than the tables.
         rotated = torch.onnx.ops.rotary_embedding(
             rows.view(-1, 2 * self.heads, 1, self.head_width),
             tables.cos.to(rows.dtype),

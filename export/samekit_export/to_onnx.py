@@ -1,4 +1,4 @@
-"""Write graphs as ONNX files: standard operators, dynamic batch and latents, large weights in a file of their own."""
+"""Write graphs as ONNX files: standard operators, dynamic batch and latents, large weights in a separate file."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def write_onnx(graph: GraphEncoder | GraphDecoder, path: Path) -> None:
         )
         if program is None:
             raise RuntimeError("torch.onnx.export returned nothing")
-        # The exporter gives this size as a long formula of its own symbols.
+        # The exporter gives this size as a long formula of symbols that it generates.
         shape = program.model.graph.outputs[0].shape
         if shape is None:
             raise RuntimeError("torch.onnx.export lost the output's shape")

@@ -1,4 +1,4 @@
-"""Check the pages of Ogg files (RFC 3533), and return each audio stream as a part of its own.
+"""Check the pages of Ogg files (RFC 3533), and return one part for each audio stream.
 
 libogg skips damaged and missing pages without an error, and libsndfile reads only the first of several streams.
 """

@@ -56,7 +56,7 @@ def main(verbose: bool) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(EscapingFormatter("samekit: %(message)s"))
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
-    # This library installs a log handler of its own, so each of its lines would be shown twice.
+    # This library installs its own log handler, so each of its lines would be shown twice.
     logging.getLogger("huggingface_hub").propagate = False
 
 

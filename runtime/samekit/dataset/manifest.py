@@ -6,8 +6,8 @@
 
 A run writes the first part with the numbers of all clips before it encodes anything, so numbers never change. It adds
 a line for each finished clip. At its end it writes the first part again and removes the others. A process that is
-killed leaves at most an incomplete last line, which is ignored. Each shard (`--shard I/N`) has a manifest and a lock
-of its own (`manifest-I-of-N-000001.jsonl`) and uses every N-th number.
+killed leaves at most an incomplete last line, which is ignored. Each shard (`--shard I/N`) has its own manifest
+(`manifest-I-of-N-000001.jsonl`) and its own lock, and uses every N-th number.
 
 Some file systems behind a URL keep half of an interrupted upload. So the first part is written twice: under the next
 free number, then under number 1. A part that begins with settings replaces all parts before it. It is ignored if its

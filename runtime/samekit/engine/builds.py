@@ -258,7 +258,7 @@ def write_document(build: Build) -> None:
 
 
 def open_cache(engine: Engine, precision: str, flavour: str, version: str) -> Path:
-    """Return the folder, created if missing, in which ONNX Runtime keeps engines of its own.
+    """Return the folder, created if missing, in which ONNX Runtime keeps the engines that it builds.
 
     This takes no lock: several processes may do it at once, and an export that is running does not delay it.
     Raise OutputError if the folder cannot be written.

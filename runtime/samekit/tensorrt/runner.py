@@ -99,7 +99,7 @@ class EngineRunner:
         return output
 
     def _new_context(self, profile: int, *, records: bool = False) -> tuple[Any, Any]:
-        """Create an execution context without memory of its own; return it and its configuration.
+        """Create an execution context that allocates no memory; return it and its configuration.
 
         By default a context allocates what the largest shape of any profile needs. `records` lets TensorRT-RTX, which
         compiles kernels late, record CUDA graphs by itself.
