@@ -529,6 +529,15 @@ def test_flac_with_tags_before(read, tag, counted):
     assert read(tag + mangle.flac_count(made("FLAC", 60_000, "PCM_16"), counted)) == 60_000
 
 
+def test_flac_whose_samples_hold_the_letters_of_a_tag(read):
+    samples = np.random.RandomState(0).randint(-(2**15), 2**15, 20_000).astype(np.int16)
+    samples[15_000:15_002] = np.frombuffer(b"DI\x033", np.int16)
+    file = io.BytesIO()
+    sf.write(file, samples, RATE, format="FLAC")
+    assert b"ID3" in file.getvalue()[-(2**14) :]
+    assert read(file.getvalue()) == len(samples)
+
+
 @each_length
 def test_joined_flacs(read, frames):
     one, other = made("FLAC", frames, "PCM_16"), made("FLAC", 50_000, "PCM_16")

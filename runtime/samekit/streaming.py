@@ -5,7 +5,8 @@ Arrays, files and streams all go through `run_windows`, so they give the same nu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -15,12 +16,15 @@ from samekit.engine.spec import DECODER, ENCODER, Direction, opposite
 from samekit.errors import BackendError, InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Any
 
     from samekit.arrays import Array
     from samekit.backends.base import Backend
     from samekit.windows import ExactWindows, Window
+
+_new_array: Final = partial(np.empty, dtype=np.float32)
+_NO_VALUES: Final = _new_array((1, 1, 0))
 
 
 def run_windows(backend: Backend, direction: Direction, pieces: Iterable[tuple[Window, Array]]) -> Iterator[Array]:
@@ -59,16 +63,30 @@ def _run_together(backend: Backend, direction: Direction, pieces: list[tuple[Win
 class WindowCutter:
     """Cut a sequence that arrives in pieces into exact windows; memory does not grow with its length.
 
+    Each piece is copied once, into the arrays of the windows that it is a part of.
+
     Args:
         plan: the windows.
         unit: values of the sequence per latent.
+        expected: latents of the sequence if they are known. At another length, arrays are larger or copied once more.
+        allocate: returns a new float32 array of a shape, with any values.
     """
 
-    def __init__(self, plan: ExactWindows, unit: int) -> None:
+    def __init__(
+        self,
+        plan: ExactWindows,
+        unit: int,
+        expected: int | None = None,
+        allocate: Callable[[tuple[int, ...]], Array] = _new_array,
+    ) -> None:
         self._plan = plan
         self._unit = unit
+        self._expected = expected
+        self._allocate = allocate
         self._next = 0
-        self._waiting: Array | None = None
+        # The array of the next window, and how many values of each feature it holds so far.
+        self._window = _NO_VALUES
+        self._filled = 0
 
     def push(self, array: Array, *, final: bool = False) -> list[tuple[Window, Array]]:
         """Take the next piece and return the windows that it completes.
@@ -80,20 +98,44 @@ class WindowCutter:
         Returns:
             Windows and their inputs, `[batch, features, latents of the window * unit]`.
         """
-        unit, offset = self._unit, self._next * self._plan.step
-        if self._waiting is not None and self._waiting.shape[-1]:
-            array = np.concatenate([self._waiting, array], axis=-1)
-        available = offset + array.shape[-1] // unit
         windows = []
-        while (window := self._plan.next(self._next, available, final=final)) is not None:
-            windows.append((window, array[:, :, (window.start - offset) * unit : (window.stop - offset) * unit]))
-            self._next += 1
+        size = self._plan.size * self._unit
+        while array.shape[-1]:
+            if self._filled == size:
+                windows += self._cut(final=False)
+            taken = size - self._filled
+            self._append(array[:, :, :taken])
+            array = array[:, :, taken:]
         if final:
-            self._next, self._waiting = 0, None
-        else:
-            # A copy, so that the caller's block is not kept alive by its tail.
-            self._waiting = array[:, :, (self._next * self._plan.step - offset) * unit :].copy()
+            windows += self._cut(final=True)
+            self._next, self._filled, self._window = 0, 0, _NO_VALUES
         return windows
+
+    def _cut(self, *, final: bool) -> Iterator[tuple[Window, Array]]:
+        """Yield the window in work, after which the sequence ends or goes on; begin the next with what both share."""
+        plan, array = self._plan, self._window[:, :, : self._filled]
+        known = self._next * plan.step + self._filled // self._unit
+        window = plan.next(self._next, known if final else known + 1, final=final)
+        if window is not None:
+            yield window, array
+        if not final:
+            self._next += 1
+            self._filled, self._window = 0, _NO_VALUES
+            self._append(array[:, :, plan.step * self._unit :])
+
+    def _append(self, values: Array) -> None:
+        """Copy values to the array of the window in work, and allocate a larger one if they have no room there."""
+        if not values.shape[-1]:
+            return
+        filled, old = self._filled, self._window
+        self._filled += values.shape[-1]
+        if self._filled > old.shape[-1]:
+            latents = self._plan.size
+            if self._expected is not None and not filled:
+                latents = min(latents, self._expected - self._next * self._plan.step)
+            self._window = self._allocate((*values.shape[:-1], max(self._filled, latents * self._unit)))
+            self._window[:, :, :filled] = old[:, :, :filled]
+        self._window[:, :, filled : self._filled] = values
 
 
 class _Stream:

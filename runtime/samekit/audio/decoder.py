@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import soundfile as sf
 
 from samekit.audio.parts import Part, Piece, PieceFile
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 _UNKNOWN_FRAMES: Final = 2**63 - 1
 # libsndfile's SF_ERR_SYSTEM: the operating system could not read.
 _SYSTEM_ERROR: Final = 2
+# Most bytes of the pieces of a file that are copied to memory, where libsndfile reads them without calls into Python.
+_COPIED_BYTES: Final = 2**24
 # Fewer unread bytes may be an incomplete block of a codec.
 _BLOCK_BYTES: Final = 2048
 
@@ -60,6 +63,7 @@ class Decoder:
         self.coding = str(self._file.format), str(self._file.subtype)
         self.frames = None if self._file.frames >= _UNKNOWN_FRAMES else int(self._file.frames)
         self._frames_read = 0
+        self._buffer: Audio = np.empty((0, self.layout[1]), np.float32)
 
     def _open(self, pieces: tuple[Piece, ...]) -> None:
         self._pieces = PieceFile(self._source, pieces)
@@ -67,24 +71,35 @@ class Decoder:
         self._descriptor = None
         # libsndfile reads faster without calls into Python. It then moves the position of the file, so nothing else may
         # read. On Windows, it may use another C library, to which Python's descriptors mean nothing.
-        if pieces == ((0, self._source.size),) and not self._part.count_frame and os.name == "posix":
-            file = self._descriptor = self._source.descriptor
-            os.lseek(file, 0, os.SEEK_SET)
-        with self._decoding("cannot be read as audio", f"give a file that libsndfile reads, or {CONVERT}"):
-            self._file = _SequentialFile(file, closefd=False)
+        with ExitStack() as stack:
+            if pieces == ((0, self._source.size),) and not self._part.count_frame and os.name == "posix":
+                file = self._descriptor = self._source.descriptor
+                os.lseek(file, 0, os.SEEK_SET)
+            elif self._pieces.size <= _COPIED_BYTES and hasattr(os, "memfd_create"):
+                file = self._descriptor = os.memfd_create("samekit")
+                stack.callback(os.close, file)
+                self._pieces.copy_to(file)
+            with self._decoding("cannot be read as audio", f"give a file that libsndfile reads, or {CONVERT}"):
+                self._file = stack.enter_context(_SequentialFile(file, closefd=False))
+            self._opened = stack.pop_all()
 
     def close(self) -> None:
         """Close the decoder; the source stays open."""
-        self._file.close()
+        self._opened.close()
 
     def read(self, most: int, seconds: float) -> Audio:
-        """Decode up to `most` frames, `[frames, channels]`; none at the end. `seconds` of the file precede them."""
+        """Decode up to `most` frames, `[frames, channels]`; none at the end. `seconds` of the file precede them.
+
+        The next call writes over them.
+        """
         # libsndfile would drop frames beyond the announced ones, which hides that there are more.
         wanted = most if self.frames is None else max(0, min(most, self.frames - self._frames_read))
         # libsndfile does not report the position within the block.
         cause = f"is damaged after {seconds:.1f} s, before {seconds + wanted / self.layout[0]:.1f} s"
+        if len(self._buffer) < wanted:
+            self._buffer = np.empty((wanted, self.layout[1]), np.float32)
         with self._decoding(cause, COPY):
-            frames: Audio = self._file.read(wanted, dtype="float32", always_2d=True)
+            frames: Audio = self._file.read(out=self._buffer[:wanted])
         self._frames_read += len(frames)
         return frames
 

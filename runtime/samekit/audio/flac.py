@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from samekit.audio.front_channels import front_of_mask
 from samekit.audio.parts import Part, Piece
+from samekit.audio.tags import size_from_start
 
 if TYPE_CHECKING:
     from samekit.audio.source import Source
@@ -71,7 +72,8 @@ def _next_stream(source: Source, position: int) -> int | None:
     # The first block is small: a malicious file may consist of tiny streams.
     size = _TAIL
     while len(block := source.read(position, size)) >= _BEGINNING_BYTES:
-        if match := _BEGINNING.search(block):
+        # A plain search is several times as fast, and finds almost nothing.
+        if (at := block.find(b"fLaC")) >= 0 and (match := _BEGINNING.search(block, at)):
             return position + match.start()
         position += len(block) - _BEGINNING_BYTES + 1
         size = _BLOCK
@@ -122,7 +124,8 @@ def _before_trailer(source: Source, start: int, end: int) -> int:
         block = source.read(tail, before - tail)
         # ID3v2 tags of the next stream can be recognised only at their beginning.
         found = block.rfind(b"ID3")
-        if found >= 0 and source.after_tags(tail + found, end) == before:
+        # Samples may hold these letters too, so the size of the tag must fit.
+        if found >= 0 and tail + found + size_from_start(source.read(tail + found, 32)) == before:
             before = tail + found
         elif before - start > _PADDING and source.is_padding(before - _PADDING, before):
             before = tail + len(block.rstrip(block[-1:]))

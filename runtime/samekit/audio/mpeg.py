@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from struct import Struct
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from samekit.audio.parts import Part
@@ -35,6 +36,9 @@ _LONGEST_FRAME: Final = 1729
 _LEAST_INFO: Final = 60
 # The least equal bytes between frames that count as padding.
 _LEAST_PADDING: Final = 16
+_WORD: Final = Struct(">I")
+# Bytes 6 to 12 of a frame that may carry a header about the stream: the side information of silence.
+_SILENT: Final = bytes(6)
 # Bytes that are read at a time, and bytes in which the first frame is looked for.
 _BLOCK: Final = 2**17
 _SEARCH: Final = 2**16
@@ -50,11 +54,7 @@ class _Header(NamedTuple):
     mono: bool
     layer: int
     mpeg1: bool
-
-    @property
-    def kind(self) -> tuple[int, int, bool]:
-        """What the frames of one stream share."""
-        return self.layer, self.rate, self.mono
+    kind: tuple[int, int, bool]  # what the frames of one stream share: layer, rate, mono
 
 
 @lru_cache(maxsize=4096)
@@ -68,7 +68,8 @@ def _header(word: int) -> _Header | None:
     bits, padding = _BIT_RATES[version == 3, layer][bit_index] * 1000, word >> 9 & 1
     samples = 384 if layer == 1 else 576 if layer == 3 and version != 3 else 1152
     size = (12 * bits // rate + padding) * 4 if layer == 1 else samples // 8 * bits // rate + padding
-    return _Header(size, bits, samples, rate, word >> 6 & 3 == 3, layer, version == 3)
+    mono = word >> 6 & 3 == 3
+    return _Header(size, bits, samples, rate, mono, layer, version == 3, (layer, rate, mono))
 
 
 def _header_in(data: bytes, at: int = 0) -> _Header | None:
@@ -112,10 +113,10 @@ class _Stream:
     last: int = 0  # offset of the last frame
     ranges: list[tuple[int, int]] = field(default_factory=list)
 
-    def add(self, start: int, end: int) -> None:
-        """Append a frame."""
-        self.frames += 1
-        self.last = start
+    def add(self, start: int, end: int, last: int, frames: int) -> None:
+        """Append frames that follow each other, the last of which begins at `last`."""
+        self.frames += frames
+        self.last = last
         if self.ranges and self.ranges[-1][1] == start:
             start = self.ranges.pop()[0]
         self.ranges.append((start, end))
@@ -195,16 +196,37 @@ def _find_streams(source: Source, position: int, end: int) -> list[_Stream]:
                 streams[-1].drop_last()
             continue
         # Frames with a header about the stream are silent: zeros follow the frame header and its checksum.
-        info = None if any(block[at + 6 : at + 12]) else _read_info(block[at : at + header.size])
+        info = _read_info(block[at : at + header.size]) if block[at + 6 : at + 12] == _SILENT else None
         if info or not streams or streams[-1].header.kind != header.kind:
             streams.append(_Stream(header, word, info))
             source.check_streams(len(streams))
         if not info:
-            streams[-1].bit_rate_changes |= header.bit_rate != streams[-1].header.bit_rate
-            streams[-1].add(position, position + header.size)
-            seconds += header.samples / header.rate
-        position += header.size
+            seconds += _add_frames(streams[-1], block, begin, position, end) * header.samples / header.rate
+            position = streams[-1].ranges[-1][1]
+        else:
+            position += header.size
     return streams
+
+
+def _add_frames(stream: _Stream, block: bytes, begin: int, position: int, end: int) -> int:
+    """Append the frame at `position` to a stream, and those like it that follow; return how many they are.
+
+    `block` holds the bytes from `begin` on. A frame that may carry a header about the stream is left out.
+    """
+    kind, bit_rate = stream.header.kind, stream.header.bit_rate
+    at = position - begin
+    most = min(len(block), end - begin) - _LONGEST_FRAME
+    last, frames = at, 0
+    header = _header_in(block, at)
+    while header is not None and header.kind == kind:
+        stream.bit_rate_changes |= header.bit_rate != bit_rate
+        frames += 1
+        last, at = at, at + header.size
+        if at > most or block[at + 6 : at + 12] == _SILENT:
+            break
+        header = _header(_WORD.unpack_from(block, at)[0])
+    stream.add(position, begin + at, begin + last, frames)
+    return frames
 
 
 def _after_gap(source: Source, position: int, end: int, seconds: float) -> int:

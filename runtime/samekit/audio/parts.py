@@ -6,11 +6,14 @@ import os
 from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from samekit.audio.front_channels import Front
     from samekit.audio.source import Source
+
+# Bytes that are copied at a time.
+_BLOCK: Final = 2**18
 
 Piece = tuple[int, int] | bytes
 """Begin and end of a stretch of the file, or bytes that are read in its place."""
@@ -53,6 +56,13 @@ class PieceFile:
         if position >= 0:
             self._position = position
         return self._position
+
+    def copy_to(self, descriptor: int) -> None:
+        """Write all pieces to an empty file, up to the first that cannot be read; leave its position at the start."""
+        block = memoryview(bytearray(min(self.size, _BLOCK)))
+        while count := self.readinto(block):
+            os.write(descriptor, block[:count])
+        os.lseek(descriptor, 0, os.SEEK_SET)
 
     def readinto(self, buffer: memoryview) -> int:
         """Fill a buffer, and return how many bytes were read; fewer than it holds at the end only."""

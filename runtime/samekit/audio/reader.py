@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 BLOCK: Final = 2**18
 """Samples a channel that are read at a time: 6 s at 44.1 kHz, 2 MiB in stereo."""
+# Samples a channel that stay in the processor's cache from one step to the next.
+_CACHED_BLOCK: Final = 2**16
 # Most samples of all channels in a block: a header may announce 1,024 channels.
 _BLOCK_VALUES: Final = 2**21
 
@@ -98,6 +100,11 @@ class AudioReader:
 
     def __iter__(self) -> Iterator[Audio]:
         """Yield the samples that are left, as `[channels, samples]`."""
+        for block in self.views():
+            yield block.copy()
+
+    def views(self) -> Iterator[Audio]:
+        """Yield what iteration yields, without a copy: the next block is written over the last one."""
         while True:
             front, channels = self._part.front, self.info.channels
             if front != (0, 1) and max(front) >= channels:
@@ -106,9 +113,10 @@ class AudioReader:
             order = [*front, *(channel for channel in range(channels) if channel not in front)]
             while len(frames := self._decoder.read(self._block, self._seconds)):
                 self._frames_read += len(frames)
-                if not np.isfinite(frames).all():
+                # Comparisons with NaN are false.
+                if not (-np.inf < frames.min() and frames.max() < np.inf):
                     raise self._source.error("holds NaN or infinity", "render it again without them")
-                yield np.ascontiguousarray(frames.T if front == (0, 1) else frames.T[order])
+                yield frames.T if front == (0, 1) else frames.T[order]
             if file_signature(self.path) != self._signature:
                 raise self._source.error("was changed while it was read", "read it again")
             self._decoder.check_end()
@@ -149,7 +157,7 @@ class PreparedReader(AudioReader):
     """
 
     def __init__(self, path: str | os.PathLike[str], sample_rate: int, channels: int) -> None:
-        super().__init__(path)
+        super().__init__(path, _CACHED_BLOCK)
         self.samples = 0
         """Samples a channel that were yielded so far: the exact length, once the file is read."""
         self._channels = channels
@@ -159,18 +167,17 @@ class PreparedReader(AudioReader):
             self.close()
             raise
 
-    def __iter__(self) -> Iterator[Audio]:
-        """Yield `[channels, samples]` at the rate wanted, in blocks of varying length."""
+    def views(self) -> Iterator[Audio]:
+        """Yield `[channels, samples]` at the rate wanted, in blocks of varying length; the next is written over it."""
         for block in self._resampled():
-            if block.shape[1]:
-                self.samples += block.shape[1]
-                yield block
+            self.samples += block.shape[1]
+            yield block
 
     def _resampled(self) -> Iterator[Audio]:
-        """Yield the outputs for each block of the file and for its end; some are empty."""
-        for block in super().__iter__():
-            yield self._resampler.push(to_channels(block, self._channels))
-        yield self._resampler.finish()
+        """Yield the outputs for each block of the file and for its end."""
+        for block in super().views():
+            yield from self._resampler.outputs(to_channels(block, self._channels))
+        yield from self._resampler.last_outputs()
 
 
 def read_audio(path: str | os.PathLike[str]) -> tuple[Audio, int]:

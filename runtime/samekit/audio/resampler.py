@@ -15,6 +15,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from samekit.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from samekit.audio.channels import Audio
 
 # The low-pass filter of the reference, the defaults of `torchaudio.functional.resample`.
@@ -82,34 +84,47 @@ class StreamResampler:
         Raises:
             InputError: the block has another shape.
         """
+        if self._rate_in == self._rate_out:
+            return next(self.outputs(block))
+        return self._joined(self.outputs(block))
+
+    def outputs(self, block: Audio) -> Iterator[Audio]:
+        """Yield what `push` returns, in pieces of one span.
+
+        Raises:
+            InputError: as `push`.
+        """
         channels, capacity = self._span.shape
         if block.ndim != 2 or block.shape[0] != channels:
             raise InputError(f"block of shape {block.shape} does not fit; give [{channels}, samples]")
         if self._rate_in == self._rate_out:
-            return block
+            yield block
+            return
         self._received += block.shape[1]
-        outputs = [np.empty((channels, 0), np.float32)]
         while block.shape[1]:
             taken = min(block.shape[1], capacity - self._filled)
             self._span[:, self._filled : self._filled + taken] = block[:, :taken]
             self._filled += taken
             block = block[:, taken:]
             if self._filled == capacity:
-                outputs.append(self._next_outputs())
-        return np.concatenate(outputs, axis=1)
+                yield self._next_outputs()
 
     def finish(self) -> Audio:
         """End the audio and return the remaining outputs, `[channels, samples]`. The next `push` begins a new audio."""
-        channels, capacity = self._span.shape
+        return self._joined(self.last_outputs())
+
+    def last_outputs(self) -> Iterator[Audio]:
+        """Yield what `finish` returns, in pieces of one span."""
         total = resampled_length(self._received, self._rate_in, self._rate_out)
-        outputs = [np.empty((channels, 0), np.float32)]
-        while self._produced < total:
+        while (left := total - self._produced) > 0:
             # A full span, because a matrix product of another shape may round differently.
-            outputs.append(self.push(np.zeros((channels, capacity - self._filled), np.float32)))
-        rest = np.concatenate(outputs, axis=1)
-        rest = rest[:, : rest.shape[1] - (self._produced - total)]
+            self._span[:, self._filled :] = 0
+            self._filled = self._span.shape[1]
+            yield self._next_outputs()[:, :left]
         self._reset()
-        return rest
+
+    def _joined(self, outputs: Iterator[Audio]) -> Audio:
+        return np.concatenate([np.empty((self._span.shape[0], 0), np.float32), *outputs], axis=1)
 
     def _reset(self) -> None:
         """Begin at the first sample, with zeros before it."""
@@ -150,7 +165,13 @@ class _PolyphaseFilter:
         """Filter `[channels, span]` to `[channels, periods * outputs]`."""
         blocks, taps, size = self.weights.shape
         channels, periods = span.shape[0], self.starts.shape[1]
-        windows = sliding_window_view(span, taps, axis=1).swapaxes(0, 1)[self.starts]
+        windows = sliding_window_view(span, taps, axis=1).swapaxes(0, 1)
+        if blocks <= periods:
+            # This is twice as fast as an index for each window.
+            inputs = self.step // periods
+            windows = np.stack([windows[start::inputs][:periods] for start in self.starts[:, 0]])
+        else:
+            windows = windows[self.starts]
         # Samples beyond float32 become infinite, which later checks report.
         with np.errstate(over="ignore", invalid="ignore"):
             products = windows.reshape(blocks, periods * channels, taps) @ self.weights

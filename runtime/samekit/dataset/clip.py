@@ -24,9 +24,10 @@ from samekit.files.paths import open_regular, read_regular
 from samekit.streaming import WindowCutter
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Callable, Generator, Iterator
 
     from samekit.arrays import Array
+    from samekit.audio import AudioInfo
     from samekit.dataset.manifest import Status
     from samekit.dataset.options import CutOptions
     from samekit.dataset.sources import Source
@@ -153,6 +154,8 @@ class ClipReader:
 
     source: Source
     rules: CuttingRules
+    allocate: Callable[[tuple[int, ...]], Array]
+    """Returns a new float32 array of a shape, with any values, for a window."""
     checksum: bool = False
     clip: Clip | None = None
     """Set after the last window."""
@@ -219,20 +222,29 @@ class ClipReader:
         """Cut the part that is kept, and the zeros after it, into windows."""
         rules, spec = self.rules, self.rules.spec
         offset = self._random_offset() if rules.cut.crop == "random" else 0
-        cutter = WindowCutter(rules.windows, spec.hop)
         with self._open() as reader:
-            kept = 0
+            expected = None if reader.info.frames is None else _expected_sequence(reader.info, rules, offset)
+            cutter = WindowCutter(rules.windows, spec.hop, expected, self.allocate)
+            kept, silent = 0, True
             for block in self._kept_blocks(reader, offset):
-                if kept == 0 and _is_silent(block):
-                    self._require_sound(offset)
+                low, high = block.min(), block.max()
+                silent = silent and _is_silent(low, high)
+                if not (low >= -1 and high <= 1):
+                    np.clip(block, -1, 1, out=block)
                 kept += block.shape[1]
-                for window, audio in cutter.push(np.clip(block, -1, 1)[None]):
+                for window, audio in cutter.push(block[None]):
+                    if silent:
+                        self._require_sound(offset)
+                        silent = False
                     yield window, audio[0]
+            if silent and kept:
+                raise self._silence()
             whole = rules.cut.full or kept < rules.cut.sample_size
             samples = offset + kept if whole else self._length(reader)
             self._require_unchanged()
             self.clip = Clip(prompt, samples, offset, kept, rules.extent(kept))
-        zeros = np.zeros((1, spec.channels, spec.samples(self.clip.extent.sequence) - kept), np.float32)
+        missing = spec.samples(self.clip.extent.sequence) - kept
+        zeros = np.broadcast_to(np.float32(0), (1, spec.channels, missing))
         for window, audio in cutter.push(zeros, final=True):
             yield replace(window, core_stop=min(window.core_stop, self.clip.extent.computed)), audio[0]
 
@@ -240,10 +252,10 @@ class ClipReader:
         return PreparedReader(self.source.path, self.rules.spec.sample_rate, self.rules.spec.channels)
 
     def _kept_blocks(self, reader: PreparedReader, offset: int) -> Iterator[Array]:
-        """Yield the blocks of the part that is kept, and stop reading after it."""
+        """Yield the blocks of the part that is kept, each written over the last one, and stop reading after it."""
         end = math.inf if self.rules.cut.full else offset + self.rules.cut.sample_size
         position = 0
-        for block in reader:
+        for block in reader.views():
             begin = max(0, offset - position)
             stop = int(min(block.shape[1], end - position))
             if begin < stop:
@@ -255,10 +267,13 @@ class ClipReader:
     def _require_sound(self, offset: int) -> None:
         """Raise BadClipError if the whole kept part is silent, after reading it once."""
         with self._open() as reader:
-            if all(_is_silent(block) for block in self._kept_blocks(reader, offset)):
-                self._require_unchanged()
-                reason = f"no sample reaches {SILENCE_DB} dB; remove the clip"
-                raise BadClipError("silent", f"{self.source.path}: {reason}")
+            if all(_is_silent(block.min(), block.max()) for block in self._kept_blocks(reader, offset)):
+                raise self._silence()
+
+    def _silence(self) -> BadClipError:
+        """Return the error of a silent clip; raise AudioFileError if its file has changed."""
+        self._require_unchanged()
+        return BadClipError("silent", f"{self.source.path}: no sample reaches {SILENCE_DB} dB; remove the clip")
 
     def _length(self, reader: PreparedReader) -> int:
         """Return the length of the whole file, from its header if that can be trusted, else by reading to the end."""
@@ -267,7 +282,7 @@ class ClipReader:
             announced = resampled_length(info.frames, info.sample_rate, self.rules.spec.sample_rate)
             if announced > reader.samples:
                 return announced
-        for _ in reader:
+        for _ in reader.views():
             pass
         return reader.samples
 
@@ -309,16 +324,20 @@ def _can_be_opened(path: Path) -> bool:
     return False
 
 
-def _is_silent(block: Array) -> bool:
-    return bool(np.abs(block).max(initial=0) < _SILENCE_PEAK)
+def _is_silent(low: np.float32, high: np.float32) -> bool:
+    return bool(max(-low, high) < _SILENCE_PEAK)
 
 
 def expected_latents(source: Source, rules: CuttingRules) -> int:
     """Return the latents to encode for a clip according to its header, or 0 if that cannot be read."""
     try:
         with AudioReader(source.path) as reader:
-            info = reader.info
+            return _expected_sequence(reader.info, rules)
     except (SamekitError, OSError):
         return 0
-    samples = resampled_length(info.frames or 0, info.sample_rate, rules.spec.sample_rate)
+
+
+def _expected_sequence(info: AudioInfo, rules: CuttingRules, offset: int = 0) -> int:
+    """Return the latents to encode for a clip, from `offset` samples on, according to its header."""
+    samples = resampled_length(info.frames or 0, info.sample_rate, rules.spec.sample_rate) - offset
     return rules.extent(samples if rules.cut.full else min(samples, rules.cut.sample_size)).sequence

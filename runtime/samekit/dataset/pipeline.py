@@ -11,6 +11,7 @@ wait for others of that length, but at most `_WAITING_BATCHES` batches of window
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections import defaultdict
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from samekit.arrays import as_one_batch
 from samekit.dataset.clip import BadClipError, ClipReader
 from samekit.errors import BackendError, InputError, NonFiniteError
 from samekit.files.latents import LatentsWriter
@@ -87,6 +89,27 @@ class _Work:
     """Whether the clip cannot be encoded. Then its other windows are neither read nor encoded."""
 
 
+class _Buffers:
+    """Arrays of windows that are used again, because the operating system clears new memory page by page."""
+
+    def __init__(self, values: int) -> None:
+        self._values = values
+        self._free: list[Array] = []
+
+    def take(self, shape: tuple[int, ...]) -> Array:
+        """Return an array of a shape that has at most `values` values."""
+        try:
+            buffer = self._free.pop()
+        except IndexError:
+            buffer = np.empty(self._values, np.float32)
+        return buffer[: math.prod(shape)].reshape(shape)
+
+    def give_back(self, array: Array) -> None:
+        """Take back an array, or a part of it, that is not used any more."""
+        if array.base is not None:
+            self._free.append(array.base)
+
+
 @dataclass(frozen=True)
 class _Piece:
     """One window of a clip on the way to the encoder."""
@@ -128,6 +151,8 @@ class Pipeline:
         # Each reader puts None when it ends.
         self._read: queue.Queue[_Piece | _End | None] = queue.Queue(self.job.options.batch_size + self.readers)
         self._complete: queue.Queue[_Work | None] = queue.Queue(_WRITES_WAITING)
+        rules = self.job.rules
+        self._buffers = _Buffers(rules.spec.channels * rules.spec.samples(rules.windows.size))
 
     def run(self, tasks: Sequence[Task]) -> None:
         """Encode every clip; raises what `Executor.encode` raises."""
@@ -167,7 +192,8 @@ class Pipeline:
         self._read.put(None)
 
     def _read_clip(self, task: Task) -> None:
-        work, reader = _Work(task), ClipReader(task.source, self.job.rules, self.job.options.checksum)
+        work, rules, options = _Work(task), self.job.rules, self.job.options
+        reader = ClipReader(task.source, rules, self._buffers.take, options.checksum)
         pieces, bad = 0, None
         try:
             with closing(iter(reader)) as windows:
@@ -207,7 +233,7 @@ class Pipeline:
         if not batch or self._error:
             return
         try:
-            out = self.backend.encode(np.stack([piece.audio for piece in batch]))
+            out = self.backend.encode(as_one_batch([piece.audio[None] for piece in batch]))
         except NonFiniteError as error:
             if len(batch) > 1:
                 # One window at a time, to find the clip that fails.
@@ -218,6 +244,7 @@ class Pipeline:
             return
         for piece, latents in zip(batch, out, strict=True):
             self._keep(piece, latents)
+            self._buffers.give_back(piece.audio)
 
     def _keep(self, piece: _Piece, latents: Array) -> None:
         """Keep the latents of a window in the dtype of the file."""

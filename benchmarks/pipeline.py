@@ -1,0 +1,157 @@
+"""How many seconds of audio a second does `samekit pre-encode` read, with an encoder that costs nothing?
+
+Each format, rate and length is a dataset of music in stereo, as 16-bit WAV, FLAC or MP3. Bare decoding is
+`soundfile.read` in as many threads. Both run in turn, and the best round of each counts, because other work on the
+machine only adds time. The files lie in TMPDIR; a folder in memory leaves out the time that the disk takes.
+
+    TMPDIR=/dev/shm python benchmarks/pipeline.py --formats wav,flac,mp3 --rates 44100,48000 --clip-seconds 10
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import click
+import numpy as np
+import soundfile as sf
+from common import counts, finish, question
+
+from samekit import AutoencoderModel
+from samekit.backends.cpu import available_cpus
+from samekit.dataset.options import PreEncodeOptions
+from samekit.dataset.run import pre_encode
+
+for folder in ("tests", "tools"):
+    sys.path.append(str(Path(__file__).resolve().parent.parent / folder))
+
+import synthesis  # noqa: E402
+from null_encoder import NullEncoder  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FORMATS = ("wav", "flac", "mp3")
+# Different pieces of music in a dataset; the other clips are links to them.
+PIECES = 8
+# Seconds of a piece; longer clips repeat it.
+PIECE_SECONDS = 10
+
+
+class Cost(NamedTuple):
+    """Seconds of the clock and of the processor."""
+
+    wall: float
+    cpu: float
+
+
+def formats(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
+    """Parse names of formats, separated by commas."""
+    names = value.split(",")
+    if not set(names) <= set(FORMATS):
+        raise click.BadParameter(f"{value!r} is no list of {', '.join(FORMATS)}")
+    return names
+
+
+def write_dataset(folder: Path, kind: str, rate: int, seconds: int, clips: int) -> list[Path]:
+    """Write clips of one format, rate and length with captions; return their paths."""
+    folder.mkdir()
+    paths = [folder / f"{index:06d}.{kind}" for index in range(clips)]
+    for index, path in enumerate(paths):
+        if index < PIECES:
+            # At another rate, the same samples sound higher, which changes nothing here.
+            sf.write(path, np.resize(music(index), (seconds * rate, 2)), rate, format=kind.upper())
+        else:
+            os.link(paths[index % PIECES], path)
+        path.with_suffix(".txt").write_text(f"caption {index}", encoding="utf-8")
+    return paths
+
+
+@cache
+def music(seed: int) -> np.ndarray:
+    """Return a piece of music, `[samples, 2]`."""
+    return synthesis.clip(np.random.default_rng(seed), PIECE_SECONDS, music=True)
+
+
+def cost_of(work: Callable[[], object]) -> Cost:
+    """Run the work and return what it costs this process."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return Cost(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def best_of(costs: list[Cost]) -> Cost:
+    """Return the least of each."""
+    return Cost(*map(min, zip(*costs, strict=True)))
+
+
+def measure(paths: list[Path], out: Path, readers: int, rounds: int) -> tuple[Cost, Cost]:
+    """Return the costs of pre-encoding a dataset, and of decoding its files alone."""
+    model = AutoencoderModel(NullEncoder())
+
+    def whole_pipeline() -> None:
+        report = pre_encode(model, paths[0].parent, out, PreEncodeOptions(readers=readers))
+        if report.bad:
+            raise click.ClickException(str(report.bad[0]["reason"]))
+
+    def bare_decoding() -> None:
+        with ThreadPoolExecutor(readers) as pool:
+            for _ in pool.map(lambda path: sf.read(path, dtype="float32")[1], paths):
+                pass
+
+    ours, bare = [], []
+    for _ in range(rounds):
+        shutil.rmtree(out, ignore_errors=True)
+        ours.append(cost_of(whole_pipeline))
+        bare.append(cost_of(bare_decoding))
+    return best_of(ours), best_of(bare)
+
+
+@question
+@click.option("--formats", "kinds", default="wav,flac,mp3", show_default=True, callback=formats)
+@click.option("--rates", default="44100,48000", show_default=True, callback=counts, help="In Hz.")
+@click.option("--clip-seconds", default="10", show_default=True, callback=counts, help="Lengths of the clips.")
+@click.option("--clips", default=200, show_default=True, type=click.IntRange(1), help="Clips of each dataset.")
+@click.option("--readers", type=click.IntRange(1), help="[default: one a core, at most 4]")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
+def main(
+    kinds: list[str], rates: list[int], clip_seconds: list[int], clips: int, readers: int | None, rounds: int
+) -> None:
+    """Measure the pipeline of `samekit pre-encode` without an encoder."""
+    readers = readers or min(4, available_cpus())
+    results = []
+    print(f"{clips} clips of each kind, {readers} readers")
+    print(f"{'':20}{'audio s/s':>12}{'CPU ms/clip':>14}{'bare s/s':>12}{'bare CPU ms':>14}{'share of bare':>15}")
+    for seconds, kind, rate in itertools.product(clip_seconds, kinds, rates):
+        with tempfile.TemporaryDirectory(prefix="samekit-") as folder:
+            paths = write_dataset(Path(folder, "data"), kind, rate, seconds, clips)
+            ours, bare = measure(paths, Path(folder, "out"), readers, rounds)
+        row = {
+            "format": kind,
+            "rate": rate,
+            "clip_seconds": seconds,
+            "audio_seconds_per_second": round(clips * seconds / ours.wall, 1),
+            "cpu_ms_per_clip": round(1000 * ours.cpu / clips, 3),
+            "bare_audio_seconds_per_second": round(clips * seconds / bare.wall, 1),
+            "bare_cpu_ms_per_clip": round(1000 * bare.cpu / clips, 3),
+            "share_of_bare_decoding": round(bare.wall / ours.wall, 3),
+        }
+        results.append(row)
+        print(
+            f"{f'{kind} {rate} Hz {seconds} s':20}{row['audio_seconds_per_second']:12,.0f}"
+            f"{row['cpu_ms_per_clip']:14.2f}{row['bare_audio_seconds_per_second']:12,.0f}"
+            f"{row['bare_cpu_ms_per_clip']:14.2f}{row['share_of_bare_decoding']:15.1%}"
+        )
+    finish("pipeline", results)
+
+
+if __name__ == "__main__":
+    main()
