@@ -93,6 +93,34 @@ def test_table_and_json_of_a_model(name):
     assert_plots(OF_MODELS[name])
 
 
+def test_speed_of_the_pipeline_by_format_and_rate():
+    arguments = [
+        "--formats",
+        "wav,mp3",
+        "--rates",
+        "44100,48000",
+        "--clip-seconds",
+        "1,3",
+        "--clips",
+        10,
+        "--rounds",
+        1,
+    ]
+    results = results_of(run("pipeline", *arguments, "--readers", 2), "pipeline")
+    kinds = [(row["clip_seconds"], row["format"], row["rate"]) for row in results]
+    assert kinds == list(itertools.product((1, 3), ("wav", "mp3"), (44_100, 48_000)))
+    for row in results:
+        assert row["audio_seconds_per_second"] > 0
+        assert 0 < row["bare_cpu_ms_per_clip"] < row["cpu_ms_per_clip"]
+        assert row["share_of_bare_decoding"] > 0
+
+
+def test_format_that_the_pipeline_does_not_measure():
+    done = run("pipeline", "--formats", "wav,aac")
+    assert done.exit_code == 2
+    assert "'wav,aac' is no list of wav, flac, mp3" in done.stderr
+
+
 @pytest.mark.parametrize("name", [*OF_ENGINES, "ray_overhead"])
 @pytest.mark.parametrize("folder", ["not there", "empty"])
 def test_what_is_no_engine_folder(tmp_path, name, folder):

@@ -142,6 +142,35 @@ def test_nothing_but_a_window_is_kept(direction):
     assert set(backend.calls) == {200}
 
 
+@pytest.mark.parametrize("expected", [None, 1, 150, 173, 174, 500])
+@pytest.mark.parametrize("piece", [1, 7, 60, 1000])
+@pytest.mark.parametrize("context", [0, 2])
+def test_cutter_equals_slices_whatever_length_is_expected(expected, piece, context):
+    plan, allocated = ExactWindows(size=64, context=context, alignment=2), []
+
+    def allocate(shape):
+        allocated.append(shape[-1])
+        return np.full(shape, np.nan, np.float32)
+
+    cutter = WindowCutter(plan, 3, expected, allocate)
+    for latents in (174, 64, 1):
+        array = noise((2, 2, latents * 3))
+        windows = []
+        for start in range(0, latents * 3, piece):
+            block = array[:, :, start : start + piece].copy()
+            windows += cutter.push(block)
+            # The cutter must have copied the block, whose owner writes over it.
+            block.fill(np.nan)
+        windows += cutter.push(array[:, :, :0], final=True)
+        assert [window for window, _ in windows] == list(plan.over(latents))
+        for window, values in windows:
+            assert np.array_equal(values, array[:, :, window.start * 3 : window.stop * 3])
+        if expected == latents:
+            # No array is copied once more, and none is too large.
+            assert allocated == [values.shape[-1] for _, values in windows]
+        allocated.clear()
+
+
 def test_streams_without_input(one_model):
     with pytest.raises(InputError, match="no samples were received"):
         one_model.stream_encoder(RATE).finish()

@@ -5,7 +5,6 @@ Arrays, files and streams all go through `run_windows`, so they give the same nu
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -23,8 +22,13 @@ if TYPE_CHECKING:
     from samekit.backends.base import Backend
     from samekit.windows import ExactWindows, Window
 
-_new_array: Final = partial(np.empty, dtype=np.float32)
-_NO_VALUES: Final = _new_array((1, 1, 0))
+
+def new_array(shape: tuple[int, ...]) -> Array:
+    """Return a float32 array with any values."""
+    return np.empty(shape, np.float32)
+
+
+_NO_VALUES: Final = new_array((1, 1, 0))
 
 
 def run_windows(backend: Backend, direction: Direction, pieces: Iterable[tuple[Window, Array]]) -> Iterator[Array]:
@@ -69,7 +73,7 @@ class WindowCutter:
         plan: the windows.
         unit: values of the sequence per latent.
         expected: latents of the sequence if they are known. At another length, arrays are larger or copied once more.
-        allocate: returns a new float32 array of a shape, with any values.
+        allocate: returns a float32 array of a shape, with any values.
     """
 
     def __init__(
@@ -77,7 +81,7 @@ class WindowCutter:
         plan: ExactWindows,
         unit: int,
         expected: int | None = None,
-        allocate: Callable[[tuple[int, ...]], Array] = _new_array,
+        allocate: Callable[[tuple[int, ...]], Array] = new_array,
     ) -> None:
         self._plan = plan
         self._unit = unit
@@ -98,7 +102,7 @@ class WindowCutter:
         Returns:
             Windows and their inputs, `[batch, features, latents of the window * unit]`.
         """
-        windows = []
+        windows: list[tuple[Window, Array]] = []
         size = self._plan.size * self._unit
         while array.shape[-1]:
             if self._filled == size:

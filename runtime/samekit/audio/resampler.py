@@ -128,10 +128,10 @@ class StreamResampler:
 
     def _reset(self) -> None:
         """Begin at the first sample, with zeros before it."""
-        self._filled = self._filter.before
+        self._filled: int = self._filter.before
         self._span[:, : self._filled] = 0
-        self._received = 0
-        self._produced = 0
+        self._received: int = 0
+        self._produced: int = 0
 
     def _next_outputs(self) -> Audio:
         """Filter the full span, and keep what the next one shares with it."""

@@ -21,7 +21,7 @@ from samekit.engine.spec import ENCODER
 from samekit.errors import AudioFileError, SamekitError
 from samekit.files.latents import MODEL_DIGEST, PADDING_MASK
 from samekit.files.paths import open_regular, read_regular
-from samekit.streaming import WindowCutter
+from samekit.streaming import WindowCutter, new_array
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -154,9 +154,9 @@ class ClipReader:
 
     source: Source
     rules: CuttingRules
-    allocate: Callable[[tuple[int, ...]], Array]
-    """Returns a new float32 array of a shape, with any values, for a window."""
     checksum: bool = False
+    allocate: Callable[[tuple[int, ...]], Array] = new_array
+    """Returns a float32 array of a shape, with any values, for a window."""
     clip: Clip | None = None
     """Set after the last window."""
     sha256: str | None = None

@@ -193,7 +193,7 @@ class Pipeline:
 
     def _read_clip(self, task: Task) -> None:
         work, rules, options = _Work(task), self.job.rules, self.job.options
-        reader = ClipReader(task.source, rules, self._buffers.take, options.checksum)
+        reader = ClipReader(task.source, rules, options.checksum, allocate=self._buffers.take)
         pieces, bad = 0, None
         try:
             with closing(iter(reader)) as windows:
