@@ -78,6 +78,13 @@ class StreamResampler:
         self._span = np.empty((channels, self._filter.span), np.float32)
         self._reset()
 
+    def _reset(self) -> None:
+        """Begin at the first sample, with zeros before it."""
+        self._filled = self._filter.before
+        self._span[:, : self._filled] = 0
+        self._received = 0
+        self._produced = 0
+
     def push(self, block: Audio) -> Audio:
         """Take a block, `[channels, samples]`, and return the outputs that are complete, often none.
 
@@ -125,13 +132,6 @@ class StreamResampler:
 
     def _joined(self, outputs: Iterator[Audio]) -> Audio:
         return np.concatenate([np.empty((self._span.shape[0], 0), np.float32), *outputs], axis=1)
-
-    def _reset(self) -> None:
-        """Begin at the first sample, with zeros before it."""
-        self._filled: int = self._filter.before
-        self._span[:, : self._filled] = 0
-        self._received: int = 0
-        self._produced: int = 0
 
     def _next_outputs(self) -> Audio:
         """Filter the full span, and keep what the next one shares with it."""
