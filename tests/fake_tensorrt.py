@@ -40,7 +40,7 @@ def computed(spec, direction, array):
 
 
 class FakeTensorRT:
-    """The module. The bytes of an engine are the name of its direction."""
+    """The module. The bytes of an engine begin with the name of its direction."""
 
     __name__ = TENSORRT
     __version__ = "11.4.0"
@@ -65,8 +65,9 @@ class FakeTensorRT:
         return SimpleNamespace(deserialize_cuda_engine=self._load)
 
     def _load(self, data):
-        self.events.append(f"load {data.decode()}")
-        return FakeEngine(self, data.decode()) if self.works("load") else None
+        direction = next(direction for direction in INPUT_NAMES if data.startswith(direction.encode()))
+        self.events.append(f"load {direction}")
+        return FakeEngine(self, direction) if self.works("load") else None
 
 
 class FakeEngine:

@@ -24,14 +24,15 @@ from helpers import assert_one_line
 from test_dataset import command, encoded_lines, run, write_clip, write_clips
 
 from samekit import AutoencoderModel
+from samekit.dataset.calls import Calls, batches_of
 from samekit.dataset.check import verify
 from samekit.dataset.options import PreEncodeOptions, Shard
 from samekit.dataset.pipeline import Task
-from samekit.dataset.ray import RayExecutor, RayOptions, _Worker
-from samekit.dataset.ray_retries import Calls, batches_of
+from samekit.dataset.ray import RayExecutor, RayOptions
 from samekit.dataset.run import pre_encode
 from samekit.dataset.sources import Source
-from samekit.errors import BackendError, EngineNotFoundError, InputError, OutputError
+from samekit.dataset.worker import Worker
+from samekit.errors import EngineNotFoundError, InputError, OutputError
 
 SECONDS = 44_100
 # For processes that import the tests' own modules.
@@ -88,7 +89,7 @@ def workers():
     for process in psutil.Process().children(recursive=True):
         # Others of Ray's processes may end at any moment.
         with suppress(psutil.NoSuchProcess):
-            if process.name().startswith("ray::_Worker"):
+            if process.name().startswith("ray::Worker"):
                 found.append(process)
     return found
 
@@ -155,18 +156,24 @@ def test_killed_worker_loses_nothing(encoder, work, out, faults):
     assert contents(out) == alone
 
 
-def test_clips_over_which_actors_die_again_and_again_are_named(encoder, work, out, monkeypatch):
-    monkeypatch.setattr("samekit.dataset.ray_retries._DEATHS", 1)
-    data, _ = work
+def test_clip_with_which_actors_die_is_one_bad_clip(cluster, engine, data, out, monkeypatch, faults):
+    del cluster
+    write_clips(data, 20)
 
-    def kill(progress):
-        if progress.done == 1:
-            for worker in workers():
-                worker.kill()
+    class Dying(Worker):
+        def encode(self, facts, job, tasks):
+            if any(task.source.relpath == "clip00007.wav" for task in tasks):
+                kill_this_process()
+            return super().encode(facts, job, tasks)
 
-    with pytest.raises(BackendError, match=r"1 actors died .* 'clip000") as error:
-        pre_encode(encoder, data, out, progress=kill)
-    assert_one_line(error.value)
+    monkeypatch.setattr("samekit.dataset.ray.Worker", Dying)
+    with RayExecutor(engine, device="cpu", backend="onnxruntime") as encoder:
+        report = pre_encode(encoder, data, out)
+    faults["actors killed"] += 3
+    assert report.statuses == {"encoded": 19, "failed": 1}
+    (bad,) = report.bad
+    assert bad["reason"].startswith(f"{data}/clip00007.wav: 3 workers died while they encoded it (")
+    assert sum(report.workers.values()) == 19
 
 
 def test_killed_driver_is_followed_by_another(cluster, engine, work, out, faults):
@@ -309,7 +316,7 @@ def test_actor_killed_at_every_step(cluster, engine, model, data, out, tmp_path,
     expected = finished_pairs(alone)
     deaths.mkdir()
 
-    class Dying(_Worker):
+    class Dying(Worker):
         def encode(self, facts, job, tasks):
             def die(*_arguments, **_options):
                 (deaths / str(step)).mkdir()
@@ -322,11 +329,11 @@ def test_actor_killed_at_every_step(cluster, engine, model, data, out, tmp_path,
 
     def look(calls, actor, batch, error):
         seen.append(dict(finished_pairs(out)))
-        failed(calls, actor, batch, error)
+        return failed(calls, actor, batch, error)
 
     seen, failed = [], Calls._failed
-    monkeypatch.setattr("samekit.dataset.ray._Worker", Dying)
-    monkeypatch.setattr("samekit.dataset.ray_retries._DEATHS", 10**6)
+    monkeypatch.setattr("samekit.dataset.ray.Worker", Dying)
+    monkeypatch.setattr("samekit.dataset.calls._DEATHS", 10**6)
     monkeypatch.setattr(Calls, "_failed", look)
     with RayExecutor(engine, RayOptions(actors=1), device="cpu", backend="onnxruntime") as encoder:
         report = pre_encode(encoder, data, out)
@@ -365,7 +372,7 @@ def test_nobody_writes_after_an_error(cluster, engine, data, out, monkeypatch, e
     del cluster
     write_clips(data, 40)
 
-    class Slow(_Worker):
+    class Slow(Worker):
         def encode(self, facts, job, tasks):
             time.sleep(0.5)
             return super().encode(facts, job, tasks)
@@ -373,7 +380,7 @@ def test_nobody_writes_after_an_error(cluster, engine, data, out, monkeypatch, e
     def stop(_progress):
         raise error
 
-    monkeypatch.setattr("samekit.dataset.ray._Worker", Slow)
+    monkeypatch.setattr("samekit.dataset.ray.Worker", Slow)
     with RayExecutor(engine, device="cpu", backend="onnxruntime") as encoder:
         with pytest.raises(error):
             pre_encode(encoder, data, out, progress=stop)

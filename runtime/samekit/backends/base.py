@@ -13,19 +13,21 @@ import weakref
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
 
 from samekit.arguments import MOST_THREADS, check_flag, check_whole
 from samekit.engine.spec import DECODER, ENCODER, PRECISIONS, Direction, EngineSpec, opposite
-from samekit.errors import BackendError, InputError, NonFiniteError
+from samekit.errors import BackendError, BackendUnavailableError, InputError, NonFiniteError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Self
 
     from samekit.arrays import Array
+
+_CUDA_ERROR_NO_DEVICE: Final = 100
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,35 @@ class BackendOptions:
         check_flag("cuda_graph", self.cuda_graph)
 
 
+def _driver() -> Any:
+    """Load the library of NVIDIA's driver; return None if that is impossible."""
+    try:
+        return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return None
+
+
 def has_driver() -> bool:
     """Return whether the library of NVIDIA's driver can be loaded."""
-    try:
-        ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    except OSError:
-        return False
-    return True
+    return _driver() is not None
+
+
+def count_gpus() -> int:
+    """Return how many GPUs CUDA offers this process; `CUDA_VISIBLE_DEVICES` can hide some.
+
+    A process that is forked from this one afterwards cannot use CUDA.
+
+    Raises:
+        BackendUnavailableError: the driver does not work.
+    """
+    driver, count = _driver(), ctypes.c_int()
+    if driver is None:
+        return 0
+    # Both return a CUresult; the second one is only called after success.
+    error = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    if error not in (0, _CUDA_ERROR_NO_DEVICE):
+        raise BackendUnavailableError(f"NVIDIA's driver does not work (CUDA error {error}); see what nvidia-smi says")
+    return count.value
 
 
 def keep_for_ever(value: Any) -> None:

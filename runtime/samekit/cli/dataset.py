@@ -11,6 +11,7 @@ from samekit.cli.model_options import backend_options, open_model
 from samekit.errors import InputError
 
 if TYPE_CHECKING:
+    from samekit.dataset.devices import DevicesExecutor
     from samekit.dataset.options import PreEncodeOptions
     from samekit.dataset.ray import RayExecutor
     from samekit.model import AutoencoderModel
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 )
 @click.option("--workers", "readers", default=0, help="Threads that read ahead. [default: one a core, at most 4]")
 @click.option(
+    "--devices", metavar="all|0,1,...", help="Encode on these GPUs of this machine at once, in one process each."
+)
+@click.option(
     "--ray",
     "address",
     metavar="[ADDRESS]",
@@ -59,6 +63,7 @@ def pre_encode(
     output_path: str | None,
     checked: str | None,
     address: str | None,
+    devices: str | None,
     **options: Any,
 ) -> None:
     """Encode a dataset for training: a pair of .npy and .json for each audio file with a caption.
@@ -85,7 +90,7 @@ def pre_encode(
     # The folders are checked before the model is opened, which may have to be downloaded.
     require_folders(data_dir)
     click.get_current_context().meta[STOPPED] = "stopped; run the same command again to go on"
-    with _open_executor(model, backend, settings, address, actors) as executor, Display() as display:
+    with _open_executor(model, backend, settings, devices, address, actors) as executor, Display() as display:
         report = run(executor, data_dir, output_path, settings, display)
     for row in report.bad[:10]:
         say(f"{row['status']}: {row['reason'] or row['relpath']}", err=True)
@@ -94,15 +99,26 @@ def pre_encode(
 
 
 def _open_executor(
-    model: str, backend: dict[str, Any], settings: PreEncodeOptions, address: str | None, actors: dict[str, Any]
-) -> AutoencoderModel | RayExecutor:
-    """Open a model in this process, or on a cluster if `address` is given."""
+    model: str,
+    backend: dict[str, Any],
+    settings: PreEncodeOptions,
+    devices: str | None,
+    address: str | None,
+    actors: dict[str, Any],
+) -> AutoencoderModel | DevicesExecutor | RayExecutor:
+    """Open a model in this process, on several GPUs if `devices` is given, or on a cluster if `address` is given."""
     given = {name: value for name, value in actors.items() if value is not None}
     if address is None:
         if given:
             names = " ".join(f"--{name.replace('_', '-')}" for name in given)
             raise InputError(f"{names} only works with a Ray cluster; pass --ray too")
-        return open_model(model, **backend)
+        if devices is None:
+            return open_model(model, **backend)
+        from samekit.dataset.devices import DevicesExecutor
+
+        return DevicesExecutor(model, devices, **backend)
+    if devices is not None:
+        raise InputError("--devices and --ray both split the work; pass one of them")
     if settings.shard.count > 1:
         raise InputError("--shard and --ray both split the work; pass one of them")
     from samekit.dataset.ray import RayExecutor, RayOptions

@@ -6,14 +6,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from samekit.dataset.devices import DevicesExecutor
     from samekit.dataset.options import PreEncodeOptions, Shard
     from samekit.dataset.ray import RayExecutor, RayOptions
     from samekit.dataset.report import PreEncodeReport, Progress
     from samekit.dataset.run import pre_encode
 
-__all__ = ["PreEncodeOptions", "PreEncodeReport", "Progress", "RayExecutor", "RayOptions", "Shard", "pre_encode"]
+__all__ = [
+    "DevicesExecutor",
+    "PreEncodeOptions",
+    "PreEncodeReport",
+    "Progress",
+    "RayExecutor",
+    "RayOptions",
+    "Shard",
+    "pre_encode",
+]
 
 _MODULES = {
+    "DevicesExecutor": "devices",
     "PreEncodeOptions": "options",
     "PreEncodeReport": "report",
     "Progress": "report",

@@ -102,9 +102,11 @@ class FolderOutput(Output):
             state.mkdir(parents=True, exist_ok=True)
         with file_lock(state / shard.lock, self._folder):
             self._remove_unfinished(shard)
-            yield
-            # Ray actors that were killed during this run may have left some.
-            self._remove_unfinished(shard)
+            try:
+                yield
+            finally:
+                # Worker processes that were killed during this run may have left some.
+                self._remove_unfinished(shard)
 
     def _remove_unfinished(self, shard: Shard) -> None:
         for folder in (self._folder, self._folder / STATE_FOLDER):

@@ -73,6 +73,8 @@ class Outcome:
     bad: BadClipError | None = None
     sha256: str | None = None
     caption_sha256: str | None = None
+    worker: str | None = None
+    """The worker process that encoded the clip; None for this process."""
 
 
 @dataclass

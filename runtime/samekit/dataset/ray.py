@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import socket
-import threading
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +20,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from samekit.arguments import MOST_THREADS, check_whole
 from samekit.backends.cpu import available_cpus
-from samekit.dataset.executor import Executor, LocalExecutor, ModelFacts
-from samekit.dataset.ray_retries import (
-    ALL_LOST,
-    BATCHES_PER_ACTOR,
-    Calls,
-    batches_of,
-    last_line,
-    result_of,
-    retry_until_restarted,
-)
-from samekit.errors import BackendError, InputError
+from samekit.dataset.calls import ALL_LOST, BATCHES_PER_WORKER, Calls, WorkerDiedError, Workers, batches_of
+from samekit.dataset.executor import Executor, ModelFacts
+from samekit.dataset.worker import Worker
+from samekit.errors import BackendError, InputError, SamekitError
 from samekit.files.paths import expanded_text
 
 if TYPE_CHECKING:
@@ -86,45 +78,30 @@ class RayOptions:
         return int(room)
 
 
-class _Worker:
-    """The code of an actor. Its first call opens the model, because Ray changes the type of errors in `__init__`."""
+class _Actors(Workers):
+    """The actors of a run."""
 
-    def __init__(self, model: str, backend: dict[str, Any], cores: int, folder: str) -> None:
-        # Relative paths start at the working folder of the process that started the run.
-        with suppress(OSError):
-            os.chdir(folder)
-        self._model = model
-        self._backend = backend
-        self._cores = cores
-        self._opening = threading.Lock()
-        self._executor: LocalExecutor | None = None
+    def __init__(self, ray: Any, actors: Sequence[Any], facts: ModelFacts, job: Job) -> None:
+        self.handles = actors
+        self._ray = ray
+        self._facts = facts
+        self._job = ray.put(job)
 
-    def _opened(self) -> LocalExecutor:
-        from samekit.model import AutoencoderModel
+    def prepare(self, worker: Any) -> Any:
+        return _retry_until_restarted(worker.facts).remote()
 
-        with self._opening:
-            if self._executor is None:
-                model = AutoencoderModel.from_pretrained(self._model, **self._backend)
-                self._executor = LocalExecutor(model.autoencoder, self._cores)
-            return self._executor
+    def encode(self, worker: Any, tasks: list[Task]) -> Any:
+        return worker.encode.remote(self._facts, self._job, tasks)
 
-    def facts(self) -> ModelFacts:
-        return self._opened().facts
+    def wait(self, calls: Sequence[Any], count: int, seconds: float | None = None) -> Any:
+        return self._ray.wait(calls, num_returns=count, timeout=seconds)[0]
 
-    def silence(self, latents: int) -> Array:
-        return self._opened().silence(latents)
+    def result(self, call: Any) -> Any:
+        return _result_of(self._ray, call)
 
-    def encode(self, facts: ModelFacts, job: Job, tasks: list[Task]) -> list[Outcome]:
-        node = socket.gethostname()
-        if not facts.same(self.facts()):
-            raise InputError(f"{node}: {self._model} is not the model of the first node; give all nodes the same one")
-        for folder in {task.source.path.removesuffix(task.source.relpath) for task in tasks}:
-            # Without this check, every clip would be reported as unreadable.
-            if not Path(folder).is_dir():
-                raise InputError(f"{folder}: does not exist on {node}; give every node access under this path")
-        outcomes: list[Outcome] = []
-        self._opened().encode(job, tasks, outcomes.append)
-        return outcomes
+    def kill(self, worker: Any) -> None:
+        """Kill an actor; Ray restarts it."""
+        self._ray.kill(worker, no_restart=False)
 
 
 class RayExecutor(Executor):
@@ -176,20 +153,14 @@ class RayExecutor(Executor):
     def silence(self, latents: int) -> Array:
         """Return the latents of silence, `[latent_width, latents]`, from the first actor that is ready."""
         for actor, _ in self._ready_actors():
-            with suppress(self._ray.exceptions.RayActorError):
-                array: Array = result_of(self._ray, retry_until_restarted(actor.silence).remote(latents))
+            with suppress(WorkerDiedError):
+                array: Array = _result_of(self._ray, _retry_until_restarted(actor.silence).remote(latents))
                 return array
         raise BackendError(ALL_LOST)
 
     def encode(self, job: Job, tasks: Sequence[Task], finished: Callable[[Outcome], None]) -> None:
-        calls = Calls(self._ray, self._actors, self.facts, job, batches_of(tasks, job.options.batch_size))
-        try:
-            for outcome in calls.outcomes():
-                finished(outcome)
-        except BaseException as error:
-            # After Ctrl-C the actors are killed, so that the user does not wait.
-            calls.end(at_once=not isinstance(error, Exception))
-            raise
+        actors = _Actors(self._ray, self._actors, self.facts, job)
+        Calls(actors, batches_of(tasks, job.options.batch_size)).run(finished)
 
     def _connect(self) -> None:
         """Join a cluster, or start one."""
@@ -218,7 +189,7 @@ class RayExecutor(Executor):
             self._ray.init(address="local", **local, **quiet)
         except Exception as error:  # noqa: BLE001 Ray has no error class for this
             raise BackendError(
-                f"Ray does not start here ({last_line(error)}); see /tmp/ray, or pass a cluster"
+                f"Ray does not start here ({_last_line(error)}); see /tmp/ray, or pass a cluster"
             ) from None
         self._connected = True
         resources = self._ray.cluster_resources()
@@ -238,14 +209,14 @@ class RayExecutor(Executor):
             num_cpus=options.cpus_per_actor,
             num_gpus=options.gpus_per_actor,
             max_restarts=-1,
-            max_concurrency=BATCHES_PER_ACTOR,
-        )(_Worker)
+            max_concurrency=BATCHES_PER_WORKER,
+        )(Worker)
         arguments = (self._model, self._backend, options.cpus_per_actor, str(Path.cwd()))
         self._actors = [remote.remote(*arguments) for _ in range(count)]
 
     def _ready_actors(self, seconds: float | None = None) -> Iterator[tuple[Any, ModelFacts]]:
         """Yield each actor with its facts when its model is open; leave out actors that are lost."""
-        waiting = {retry_until_restarted(actor.facts).remote(): actor for actor in self._actors}
+        waiting = {_retry_until_restarted(actor.facts).remote(): actor for actor in self._actors}
         while waiting:
             done, _ = self._ray.wait(list(waiting), num_returns=1, timeout=seconds)
             if not done:
@@ -255,12 +226,10 @@ class RayExecutor(Executor):
                 )
             actor = waiting.pop(done[0])
             try:
-                facts = result_of(self._ray, done[0])
-            except self._ray.exceptions.RayActorError as error:
+                facts = _result_of(self._ray, done[0])
+            except WorkerDiedError as error:
                 if not waiting:
-                    raise BackendError(
-                        f"no actor starts ({last_line(error)}); install the same samekit on every node"
-                    ) from None
+                    raise BackendError(f"no actor starts ({error}); install the same samekit on every node") from None
             else:
                 yield actor, facts
 
@@ -299,3 +268,25 @@ def _one_try() -> Iterator[None]:
         yield
     finally:
         del os.environ[_TRIES_VARIABLE]
+
+
+def _retry_until_restarted(method: Any) -> Any:
+    """Return a method of an actor whose calls are repeated when the actor has been restarted."""
+    return method.options(max_task_retries=-1)
+
+
+def _result_of(ray: Any, call: Any) -> Any:
+    """Return the result of a call, or raise the SamekitError that it raised, or WorkerDiedError."""
+    try:
+        return ray.get(call)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, SamekitError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        raise WorkerDiedError(_last_line(error)) from error
+
+
+def _last_line(error: Exception) -> str:
+    """Return the last line of Ray's message, which names the error."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

@@ -6,12 +6,15 @@ import dataclasses
 import json
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from samekit.dataset.sources import Found
 
 if TYPE_CHECKING:
     from samekit.dataset.options import Settings
+
+# Workers that the summary names.
+_MOST_NAMES: Final = 8
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class PreEncodeReport:
     """Suffix in lower case -> number of files that are neither audio nor a caption, in all shards together."""
     unreadable_folders: list[str]
     """Relpaths of dataset folders that this process may not list."""
+    workers: dict[str, int]
+    """Clips that each worker process encoded in this run; empty if this process encoded them."""
     audio_seconds: float
     """Seconds of audio that this run encoded."""
     elapsed: float
@@ -98,5 +103,11 @@ class PreEncodeReport:
         return (
             f"{self.folder}: {self.clips} clips ({counts}); this run encoded {self.encoded}, "
             f"{self.audio_seconds:.1f} s of audio in {self.elapsed:.1f} s ({speed:.1f} s/s)"
-            f"{left_out}"
+            f"{self._describe_workers()}{left_out}"
         )
+
+    def _describe_workers(self) -> str:
+        """Return the number of worker processes, or their names and clips if those are few."""
+        if len(self.workers) > _MOST_NAMES:
+            return f", on {len(self.workers)} workers"
+        return "".join(f"; {name}: {clips} clips" for name, clips in self.workers.items())

@@ -60,7 +60,8 @@ def pre_encode(
     run that was stopped.
 
     Args:
-        model: an open model, or a `samekit.dataset.RayExecutor` to encode on a cluster.
+        model: an open model, a `samekit.dataset.DevicesExecutor` to encode on several GPUs of this machine, or a
+            `samekit.dataset.RayExecutor` to encode on a cluster.
         data_dir: one or several folders with audio files, at any depth, each with a caption of the same name in
             `.txt`. A `filelist.txt` at the root of a folder names the files to take.
         output_path: folder for the latents, or a URL that fsspec opens. All its latents must have the same model and
@@ -128,6 +129,7 @@ class _Run:
         self._files = self.output.names()
         # Failed attempts to encode clips whose earlier latents stay.
         self._failed_attempts: list[Row] = []
+        self._workers: Counter[str] = Counter()
         self._start = time.perf_counter()
         self._state = Progress(0, 0, 0, 0.0, 0.0)
 
@@ -223,6 +225,8 @@ class _Run:
             if bad:
                 self._remove_files(old)
             self.manifest.record(row)
+        if outcome.worker and not bad:
+            self._workers[outcome.worker] += 1
         state = self._state
         self._state = dataclasses.replace(
             state,
@@ -254,6 +258,7 @@ class _Run:
             gone=sum(row.status == "encoded" and row.relpath not in sources for row in self.manifest.rows.values()),
             passed_over=dict(sorted(found.passed_over.items())),
             unreadable_folders=sorted(found.unreadable_folders),
+            workers=dict(sorted(self._workers.items())),
             audio_seconds=round(state.audio_seconds, 3),
             elapsed=round(time.perf_counter() - self._start, 3) if state.done else 0.0,
         )
