@@ -123,7 +123,7 @@ class _Worker:
             if not Path(folder).is_dir():
                 raise InputError(f"{folder}: does not exist on {node}; give every node access under this path")
         outcomes: list[Outcome] = []
-        self._opened().encode(job, tasks, outcomes.append)
+        self._opened().encode(job, tasks, outcomes.extend)
         return outcomes
 
 
@@ -181,11 +181,11 @@ class RayExecutor(Executor):
                 return array
         raise BackendError(ALL_LOST)
 
-    def encode(self, job: Job, tasks: Sequence[Task], finished: Callable[[Outcome], None]) -> None:
+    def encode(self, job: Job, tasks: Sequence[Task], finished: Callable[[Sequence[Outcome]], None]) -> None:
         calls = Calls(self._ray, self._actors, self.facts, job, batches_of(tasks, job.options.batch_size))
         try:
-            for outcome in calls.outcomes():
-                finished(outcome)
+            for outcomes in calls.outcomes():
+                finished(outcomes)
         except BaseException as error:
             # After Ctrl-C the actors are killed, so that the user does not wait.
             calls.end(at_once=not isinstance(error, Exception))

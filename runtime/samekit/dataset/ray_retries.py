@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from samekit.errors import BackendError, SamekitError
@@ -61,8 +61,8 @@ class Calls:
         # Call -> its actor and batch; None instead of a batch for an actor that is starting.
         self._calls: dict[Any, tuple[_Actor, _Batch | None]] = {}
 
-    def outcomes(self) -> Iterator[Outcome]:
-        """Yield the outcome of each clip once; raises what an actor raises, or BackendError if actors keep dying."""
+    def outcomes(self) -> Iterator[list[Outcome]]:
+        """Yield the outcomes of each batch once; raises what an actor raises, or BackendError if actors keep dying."""
         for actor in self._actors:
             self._wait_ready(actor)
         while self._left:
@@ -86,7 +86,8 @@ class Calls:
                     actor.ready = True
                     logger.info("an actor encodes on %s", result.place)
             self._assign()
-            yield from outcomes
+            if outcomes:
+                yield outcomes
 
     def end(self, *, at_once: bool) -> None:
         """Wait until no actor writes any more. With `at_once`, kill the actors first; Ray restarts them."""
@@ -117,6 +118,8 @@ class Calls:
         if batch.deaths == _DEATHS:
             names = ", ".join(repr(task.source.relpath) for task in batch.tasks)
             raise BackendError(f"{_DEATHS} actors died while they encoded one of {names}; see Ray's log for the cause")
+        # The actor may have written some of the files.
+        batch.tasks = [replace(task, replaces=True) for task in batch.tasks]
         self._todo.appendleft(batch)
         if actor.ready:
             logger.warning("an actor died; its clips go to others until Ray has started it again")
