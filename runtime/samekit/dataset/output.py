@@ -124,6 +124,7 @@ class FolderOutput(Output):
         state = self._folder / STATE_FOLDER
         with output_errors(self._folder):
             state.mkdir(parents=True, exist_ok=True)
+            sync_folders([str(self._folder.absolute()), str(state)])
         with file_lock(state / shard.lock, self._folder):
             self._remove_unfinished(shard)
             yield
