@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import traceback
@@ -87,6 +88,86 @@ def kill_at_every_step(work, check, prepare, steps=STEPS, most=200):
         if ended == 0:
             return step - 1
     pytest.fail(f"the work has more than {most - 1} steps")
+
+
+class PowerCuts:
+    """Simulates a disk that keeps after a power cut only what was synced.
+
+    A file keeps its contents at its last `fsync`; without one it is empty. Each name in a folder is the one at the
+    folder's last `fsync`, or the current one: file systems may write changed names at any time and in any order.
+    """
+
+    def __init__(self, root, random):
+        self._root = root
+        self._random = random
+        self._contents = {}
+        self._names = {}
+        # Open files, so that the system uses no inode twice.
+        self._held = []
+        for folder, _, files in os.walk(root):
+            for path in (folder, *(os.path.join(folder, file) for file in files)):
+                descriptor = os.open(path, os.O_RDONLY)
+                self._record(descriptor)
+                os.close(descriptor)
+
+    def _record(self, descriptor):
+        """Record a file or folder that was synced."""
+        self._held.append(os.dup(descriptor))
+        status, path = os.fstat(descriptor), f"/proc/self/fd/{descriptor}"
+        if stat.S_ISDIR(status.st_mode):
+            self._names[status.st_ino] = _inodes(path)
+        else:
+            with open(path, "rb") as file:
+                self._contents[status.st_ino] = file.read()
+
+    def outcomes(self, work, moment=lambda: None, tries=3):
+        """Do the work, and return what power cuts before each of its steps leave.
+
+        Returns:
+            The value of `moment()` at the step and the contents of each file by its relative path; without repetitions.
+        """
+        found = {}
+
+        def looking(function):
+            def look(*arguments, **options):
+                for _ in range(tries):
+                    now, left = moment(), self._left(self._root, "")
+                    found[repr((now, sorted(left.items())))] = now, left
+                result = function(*arguments, **options)
+                if function is fsync:
+                    self._record(*arguments)
+                return result
+
+            return look
+
+        fsync = os.fsync
+        with pytest.MonkeyPatch.context() as patch:
+            for owner, name in (*STEPS, (os, "write")):
+                patch.setattr(owner, name, looking(getattr(owner, name)))
+            work()
+        for descriptor in self._held:
+            os.close(descriptor)
+        return list(found.values())
+
+    def _left(self, folder, prefix):
+        synced, now, left = self._names.get(os.stat(folder).st_ino, {}), _inodes(folder), {}
+        # Three kinds of power cuts: no changed name, every changed name or some of them were written.
+        share = self._random.choice((0, 0.5, 1))
+        for name in {**synced, **now}:
+            inode = (now if self._random.random() < share else synced).get(name)
+            if inode is None:
+                continue
+            if os.path.isdir(os.path.join(folder, name)):
+                left |= self._left(os.path.join(folder, name), f"{prefix}{name}/")
+            else:
+                left[f"{prefix}{name}"] = self._contents.get(inode, b"")
+        return left
+
+
+def _inodes(folder):
+    """Return the inode of each name in a folder."""
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.inode() for entry in entries}
 
 
 def together(*works):

@@ -31,7 +31,7 @@ from samekit.dataset.check import verify
 from samekit.dataset.executor import LocalExecutor, silence_latents
 from samekit.dataset.manifest import find_manifests, read_manifest
 from samekit.dataset.options import PreEncodeOptions, Shard
-from samekit.dataset.output import FolderOutput
+from samekit.dataset.output import FolderOutput, GroupLimits, Output
 from samekit.dataset.run import pre_encode
 from samekit.dataset.sources import find_sources
 from samekit.errors import BackendError, InputError, LatentsFileError, NonFiniteError, OutputError
@@ -802,8 +802,10 @@ def interrupted(data, out, clips):
         if progress.done == clips:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        pre_encode(fake_model(), data, out, PreEncodeOptions(readers=1), stop)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Output, "group_limits", GroupLimits(clips=1))
+        with pytest.raises(KeyboardInterrupt):
+            pre_encode(fake_model(), data, out, PreEncodeOptions(readers=1), stop)
     return out / ".samekit" / "manifest-000002.jsonl"
 
 
@@ -1052,9 +1054,14 @@ def test_full_disk_stops_with_one_line_and_can_be_resumed(data, small_disk):
     assert contents(out) == contents(whole)
 
 
+# Without the limit, the clips of a short run would be one group.
+SMALL_GROUPS = "from samekit.dataset.output import GroupLimits, Output; Output.group_limits = GroupLimits(clips=3);"
+
+
 def kill_and_resume(engine, data, folder, kills):
     """Kill runs after random numbers of clips, then complete one. Return how many were killed before their end."""
-    command = [sys.executable, "-c", "from samekit.cli.main import main; main()", "pre-encode", "--threads", "1"]
+    program = f"{SMALL_GROUPS} from samekit.cli.main import main; main()"
+    command = [sys.executable, "-c", program, "pre-encode", "--threads", "1"]
     command += ["--backend", "onnxruntime", "--model", engine, "--data_dir", data, "--output_path"]
     subprocess.run([*command, folder / "whole"], check=True, capture_output=True)
     died = 0
@@ -1327,7 +1334,7 @@ def test_stop_ends_with_one_line_and_can_be_resumed(engine_of, data, tmp_path, s
     write_clips(data, 60, samples=RATE)
     # Shells make background processes ignore Ctrl-C, and child processes inherit that.
     program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-    program += "from samekit.cli.main import main; main()"
+    program += f"{SMALL_GROUPS} from samekit.cli.main import main; main()"
     arguments = [sys.executable, "-c", program, "pre-encode", "--threads", "1", "--backend", "onnxruntime"]
     arguments += ["--model", engine_of(KINDS[0]).folder, "--data_dir", data, "--output_path"]
     process = subprocess.Popen(

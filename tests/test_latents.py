@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 import pickle
+import re
 import tracemalloc
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -53,16 +54,40 @@ def test_plain_numpy_reads_what_was_appended(tmp_path, count, dtype):
     assert np.array_equal(stored, latents.astype(dtype))
 
 
-@pytest.mark.parametrize("count", [0, 1, 10**6, 10**18])
-def test_header_has_one_size_and_is_valid(tmp_path, count):
-    """The final header replaces the first one, so it must have the same size."""
-    with LatentsWriter(tmp_path / "song.npy", WIDTH) as writer:
-        writer.latents = count
-    with (tmp_path / "song.npy").open("rb") as file:
-        assert np.lib.format.read_magic(file) == (1, 0)
-        assert np.lib.format.read_array_header_1_0(file) == ((WIDTH, count), True, np.dtype("<f4"))
-        assert file.tell() == 128
-        assert file.read() == b""
+def sa3_array(path):
+    """Read latents by the rules of sa3.cpp, which are stricter than those of NumPy.
+
+    Source: `train_load_npy_f32_2d` in `src/train_latents.h` of github.com/betweentwomidnights/sa3.cpp. The header must
+    contain these texts, and the values must be little-endian float32 in C order.
+    """
+    data = path.read_bytes()
+    assert data[:6] == b"\x93NUMPY"
+    size = 2 if data[6] == 1 else 4
+    begin = 8 + size
+    end = begin + int.from_bytes(data[8:begin], "little")
+    header = data[begin:end].decode()
+    assert "'<f4'" in header
+    assert "'fortran_order': False" in header
+    after = header[header.index("'shape':") :]
+    width, latents = map(int, re.match(r"[^(]*\((\d+), (\d+)", after).groups())
+    assert width > 0
+    assert latents > 0
+    assert len(data) >= end + 4 * width * latents
+    return np.frombuffer(data, "<f4", width * latents, end).reshape(width, latents)
+
+
+@pytest.mark.parametrize("transposed_values", [2**18, 3 * WIDTH, 1])
+@pytest.mark.parametrize("count", [1, 7, 100])
+def test_files_are_read_by_the_rules_of_sa3(tmp_path, monkeypatch, transposed_values, count):
+    """Blocks of latents are appended, then transposed a part at a time."""
+    monkeypatch.setattr("samekit.files.latents._TRANSPOSED_VALUES", transposed_values)
+    path = tmp_path / "song.npy"
+    write(path, latents_of(count))
+    assert np.array_equal(sa3_array(path), latents_of(count))
+    # The file is the one that NumPy would write.
+    np.save(tmp_path / "numpy.npy", latents_of(count))
+    assert path.read_bytes() == (tmp_path / "numpy.npy").read_bytes()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["numpy.npy", "song.json", "song.npy"]
 
 
 def test_metadata_round_trip(tmp_path):
@@ -155,10 +180,14 @@ def test_missing_folder(tmp_path):
         write(tmp_path / "nowhere" / "song.npy", latents_of(3))
 
 
-def test_full_disk_leaves_nothing(tmp_path):
-    with file_size_limit(10_000), pytest.raises(OutputError, match=r"song\.npy: cannot be written \(File too large\)"):
-        write(tmp_path / "song.npy", latents_of(1000))
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("limit", [10_000, 32_010], ids=["collecting blocks", "transposing them"])
+def test_full_disk_leaves_the_old_pair(tmp_path, limit):
+    """Only the `.npy` file exceeds the second limit, because its header makes it longer than the collected blocks."""
+    write(tmp_path / "song.npy", latents_of(3), {"take": 1})
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with file_size_limit(limit), pytest.raises(OutputError, match=r"song\.npy: cannot be written \(File too large\)"):
+        write(tmp_path / "song.npy", latents_of(1000), {"take": 2})
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 @contextmanager

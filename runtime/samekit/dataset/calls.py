@@ -102,21 +102,21 @@ class Calls:
         # Deaths of workers since a batch was completed.
         self._deaths = 0
 
-    def run(self, finished: Callable[[Outcome], None]) -> None:
-        """Encode every clip, and call `finished` with the outcome of each.
+    def run(self, finished: Callable[[Sequence[Outcome]], None]) -> None:
+        """Encode every clip, and call `finished` with the outcomes of each batch.
 
         Raises what a worker or `finished` raises, or BackendError if workers keep dying. Then no worker writes any
         more.
         """
         try:
-            for outcome in self._outcomes():
-                finished(outcome)
+            for outcomes in self._outcomes():
+                finished(outcomes)
         except BaseException as error:
             # After Ctrl-C the workers are killed, so that the user does not wait.
             self._end(at_once=not isinstance(error, Exception))
             raise
 
-    def _outcomes(self) -> Iterator[Outcome]:
+    def _outcomes(self) -> Iterator[list[Outcome]]:
         for worker in self._workers:
             self._prepare(worker)
         while self._left:
@@ -139,7 +139,8 @@ class Calls:
                     logger.info("a worker encodes on %s", worker.place)
             self._left -= len(outcomes)
             self._assign()
-            yield from outcomes
+            if outcomes:
+                yield outcomes
 
     def _end(self, *, at_once: bool) -> None:
         """Wait until no worker writes any more. With `at_once`, kill the workers first."""
@@ -189,6 +190,8 @@ class Calls:
                 "see the log for the cause, and run the same command again to go on"
             )
         batch.deaths += 1
+        # The worker may have written some of the files.
+        batch.tasks = [replace(task, replaces=True) for task in batch.tasks]
         if len(batch.tasks) > 1 and batch.deaths >= _DEATHS - 1:
             self._todo.extendleft(_Batch([task], batch.deaths) for task in reversed(batch.tasks))
         elif batch.deaths < _DEATHS:

@@ -90,7 +90,7 @@ class DevicesExecutor(Executor):
                 return array
         raise BackendError(ALL_LOST)
 
-    def encode(self, job: Job, tasks: Sequence[Task], finished: Callable[[Outcome], None]) -> None:
+    def encode(self, job: Job, tasks: Sequence[Task], finished: Callable[[Sequence[Outcome]], None]) -> None:
         workers = _Processes(self._processes, self.facts, job)
         Calls(workers, batches_of(tasks, job.options.batch_size)).run(finished)
 

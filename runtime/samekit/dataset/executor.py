@@ -54,10 +54,11 @@ class Executor(ABC):
         """Return the latents of silence, `[latent_width, latents]`."""
 
     @abstractmethod
-    def encode(self, job: Job, tasks: Sequence[Task], finished: Callable[[Outcome], None]) -> None:
-        """Encode every clip, and call `finished` once per clip when its files are in the output.
+    def encode(self, job: Job, tasks: Sequence[Task], finished: Callable[[Sequence[Outcome]], None]) -> None:
+        """Encode every clip, and call `finished` with groups of outcomes when the files of the clips are in the output.
 
-        After an error, each clip's files are complete or missing, and nothing writes to the output any more.
+        Each clip is in one group. After an error, each clip's files are complete or missing, and nothing writes to
+        the output any more.
 
         Raises:
             OutputError: the disk is full, or the folder cannot be written.
@@ -81,7 +82,7 @@ class LocalExecutor(Executor):
     def silence(self, latents: int) -> Array:
         return silence_latents(self._autoencoder, latents)
 
-    def encode(self, job: Job, tasks: Sequence[Task], finished: Callable[[Outcome], None]) -> None:
+    def encode(self, job: Job, tasks: Sequence[Task], finished: Callable[[Sequence[Outcome]], None]) -> None:
         """Encode every clip; `finished` is called in another thread.
 
         Several threads may call this. They take turns with the backend, and read clips while they wait for it.

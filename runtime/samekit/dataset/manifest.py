@@ -113,7 +113,7 @@ class Manifest:
         self._shard = shard
         self._changed = False
         # Lines that are not in the output yet, the time at which they must be written, and the part for them.
-        self._lines = b""
+        self._lines: list[bytes] = []
         self._due = 0.0
         self._next_part = 2
 
@@ -155,18 +155,21 @@ class Manifest:
             manifest._append()
 
     def record(self, row: Row) -> None:
-        """Record the result of a clip, whose files must be in the output already.
-
-        A power failure may lose the line. Then the next run encodes the clip again.
-        """
+        """Record the result of a clip, whose files must be in the output already; `save` writes it."""
         self.rows[row.relpath] = row
         self._changed = True
-        self._lines += row.to_line()
+        self._lines.append(row.to_line())
+
+    def save(self) -> None:
+        """Append the recorded results to the output, unless it is too early for it.
+
+        If the process is killed before, the next run encodes the clips again.
+        """
         if time.monotonic() >= self._due:
             self._append()
 
     def _append(self) -> None:
-        lines, self._lines = self._lines, b""
+        lines, self._lines = b"".join(self._lines), []
         if lines and not self._output.append(self._part(self._next_part), lines):
             self._next_part += 1
         self._due = time.monotonic() + self._output.seconds_between_appends
@@ -180,10 +183,10 @@ class Manifest:
         copy = max(numbers, default=1) + 1
         self._output.put(self._part(copy), data)
         self._output.put(self._part(1), data)
-        # In ascending order: the copy replaces the parts before it until the last of them is gone.
-        for number in sorted({*numbers, copy} - {1}):
-            self._output.remove(self._part(number))
-        self._lines = b""
+        # The copy replaces the parts before it until the last of them is gone.
+        self._output.remove(self._part(number) for number in sorted(numbers - {1}))
+        self._output.remove([self._part(copy)])
+        self._lines = []
 
     def _part(self, number: int) -> str:
         return f"{STATE_FOLDER}/{self._shard.manifest_part(number)}"

@@ -7,34 +7,54 @@ may keep half of an interrupted upload. `samekit.dataset.manifest` detects that 
 from __future__ import annotations
 
 import os
-import tempfile
 from abc import ABC, abstractmethod
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from samekit.dataset.file_names import STATE_FOLDER
 from samekit.errors import InputError, OutputError
-from samekit.files.atomic import atomic_path, output_errors, remove_abandoned
+from samekit.files.atomic import atomic_path, output_errors, remove_abandoned, remove_files, sync_folders
 from samekit.files.locks import file_lock
+from samekit.files.pairs import write_pairs
 from samekit.files.paths import checked_path, expanded, open_regular, read_regular
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
+    from pathlib import Path
 
     from samekit.dataset.options import Shard
+    from samekit.files.pairs import Pair
 
 # Larger files are refused. This is enough for the manifest of ten million clips.
 _MOST_BYTES: Final = 2**32
+# Uploads at a time. Without an event loop, each needs a connection of its own, which servers limit.
+_UPLOADS, _CONNECTIONS = 32, 4
+
+
+@dataclass(frozen=True)
+class GroupLimits:
+    """Clips are written in groups. A group ends at the first of these limits, or with the run."""
+
+    clips: int = 64
+    size: int = 2**26
+    """Bytes of latents."""
+    seconds: float = 1.0
+    """Time after the first clip of the group was encoded."""
 
 
 class Output(ABC):
     """A place for the files of a dataset. File names are relative to it and use `/`.
 
-    Every method raises OutputError if the place cannot be written or reached.
+    Every method raises OutputError if the place cannot be written or reached. A file that was written, appended to or
+    removed stays so after a power failure.
     """
 
+    group_limits: GroupLimits = GroupLimits()
+    """How many clips a writer should collect before it writes them."""
     seconds_between_appends: float = 0.0
     """How long the caller should collect lines before it appends them to a file."""
 
@@ -51,24 +71,28 @@ class Output(ABC):
         """Read a file, or its first `most` bytes; raises InputError if it cannot be read."""
 
     @abstractmethod
+    def size(self, name: str) -> int:
+        """Return the size of a file in bytes; raises InputError if there is none."""
+
+    @abstractmethod
     def put(self, name: str, data: bytes) -> None:
         """Create or replace a file."""
 
     @abstractmethod
-    def remove(self, name: str) -> None:
-        """Remove a file if it exists."""
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove those of the files that exist, in this order."""
 
     @abstractmethod
     def append(self, name: str, data: bytes) -> bool:
         """Create a file or append to it; return False if the next data need a new file."""
 
     @abstractmethod
-    def workspace(self) -> AbstractContextManager[Path]:
-        """Yield a local folder for finished clips; raises InputError if this machine cannot find the output."""
+    def pair_writer(self) -> AbstractContextManager[Callable[[Sequence[Pair]], None]]:
+        """Yield a function that writes the files of clips; raises InputError if this machine cannot find the output.
 
-    @abstractmethod
-    def upload(self, folder: Path, name: str) -> None:
-        """Move a `.npy` file and the `.json` beside it from a workspace to the output."""
+        Each `.json` file is written after its `.npy` file, and an older one is removed before. So one that can be seen
+        belongs to the `.npy` file beside it.
+        """
 
 
 def find_output(path: str | os.PathLike[str]) -> Output:
@@ -100,6 +124,7 @@ class FolderOutput(Output):
         state = self._folder / STATE_FOLDER
         with output_errors(self._folder):
             state.mkdir(parents=True, exist_ok=True)
+            sync_folders([str(self._folder.absolute()), str(state)])
         with file_lock(state / shard.lock, self._folder):
             self._remove_unfinished(shard)
             try:
@@ -126,31 +151,38 @@ class FolderOutput(Output):
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
 
+    def size(self, name: str) -> int:
+        path = self._folder / name
+        try:
+            return path.stat().st_size
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+
     def put(self, name: str, data: bytes) -> None:
         """Write a file atomically. A link is replaced, not followed."""
         path = self._folder / name
         with atomic_path(path) as temporary, output_errors(path):
             temporary.write_bytes(data)
 
-    def remove(self, name: str) -> None:
-        with output_errors(self._folder):
-            (self._folder / name).unlink(missing_ok=True)
+    def remove(self, names: Iterable[str]) -> None:
+        remove_files(os.path.join(self._folder, name) for name in names)
 
     def append(self, name: str, data: bytes) -> bool:
         path = self._folder / name
         with output_errors(path), path.open("ab") as file:
+            is_new = file.tell() == 0
             file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if is_new:
+            sync_folders([str(path)])
         return True
 
     @contextmanager
-    def workspace(self) -> Iterator[Path]:
-        """Yield the output folder itself."""
+    def pair_writer(self) -> Iterator[Callable[[Sequence[Pair]], None]]:
         if not (self._folder / STATE_FOLDER).is_dir():
             raise InputError(f"{self._folder.absolute()}: does not exist here; give every node access under this path")
-        yield self._folder
-
-    def upload(self, folder: Path, name: str) -> None:
-        """Do nothing: the workspace is the output folder."""
+        yield partial(write_pairs, self._folder)
 
 
 class UrlOutput(Output):
@@ -165,11 +197,18 @@ class UrlOutput(Output):
             try:
                 from fsspec.core import url_to_fs
 
-                self._fs, self._root = url_to_fs(self._url)
+                _, self._root = url_to_fs(self._url)
             except (ImportError, ValueError) as error:
                 raise InputError(
                     f"{url}: cannot be used ({error}); install fsspec and the package of this scheme, or pass a folder"
                 ) from None
+
+    @property
+    def _fs(self) -> Any:
+        """The file system. fsspec keeps one for all threads if it has an event loop, otherwise one for each thread."""
+        from fsspec.core import url_to_fs
+
+        return url_to_fs(self._url)[0]
 
     def __str__(self) -> str:
         return self._url
@@ -192,24 +231,29 @@ class UrlOutput(Output):
             return {entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries}
 
     def get(self, name: str, most: int | None = None) -> bytes:
-        with self._read_errors():
+        with self._read_errors(name):
             data: bytes = self._fs.cat_file(f"{self._root}/{name}", end=most)
             return data
+
+    def size(self, name: str) -> int:
+        with self._read_errors(name):
+            return int(self._fs.size(f"{self._root}/{name}"))
 
     def put(self, name: str, data: bytes) -> None:
         """Upload a file in one call. After an error, remove what it left of a clip's file."""
         try:
-            with self._write_errors():
+            with self._write_errors(name):
                 self._fs.pipe_file(f"{self._root}/{name}", data)
         except OutputError:
             if not name.startswith(STATE_FOLDER):
                 with suppress(OutputError):
-                    self.remove(name)
+                    self.remove([name])
             raise
 
-    def remove(self, name: str) -> None:
-        with self._write_errors(), suppress(FileNotFoundError):
-            self._fs.rm_file(f"{self._root}/{name}")
+    def remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            with self._write_errors(name), suppress(FileNotFoundError):
+                self._fs.rm_file(f"{self._root}/{name}")
 
     def append(self, name: str, data: bytes) -> bool:
         """Upload a new file, because object stores cannot append."""
@@ -217,23 +261,35 @@ class UrlOutput(Output):
         return False
 
     @contextmanager
-    def workspace(self) -> Iterator[Path]:
-        """Yield a temporary folder."""
-        with output_errors("a temporary folder", cure="set TMPDIR to a folder that is writable and has room"):
-            temporary = tempfile.TemporaryDirectory(prefix="samekit-")
-        with temporary as folder:
-            yield Path(folder)
+    def pair_writer(self) -> Iterator[Callable[[Sequence[Pair]], None]]:
+        with self._write_errors():
+            uploads = _UPLOADS if self._fs.async_impl else _CONNECTIONS
+        with ThreadPoolExecutor(uploads) as pool:
+            yield partial(self._put_pairs, pool)
 
-    def upload(self, folder: Path, name: str) -> None:
-        """Upload a `.npy` file, then its `.json`, which shows that the pair is complete."""
-        metadata = Path(name).with_suffix(".json").name
-        self.remove(metadata)
-        for file in (name, metadata):
-            self.put(file, (folder / file).read_bytes())
-            (folder / file).unlink()
+    def _put_pairs(self, pool: ThreadPoolExecutor, pairs: Sequence[Pair]) -> None:
+        """Upload several files at a time: first all `.npy` files, then all `.json` files."""
+        with self._write_errors():
+            _call_all(pool, [partial(self.remove, [pair.json_name]) for pair in pairs if pair.replaces])
+            _call_all(pool, [partial(self.put, pair.name, pair.npy) for pair in pairs])
+            _call_all(pool, [partial(self.put, pair.json_name, pair.json) for pair in pairs])
 
-    def _read_errors(self) -> AbstractContextManager[None]:
-        return output_errors(self._url, Exception, "cannot be read", "check URL, network and permissions")
+    def _read_errors(self, name: str = "") -> AbstractContextManager[None]:
+        return output_errors(self._named(name), Exception, "cannot be read", "check URL, network and permissions")
 
-    def _write_errors(self) -> AbstractContextManager[None]:
-        return output_errors(self._url, Exception)
+    def _write_errors(self, name: str = "") -> AbstractContextManager[None]:
+        return output_errors(self._named(name), Exception)
+
+    def _named(self, name: str) -> str:
+        return f"{self._url}/{name}" if name else self._url
+
+
+def _call_all(pool: ThreadPoolExecutor, calls: Sequence[Callable[[], object]]) -> None:
+    """Call functions in the threads of a pool. After an error, start no more, wait for the others, and raise it."""
+    futures = [pool.submit(call) for call in calls]
+    done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
+    for future in waiting:
+        future.cancel()
+    wait(waiting)
+    for future in done:
+        future.result()

@@ -16,20 +16,19 @@ import queue
 import threading
 from collections import defaultdict
 from contextlib import closing, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from samekit.arrays import as_one_batch
 from samekit.dataset.clip import BadClipError, ClipReader
-from samekit.errors import BackendError, InputError, NonFiniteError
-from samekit.files.latents import LatentsWriter
+from samekit.dataset.clip_writer import ClipWriter, CompleteClip, groups_of
+from samekit.errors import BackendError, NonFiniteError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
-    from pathlib import Path
 
     from samekit.arrays import Array
     from samekit.backends.base import Backend
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from samekit.dataset.options import PreEncodeOptions
     from samekit.dataset.output import Output
     from samekit.dataset.sources import Source
+    from samekit.files.pairs import Pair
     from samekit.windows import Window
 
 _WAITING_BATCHES: Final = 4
@@ -51,6 +51,8 @@ class Task:
 
     source: Source
     target: str
+    replaces: bool = True
+    """Whether the output may hold an older `.json` file of the clip."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +145,8 @@ class Pipeline:
     """Held while the backend is used, so that several pipelines can share it."""
     job: Job
     readers: int
-    finished: Callable[[Outcome], None]
-    """Called in the writer thread with each outcome, when the files of the clip are in the output."""
+    finished: Callable[[Sequence[Outcome]], None]
+    """Called in the writer thread with the outcomes of a group of clips, when their files are in the output."""
 
     def __post_init__(self) -> None:
         # The first error of a reader or of the writer.
@@ -152,7 +154,7 @@ class Pipeline:
         self._stopped = False
         # Each reader puts None when it ends.
         self._read: queue.Queue[_Piece | _End | None] = queue.Queue(self.job.options.batch_size + self.readers)
-        self._complete: queue.Queue[_Work | None] = queue.Queue(_WRITES_WAITING)
+        self._complete: queue.Queue[CompleteClip | None] = queue.Queue(_WRITES_WAITING)
         rules = self.job.rules
         self._buffers = _Buffers(rules.spec.channels * rules.spec.samples(rules.windows.size))
 
@@ -162,8 +164,8 @@ class Pipeline:
         waiting = iter(list(tasks))
         # Daemon threads, so that a second Ctrl-C, which interrupts `_end_threads`, ends the process.
         readers = [threading.Thread(target=self._read_clips, args=(waiting,), daemon=True) for _ in range(self.readers)]
-        with self.job.output.workspace() as folder:
-            writer = threading.Thread(target=self._write_clips, args=(folder,), daemon=True)
+        with self.job.output.pair_writer() as write_pairs:
+            writer = threading.Thread(target=self._write_clips, args=(write_pairs,), daemon=True)
             try:
                 for thread in (writer, *readers):
                     _start(thread)
@@ -255,13 +257,13 @@ class Pipeline:
             return
         # Always copied: the encoder's array holds the latents of the whole batch.
         with np.errstate(over="ignore"):
-            values = np.array(latents[:, piece.window.core], dtype, order="F")
+            values = np.array(latents[:, piece.window.core], dtype, order="C")
         if not np.isfinite(values).all():
             self._fail(work, f"{work.task.source.path}: a latent is too large for {dtype}; write float32 files")
             return
         work.windows[piece.index] = values
         if len(work.windows) == work.pieces:
-            self._complete.put(work)
+            self._put_complete(work)
 
     def _end(self, end: _End) -> None:
         """Handle the end of a clip, which was read or could not be read."""
@@ -269,37 +271,27 @@ class Pipeline:
         if not work.failed:
             work.pieces, work.outcome, work.failed = end.pieces, end.outcome, end.outcome.bad is not None
             if work.failed or len(work.windows) == work.pieces:
-                self._complete.put(work)
+                self._put_complete(work)
 
     def _fail(self, work: _Work, reason: str) -> None:
         work.outcome, work.failed = Outcome(work.task, None, BadClipError("failed", reason)), True
-        self._complete.put(work)
+        self._put_complete(work)
 
-    def _write_clips(self, folder: Path) -> None:
-        """Write complete clips until there are no more. After an error, they are dropped."""
-        while work := self._complete.get():
+    def _put_complete(self, work: _Work) -> None:
+        """Pass a clip to the writer, with its windows in order."""
+        if work.outcome:
+            windows = [] if work.failed else [latents for _, latents in sorted(work.windows.items())]
+            self._complete.put(CompleteClip(work.outcome, windows))
+
+    def _write_clips(self, write_pairs: Callable[[Sequence[Pair]], None]) -> None:
+        """Write complete clips until there are no more. After an error of the writer, they are dropped."""
+        writer, failed = ClipWriter(self.job, write_pairs, self.finished), False
+        for group in groups_of(self._complete, self.job.output.group_limits):
             try:
-                if work.outcome and not self._error:
-                    self.finished(self._write(folder, work, work.outcome))
+                if not failed:
+                    writer.write(group)
             except BaseException as error:  # noqa: BLE001 it is raised again by `run`
-                self._error = error
-
-    def _write(self, folder: Path, work: _Work, outcome: Outcome) -> Outcome:
-        """Write the files of a clip unless it has failed."""
-        clip, rules, silence = outcome.clip, self.job.rules, self.job.silence
-        if clip is None:
-            return outcome
-        try:
-            with LatentsWriter(folder / work.task.target, rules.spec.latent_width, self.job.options.dtype) as writer:
-                for _, latents in sorted(work.windows.items()):
-                    writer.write(latents)
-                if silence is not None:
-                    writer.write(silence[:, clip.extent.computed :])
-                writer.metadata = clip.metadata(work.task.source, rules)
-        except InputError as error:
-            return replace(outcome, clip=None, bad=BadClipError("failed", str(error)))
-        self.job.output.upload(folder, work.task.target)
-        return outcome
+                self._error, failed = error, True
 
 
 def _start(thread: threading.Thread) -> None:

@@ -158,7 +158,7 @@ class RayExecutor(Executor):
                 return array
         raise BackendError(ALL_LOST)
 
-    def encode(self, job: Job, tasks: Sequence[Task], finished: Callable[[Outcome], None]) -> None:
+    def encode(self, job: Job, tasks: Sequence[Task], finished: Callable[[Sequence[Outcome]], None]) -> None:
         actors = _Actors(self._ray, self._actors, self.facts, job)
         Calls(actors, batches_of(tasks, job.options.batch_size)).run(finished)
 

@@ -9,7 +9,6 @@ latents of the clip. samekit encodes only as many zeros as influence the latents
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 import os
 import time
@@ -33,6 +32,7 @@ from samekit.dataset.pipeline import Job, Outcome, Task
 from samekit.dataset.report import PreEncodeReport, Progress
 from samekit.dataset.sources import Found, Source, find_sources
 from samekit.errors import InputError
+from samekit.files.pairs import DTYPES, npy_header
 from samekit.files.paths import expanded_text
 
 if TYPE_CHECKING:
@@ -149,13 +149,15 @@ class _Run:
 
     def mark_gone(self, sources: dict[str, Source]) -> None:
         """Mark clips that left the dataset and have no complete pair of files of these settings."""
-        for row in list(self.manifest.rows.values()):
-            if row.relpath in sources:
-                continue
-            if row.status is None or (row.status == "encoded" and not self._files.issuperset(row.files)):
-                if not self._files.isdisjoint(row.files):
-                    self._remove_files(row)
-                self.manifest.record(dataclasses.replace(row, status="gone"))
+        gone = [
+            row
+            for row in self.manifest.rows.values()
+            if row.relpath not in sources
+            and (row.status is None or (row.status == "encoded" and not self._files.issuperset(row.files)))
+        ]
+        self._remove_files(gone)
+        for row in gone:
+            self.manifest.record(dataclasses.replace(row, status="gone"))
 
     def encode(self, due: list[Source]) -> None:
         """Encode clips, and the silence if it is missing."""
@@ -164,10 +166,14 @@ class _Run:
         self._state = dataclasses.replace(self._state, total=len(due))
         if options.batch_size > 1:
             due = self._sorted_by_length(due)
-        tasks = [Task(source, f"{self.manifest.rows[source.relpath].name}.npy") for source in due]
+        tasks = [self._task(source) for source in due]
         if tasks:
             self._start = time.perf_counter()
             self.executor.encode(Job(self._rules, options, silence, self.output), tasks, self._finished)
+
+    def _task(self, source: Source) -> Task:
+        metadata, latents = self.manifest.rows[source.relpath].files
+        return Task(source, latents, replaces=metadata in self._files)
 
     def _sorted_by_length(self, due: list[Source]) -> list[Source]:
         """Sort clips by length, so that clips of one length share a batch."""
@@ -177,18 +183,16 @@ class _Run:
 
     def _silence(self, *, needed: bool) -> Array | None:
         """Write `silence.npy` if it is missing or wrong; return its latents if clips are padded with them."""
-        shape, dtype = (1, self._rules.spec.latent_width, self._rules.limit), np.dtype(self.options.dtype)
-        header = io.BytesIO()
-        fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(header, fields)
-        size = len(header.getvalue()) + math.prod(shape) * dtype.itemsize
-        missing = self.options.shard.is_written_here(SILENCE_FILE) and not self._has_silence(header.getvalue(), size)
+        shape, dtype = (1, self._rules.spec.latent_width, self._rules.limit), DTYPES[self.options.dtype]
+        header = npy_header(dtype, shape)
+        size = len(header) + math.prod(shape) * dtype.itemsize
+        missing = self.options.shard.is_written_here(SILENCE_FILE) and not self._has_silence(header, size)
         if not needed and not missing:
             return None
         latents = self.executor.silence(self._rules.limit)
         if missing:
             data = np.ascontiguousarray(latents, dtype).tobytes()
-            self.output.put(SILENCE_FILE, header.getvalue() + data)
+            self.output.put(SILENCE_FILE, header + data)
         return latents if needed else None
 
     def _has_silence(self, header: bytes, size: int) -> bool:
@@ -197,13 +201,23 @@ class _Run:
         if all(row.status in (None, "gone") for row in self.manifest.rows.values()):
             return False
         try:
-            data = self.output.get(SILENCE_FILE, size + 1) if SILENCE_FILE in self._files else b""
+            return (
+                SILENCE_FILE in self._files
+                and self.output.size(SILENCE_FILE) == size
+                and self.output.get(SILENCE_FILE, len(header)) == header
+            )
         except InputError:
             return False
-        return len(data) == size and data.startswith(header)
 
-    def _finished(self, outcome: Outcome) -> None:
-        """Record the outcome of a clip."""
+    def _finished(self, outcomes: Sequence[Outcome]) -> None:
+        """Record the outcomes of a group of clips, then show the progress."""
+        rows = [self._record(outcome) for outcome in outcomes]
+        self.manifest.save()
+        for row in rows:
+            self._show(row)
+
+    def _record(self, outcome: Outcome) -> Row:
+        """Record the outcome of a clip, and return its row."""
         source, clip, bad = outcome.task.source, outcome.clip, outcome.bad
         old = self.manifest.rows[source.relpath]
         row = Row(
@@ -223,24 +237,28 @@ class _Run:
             self._failed_attempts.append(row)
         else:
             if bad:
-                self._remove_files(old)
+                self._remove_files([old])
             self.manifest.record(row)
         if outcome.worker and not bad:
             self._workers[outcome.worker] += 1
+        return row
+
+    def _show(self, row: Row) -> None:
+        """Add a clip to the progress."""
         state = self._state
         self._state = dataclasses.replace(
             state,
             done=state.done + 1,
-            bad=state.bad + bool(bad),
+            bad=state.bad + (row.status != "encoded"),
             audio_seconds=state.audio_seconds + row.seconds,
             elapsed=time.perf_counter() - self._start,
         )
         if self.progress:
             self.progress(self._state)
 
-    def _remove_files(self, row: Row) -> None:
-        for file in row.files:
-            self.output.remove(file)
+    def _remove_files(self, rows: Sequence[Row]) -> None:
+        """Remove the files of clips that were there when the run began."""
+        self.output.remove(file for row in rows for file in row.files if file in self._files)
 
     def report(self, sources: dict[str, Source], found: Found) -> PreEncodeReport:
         """Return the results after the end of the run."""

@@ -72,5 +72,5 @@ class Worker:
             if not Path(folder).is_dir():
                 raise InputError(f"{folder}: does not exist on {node}; give every node access under this path")
         outcomes: list[Outcome] = []
-        self._opened().encode(job, tasks, outcomes.append)
+        self._opened().encode(job, tasks, outcomes.extend)
         return outcomes

@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -23,6 +24,7 @@ from samekit.files.paths import checked_path, remove
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from typing import Self
 
 # File names end at 255 bytes on common file systems. All but NAME takes at most 33 bytes.
 _NAME_BYTES: Final = 200
@@ -47,10 +49,10 @@ def atomic_path(path: str | os.PathLike[str], *, follow_links: bool = False) -> 
     """
     path = checked_path(path)
     with output_errors(path):
-        # Renaming over a device such as /dev/null would replace the device. This also asks the system whether the link
-        # may be followed: Linux refuses to follow links that others have placed in a folder such as /tmp.
-        if (follow_links or not path.is_symlink()) and path.exists() and not path.is_file():
-            raise OutputError(f"{path}: is not a regular file; choose another name for the output")
+        # This also asks the system whether the link may be followed: Linux refuses to follow links that others have
+        # placed in a folder such as /tmp.
+        if follow_links or not path.is_symlink():
+            _require_regular(path)
         target = _link_target(path) if follow_links else path
         if follow_links and target.is_symlink():
             raise OutputError(f"{path}: is a link that leads in a circle; remove it, or choose another name")
@@ -66,6 +68,81 @@ def atomic_path(path: str | os.PathLike[str], *, follow_links: bool = False) -> 
         temporary.unlink(missing_ok=True)
         raise
     _sync(target.parent)
+
+
+class AtomicFiles:
+    """Write many files atomically, with few waits for the disk: write all, sync all, then rename.
+
+    Use it in a `with` statement, which deletes the temporary files that were not renamed. A link is replaced, not
+    followed. The methods raise OutputError, with the name of the file.
+    """
+
+    def __init__(self) -> None:
+        self._end = _temporary_end()
+        self._temporaries: dict[str, str] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for temporary in self._temporaries.values():
+            with suppress(OSError):
+                os.unlink(temporary)
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write the temporary file of `path`, and ask the system to begin to copy it to the disk."""
+        with output_errors(path):
+            if not os.path.islink(path):
+                _require_regular(path)
+            folder, name = os.path.split(path)
+            temporary = os.path.join(folder, f".{_shortened(name)}{self._end}")
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+            descriptor = os.open(temporary, flags, 0o666)
+            self._temporaries[path] = temporary
+            try:
+                left = memoryview(data)
+                while left:
+                    left = left[os.write(descriptor, left) :]
+                # On Linux this begins to write the file. Then the first fsync of a group commits most of its files.
+                if sys.platform == "linux":
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
+    def sync(self) -> None:
+        """Wait until the contents of all temporary files are on disk."""
+        for path, temporary in self._temporaries.items():
+            with output_errors(path):
+                _sync(temporary)
+
+    def rename(self, paths: Iterable[str]) -> None:
+        """Give the temporary files of these paths their names, and wait until the names are on disk."""
+        paths = list(paths)
+        for path in paths:
+            with output_errors(path):
+                os.replace(self._temporaries[path], path)
+            del self._temporaries[path]
+        sync_folders(paths)
+
+
+def remove_files(paths: Iterable[str]) -> None:
+    """Delete files, and wait until the changes are on disk; files that do not exist are left out.
+
+    Raise OutputError if a file cannot be deleted.
+    """
+    removed = []
+    for path in paths:
+        with output_errors(path), suppress(FileNotFoundError):
+            os.unlink(path)
+            removed.append(path)
+    sync_folders(removed)
+
+
+def sync_folders(paths: Iterable[str]) -> None:
+    """Wait until the names of these files are on disk, but not those of the folders above them."""
+    for folder in sorted({os.path.dirname(path) for path in paths}):
+        with output_errors(folder):
+            _sync(folder)
 
 
 @contextmanager
@@ -158,6 +235,7 @@ def _has_ended(entry: os.DirEntry[str], match: re.Match[str]) -> bool:
     return False
 
 
+@cache
 def _process_space() -> str:
     """Return eight hex digits that are equal for processes of one boot, host name and PID namespace.
 
@@ -173,8 +251,18 @@ def _process_space() -> str:
 
 
 def _temporary_path(path: Path) -> Path:
-    name = f".{_shortened(path.name)}.{os.getpid()}-{_process_space()}{secrets.token_hex(4)}.tmp"
-    return path.with_name(name)
+    return path.with_name(f".{_shortened(path.name)}{_temporary_end()}")
+
+
+def _temporary_end() -> str:
+    """Return the end of the name of a temporary file, which names this process and begins with a full stop."""
+    return f".{os.getpid()}-{_process_space()}{secrets.token_hex(4)}.tmp"
+
+
+def _require_regular(path: str | Path) -> None:
+    """Raise OutputError if there is something else than a file: renaming over a device would replace the device."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OutputError(f"{path}: is not a regular file; choose another name for the output")
 
 
 @contextmanager
@@ -207,7 +295,7 @@ def _shortened(name: str) -> str:
     return name.encode("utf-8", "ignore")[:_NAME_BYTES].decode("utf-8", "ignore")
 
 
-def _sync(path: Path) -> None:
+def _sync(path: str | Path) -> None:
     """Wait until the contents of a file, or the names in a folder, are on disk."""
     # Read access is enough except on Windows: a graph that an older export shares may be read-only.
     try:
@@ -218,5 +306,5 @@ def _sync(path: Path) -> None:
             os.close(descriptor)
     except OSError:
         # Windows cannot open folders, and some network file systems cannot sync them.
-        if not path.is_dir():
+        if not os.path.isdir(path):
             raise

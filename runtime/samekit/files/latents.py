@@ -1,8 +1,9 @@
 """Latents on disk: a `.npy` file that plain NumPy reads, and metadata in a `.json` file beside it.
 
-Latents are `[width, latents]`; the width is the length of one latent vector. The `.json` file holds the dict that the
-writer was given. It is written after its `.npy` file and deleted before that is replaced. So a `.json` file always
-belongs to the `.npy` file beside it, and shows that the pair is complete.
+Latents are `[width, latents]`; the width is the length of one latent vector. Files are written in C order, because some
+readers accept no other. The `.json` file holds the dict that the writer was given. It is written after its `.npy` file
+and deleted before that is replaced. So a `.json` file always belongs to the `.npy` file beside it, and shows that the
+pair is complete.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import math
 import os
 import reprlib
+import tempfile
 import tokenize
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,6 +24,7 @@ import numpy.typing as npt
 
 from samekit.errors import InputError, LatentsFileError, OutputError
 from samekit.files.atomic import atomic_path, output_errors
+from samekit.files.pairs import DTYPES, json_text, npy_header, stored_values
 from samekit.files.paths import checked_path, open_regular, read_regular
 
 if TYPE_CHECKING:
@@ -36,25 +39,28 @@ MODEL_DIGEST: Final = "model_sha256"
 PADDING_MASK: Final = "padding_mask"
 """Field of the `.json` that only clips of a dataset have."""
 
-_DTYPES: Final[dict[str, np.dtype[np.floating[Any]]]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 # NumPy refuses headers above 10,000 bytes, but only after reading as many bytes as the file claims.
 _HEAD_BYTES: Final = 12_000
 _HEADER_READERS: Final = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 # What NumPy raises for damaged headers, found by trying; KeyError means another version of the format.
 _HEADER_ERRORS: Final = (ValueError, TypeError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError, KeyError)
-# Values that are checked at a time, to keep memory flat.
+# Values that are checked or transposed at a time, to keep memory flat.
 _CHECKED_VALUES: Final = 2**20
+_TRANSPOSED_VALUES: Final = 2**18
 
 
 class LatentsWriter:
     """Write latents block by block, in memory that does not grow with their number.
 
     Use it in a `with` statement: the `.npy` file and its `.json` file appear when the block ends without an error.
+    Blocks are collected in a nameless temporary file, `[latents, width]`, in the same folder. At the end it is
+    transposed, a part at a time, into the `.npy` file. So the disk needs room for the latents twice.
+
     `dtype`, of the values on disk, is `float32` or `float16`. For `follow_links` see `atomic_path`.
 
     Raises:
         InputError: the suffix is not `.npy`, or the dtype is another.
-        OutputError: the folder is missing, not writable or full.
+        OutputError: the folder is missing, not writable or full. Older files of these names stay.
     """
 
     def __init__(
@@ -69,17 +75,16 @@ class LatentsWriter:
         self._width = width
         self._follow_links = follow_links
         _require_npy(self.path)
-        if dtype not in _DTYPES:
-            raise InputError(f"latents are not stored as {dtype!r}; use one of {', '.join(_DTYPES)}")
-        self._dtype = _DTYPES[dtype]
+        if dtype not in DTYPES:
+            raise InputError(f"latents are not stored as {dtype!r}; use one of {', '.join(DTYPES)}")
+        self._dtype = DTYPES[dtype]
 
     def __enter__(self) -> Self:
         with ExitStack() as stack, output_errors(self.path):
             # Closed in the opposite order: the .npy file takes its place first, then the .json file.
             self._json = stack.enter_context(atomic_path(_json_path(self.path), follow_links=self._follow_links))
-            temporary = stack.enter_context(atomic_path(self.path, follow_links=self._follow_links))
-            self._file = stack.enter_context(temporary.open("wb"))
-            self._write_header()
+            self._npy = stack.enter_context(atomic_path(self.path, follow_links=self._follow_links))
+            self._blocks = stack.enter_context(tempfile.TemporaryFile(dir=self._npy.parent))
             self._outputs = stack.pop_all()
         return self
 
@@ -100,30 +105,30 @@ class LatentsWriter:
         """
         if block.ndim != 2 or block.shape[0] != self._width:
             raise InputError(f"block of shape {block.shape} does not fit; give [{self._width}, latents]")
-        # The bytes of a growing C-ordered [latents, width] array are those of a Fortran-ordered
-        # [width, latents] array, so blocks can be appended.
-        with np.errstate(over="ignore"):
-            values = block.T.astype(self._dtype, order="C")
-        if not np.isfinite(values).all():
-            raise InputError(f"{self.path}: a latent is NaN or too large for {self._dtype}; check the encoder")
+        values = stored_values(self.path, block, self._dtype, "F")
         with output_errors(self.path):
-            self._file.write(values.tobytes())
+            self._blocks.write(values.T.data)
         self.latents += block.shape[1]
 
-    def _write_header(self) -> None:
-        """Write the header for the latents so far; NumPy pads it, so its size does not depend on their number."""
-        fields = {"descr": self._dtype.str, "fortran_order": True, "shape": (self._width, self.latents)}
-        np.lib.format.write_array_header_1_0(self._file, fields)
+    def _transpose(self) -> None:
+        """Write the `.npy` file from the collected blocks."""
+        header = npy_header(self._dtype, (self._width, self.latents))
+        step, size = max(1, _TRANSPOSED_VALUES // self._width), self._dtype.itemsize
+        self._blocks.seek(0)
+        with self._npy.open("wb") as file:
+            file.write(header)
+            for begin in range(0, self.latents, step):
+                data = self._blocks.read(min(step, self.latents - begin) * self._width * size)
+                rows = np.ascontiguousarray(np.frombuffer(data, self._dtype).reshape(-1, self._width).T)
+                for index, row in enumerate(rows):
+                    file.seek(len(header) + (index * self.latents + begin) * size)
+                    file.write(row.data)
 
     def _finish(self) -> None:
         """Complete both temporary files, and delete the `.json` file of the latents that are replaced."""
-        try:
-            text = json.dumps(self.metadata, indent=2, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{self.path}: the metadata are no JSON ({error}); use plain values") from error
-        self._file.seek(0)
-        self._write_header()
-        self._json.write_text(text + "\n", encoding="utf-8")
+        text = json_text(self.path, self.metadata)
+        self._transpose()
+        self._json.write_text(text, encoding="utf-8")
         old = _json_path(self.path)
         # With `follow_links` the file that a link leads to is replaced, and the link stays.
         (Path(os.path.realpath(old)) if self._follow_links else old).unlink(missing_ok=True)
