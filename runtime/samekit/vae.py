@@ -8,8 +8,6 @@ Three lines put it into a pipeline:
     pipe.vae = AutoencoderModel.from_pretrained("same-l").as_vae()
 """
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
