@@ -159,6 +159,14 @@ def engine_of(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def half_engine(engine_of, tmp_path_factory):
+    """Return the folder of tiny-s in fp32 and fp16, exported once per run. Tests must not change its files."""
+    out = tmp_path_factory.mktemp("half")
+    shutil.copytree(engine_of("tiny-s").folder, out / "tiny-s")
+    return export(seeded("tiny-s"), out, ["fp16"]).folder
+
+
+@pytest.fixture(scope="session")
 def bundled_engine(tmp_path_factory):
     """Export the model that comes with samekit, once per run. Tests must not change its files."""
     return export(load("same-tiny"), tmp_path_factory.mktemp("bundled"))

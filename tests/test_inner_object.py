@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import shutil
 import subprocess
 import sys
 
@@ -26,7 +25,6 @@ from samekit import AutoencoderModel
 from samekit.batches import Autoencoder
 from samekit.engine.spec import EngineSpec
 from samekit.errors import BackendError, BackendUnavailableError, InputError
-from samekit_export.export import export
 from samekit_export.model_spec import spec_of
 
 AUDIO = noise((1, 2, 12 * HOP), seed=1)
@@ -37,17 +35,9 @@ def opened(folder, **options):
     return AutoencoderModel.from_pretrained(folder, "cpu", backend="onnxruntime", threads=1, **options)
 
 
-@pytest.fixture(scope="module")
-def both(engine_of, tmp_path_factory):
-    """Return the folder of an engine in fp32 and fp16."""
-    out = tmp_path_factory.mktemp("both")
-    shutil.copytree(engine_of("tiny-s").folder, out / "tiny-s")
-    return export(seeded("tiny-s"), out, ["fp16"]).folder
-
-
 @pytest.fixture
-def model(both):
-    with opened(both) as model:
+def model(half_engine):
+    with opened(half_engine) as model:
         yield model
 
 
@@ -193,8 +183,10 @@ with AutoencoderModel.from_pretrained(sys.argv[1], "cpu") as model:
 """
 
 
-def test_without_pytorch(both):
-    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, str(both)], capture_output=True, text=True, check=False)
+def test_without_pytorch(half_engine):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, str(half_engine)], capture_output=True, text=True, check=False
+    )
     assert done.stdout == "cpu float16 float16 float16 float32\n", done.stderr
 
 
@@ -221,7 +213,7 @@ def test_a_gpu_that_pytorch_does_not_see_is_the_cpu(fake):
     assert fake.autoencoder.to(next(fake.autoencoder.parameters()).device) is fake.autoencoder
 
 
-def test_half_opens_the_fp16_graphs(model, both):
+def test_half_opens_the_fp16_graphs(model, half_engine):
     single = model.encode(AUDIO, RATE)
     before = model.autoencoder
     model.autoencoder = model.autoencoder.half()
@@ -234,7 +226,7 @@ def test_half_opens_the_fp16_graphs(model, both):
     assert_close(single, halved.float().numpy(), 40)
     assert model.decode(halved).dtype == torch.float16
     assert model.encode(AUDIO, RATE).dtype == np.float16
-    with opened(both, precision="fp16") as fp16:
+    with opened(half_engine, precision="fp16") as fp16:
         expected = fp16.encode(AUDIO.astype(np.float16), RATE)
         assert expected.dtype == np.float32
         assert np.array_equal(expected.astype(np.float16), halved.numpy())
@@ -252,8 +244,8 @@ def test_to_converts_to_a_dtype(model):
             inner.to(dtype)
 
 
-def test_half_keeps_the_window_and_the_options(both):
-    with opened(both, window=16, window_batch=3) as model:
+def test_half_keeps_the_window_and_the_options(half_engine):
+    with opened(half_engine, window=16, window_batch=3) as model:
         model.autoencoder.half()
         assert model.autoencoder.windows("encoder").size == 16
         assert model.autoencoder.backend.window_batch == 3
@@ -273,6 +265,17 @@ def test_half_of_a_backend_that_cannot_be_opened_again(fake):
         fake.autoencoder.half()
     assert_one_line(caught.value)
     assert fake.autoencoder.float() is fake.autoencoder
+
+
+def test_a_vae_for_pipelines_is_halved_too(model):
+    model.autoencoder.half()
+    vae = model.as_vae()
+    assert vae.backend is model.autoencoder.backend
+    assert vae.dtype == torch.float16
+    assert vae.decode(torch.from_numpy(LATENTS).half()).sample.dtype == torch.float16
+    # Converting one leaves the other as it is.
+    assert vae.float().dtype == torch.float32
+    assert model.autoencoder.dtype == torch.float16
 
 
 # --- Inside a diffusion model ------------------------------------------------------------------------------
