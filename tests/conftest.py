@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import warnings
 from collections import Counter
 from importlib.metadata import version
 
@@ -158,6 +159,14 @@ def engine_of(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def half_engine(engine_of, tmp_path_factory):
+    """Return the folder of tiny-s in fp32 and fp16, exported once per run. Tests must not change its files."""
+    out = tmp_path_factory.mktemp("half")
+    shutil.copytree(engine_of("tiny-s").folder, out / "tiny-s")
+    return export(seeded("tiny-s"), out, ["fp16"]).folder
+
+
+@pytest.fixture(scope="session")
 def bundled_engine(tmp_path_factory):
     """Export the model that comes with samekit, once per run. Tests must not change its files."""
     return export(load("same-tiny"), tmp_path_factory.mktemp("bundled"))
@@ -176,6 +185,39 @@ def checkpoint_of(tmp_path_factory):
         return folder / name
 
     return functools.cache(write)
+
+
+@pytest.fixture(scope="session")
+def same_of_diffusers(tmp_path_factory):
+    """Return a model of `diffusers` with random weights, and the folder in which it is saved."""
+    with warnings.catch_warnings():
+        # Its imports warn about packages that it does not need here, its model about old weight norm.
+        warnings.simplefilter("ignore")
+        from diffusers import AutoencoderSAME
+
+        torch.manual_seed(0)
+        model = AutoencoderSAME(
+            encoder_channels=32,
+            encoder_c_mults=(4,),
+            encoder_transformer_depths=(4,),
+            latent_dim=32,
+            decoder_sinusoidal_blocks=(3,),
+        ).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                # As diffusers draws them, the branches are zero, and the input hardly changes the output.
+                if name.endswith(("gamma", "beta", "bias", "scale", "new_tokens")):
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+                elif name.endswith("alpha"):
+                    parameter.fill_(1.5)
+                elif name.endswith("weight_g"):
+                    parameter.fill_(1)
+                elif not name.endswith("weight_v"):
+                    parameter.normal_(std=1.3 * parameter.shape[-1] ** -0.5)
+            model.bottleneck.running_std.fill_(1.25)
+        folder = tmp_path_factory.mktemp("diffusers") / "vae"
+        model.save_pretrained(folder)
+    return model, folder
 
 
 @pytest.fixture(scope="session")

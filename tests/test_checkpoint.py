@@ -18,6 +18,7 @@ from helpers import KINDS, REMOVED, assert_one_line, edit, seeded, variant
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
+from samekit.engine.folder import KNOWN_MODELS
 from samekit.errors import CheckpointError
 from samekit_export.checkpoint import NESTED_PREFIX, WEIGHTS_FILE, load, load_folder, load_source, save_folder
 from samekit_export.config import CONFIG_FILE, BandSpan, ChunkSpan, parse_config
@@ -559,7 +560,7 @@ def test_errors_of_the_hub_become_one_line(monkeypatch):
 
 @pytest.mark.parametrize("name", ["same-m", "nowhere", ""])
 def test_names_that_are_nothing(hub, name):
-    assert "is no published model (same-s, same-l, same-tiny)" in refused(load, name)
+    assert f"is no published model ({', '.join(KNOWN_MODELS)})" in refused(load, name)
     assert hub.calls == []
 
 

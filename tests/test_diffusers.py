@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 
 import numpy as np
 import pytest
@@ -18,43 +17,12 @@ from samekit_export.model import Same
 from samekit_export.verify import snr_db
 
 
-@pytest.fixture(scope="module")
-def oracle(tmp_path_factory):
-    """Return a model of `diffusers` with random weights, and the folder in which it is saved."""
-    with warnings.catch_warnings():
-        # Its imports warn about packages that it does not need here, its model about old weight norm.
-        warnings.simplefilter("ignore")
-        from diffusers import AutoencoderSAME
-
-        torch.manual_seed(0)
-        model = AutoencoderSAME(
-            encoder_channels=32,
-            encoder_c_mults=(4,),
-            encoder_transformer_depths=(4,),
-            latent_dim=32,
-            decoder_sinusoidal_blocks=(3,),
-        ).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                # The branches start at zero, which would hide errors.
-                if parameter.ndim > 1 and not parameter.any():
-                    parameter.normal_(std=parameter.shape[-1] ** -0.5)
-                elif name.endswith(("gamma", "beta", "bias", "scale", "new_tokens")):
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-                elif name.endswith("alpha"):
-                    parameter.fill_(1.5)
-            model.bottleneck.running_std.fill_(1.25)
-        folder = tmp_path_factory.mktemp("diffusers") / "vae"
-        model.save_pretrained(folder)
-    return model, folder
-
-
 @pytest.fixture
-def changed(oracle, tmp_path):
+def changed(same_of_diffusers, tmp_path):
     """Return a function that copies the saved folder with changed configuration fields."""
 
     def change(**fields):
-        folder = shutil.copytree(oracle[1], tmp_path / "vae")
+        folder = shutil.copytree(same_of_diffusers[1], tmp_path / "vae")
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | fields))
         return folder
@@ -63,8 +31,8 @@ def changed(oracle, tmp_path):
 
 
 @pytest.mark.parametrize("latents", [1, 2, 9])
-def test_model_and_graphs_equal_the_oracle(oracle, latents):
-    theirs, folder = oracle
+def test_model_and_graphs_equal_the_oracle(same_of_diffusers, latents):
+    theirs, folder = same_of_diffusers
     ours = Same.from_checkpoint(load_folder(folder))
     noise = np.random.default_rng(latents)
     audio = torch.from_numpy(noise.standard_normal((2, 2, latents * 4096), np.float32) * np.float32(0.2))
@@ -76,8 +44,8 @@ def test_model_and_graphs_equal_the_oracle(oracle, latents):
             assert snr_db(decoded, decode(z).numpy()) >= 100
 
 
-def test_runs_by_folder(oracle):
-    theirs, folder = oracle
+def test_runs_by_folder(same_of_diffusers):
+    theirs, folder = same_of_diffusers
     audio = np.random.default_rng(0).standard_normal((2, 5 * 4096), np.float32) * np.float32(0.2)
     with AutoencoderModel.from_pretrained(folder, backend="torch") as model, torch.inference_mode():
         expected = theirs.encode(torch.from_numpy(audio)[None]).latents.numpy()

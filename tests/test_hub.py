@@ -291,6 +291,37 @@ def test_full_checkpoints_in_the_cache_serve(checkpoints, name, repository, file
     assert load_source(loaded.source).source == loaded.source
 
 
+# The names in the reference's `stable_audio_3/model_configs.py`, and their repositories there.
+FULL_MODELS = {
+    "small-music": "stabilityai/stable-audio-3-small-music",
+    "small-sfx": "stabilityai/stable-audio-3-small-sfx",
+    "small-music-base": "stabilityai/stable-audio-3-small-music-base",
+    "small-sfx-base": "stabilityai/stable-audio-3-small-sfx-base",
+    "medium": "stabilityai/stable-audio-3-medium",
+    "medium-base": "stabilityai/stable-audio-3-medium-base",
+}
+
+
+@pytest.mark.parametrize("name", FULL_MODELS)
+@pytest.mark.usefixtures("offline")
+def test_full_models_have_the_names_of_the_reference(checkpoints, name):
+    file = "medium" if "medium" in name else "small-music"
+    # The autoencoder alone is in the cache too, but another repository was asked for.
+    cache(SAME_S, pin(SAME_S), checkpoints["SAME-S"])
+    assert f"{FULL_MODELS[name]} cannot be fetched" in refused(name)
+    cache(FULL_MODELS[name], pin(FULL_MODELS[name]), checkpoints[file])
+    loaded = load(name.upper())
+    assert_is_tiny(loaded, KIND[file])
+    assert (loaded.name, loaded.source["name"]) == (name, FULL_MODELS[name])
+    assert load_source(loaded.source).source == loaded.source
+
+
+def test_a_base_model_is_named_where_access_is_missing(server):
+    server.answers[MUSIC] = ANSWERS[0][:2]
+    message = refused("small-music")
+    assert f", or take {MUSIC}-base, which contains the same autoencoder, or export a folder" in message
+
+
 def test_the_pinned_revision_in_the_cache_is_preferred(server, checkpoints):
     cache(SAME_S, OTHER, checkpoints["medium"])
     cache(MUSIC, pin(MUSIC), checkpoints["small-music"])

@@ -61,8 +61,8 @@ def load(model: str, weights: str = HUB, revision: str | None = None) -> Checkpo
     """Load a checkpoint.
 
     Args:
-        model: `same-s`, `same-l`, `same-tiny`, in upper or lower case; a checkpoint folder; or a hub repository
-            `owner/name`.
+        model: a name of `HUB_REPOSITORIES` or `BUNDLED_FOLDERS`, in upper or lower case; a checkpoint folder; or a hub
+            repository `owner/name`.
         weights: "hub" for the published weights (`same-tiny`'s come with samekit), "random" for seeded random ones,
             or a checkpoint folder.
         revision: branch, tag or commit on the hub.
@@ -267,7 +267,7 @@ def load_hub(name: str, revision: str | None = None, weights: str | None = None)
     A checkpoint in the cache that cannot be used is skipped with a warning if there is another.
 
     Args:
-        name: `same-s`, `same-l`, or any hub repository `owner/name`, also one of a full Stable Audio 3 model.
+        name: a name of `HUB_REPOSITORIES`, or any hub repository `owner/name`.
         revision: branch, tag or commit; unless given, the pinned revision of a known repository, and the default branch
             of others.
         weights: what `describe_weights` returned in an earlier load. Unless given, the files of a known repository are

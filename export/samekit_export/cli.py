@@ -67,7 +67,10 @@ def progress_on_stdout() -> Iterator[None]:
 def export(
     model: str, weights: str, revision: str | None, precision: str, out: Path, force: bool, tensorrt: str
 ) -> None:
-    """Export MODEL (same-s, same-l, same-tiny, a checkpoint folder, or owner/name on the hub) to an engine folder."""
+    """Export a model to an engine folder.
+
+    MODEL is same-s, same-l, same-tiny, a full model such as medium-base, a checkpoint folder, or owner/name on the hub.
+    """
     _need_export()
     from samekit_export.checkpoint import load
     from samekit_export.export import check_precisions

@@ -25,14 +25,19 @@ FILES = (CONFIG_FILE, WEIGHTS_FILE)
 PUBLISHED_WEIGHTS = "published weights"
 """The description of files that have the published digests."""
 
-HUB_REPOSITORIES = {"same-s": "stabilityai/SAME-S", "same-l": "stabilityai/SAME-L"}
-"""Name of a model -> repository of its published weights."""
+_FULL_MODELS = {
+    name: f"stabilityai/stable-audio-3-{name}"
+    for name in ("small-music", "small-sfx", "small-music-base", "small-sfx-base", "medium", "medium-base")
+}
+
+HUB_REPOSITORIES = {"same-s": "stabilityai/SAME-S", "same-l": "stabilityai/SAME-L", **_FULL_MODELS}
+"""Name of a model -> repository of its published weights. The names are those of the reference."""
 
 CONTAINING_REPOSITORIES = {
-    "same-s": tuple(f"stabilityai/stable-audio-3-small-{kind}" for kind in ("music", "sfx", "music-base", "sfx-base")),
-    "same-l": ("stabilityai/stable-audio-3-medium", "stabilityai/stable-audio-3-medium-base"),
+    model: tuple(repository for name, repository in _FULL_MODELS.items() if name.startswith(size))
+    for model, size in (("same-s", "small"), ("same-l", "medium"))
 }
-"""Full checkpoints that contain the same autoencoder. If one is in the cache, nothing needs to be downloaded."""
+"""Full models that contain the same autoencoder. If one is in the cache, nothing needs to be downloaded."""
 
 
 @dataclass(frozen=True)
@@ -273,9 +278,12 @@ def _cure(repository: str, error: Exception, status: int | None) -> str:
     from huggingface_hub import errors
 
     log_in = "log in (hf auth login, or HF_TOKEN)"
+    # Those who train have the base models, which need no access.
+    base = f"{repository}-base"
+    alternative = f", or take {base}, which contains the same autoencoder" if base in PUBLISHED else ""
     # The first that fits counts: GatedRepoError is a RepositoryNotFoundError too.
     by_kind = (
-        (errors.GatedRepoError, f"ask for access at https://huggingface.co/{repository} and {log_in}"),
+        (errors.GatedRepoError, f"ask for access at https://huggingface.co/{repository} and {log_in}{alternative}"),
         (errors.RevisionNotFoundError, "check --revision"),
         (errors.RepositoryNotFoundError, f"check the name, and if the repository is private, {log_in}"),
         (errors.DisabledRepoError, "take another repository"),

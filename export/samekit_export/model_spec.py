@@ -43,5 +43,6 @@ def spec_of(checkpoint: Checkpoint) -> EngineSpec:
         contexts={ENCODER: _context(config.encoder), DECODER: _context(config.decoder)},
         source=checkpoint.source,
         source_sha256=checkpoint.sha256,
+        soft_clip=config.soft_clip,
         graph_revision=GRAPH_REVISION,
     )

@@ -154,6 +154,19 @@ def to_kind_of(array: Array, example: Any, torch_device: str) -> Any:
     """
     if not is_tensor(example):
         return array
-    torch = sys.modules["torch"]
-    reachable = torch_device == "cpu" or torch.cuda.is_available()
-    return torch.from_numpy(array).to(torch_device if reachable else example.device)
+    return sys.modules["torch"].from_numpy(array).to(reachable_device(torch_device, example.device))
+
+
+def reachable_device(torch_device: str, otherwise: Any) -> Any:
+    """Return a device of PyTorch, or `otherwise` if it is a GPU and PyTorch has none. PyTorch must be imported."""
+    return torch_device if torch_device == "cpu" or sys.modules["torch"].cuda.is_available() else otherwise
+
+
+def without_gradient(value: Any) -> Any:
+    """Return a tensor without its history, and any other value as it is."""
+    return value.detach() if is_tensor(value) else value
+
+
+def needs_gradient(value: Any) -> bool:
+    """Return whether PyTorch would compute a gradient for this value."""
+    return is_tensor(value) and value.requires_grad and sys.modules["torch"].is_grad_enabled()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from samekit.arguments import check_whole
-from samekit.arrays import AUDIO, LATENTS, as_clip, is_tensor, sample_rates, to_float32, to_kind_of
+from samekit.arrays import AUDIO, LATENTS, as_clip, is_tensor, needs_gradient, sample_rates, to_float32, to_kind_of
 from samekit.audio import pad_to, prepare
 from samekit.engine.spec import DECODER, ENCODER, Direction, opposite
 from samekit.errors import InputError
+from samekit.frozen_module import FrozenModule
 from samekit.streaming import run_windows
 from samekit.windows import ExactWindows, reference_chunks
 
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
     from samekit.backends.base import Backend
 
+logger = logging.getLogger(__name__)
 
 # The reference's defaults for chunked processing, in latents.
 CHUNK_SIZE, OVERLAP = 128, 32
@@ -29,20 +33,36 @@ CHUNK_SIZE, OVERLAP = 128, 32
 _LEAST_WINDOW = 128
 
 
-class Autoencoder:
-    """Prepares audio, and encodes and decodes batches; `AutoencoderModel.autoencoder` is one."""
+# Arguments of the reference's `encode` and `decode` that change what is computed or returned.
+_NOT_SUPPORTED = ("return_info", "return_pretransform", "return_loss", "skip_pretransform")
+# An argument of theirs that changes nothing here: one clip at a time takes less memory, which windows bound anyway.
+_WITHOUT_EFFECT = "iterate_batch"
+
+
+class Autoencoder(FrozenModule):
+    """Prepares audio, and encodes and decodes batches; `AutoencoderModel.autoencoder` is one.
+
+    It takes the place of the reference's `AudioAutoencoder`, for scripts that do not train it.
+    """
+
+    is_discrete: Literal[False] = False
+    """The latents are continuous: there are no tokens."""
+    bottleneck = None
+    """The engine contains the bottleneck."""
+    pretransform = None
+    """The engine contains the patching."""
 
     def __init__(self, backend: Backend, window: int | None = None) -> None:
         if window is not None:
             check_whole("window", window, least=1)
         spec = backend.spec
-        self.backend = backend
-        """Runs the model; closing it closes the model."""
+        self.window = window
+        """Latents that are computed at once; None for the default of the backend."""
         self.spec = spec
         """Every fact about the model."""
         self.sample_rate = spec.sample_rate
         """Sample rate of the model's audio in Hz."""
-        self.io_channels = spec.channels
+        self.io_channels = self.in_channels = self.out_channels = spec.channels
         """Audio channels."""
         self.downsampling_ratio = spec.hop
         """Samples per latent."""
@@ -50,10 +70,17 @@ class Autoencoder:
         """Features of a latent."""
         self.min_length = spec.hop
         """Samples of the shortest audio; lengths are padded to multiples of it."""
+        self.soft_clip = spec.soft_clip
+        """Whether the model's last step is tanh, which keeps decoded audio in -1 ... 1."""
+        super().__init__(backend)
+
+    def _use(self, backend: Backend) -> None:
+        super()._use(backend)
+        spec = backend.spec
         self._plans: dict[str, ExactWindows] = {}
         # The wider context comes first: the least window that a refusal names must suit both directions.
         for direction, context in sorted(spec.contexts.items(), key=lambda item: item[1], reverse=True):
-            size = window
+            size = self.window
             if size is None:
                 # At this length the context, which is computed and dropped, costs at most a sixteenth.
                 size = spec.alignment * math.ceil(max(_LEAST_WINDOW, 32 * context) / spec.alignment)
@@ -96,24 +123,69 @@ class Autoencoder:
             row[:, : clip.shape[-1]] = clip
         return to_kind_of(pad_to(batch, self.min_length), clips[0], self.backend.torch_device)
 
+    def encode(self, audio: Any, **kwargs: Any) -> Any:
+        """Encode prepared audio as `encode_audio` does without chunks."""
+        return self.encode_audio(audio, **kwargs)
+
+    def decode(self, latents: Any, **kwargs: Any) -> Any:
+        """Decode latents as `decode_audio` does without chunks."""
+        return self.decode_audio(latents, **kwargs)
+
     def encode_audio(
-        self, audio: Any, chunked: bool = False, chunk_size: int = CHUNK_SIZE, overlap: int = OVERLAP
+        self, audio: Any, chunked: bool = False, overlap: int = OVERLAP, chunk_size: int = CHUNK_SIZE, **kwargs: Any
     ) -> Any:
         """Encode prepared audio `[batch, io_channels, samples]` to latents `[batch, latent_dim, latents]`.
 
-        A length that is not a multiple of `downsampling_ratio` is padded with zeros. The other arguments and the errors
-        are those of `AutoencoderModel.encode`.
+        A length that is not a multiple of `downsampling_ratio` is padded with zeros. The order of the arguments is the
+        reference's, and differs from that of `AutoencoderModel.encode`.
+
+        Args:
+            audio: NumPy or PyTorch.
+            chunked: see `AutoencoderModel.encode`.
+            overlap: see `AutoencoderModel.encode`.
+            chunk_size: see `AutoencoderModel.encode`.
+            kwargs: further arguments of the reference. Those that engines cannot honour raise InputError. All others
+                are ignored with a warning.
+
+        Raises:
+            InputError: as `AutoencoderModel.encode`, or the audio requires a gradient.
+            NonFiniteError, BackendError: as `AutoencoderModel.encode`.
         """
+        self._check_call(audio, AUDIO, kwargs)
         return self._run(ENCODER, audio, AUDIO, (chunk_size, overlap) if chunked else None)
 
     def decode_audio(
-        self, latents: Any, chunked: bool = False, chunk_size: int = CHUNK_SIZE, overlap: int = OVERLAP
+        self, latents: Any, chunked: bool = False, overlap: int = OVERLAP, chunk_size: int = CHUNK_SIZE, **kwargs: Any
     ) -> Any:
         """Decode latents `[batch, latent_dim, latents]` to audio `[batch, io_channels, samples]`.
 
-        The other arguments and the errors are those of `AutoencoderModel.decode`.
+        The other arguments and the errors are those of `encode_audio`.
         """
+        self._check_call(latents, LATENTS, kwargs)
         return self._run(DECODER, latents, LATENTS, (chunk_size, overlap) if chunked else None)
+
+    def decode_tokens(self, tokens: Any, **kwargs: Any) -> Any:
+        """Refuse tokens, which only discrete autoencoders have.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError("the latents of this model are continuous, so it has no tokens; use decode(latents)")
+
+    def _check_call(self, value: Any, name: str, options: dict[str, Any]) -> None:
+        """Refuse what an engine cannot do, and warn of arguments that have no effect."""
+        if needs_gradient(value):
+            raise InputError(
+                f"the {name} require a gradient, and engines compute none; call this under torch.no_grad(), or pass "
+                f"{name}.detach()"
+            )
+        for option, given in options.items():
+            # False and None are the reference's defaults.
+            if given is None or given is False or option == _WITHOUT_EFFECT:
+                continue
+            if option in _NOT_SUPPORTED:
+                raise InputError(f"engines do not support {option}; leave it out, or use the checkpoint in PyTorch")
+            _warn_of_argument(option)
 
     def _run(self, direction: Direction, value: Any, name: str, chunks: tuple[int, int] | None) -> Any:
         """Run one direction over a whole batch in memory."""
@@ -137,11 +209,20 @@ class Autoencoder:
         for kept in run_windows(self.backend, direction, pieces):
             out[:, :, done : done + kept.shape[-1]] = kept
             done += kept.shape[-1]
-        return out if stays else to_kind_of(out, value, self.backend.torch_device)
+        result: Any = out if stays else to_kind_of(out, value, self.backend.torch_device)
+        if not self.returns_half:
+            return result
+        return result.half() if is_tensor(result) else result.astype(np.float16)
 
     def stays_on_device(self, value: Any) -> bool:
         """Return whether a value is a batch in device memory that the backend accepts; its result stays there too."""
         return self.backend.accepts(value) and value.ndim == 3 and value.numel() > 0
+
+
+@functools.cache
+def _warn_of_argument(name: str) -> None:
+    """Log a warning, once per process and name."""
+    logger.warning("the argument %s has no effect on an engine", name)
 
 
 def _check_batch(array: np.ndarray[Any, Any], features: int, name: str) -> None:

@@ -9,7 +9,7 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from samekit.arrays import sample_rates
+from samekit.arrays import sample_rates, without_gradient
 from samekit.audio import AudioReader, AudioWriter, format_of
 from samekit.backends.base import BackendOptions
 from samekit.backends.selection import AUTO, open_backend
@@ -20,6 +20,7 @@ from samekit.files.latents import MODEL_DIGEST, LatentsReader, LatentsWriter, re
 from samekit.files.overwriting import require_no_recording, require_other_file
 from samekit.files.paths import expanded, expanded_text
 from samekit.streaming import StreamDecoder, StreamEncoder
+from samekit.vae import Vae
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -130,8 +131,8 @@ class AutoencoderModel:
             overlap: latents that neighbouring chunks share; only with `chunked`.
 
         Returns:
-            Float32 latents `[batch, latent_dim, latents]`, `ceil(samples / downsampling_ratio)` of them for the longest
-            clip (at the model's rate).
+            Latents `[batch, latent_dim, latents]`, `ceil(samples / downsampling_ratio)` of them for the longest clip
+            (at the model's rate). They are float32, or float16 after `autoencoder.half()`.
 
         Raises:
             InputError: wrong rank or dtype, NaN or infinity, rates that do not match, unusable chunks.
@@ -145,7 +146,7 @@ class AutoencoderModel:
         is_ready = inner.stays_on_device(audio) and audio.shape[1] == inner.io_channels
         if not is_ready or any(rate != inner.sample_rate for rate in rates):
             audio = inner.preprocess_audio_list_for_encoder(clips, rates)
-        return inner.encode_audio(audio, chunked, chunk_size, overlap)
+        return inner.encode_audio(without_gradient(audio), chunked, chunk_size=chunk_size, overlap=overlap)
 
     def decode(self, latents: Any, chunked: bool = False, chunk_size: int = CHUNK_SIZE, overlap: int = OVERLAP) -> Any:
         """Decode latents `[batch, latent_dim, latents]`, NumPy or PyTorch, to audio.
@@ -153,12 +154,21 @@ class AutoencoderModel:
         `chunked`, `chunk_size` and `overlap` are those of `encode`.
 
         Returns:
-            Float32 audio `[batch, channels, latents * downsampling_ratio]`; not clipped.
+            Audio `[batch, channels, latents * downsampling_ratio]`, of the dtype that `encode` returns; not clipped.
 
         Raises:
             InputError, NonFiniteError, BackendError: as `encode`.
         """
-        return self.autoencoder.decode_audio(latents, chunked, chunk_size, overlap)
+        return self.autoencoder.decode_audio(without_gradient(latents), chunked, chunk_size=chunk_size, overlap=overlap)
+
+    def as_vae(self) -> Vae:
+        """Return an object that takes the place of `pipe.vae` in the Stable Audio 3 pipelines of diffusers.
+
+        It shares this model's engine.
+        """
+        vae = Vae(self.autoencoder.backend, self.autoencoder.window)
+        vae.returns_half = self.autoencoder.returns_half
+        return vae
 
     def stream_encoder(self, sr: Any) -> StreamEncoder:
         """Return an encoder of one stream at `sr` Hz: `push(samples)` as they arrive, then `finish()`.

@@ -12,7 +12,7 @@ import os
 import weakref
 from abc import ABC, abstractmethod
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
@@ -236,10 +236,22 @@ class Backend(ABC):
         self._check_open()
         if self.reopening is None:
             raise BackendError(
-                f"this {self.name} backend was not opened by a path or a name, so it cannot be copied or sent to "
-                "another process; open the model there"
+                f"this {self.name} backend was not opened by a path or a name, so it cannot be copied, sent to "
+                "another process or converted; open the model there, or with another precision"
             )
         return self.reopening
+
+    def with_precision(self, precision: str) -> Backend:
+        """Open the same model again, with the same options except for the precision.
+
+        Raises:
+            BackendError: this backend is closed, or was not opened by a path or a name.
+            SamekitError: as `open_backend`.
+        """
+        function, arguments = self.__reduce__()
+        return function(
+            *(replace(each, precision=precision) if isinstance(each, BackendOptions) else each for each in arguments)
+        )
 
     @abstractmethod
     def _run(self, direction: Direction, array: Array) -> Array:

@@ -109,7 +109,9 @@ def silence_latents(autoencoder: Autoencoder, latents: int) -> Array:
     edge = -(-spec.contexts[ENCODER] // period) * period
     tail = edge + latents % period
     short = min(latents, edge + period + tail)
-    encoded: Array = autoencoder.encode_audio(np.zeros((1, spec.channels, spec.samples(short)), np.float32))[0]
+    # Only `Autoencoder.half` makes it return float16, and clips are encoded in float32.
+    audio = np.zeros((1, spec.channels, spec.samples(short)), np.float32)
+    encoded: Array = autoencoder.encode_audio(audio)[0].astype(np.float32, copy=False)
     if short == latents:
         return encoded
     middle = np.tile(encoded[:, edge : edge + period], (latents - edge - tail) // period)

@@ -40,7 +40,11 @@ if TYPE_CHECKING:
 ENGINES_FOLDER: Final = "engines"
 """Folder in which names are looked up first, and to which `samekit export` writes."""
 
-KNOWN_MODELS: Final = ("same-s", "same-l", "same-tiny")
+KNOWN_MODELS: Final = (
+    *("same-s", "same-l"),
+    *("small-music", "small-sfx", "small-music-base", "small-sfx-base", "medium", "medium-base"),
+    "same-tiny",
+)
 """The models that `samekit export` takes by name, in upper or lower case."""
 
 _STAGING_PREFIX: Final = ".export-"

@@ -88,6 +88,8 @@ class EngineSpec:
     """Where the checkpoint came from, so that it can be loaded again: `kind` and its arguments."""
     source_sha256: str
     """Digest of the checkpoint's configuration and tensors."""
+    soft_clip: bool = False
+    """Whether the decoder's last step is tanh."""
     graph_revision: int = 0
     """`samekit_export.graph.GRAPH_REVISION` of the export: other revisions export other graphs of the same weights."""
     tools: dict[str, str] = field(default_factory=dict)
@@ -164,6 +166,7 @@ class EngineSpec:
         check_file_name("name", document["name"])
         objects = dict.fromkeys(("contexts", "source", "tools", "verification", "graphs"), dict)
         check_kinds(document, {**objects, "source_sha256": str})
+        check_kind("soft_clip", document.get("soft_clip", False), bool)
         if set(document["contexts"]) != {ENCODER, DECODER}:
             raise ValueError(f"contexts = {document['contexts']!r}")
         for direction, context in document["contexts"].items():
