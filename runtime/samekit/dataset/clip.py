@@ -8,7 +8,6 @@ import os
 import random
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,6 +15,8 @@ import numpy as np
 import soundfile as sf
 
 from samekit.audio import AudioReader, PreparedReader, resampled_length
+from samekit.dataset.bad_clip import BadClipError
+from samekit.dataset.captions import MOST_CAPTION_BYTES, Caption, captions_sha256, choose_caption
 from samekit.dataset.changes import file_identity, sha256_of
 from samekit.engine.spec import ENCODER
 from samekit.errors import AudioFileError, SamekitError
@@ -24,7 +25,7 @@ from samekit.files.paths import open_regular, read_regular
 from samekit.streaming import WindowCutter
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Generator, Iterator, Sequence
 
     from samekit.arrays import Array
     from samekit.dataset.manifest import Status
@@ -36,23 +37,6 @@ if TYPE_CHECKING:
 SILENCE_DB: Final = -60
 """A clip is silent if its loudest sample is below this level, relative to full scale."""
 _SILENCE_PEAK: Final = 10 ** (SILENCE_DB / 20)
-# A larger file is not a caption.
-_MOST_CAPTION_BYTES: Final = 2**20
-
-
-class BadClipError(Exception):
-    """A clip cannot be encoded. The manifest records its status and the reason."""
-
-    def __init__(self, status: Status, reason: str, *, transient: bool = False) -> None:
-        super().__init__(reason)
-        self.status: Status = status
-        self.reason = " ".join(reason.split())
-        """Cause and cure in one line."""
-        self.transient = transient
-        """Whether a file cannot be opened now; it may still hold what was encoded before."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return partial(type(self), transient=self.transient), (self.status, self.reason)
 
 
 @dataclass(frozen=True)
@@ -109,7 +93,7 @@ class CuttingRules:
 class Clip:
     """A clip that was read completely. Lengths are in samples at the model's rate."""
 
-    prompt: str
+    caption: Caption
     samples: int
     """Length of the whole file."""
     offset: int
@@ -127,9 +111,11 @@ class Clip:
             **timing(self.samples, self.offset, self.kept, rate, rules.cut),
             PADDING_MASK: [1] * self.extent.latents + [0] * padding,
             "sample_rate": rate,
-            "prompt": self.prompt,
+            "prompt": self.caption.prompt or self.caption.tag_prompt,
+            "caption_source": self.caption.source,
             "model": rules.spec.name,
             MODEL_DIGEST: rules.spec.source_sha256,
+            **self.caption.fields,
         }
 
 
@@ -153,6 +139,8 @@ class ClipReader:
 
     source: Source
     rules: CuttingRules
+    captions: Sequence[str] = ("txt",)
+    """The sources of captions, see `samekit.dataset.captions`."""
     checksum: bool = False
     clip: Clip | None = None
     """Set after the last window."""
@@ -170,11 +158,11 @@ class ClipReader:
         try:
             if self.source.audio is None:
                 raise AudioFileError(_why_no_audio(path))
-            prompt = self._caption()
+            caption = self._caption()
             if self.checksum:
                 self._identity = file_identity(path)
                 self.sha256 = sha256_of(path)
-            yield from self._windows(prompt)
+            yield from self._windows(caption)
         except (SamekitError, OSError) as error:
             reason = str(error) if self.source.path in str(error) else f"{self.source.path}: {error}"
             status: Status = "empty" if self._is_empty() and not self._has_changed() else "unreadable"
@@ -194,28 +182,23 @@ class ClipReader:
         if self._has_changed():
             raise AudioFileError(f"{self.source.path}: was changed while it was read; run pre-encode again")
 
-    def _caption(self) -> str:
-        path = self.source.caption_path
-        if self.source.caption is None:
-            raise BadClipError("no_caption", f"{path}: does not exist; write the caption there")
-        try:
-            content = read_regular(path, _MOST_CAPTION_BYTES)
-            if self.checksum:
-                self.caption_sha256 = hashlib.sha256(content).hexdigest()
-            # Line ends are converted as `Path.read_text` does, with which the reference reads captions.
-            prompt = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").strip()
-        except OSError as error:
-            reason = f"{path}: cannot be read ({error.strerror}); check its permissions and size"
-            raise BadClipError("unreadable", reason, transient=not _can_be_opened(path)) from error
-        except UnicodeDecodeError as error:
-            raise BadClipError("no_caption", f"{path}: cannot be read as UTF-8 ({error}); write it again") from error
-        if "\0" in prompt:
-            raise BadClipError("no_caption", f"{path}: holds zero bytes, as UTF-16 does; save it as UTF-8")
-        if not prompt:
-            raise BadClipError("no_caption", f"{path}: is empty; write the caption there")
-        return prompt
+    def _caption(self) -> Caption:
+        """Read all caption files, because their digests show whether one has changed, and choose the caption."""
+        contents = []
+        for file in self.source.captions:
+            path = Path(file.path)
+            try:
+                contents.append(read_regular(path, MOST_CAPTION_BYTES))
+            except OSError as error:
+                reason = f"{path}: cannot be read ({error.strerror}); check its permissions and size"
+                raise BadClipError("unreadable", reason, transient=not _can_be_opened(path)) from error
+        if self.checksum:
+            digests = [hashlib.sha256(content).hexdigest() for content in contents]
+            sources = [file.source for file in self.source.captions]
+            self.caption_sha256 = captions_sha256(list(zip(sources, digests, strict=True)))
+        return choose_caption(self.source.path, self.source.captions, contents, self.captions)
 
-    def _windows(self, prompt: str) -> Iterator[tuple[Window, Array]]:
+    def _windows(self, caption: Caption) -> Iterator[tuple[Window, Array]]:
         """Cut the part that is kept, and the zeros after it, into windows."""
         rules, spec = self.rules, self.rules.spec
         offset = self._random_offset() if rules.cut.crop == "random" else 0
@@ -231,7 +214,7 @@ class ClipReader:
             whole = rules.cut.full or kept < rules.cut.sample_size
             samples = offset + kept if whole else self._length(reader)
             self._require_unchanged()
-            self.clip = Clip(prompt, samples, offset, kept, rules.extent(kept))
+            self.clip = Clip(caption, samples, offset, kept, rules.extent(kept))
         zeros = np.zeros((1, spec.channels, spec.samples(self.clip.extent.sequence) - kept), np.float32)
         for window, audio in cutter.push(zeros, final=True):
             yield replace(window, core_stop=min(window.core_stop, self.clip.extent.computed)), audio[0]

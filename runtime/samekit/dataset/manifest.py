@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
     from samekit.dataset.output import Output
 
-# To be raised when an older samekit could misread the files.
-_FORMAT: Final = 1
+# To be raised when an older samekit could misread the files. Format 1 had one caption file for each clip, in `.txt`.
+_FORMAT: Final = 2
 _HEADER_START: Final = b'{"format"'
 _MOST_HEADER_BYTES: Final = 2**16
 _RESTORE: Final = "restore it from a copy, or encode into another folder"
@@ -44,6 +44,8 @@ Status = Literal["encoded", "unreadable", "empty", "silent", "no_caption", "fail
 """`gone`: the clip left the dataset and has no latents. A clip that left and has latents stays `encoded`."""
 Stamp = tuple[int, int]
 """Size in bytes and modification time in ns of a file."""
+CaptionStamp = tuple[str, int, int]
+"""Source of a caption file (`json` or `txt`), its size and its time."""
 
 
 @dataclass
@@ -58,14 +60,20 @@ class Row:
     reason: str | None = None
     audio: Stamp | None = None
     """Size and time of the audio file at the last attempt; None if it was not a regular file."""
-    caption: Stamp | None = None
+    captions: tuple[CaptionStamp, ...] = ()
+    """The files that could hold the caption at the last attempt."""
     sha256: str | None = None
     """SHA-256 of the audio file, if the run computed it."""
     caption_sha256: str | None = None
+    """SHA-256 of the caption file, or of the digests of several files."""
+    caption_source: str | None = None
+    """Where the caption was found."""
     latents: int = 0
     """Latents of audio, without padding."""
     seconds: float = 0.0
     """Seconds of audio that were encoded."""
+    cut: bool = False
+    """Whether the clip is longer than the part that was encoded."""
 
     @property
     def name(self) -> str:
@@ -84,11 +92,17 @@ class Row:
     @classmethod
     def parse(cls, line: bytes) -> Self:
         """Parse a line of a manifest; wrong values raise ValueError, TypeError or KeyError."""
-        row = cls(**json.loads(line))
-        row.audio, row.caption = _parse_stamp(row.audio), _parse_stamp(row.caption)
+        fields = json.loads(line)
+        if "caption" in fields:
+            caption = fields.pop("caption")
+            fields["captions"] = [["txt", *caption]] if caption else []
+        row = cls(**fields)
+        row.audio = _parse_stamp(row.audio)
+        row.captions = tuple(_parse_caption_stamp(value) for value in row.captions)
         text = (str, type(None))
-        texts = dict.fromkeys(("status", "reason", "sha256", "caption_sha256"), text)
+        texts = dict.fromkeys(("status", "reason", "sha256", "caption_sha256", "caption_source"), text)
         check_kinds(vars(row), {"number": int, "relpath": str, **texts, "latents": int, "seconds": (int, float)})
+        check_kinds(vars(row), {"cut": bool})
         if row.status not in (None, *get_args(Status)):
             raise ValueError(f"status = {row.status!r}")
         return row
@@ -100,6 +114,12 @@ def _parse_stamp(value: Any) -> Stamp | None:
     size, modified = value
     check_kinds({"size": size, "time": modified}, {"size": int, "time": int})
     return size, modified
+
+
+def _parse_caption_stamp(value: Any) -> CaptionStamp:
+    source, size, modified = value
+    check_kinds({"source": source, "size": size, "time": modified}, {"source": str, "size": int, "time": int})
+    return source, size, modified
 
 
 class Manifest:
@@ -246,7 +266,7 @@ def _parse_header(output: Output, name: str, line: bytes) -> tuple[Settings, int
     """Return the settings and the number of clips from the first line of a part."""
     with _damage_errors(output, name):
         fields = json.loads(line)
-        if fields.pop("format") == _FORMAT:
+        if 1 <= fields.pop("format") <= _FORMAT:
             clips = fields.pop("clips")
             return Settings.parse(fields), clips
     raise InputError(f"{output}/{name}: was written by another samekit; use that one, or encode into another folder")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Self
 
 from samekit.arguments import MOST_THREADS, check_flag, check_whole
+from samekit.dataset.captions import CAPTION_SOURCES
 from samekit.dataset.file_names import SILENCE_FILE
 from samekit.errors import InputError
 from samekit.files.json_fields import check_kinds
@@ -124,6 +125,8 @@ class PreEncodeOptions(CutOptions):
     """Windows that are encoded at once; no clip is padded for it."""
     float16: bool = False
     """Write float16 files. The precision of the model is chosen when the model is opened."""
+    captions: tuple[str, ...] = ("json", "txt")
+    """Where captions are looked for, in this order: `json`, `txt`, `tags`. See `samekit.dataset.captions`."""
     shard: Shard = field(default_factory=Shard)
     """The part of the dataset to encode."""
     checksum: bool = False
@@ -142,6 +145,9 @@ class PreEncodeOptions(CutOptions):
         check_whole("readers (--workers)", self.readers, least=0, most=MOST_THREADS)
         for name in ("float16", "checksum", "strict", "reencode"):
             check_flag(name, getattr(self, name))
+        known = isinstance(self.captions, tuple) and set(self.captions) <= set(CAPTION_SOURCES)
+        if not (known and self.captions and len(set(self.captions)) == len(self.captions)):
+            raise InputError(f"captions are {self.captions!r}; pass some of {', '.join(CAPTION_SOURCES)}, each once")
         if not isinstance(self.shard, Shard):
             raise InputError(f"shard is {self.shard!r}; pass a samekit.dataset.Shard, such as Shard(1, 4)")
 

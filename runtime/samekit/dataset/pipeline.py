@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from samekit.dataset.clip import BadClipError, ClipReader
+from samekit.dataset.bad_clip import BadClipError
+from samekit.dataset.clip import ClipReader
 from samekit.errors import BackendError, InputError, NonFiniteError
 from samekit.files.latents import LatentsWriter
 
@@ -167,7 +168,8 @@ class Pipeline:
         self._read.put(None)
 
     def _read_clip(self, task: Task) -> None:
-        work, reader = _Work(task), ClipReader(task.source, self.job.rules, self.job.options.checksum)
+        options = self.job.options
+        work, reader = _Work(task), ClipReader(task.source, self.job.rules, options.captions, options.checksum)
         pieces, bad = 0, None
         try:
             with closing(iter(reader)) as windows:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from samekit.backends.cpu import available_cpus
+from samekit.dataset.captions import require_tag_reader
 from samekit.dataset.changes import unchanged_row
 from samekit.dataset.clip import CuttingRules, expected_latents
 from samekit.dataset.executor import Executor, LocalExecutor, default_readers
@@ -80,7 +81,9 @@ def pre_encode(
     options = options or PreEncodeOptions()
     folders = [data_dir] if isinstance(data_dir, (str, os.PathLike)) else list(data_dir)
     folders = [expanded_text(folder) for folder in folders]
-    found = find_sources(folders)
+    if "tags" in options.captions:
+        require_tag_reader()
+    found = find_sources(folders, options.captions)
     shard = options.shard
     sources = {source.relpath: source for source in found.sources if shard.contains(source.relpath)}
     executor = model if isinstance(model, Executor) else LocalExecutor(model.autoencoder)
@@ -138,8 +141,11 @@ class _Run:
             return True
         if row.status == "encoded" and not self._files.issuperset(row.files):
             return True
+        if row.status == "no_caption" and "tags" in self.options.captions:
+            # Tags are in the audio file, so no change of a caption file shows that they may be read now.
+            return True
         if not self.options.checksum:
-            return (row.audio, row.caption) != (source.audio, source.caption)
+            return (row.audio, row.captions) != (source.audio, source.caption_stamps)
         seen = unchanged_row(row, source)
         if seen and seen != row:
             self.manifest.record(seen)
@@ -210,11 +216,13 @@ class _Run:
             status=bad.status if bad else "encoded",
             reason=bad.reason if bad else None,
             audio=source.audio,
-            caption=source.caption,
+            captions=source.caption_stamps,
             sha256=outcome.sha256,
             caption_sha256=outcome.caption_sha256,
+            caption_source=clip.caption.source if clip else None,
             latents=clip.extent.latents if clip else 0,
             seconds=clip.kept / self._rules.spec.sample_rate if clip else 0.0,
+            cut=clip is not None and clip.kept < clip.samples,
         )
         if bad and bad.transient and old.status == "encoded" and self._files.issuperset(old.files):
             # The files may be unavailable for a while only, so the earlier latents stay, and the next run tries again.
