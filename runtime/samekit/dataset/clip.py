@@ -18,6 +18,7 @@ from samekit.audio import AudioReader, PreparedReader, resampled_length
 from samekit.dataset.bad_clip import BadClipError
 from samekit.dataset.captions import MOST_CAPTION_BYTES, Caption, captions_sha256, choose_caption
 from samekit.dataset.changes import file_identity, sha256_of
+from samekit.dataset.file_names import mirrored_name
 from samekit.engine.spec import ENCODER
 from samekit.errors import AudioFileError, SamekitError
 from samekit.files.latents import MODEL_DIGEST, PADDING_MASK
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
 
     from samekit.arrays import Array
+    from samekit.dataset.file_names import Layout
+    from samekit.dataset.loudness import Loudness
     from samekit.dataset.manifest import Status
     from samekit.dataset.options import CutOptions
     from samekit.dataset.sources import Source
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 
 SILENCE_DB: Final = -60
 """A clip is silent if its loudest sample is below this level, relative to full scale."""
+# As in `PhaseFlipper` of stable_audio_3/data/utils.py.
+_FLIP_PROBABILITY: Final = 0.5
 _SILENCE_PEAK: Final = 10 ** (SILENCE_DB / 20)
 
 
@@ -64,6 +69,7 @@ class CuttingRules:
     windows: ExactWindows
     """Windows of the encoder."""
     cut: CutOptions
+    layout: Layout = "numbered"
 
     @property
     def limit(self) -> int:
@@ -100,34 +106,57 @@ class Clip:
     """Samples before the part that is kept."""
     kept: int
     extent: Extent
+    is_flipped: bool = False
+    """Whether the phase is inverted."""
+    loudness: Loudness | None = None
+    """The gain of the audio, if the loudness is corrected."""
 
     def metadata(self, source: Source, rules: CuttingRules) -> dict[str, Any]:
-        """Return the contents of the `.json` file: the fields of the reference, and the model."""
+        """Return the contents of the `.json` file: the fields that training reads, the model, and the caption's own."""
         rate = rules.spec.sample_rate
         padding = max(0, rules.limit - self.extent.latents) if rules.cut.pad else 0
+        prompt, mirror_fields = self.caption.prompt, {}
+        if rules.layout == "mirror":
+            mirror_fields["latent_shape"] = [rules.spec.latent_width, self.extent.latents + padding]
+        elif not prompt:
+            # The reference needs a prompt. The trainers that read mirrored folders make one from the tags themselves.
+            prompt = self.caption.tag_prompt
         return {
             "path": source.path,
-            "relpath": source.relpath,
-            **timing(self.samples, self.offset, self.kept, rate, rules.cut),
+            **names_of(source.relpath, rules.layout),
+            **timing(self.samples, self.offset, self.kept, rate, rules.cut, rules.layout),
             PADDING_MASK: [1] * self.extent.latents + [0] * padding,
+            **mirror_fields,
             "sample_rate": rate,
-            "prompt": self.caption.prompt or self.caption.tag_prompt,
+            **({"prompt": prompt} if prompt else {}),
             "caption_source": self.caption.source,
+            **({"phase_flipped": self.is_flipped} if rules.cut.flip == "random" else {}),
+            **(self.loudness.metadata() if self.loudness else {}),
             "model": rules.spec.name,
             MODEL_DIGEST: rules.spec.source_sha256,
             **self.caption.fields,
         }
 
 
-def timing(samples: int, offset: int, kept: int, rate: int, cut: CutOptions) -> dict[str, Any]:
-    """Return the metadata fields that say which part of a file was encoded; the lengths are those of `Clip`."""
+def names_of(relpath: str, layout: Layout) -> dict[str, str]:
+    """Return the metadata fields that name the clip."""
+    if layout == "numbered":
+        return {"relpath": relpath}
+    return {"relpath": f"{mirrored_name(relpath)}.npy", "src_relpath": relpath}
+
+
+def timing(samples: int, offset: int, kept: int, rate: int, cut: CutOptions, layout: Layout) -> dict[str, Any]:
+    """Return the metadata fields that say which part of a file was encoded; the lengths are those of `Clip`.
+
+    `seconds_total` is the length of the file, rounded up, as in the reference. In the mirror layout, it is the length
+    of the part that was encoded, with three decimals, as in the scripts of other trainers.
+    """
     part = kept if cut.full and kept > cut.sample_size else cut.sample_size
     whole = max(samples, part)
-    return {
-        "timestamps": [offset / whole, (offset + part) / whole],
-        "seconds_start": offset // rate,
-        "seconds_total": math.ceil(samples / rate),
-    }
+    fields = {"timestamps": [offset / whole, (offset + part) / whole], "seconds_start": offset // rate}
+    if layout == "numbered":
+        return {**fields, "seconds_total": math.ceil(samples / rate)}
+    return {**fields, "seconds_total": round(kept / rate, 3), "audio_samples": kept}
 
 
 @dataclass
@@ -142,6 +171,8 @@ class ClipReader:
     captions: Sequence[str] = ("txt",)
     """The sources of captions, see `samekit.dataset.captions`."""
     checksum: bool = False
+    gain: float = 1.0
+    """Factor of the samples, after they are clipped to full scale."""
     clip: Clip | None = None
     """Set after the last window."""
     sha256: str | None = None
@@ -202,6 +233,8 @@ class ClipReader:
         """Cut the part that is kept, and the zeros after it, into windows."""
         rules, spec = self.rules, self.rules.spec
         offset = self._random_offset() if rules.cut.crop == "random" else 0
+        is_flipped = rules.cut.flip == "random" and self._random("flip").random() < _FLIP_PROBABILITY
+        scale = np.float32(-self.gain if is_flipped else self.gain)
         cutter = WindowCutter(rules.windows, spec.hop)
         with self._open() as reader:
             kept = 0
@@ -209,12 +242,15 @@ class ClipReader:
                 if kept == 0 and _is_silent(block):
                     self._require_sound(offset)
                 kept += block.shape[1]
-                for window, audio in cutter.push(np.clip(block, -1, 1)[None]):
+                samples = np.clip(block, -1, 1)
+                if scale != 1:
+                    samples *= scale
+                for window, audio in cutter.push(samples[None]):
                     yield window, audio[0]
             whole = rules.cut.full or kept < rules.cut.sample_size
-            samples = offset + kept if whole else self._length(reader)
+            length = offset + kept if whole else self._length(reader)
             self._require_unchanged()
-            self.clip = Clip(caption, samples, offset, kept, rules.extent(kept))
+            self.clip = Clip(caption, length, offset, kept, rules.extent(kept), is_flipped)
         zeros = np.zeros((1, spec.channels, spec.samples(self.clip.extent.sequence) - kept), np.float32)
         for window, audio in cutter.push(zeros, final=True):
             yield replace(window, core_stop=min(window.core_stop, self.clip.extent.computed)), audio[0]
@@ -258,8 +294,11 @@ class ClipReader:
         """Return where the kept part begins, which depends only on seed, relpath and length."""
         with self._open() as reader:
             room = self._length(reader) - self.rules.cut.sample_size
-        seed = str(self.rules.cut.seed).encode() + os.fsencode(self.source.relpath)
-        return random.Random(seed).randint(0, max(0, room))
+        return self._random().randint(0, max(0, room))
+
+    def _random(self, purpose: str = "") -> random.Random:
+        """Return a generator whose numbers depend only on the seed, the relpath and the purpose."""
+        return random.Random(f"{purpose}{self.rules.cut.seed}".encode() + os.fsencode(self.source.relpath))
 
     def _is_empty(self) -> bool:
         """Return whether a file that could not be read has no samples."""

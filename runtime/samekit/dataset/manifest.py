@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
-from samekit.dataset.file_names import STATE_FOLDER, clip_name, is_clip_file
+from samekit.dataset.file_names import STATE_FOLDER, Layout, clip_name, is_clip_file, mirrored_name
 from samekit.dataset.options import Settings, Shard
 from samekit.errors import InputError
 from samekit.files.json_fields import check_kinds
@@ -75,15 +75,14 @@ class Row:
     cut: bool = False
     """Whether the clip is longer than the part that was encoded."""
 
-    @property
-    def name(self) -> str:
-        """Name of the clip's files without the suffix."""
-        return clip_name(self.number)
+    def name(self, layout: Layout) -> str:
+        """Return the name of the clip's files without the suffix."""
+        return clip_name(self.number) if layout == "numbered" else mirrored_name(self.relpath)
 
-    @property
-    def files(self) -> tuple[str, str]:
-        """Names of both files, in the order in which they must be removed."""
-        return f"{self.name}.json", f"{self.name}.npy"
+    def files(self, layout: Layout) -> tuple[str, str]:
+        """Return the names of both files, in the order in which they must be removed."""
+        name = self.name(layout)
+        return f"{name}.json", f"{name}.npy"
 
     def to_line(self) -> bytes:
         """Return one line of JSON in ASCII."""
@@ -154,9 +153,11 @@ class Manifest:
         found = find_manifests(output)
         parts = found.pop(shard, [])
         if not parts and not found:
-            _require_no_latents(output)
+            _require_no_latents(output, settings.layout)
         _require_matching_shards(output, shard, found, None if reencode else settings)
         old, rows = read_manifest(output, parts) if parts else (settings, [])
+        if old.layout != settings.layout:
+            raise InputError(f"{output}: has the layout {old.layout}; pass that, or another --output_path")
         if not reencode:
             _require_same(output, settings, old)
         elif settings.differences(old):
@@ -247,6 +248,9 @@ def read_manifest(output: Output, parts: list[str]) -> tuple[Settings, list[Row]
             raise ValueError("it is cut off")
         if not found or [row.number for row in ordered] != [found[0].number(index) for index in range(len(ordered))]:
             raise ValueError("numbers are missing or occur twice")
+        for row in ordered:
+            # Raises ValueError for names that lead out of the folder.
+            row.name(settings.layout)
         return settings, ordered
 
 
@@ -281,9 +285,10 @@ def _damage_errors(output: Output, name: str) -> Iterator[None]:
         raise InputError(f"{output}/{name}: is damaged ({error}); {_RESTORE}") from None
 
 
-def _require_no_latents(output: Output) -> None:
+def _require_no_latents(output: Output, layout: Layout) -> None:
     """Raise InputError if an output holds latents but no manifest."""
-    if foreign := next(filter(is_clip_file, sorted(output.names())), None):
+    names = output.names() if layout == "numbered" else output.tree()
+    if foreign := next(filter(is_clip_file, sorted(names)), None):
         raise InputError(f"{output}: holds {foreign}, which no manifest lists; pass another --output_path")
 
 

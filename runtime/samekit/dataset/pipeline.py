@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
@@ -22,11 +22,13 @@ import numpy as np
 
 from samekit.dataset.bad_clip import BadClipError
 from samekit.dataset.clip import ClipReader
+from samekit.dataset.loudness import Loudness, latent_rms
 from samekit.errors import BackendError, InputError, NonFiniteError
+from samekit.files.atomic import make_parents
 from samekit.files.latents import LatentsWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -50,6 +52,8 @@ class Task:
 
     source: Source
     target: str
+    loudness: Loudness = field(default_factory=Loudness)
+    """The gain to encode the clip with, if its loudness is corrected."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,43 @@ class Outcome:
     bad: BadClipError | None = None
     sha256: str | None = None
     caption_sha256: str | None = None
+
+
+class _Tasks:
+    """The clips that readers take. If the loudness is corrected, each clip may come back with another gain."""
+
+    def __init__(self, tasks: Sequence[Task], *, return_: bool) -> None:
+        self._waiting = deque(tasks)
+        # Clips that are waiting or may come back.
+        self._open = len(tasks) if return_ else 0
+        self._changed = threading.Condition()
+
+    def take(self) -> Task | None:
+        """Return the next clip, or None if none is waiting."""
+        with self._changed:
+            return self._waiting.popleft() if self._waiting else None
+
+    @property
+    def may_return(self) -> bool:
+        """Whether a clip may still come back."""
+        with self._changed:
+            return self._open > 0
+
+    def wait(self) -> None:
+        """Wait until a clip comes back, or none will."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._open <= 0)
+
+    def put_back(self, task: Task) -> None:
+        with self._changed:
+            self._waiting.append(task)
+            self._changed.notify()
+
+    def close(self, clips: int = 1) -> None:
+        """Expect this number of clips no more."""
+        with self._changed:
+            self._open -= clips
+            self._changed.notify_all()
 
 
 @dataclass
@@ -107,6 +148,11 @@ class _End:
     outcome: Outcome
 
 
+@dataclass(frozen=True)
+class _Idle:
+    """A reader waits for clips that come back, so no batch can be filled up now."""
+
+
 @dataclass
 class Pipeline:
     """Encodes clips and writes their latents.
@@ -127,15 +173,14 @@ class Pipeline:
         self._error: BaseException | None = None
         self._stopped = False
         # Each reader puts None when it ends.
-        self._read: queue.Queue[_Piece | _End | None] = queue.Queue(self.job.options.batch_size + self.readers)
+        self._read: queue.Queue[_Piece | _End | _Idle | None] = queue.Queue(self.job.options.batch_size + self.readers)
         self._complete: queue.Queue[_Work | None] = queue.Queue(_WRITES_WAITING)
 
     def run(self, tasks: Sequence[Task]) -> None:
         """Encode every clip; raises what `Executor.encode` raises."""
-        # An iterator over a list is safe to share between threads.
-        waiting = iter(list(tasks))
+        self._tasks = _Tasks(tasks, return_=self.job.options.target_latent_rms is not None)
         # Daemon threads, so that a second Ctrl-C, which interrupts `_end_threads`, ends the process.
-        readers = [threading.Thread(target=self._read_clips, args=(waiting,), daemon=True) for _ in range(self.readers)]
+        readers = [threading.Thread(target=self._read_clips, daemon=True) for _ in range(self.readers)]
         with self.job.output.workspace() as folder:
             writer = threading.Thread(target=self._write_clips, args=(folder,), daemon=True)
             try:
@@ -144,6 +189,7 @@ class Pipeline:
                 with self.backend_lock:
                     self._encode()
             finally:
+                self._tasks.close(len(tasks))
                 self._end_threads(readers, writer)
         if self._error is not None:
             raise self._error
@@ -158,18 +204,24 @@ class Pipeline:
             self._complete.put(None)
             writer.join()
 
-    def _read_clips(self, waiting: Iterator[Task]) -> None:
+    def _read_clips(self) -> None:
         """Read clips until none is left."""
         try:
-            while not self._stopped and (task := next(waiting, None)):
-                self._read_clip(task)
+            while not self._stopped:
+                if task := self._tasks.take():
+                    self._read_clip(task)
+                elif self._tasks.may_return:
+                    self._read.put(_Idle())
+                    self._tasks.wait()
+                else:
+                    break
         except BaseException as error:  # noqa: BLE001 it is raised again by `run`
             self._error = self._error or error
         self._read.put(None)
 
     def _read_clip(self, task: Task) -> None:
-        options = self.job.options
-        work, reader = _Work(task), ClipReader(task.source, self.job.rules, options.captions, options.checksum)
+        rules, options, gain = self.job.rules, self.job.options, task.loudness.gain
+        work, reader = _Work(task), ClipReader(task.source, rules, options.captions, options.checksum, gain)
         pieces, bad = 0, None
         try:
             with closing(iter(reader)) as windows:
@@ -193,6 +245,8 @@ class Pipeline:
                 active -= 1
             elif isinstance(item, _End):
                 self._end(item)
+            elif isinstance(item, _Idle):
+                self._encode_all(waiting)
             else:
                 length = item.audio.shape[-1]
                 waiting[length].append(item)
@@ -200,8 +254,12 @@ class Pipeline:
                     self._encode_batch(waiting.pop(length))
                 elif sum(map(len, waiting.values())) > _WAITING_BATCHES * batch_size:
                     self._encode_batch(waiting.pop(next(iter(waiting))))
-        for batch in waiting.values():
-            self._encode_batch(batch)
+        self._encode_all(waiting)
+
+    def _encode_all(self, waiting: dict[int, list[_Piece]]) -> None:
+        """Encode batches that are not full."""
+        while waiting:
+            self._encode_batch(waiting.pop(next(iter(waiting))))
 
     def _encode_batch(self, batch: list[_Piece]) -> None:
         """Encode windows of one length, and keep the latents of their cores."""
@@ -234,7 +292,7 @@ class Pipeline:
             return
         work.windows[piece.index] = values
         if len(work.windows) == work.pieces:
-            self._complete.put(work)
+            self._finish(work)
 
     def _end(self, end: _End) -> None:
         """Handle the end of a clip, which was read or could not be read."""
@@ -242,10 +300,23 @@ class Pipeline:
         if not work.failed:
             work.pieces, work.outcome, work.failed = end.pieces, end.outcome, end.outcome.bad is not None
             if work.failed or len(work.windows) == work.pieces:
-                self._complete.put(work)
+                self._finish(work)
 
     def _fail(self, work: _Work, reason: str) -> None:
         work.outcome, work.failed = Outcome(work.task, None, BadClipError("failed", reason)), True
+        self._finish(work)
+
+    def _finish(self, work: _Work) -> None:
+        """Pass a clip to the writer, or back to the readers if it has to be encoded with another gain."""
+        target, outcome = self.job.options.target_latent_rms, work.outcome
+        if target is not None and outcome and outcome.clip:
+            blocks = (latents for _, latents in sorted(work.windows.items()))
+            loudness = replace(work.task.loudness, rms=latent_rms(blocks, outcome.clip.extent.latents))
+            if corrected := loudness.corrected(target):
+                self._tasks.put_back(replace(work.task, loudness=corrected))
+                return
+            work.outcome = replace(outcome, clip=replace(outcome.clip, loudness=loudness))
+        self._tasks.close()
         self._complete.put(work)
 
     def _write_clips(self, folder: Path) -> None:
@@ -263,6 +334,7 @@ class Pipeline:
         if clip is None:
             return outcome
         try:
+            make_parents(folder, work.task.target)
             with LatentsWriter(folder / work.task.target, rules.spec.latent_width, self.job.options.dtype) as writer:
                 for _, latents in sorted(work.windows.items()):
                     writer.write(latents)

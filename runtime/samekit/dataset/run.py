@@ -26,7 +26,7 @@ from samekit.dataset.captions import require_tag_reader
 from samekit.dataset.changes import unchanged_row
 from samekit.dataset.clip import CuttingRules, expected_latents
 from samekit.dataset.executor import Executor, LocalExecutor, default_readers
-from samekit.dataset.file_names import SILENCE_FILE, STATE_FOLDER
+from samekit.dataset.file_names import SILENCE_FILE, STATE_FOLDER, mirrored_key, mirrored_name, require_distinct
 from samekit.dataset.manifest import Manifest, Row
 from samekit.dataset.options import PreEncodeOptions, Settings
 from samekit.dataset.output import find_output
@@ -84,8 +84,10 @@ def pre_encode(
     if "tags" in options.captions:
         require_tag_reader()
     found = find_sources(folders, options.captions)
-    shard = options.shard
-    sources = {source.relpath: source for source in found.sources if shard.contains(source.relpath)}
+    shard, layout = options.shard, options.layout
+    if layout == "mirror":
+        require_distinct(source.relpath for source in found.sources)
+    sources = {source.relpath: source for source in found.sources if shard.contains(source.relpath, layout)}
     executor = model if isinstance(model, Executor) else LocalExecutor(model.autoencoder)
     spec = executor.facts.spec
     settings = Settings(
@@ -96,9 +98,10 @@ def pre_encode(
         width=spec.latent_width,
         sample_rate=spec.sample_rate,
         cut=options.cut,
+        layout=layout,
     )
     output = find_output(output_path)
-    with output.locked(shard, folders):
+    with output.locked(shard, folders, layout):
         with Manifest.open(output, shard, settings, sources, reencode=options.reencode) as manifest:
             run = _Run(executor, options, manifest, output, progress)
             run.mark_gone(sources)
@@ -127,8 +130,9 @@ class _Run:
 
     def __post_init__(self) -> None:
         facts = self.executor.facts
-        self._rules = CuttingRules(facts.spec, facts.windows, self.options.cut)
-        self._files = self.output.names()
+        self._layout = self.options.layout
+        self._rules = CuttingRules(facts.spec, facts.windows, self.options.cut, self._layout)
+        self._files = self.output.names() if self._layout == "numbered" else self.output.tree()
         # Failed attempts to encode clips whose earlier latents stay.
         self._failed_attempts: list[Row] = []
         self._start = time.perf_counter()
@@ -139,7 +143,7 @@ class _Run:
         row = self.manifest.rows[source.relpath]
         if row.status is None or row.status in _RETRIED:
             return True
-        if row.status == "encoded" and not self._files.issuperset(row.files):
+        if row.status == "encoded" and not self._has_files(row):
             return True
         if row.status == "no_caption" and "tags" in self.options.captions:
             # Tags are in the audio file, so no change of a caption file shows that they may be read now.
@@ -153,13 +157,19 @@ class _Run:
 
     def mark_gone(self, sources: dict[str, Source]) -> None:
         """Mark clips that left the dataset and have no complete pair of files of these settings."""
+        # In the mirror layout, a clip may have taken the names of one that left the dataset.
+        taken = {mirrored_key(mirrored_name(relpath)) for relpath in sources} if self._layout == "mirror" else set()
         for row in list(self.manifest.rows.values()):
-            if row.relpath in sources:
+            if row.relpath in sources or row.status == "gone":
                 continue
-            if row.status is None or (row.status == "encoded" and not self._files.issuperset(row.files)):
-                if not self._files.isdisjoint(row.files):
+            has_name = self._layout == "numbered" or mirrored_key(mirrored_name(row.relpath)) not in taken
+            if row.status is None or (row.status == "encoded" and not (has_name and self._has_files(row))):
+                if not self._files.isdisjoint(row.files(self._layout)):
                     self._remove_files(row)
                 self.manifest.record(dataclasses.replace(row, status="gone"))
+
+    def _has_files(self, row: Row) -> bool:
+        return self._files.issuperset(row.files(self._layout))
 
     def encode(self, due: list[Source]) -> None:
         """Encode clips, and the silence if it is missing."""
@@ -168,7 +178,7 @@ class _Run:
         self._state = dataclasses.replace(self._state, total=len(due))
         if options.batch_size > 1:
             due = self._sorted_by_length(due)
-        tasks = [Task(source, f"{self.manifest.rows[source.relpath].name}.npy") for source in due]
+        tasks = [Task(source, f"{self.manifest.rows[source.relpath].name(self._layout)}.npy") for source in due]
         if tasks:
             self._start = time.perf_counter()
             self.executor.encode(Job(self._rules, options, silence, self.output), tasks, self._finished)
@@ -224,7 +234,7 @@ class _Run:
             seconds=clip.kept / self._rules.spec.sample_rate if clip else 0.0,
             cut=clip is not None and clip.kept < clip.samples,
         )
-        if bad and bad.transient and old.status == "encoded" and self._files.issuperset(old.files):
+        if bad and bad.transient and old.status == "encoded" and self._has_files(old):
             # The files may be unavailable for a while only, so the earlier latents stay, and the next run tries again.
             self._failed_attempts.append(row)
         else:
@@ -243,7 +253,7 @@ class _Run:
             self.progress(self._state)
 
     def _remove_files(self, row: Row) -> None:
-        for file in row.files:
+        for file in row.files(self._layout):
             self.output.remove(file)
 
     def report(self, sources: dict[str, Source], found: Found) -> PreEncodeReport:
@@ -262,6 +272,7 @@ class _Run:
             gone=sum(row.status == "encoded" and row.relpath not in sources for row in self.manifest.rows.values()),
             passed_over=dict(sorted(found.passed_over.items())),
             unreadable_folders=sorted(found.unreadable_folders),
+            cut=sum(row.cut for row in rows),
             audio_seconds=round(state.audio_seconds, 3),
             elapsed=round(time.perf_counter() - self._start, 3) if state.done else 0.0,
         )
