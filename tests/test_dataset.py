@@ -47,6 +47,7 @@ FIELDS = {
     "padding_mask",
     "sample_rate",
     "prompt",
+    "caption_source",
     "model",
     "model_sha256",
 }

@@ -647,7 +647,7 @@ def test_actors_without_a_gpu_run_on_the_cpu():
 
 def test_batches_are_cut_by_number_and_by_size():
     sizes = [100] * 9 + [2**26, 100, 2**24, 2**24, 100]
-    tasks = [Task(Source("x", "x", (size, 0), None), f"{index}.npy") for index, size in enumerate(sizes)]
+    tasks = [Task(Source("x", "x", (size, 0)), f"{index}.npy") for index, size in enumerate(sizes)]
     lengths = [len(batch.tasks) for batch in batches_of(tasks, 1)]
     assert lengths == [8, 2, 3, 1]
     assert [task for batch in batches_of(tasks, 3) for task in batch.tasks] == tasks

@@ -29,7 +29,30 @@ if TYPE_CHECKING:
 @click.option("--pad", is_flag=True, help="Pad every clip to --sample_size.")
 @click.option("--full", is_flag=True, help="Keep clips longer than --sample_size whole.")
 @click.option("--crop", default="start", show_default=True, type=click.Choice(["start", "random"]))
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of --crop random.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of --crop and --flip random."
+)
+@click.option("--flip", default="none", show_default=True, type=click.Choice(["none", "random"]), help="Invert phases.")
+@click.option(
+    "--target-latent-rms",
+    type=float,
+    metavar="RMS",
+    help="Scale each clip until its latents have this RMS, such as 0.9.",
+)
+@click.option(
+    "--captions",
+    default="json,txt",
+    show_default=True,
+    metavar="LIST",
+    help="Where captions are looked for, in this order: json, txt, tags.",
+)
+@click.option(
+    "--layout",
+    default="numbered",
+    show_default=True,
+    type=click.Choice(["numbered", "mirror"]),
+    help="Names of the files: numbers, or those of the audio files.",
+)
 @click.option("--shard", metavar="I/N", default="1/1", show_default=True, help="Encode one of N parts, I from 1.")
 @click.option("--checksum", is_flag=True, help="Detect changed files by their contents, not by size and time.")
 @click.option("--strict", is_flag=True, help="Exit with code 2 if a clip is bad, after encoding the others.")
@@ -86,6 +109,7 @@ def pre_encode(
             raise InputError("--model_half means --precision fp16, not int8; pass one of them")
         backend["precision"] = "fp16"
     actors = {name: options.pop(name) for name in ("actors", "cpus_per_actor", "gpus_per_actor")}
+    options["captions"] = tuple(options["captions"].replace(" ", "").split(","))
     settings = PreEncodeOptions(shard=Shard.parse(options.pop("shard")), **options)
     # The folders are checked before the model is opened, which may have to be downloaded.
     require_folders(data_dir)
@@ -94,6 +118,8 @@ def pre_encode(
         report = run(executor, data_dir, output_path, settings, display)
     for row in report.bad[:10]:
         say(f"{row['status']}: {row['reason'] or row['relpath']}", err=True)
+    if notice := report.cut_notice():
+        say(notice, err=True)
     say(report.summary())
     say(report.to_json())
 

@@ -15,7 +15,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from samekit.dataset.clip import BadClipError
+from samekit.dataset.bad_clip import BadClipError
 from samekit.dataset.pipeline import Outcome
 from samekit.errors import BackendError
 

@@ -10,6 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from samekit.dataset.captions import captions_sha256
 from samekit.files.paths import file_signature, open_regular
 
 if TYPE_CHECKING:
@@ -31,20 +32,25 @@ def sha256_of(path: Path) -> str:
 
 def unchanged_row(row: Row, source: Source) -> Row | None:
     """Return a row with the present sizes, times and digests, or None if the contents of a file have changed."""
-    path, caption_path = Path(source.path), source.caption_path
+    path = Path(source.path)
     try:
         sha256 = sha256_of(path) if source.audio else None
-        caption_sha256 = sha256_of(caption_path) if source.caption else None
+        caption_sha256 = captions_sha256([(file.source, sha256_of(Path(file.path))) for file in source.captions])
     except OSError:
         return None
     # If a file has changed since its folder was listed, the digest may be that of contents that were never encoded.
-    if (file_signature(path), file_signature(caption_path)) != (source.audio, source.caption):
+    files = [(path, source.audio), *((Path(file.path), file.stamp) for file in source.captions)]
+    if any(file_signature(file) != stamp for file, stamp in files):
         return None
     # Where the last run computed no digest, size and time decide.
     same_audio = row.audio == source.audio if row.sha256 is None else row.sha256 == sha256
-    same_caption = row.caption == source.caption if row.caption_sha256 is None else row.caption_sha256 == caption_sha256
-    if not (same_audio and same_caption):
+    if row.caption_sha256 is None:
+        same_captions = row.captions == source.caption_stamps
+    else:
+        same_files = [stamp[0] for stamp in row.captions] == [file.source for file in source.captions]
+        same_captions = same_files and row.caption_sha256 == caption_sha256
+    if not (same_audio and same_captions):
         return None
     return dataclasses.replace(
-        row, audio=source.audio, caption=source.caption, sha256=sha256, caption_sha256=caption_sha256
+        row, audio=source.audio, captions=source.caption_stamps, sha256=sha256, caption_sha256=caption_sha256
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from samekit.dataset.clip import timing
-from samekit.dataset.file_names import SILENCE_FILE, STATE_FOLDER
+from samekit.dataset.clip import names_of, timing
+from samekit.dataset.file_names import SILENCE_FILE, STATE_FOLDER, Layout
+from samekit.dataset.loudness import latent_rms
 from samekit.dataset.manifest import find_manifests, read_manifest
 from samekit.dataset.options import Settings, Shard
 from samekit.dataset.output import FolderOutput
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
+    from samekit.arrays import Array
     from samekit.dataset.manifest import Row
 
 # Field of the metadata -> its type. A boolean is no integer here.
@@ -36,7 +39,17 @@ _FIELDS: Final[dict[str, type]] = {
     "prompt": str,
     MODEL_DIGEST: str,
 }
+# The fields in the mirror layout. A clip that has only tags has no prompt there.
+_MIRROR_FIELDS: Final[dict[str, type]] = {
+    **{name: kind for name, kind in _FIELDS.items() if name != "prompt"},
+    "src_relpath": str,
+    "seconds_total": float,
+    "audio_samples": int,
+    "latent_shape": list,
+}
 _ENCODE_AGAIN: Final = "remove it and run pre-encode again"
+# Latents that are looked at together.
+_CHECKED: Final = 2**12
 # Number of clips without latents that are reported one by one.
 _MOST_LISTED: Final = 10
 
@@ -66,9 +79,14 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
     if not parts:
         raise InputError(f"{folder}: has no manifest in {STATE_FOLDER}; pass the --output_path of a pre-encode run")
     manifests = [read_manifest(output, names) for names in parts.values()]
-    rows = {row.name: row for _, rows in manifests for row in rows}
-    paths = sorted(folder / below / name for below in ("", STATE_FOLDER) for name in output.names(below))
-    return [*_check_shards(folder, list(parts)), *_check_files(paths, rows), *_check_manifests(folder, manifests)]
+    layout = manifests[0][0].layout
+    rows = {row.name(layout): row for _, rows in manifests for row in rows if row.status != "gone"}
+    names = sorted({*(output.names() if layout == "numbered" else output.tree()), *_state_files(output)})
+    return [
+        *_check_shards(folder, list(parts)),
+        *_check_files(folder, names, rows, layout),
+        *_check_manifests(folder, manifests),
+    ]
 
 
 def _check_shards(folder: Path, shards: list[Shard]) -> Iterator[str]:
@@ -84,14 +102,22 @@ def _check_shards(folder: Path, shards: list[Shard]) -> Iterator[str]:
         yield f"{folder}: {len(missing)} of {counts[0]} shards are missing; run pre-encode with --shard {first}"
 
 
-def _check_files(paths: list[Path], rows: dict[str, Row]) -> Iterator[str]:
+def _state_files(output: FolderOutput) -> Iterator[str]:
+    return (f"{STATE_FOLDER}/{name}" for name in output.names(STATE_FOLDER))
+
+
+def _check_files(folder: Path, names: list[str], rows: dict[str, Row], layout: Layout) -> Iterator[str]:
     """Report unfinished files, and files of clips that no manifest lists as encoded."""
-    for path in paths:
-        row = rows.get(path.stem)
-        if temporary_target(path.name):
-            yield f"{path}: is an unfinished file; run pre-encode again"
-        elif path.suffix in (".npy", ".json") and path.stem.isdecimal() and (row is None or row.status != "encoded"):
-            yield f"{path}: belongs to no clip; run pre-encode again, and remove it if it stays"
+    for name in names:
+        stem, _, suffix = name.rpartition(".")
+        row = rows.get(stem)
+        if temporary_target(name.rpartition("/")[2]):
+            yield f"{folder / name}: is an unfinished file; run pre-encode again"
+            continue
+        # All latents in a mirrored folder are training data. Other files there may be notes of the user.
+        is_clip = stem.isdecimal() if layout == "numbered" else row is not None or suffix == "npy"
+        if suffix in ("npy", "json") and is_clip and (row is None or row.status != "encoded") and name != SILENCE_FILE:
+            yield f"{folder / name}: belongs to no clip; run pre-encode again, and remove it if it stays"
 
 
 def _check_manifests(folder: Path, manifests: list[tuple[Settings, list[Row]]]) -> Iterator[str]:
@@ -110,7 +136,7 @@ def _check_manifests(folder: Path, manifests: list[tuple[Settings, list[Row]]]) 
             )
         for row in rows:
             if row.status == "encoded":
-                yield from _check_pair(folder / f"{row.name}.npy", row, settings)
+                yield from _check_pair(folder / f"{row.name(settings.layout)}.npy", row, settings)
     yield from _check_silence(folder / SILENCE_FILE, first)
 
 
@@ -128,13 +154,16 @@ def _check_pair(path: Path, row: Row, settings: Settings) -> Iterator[str]:
     if latents.dtype != settings.dtype:
         yield f"{path}: holds {latents.dtype} instead of {settings.dtype}; {_ENCODE_AGAIN}"
     yield from _check_metadata(path.with_suffix(".json"), metadata, row, settings, latents.shape[-1])
+    if settings.cut.target_latent_rms is not None and not _is_loudness(metadata, latents, row):
+        yield f"{path.with_suffix('.json')}: its loudness fields are not those of the latents; {_ENCODE_AGAIN}"
 
 
 def _check_metadata(path: Path, metadata: dict[str, Any], row: Row, settings: Settings, latents: int) -> Iterator[str]:
     """Compare the fields that the training code reads, and the model, with the manifest."""
-    values = {name: metadata.get(name) for name in _FIELDS}
-    wrong = [name for name, value in values.items() if not isinstance(value, _FIELDS[name]) or isinstance(value, bool)]
-    if not wrong and not metadata["prompt"].strip():
+    kinds = _FIELDS if settings.layout == "numbered" else _MIRROR_FIELDS
+    values = {name: metadata.get(name) for name in kinds}
+    wrong = [name for name, value in values.items() if not isinstance(value, kinds[name]) or isinstance(value, bool)]
+    if not wrong and not str(metadata.get("prompt", "tags")).strip():
         wrong = ["prompt"]
     if wrong:
         yield f"{path}: has no usable {', '.join(wrong)}; {_ENCODE_AGAIN}"
@@ -142,14 +171,25 @@ def _check_metadata(path: Path, metadata: dict[str, Any], row: Row, settings: Se
     if metadata[MODEL_DIGEST] != settings.model_sha256:
         found, expected = metadata[MODEL_DIGEST][:8], settings.model_sha256[:8]
         yield f"{path}: is of model {found!r}, the manifest says {expected!r}; {_ENCODE_AGAIN}"
-    if metadata["relpath"] != row.relpath:
-        yield f"{path}: is of {metadata['relpath']!r}, the manifest says {row.relpath!r}; {_ENCODE_AGAIN}"
+    for name, expected in names_of(row.relpath, settings.layout).items():
+        if metadata[name] != expected:
+            yield f"{path}: is of {metadata[name]!r}, the manifest says {expected!r}; {_ENCODE_AGAIN}"
+    if settings.layout == "mirror" and metadata["latent_shape"] != [settings.width, latents]:
+        yield f"{path}: its latent_shape is not that of the latents; {_ENCODE_AGAIN}"
     # A damaged manifest may claim any number of latents, so no list longer than the array is made.
     kept = min(max(row.latents, 0), latents)
     if row.latents != kept or metadata["padding_mask"] != [1] * kept + [0] * (latents - kept):
         yield f"{path}: its padding_mask does not fit {row.latents} of {latents} latents; {_ENCODE_AGAIN}"
     if not _is_timing(metadata, row, settings):
         yield f"{path}: its timestamps, seconds and sample_rate do not fit each other and the manifest; {_ENCODE_AGAIN}"
+
+
+def _is_loudness(metadata: dict[str, Any], latents: Array, row: Row) -> bool:
+    """Return whether the loudness was recorded, and is that of the latents."""
+    gain, achieved = (metadata.get(name) for name in ("audio_gain_applied", "latent_rms_achieved"))
+    blocks = (latents[:, begin : begin + _CHECKED] for begin in range(0, latents.shape[1], _CHECKED))
+    measured = latent_rms(blocks, min(max(row.latents, 0), latents.shape[1]))
+    return isinstance(gain, float) and isinstance(achieved, float) and math.isclose(achieved, measured, rel_tol=1e-3)
 
 
 def _is_timing(metadata: dict[str, Any], row: Row, settings: Settings) -> bool:
@@ -166,7 +206,7 @@ def _is_timing(metadata: dict[str, Any], row: Row, settings: Settings) -> bool:
         whole = round(part / (end - begin))
         offset = round(begin * whole)
         samples = whole if kept == part else offset + kept
-        expected = timing(samples, offset, kept, rate, cut)
+        expected = timing(samples, offset, kept, rate, cut, settings.layout)
         fits = 0 < kept <= part and kept / rate == row.seconds
     except (TypeError, ValueError, ArithmeticError):
         return False

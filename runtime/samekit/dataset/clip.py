@@ -8,7 +8,6 @@ import os
 import random
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,7 +15,10 @@ import numpy as np
 import soundfile as sf
 
 from samekit.audio import AudioReader, PreparedReader, resampled_length
+from samekit.dataset.bad_clip import BadClipError
+from samekit.dataset.captions import MOST_CAPTION_BYTES, Caption, captions_sha256, choose_caption
 from samekit.dataset.changes import file_identity, sha256_of
+from samekit.dataset.file_names import mirrored_name
 from samekit.engine.spec import ENCODER
 from samekit.errors import AudioFileError, SamekitError
 from samekit.files.latents import MODEL_DIGEST, PADDING_MASK
@@ -24,10 +26,12 @@ from samekit.files.paths import open_regular, read_regular
 from samekit.streaming import WindowCutter, new_array
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
     from samekit.arrays import Array
     from samekit.audio import AudioInfo
+    from samekit.dataset.file_names import Layout
+    from samekit.dataset.loudness import Loudness
     from samekit.dataset.manifest import Status
     from samekit.dataset.options import CutOptions
     from samekit.dataset.sources import Source
@@ -36,24 +40,9 @@ if TYPE_CHECKING:
 
 SILENCE_DB: Final = -60
 """A clip is silent if its loudest sample is below this level, relative to full scale."""
+# As in `PhaseFlipper` of stable_audio_3/data/utils.py.
+_FLIP_PROBABILITY: Final = 0.5
 _SILENCE_PEAK: Final = 10 ** (SILENCE_DB / 20)
-# A larger file is not a caption.
-_MOST_CAPTION_BYTES: Final = 2**20
-
-
-class BadClipError(Exception):
-    """A clip cannot be encoded. The manifest records its status and the reason."""
-
-    def __init__(self, status: Status, reason: str, *, transient: bool = False) -> None:
-        super().__init__(reason)
-        self.status: Status = status
-        self.reason = " ".join(reason.split())
-        """Cause and cure in one line."""
-        self.transient = transient
-        """Whether a file cannot be opened now; it may still hold what was encoded before."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return partial(type(self), transient=self.transient), (self.status, self.reason)
 
 
 @dataclass(frozen=True)
@@ -81,6 +70,7 @@ class CuttingRules:
     windows: ExactWindows
     """Windows of the encoder."""
     cut: CutOptions
+    layout: Layout = "numbered"
 
     @property
     def limit(self) -> int:
@@ -110,39 +100,64 @@ class CuttingRules:
 class Clip:
     """A clip that was read completely. Lengths are in samples at the model's rate."""
 
-    prompt: str
+    caption: Caption
     samples: int
     """Length of the whole file."""
     offset: int
     """Samples before the part that is kept."""
     kept: int
     extent: Extent
+    is_flipped: bool = False
+    """Whether the phase is inverted."""
+    loudness: Loudness | None = None
+    """The gain of the audio, if the loudness is corrected."""
 
     def metadata(self, source: Source, rules: CuttingRules) -> dict[str, Any]:
-        """Return the contents of the `.json` file: the fields of the reference, and the model."""
+        """Return the contents of the `.json` file: the fields that training reads, the model, and the caption's own."""
         rate = rules.spec.sample_rate
         padding = max(0, rules.limit - self.extent.latents) if rules.cut.pad else 0
+        prompt, mirror_fields = self.caption.prompt, {}
+        if rules.layout == "mirror":
+            mirror_fields["latent_shape"] = [rules.spec.latent_width, self.extent.latents + padding]
+        elif not prompt:
+            # The reference needs a prompt. The trainers that read mirrored folders make one from the tags themselves.
+            prompt = self.caption.tag_prompt
         return {
             "path": source.path,
-            "relpath": source.relpath,
-            **timing(self.samples, self.offset, self.kept, rate, rules.cut),
+            **names_of(source.relpath, rules.layout),
+            **timing(self.samples, self.offset, self.kept, rate, rules.cut, rules.layout),
             PADDING_MASK: [1] * self.extent.latents + [0] * padding,
+            **mirror_fields,
             "sample_rate": rate,
-            "prompt": self.prompt,
+            **({"prompt": prompt} if prompt else {}),
+            "caption_source": self.caption.source,
+            **({"phase_flipped": self.is_flipped} if rules.cut.flip == "random" else {}),
+            **(self.loudness.metadata() if self.loudness else {}),
             "model": rules.spec.name,
             MODEL_DIGEST: rules.spec.source_sha256,
+            **self.caption.fields,
         }
 
 
-def timing(samples: int, offset: int, kept: int, rate: int, cut: CutOptions) -> dict[str, Any]:
-    """Return the metadata fields that say which part of a file was encoded; the lengths are those of `Clip`."""
+def names_of(relpath: str, layout: Layout) -> dict[str, str]:
+    """Return the metadata fields that name the clip."""
+    if layout == "numbered":
+        return {"relpath": relpath}
+    return {"relpath": f"{mirrored_name(relpath)}.npy", "src_relpath": relpath}
+
+
+def timing(samples: int, offset: int, kept: int, rate: int, cut: CutOptions, layout: Layout) -> dict[str, Any]:
+    """Return the metadata fields that say which part of a file was encoded; the lengths are those of `Clip`.
+
+    `seconds_total` is the length of the file, rounded up, as in the reference. In the mirror layout, it is the length
+    of the part that was encoded, with three decimals, as in the scripts of other trainers.
+    """
     part = kept if cut.full and kept > cut.sample_size else cut.sample_size
     whole = max(samples, part)
-    return {
-        "timestamps": [offset / whole, (offset + part) / whole],
-        "seconds_start": offset // rate,
-        "seconds_total": math.ceil(samples / rate),
-    }
+    fields = {"timestamps": [offset / whole, (offset + part) / whole], "seconds_start": offset // rate}
+    if layout == "numbered":
+        return {**fields, "seconds_total": math.ceil(samples / rate)}
+    return {**fields, "seconds_total": round(kept / rate, 3), "audio_samples": kept}
 
 
 @dataclass
@@ -154,7 +169,11 @@ class ClipReader:
 
     source: Source
     rules: CuttingRules
+    captions: Sequence[str] = ("txt",)
+    """The sources of captions, see `samekit.dataset.captions`."""
     checksum: bool = False
+    gain: float = 1.0
+    """Factor of the samples, after they are clipped to full scale."""
     allocate: Callable[[tuple[int, ...]], Array] = new_array
     """Returns a float32 array of a shape, with any values, for a window."""
     clip: Clip | None = None
@@ -173,11 +192,11 @@ class ClipReader:
         try:
             if self.source.audio is None:
                 raise AudioFileError(_why_no_audio(path))
-            prompt = self._caption()
+            caption = self._caption()
             if self.checksum:
                 self._identity = file_identity(path)
                 self.sha256 = sha256_of(path)
-            yield from self._windows(prompt)
+            yield from self._windows(caption)
         except (SamekitError, OSError) as error:
             reason = str(error) if self.source.path in str(error) else f"{self.source.path}: {error}"
             status: Status = "empty" if self._is_empty() and not self._has_changed() else "unreadable"
@@ -197,31 +216,28 @@ class ClipReader:
         if self._has_changed():
             raise AudioFileError(f"{self.source.path}: was changed while it was read; run pre-encode again")
 
-    def _caption(self) -> str:
-        path = self.source.caption_path
-        if self.source.caption is None:
-            raise BadClipError("no_caption", f"{path}: does not exist; write the caption there")
-        try:
-            content = read_regular(path, _MOST_CAPTION_BYTES)
-            if self.checksum:
-                self.caption_sha256 = hashlib.sha256(content).hexdigest()
-            # Line ends are converted as `Path.read_text` does, with which the reference reads captions.
-            prompt = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").strip()
-        except OSError as error:
-            reason = f"{path}: cannot be read ({error.strerror}); check its permissions and size"
-            raise BadClipError("unreadable", reason, transient=not _can_be_opened(path)) from error
-        except UnicodeDecodeError as error:
-            raise BadClipError("no_caption", f"{path}: cannot be read as UTF-8 ({error}); write it again") from error
-        if "\0" in prompt:
-            raise BadClipError("no_caption", f"{path}: holds zero bytes, as UTF-16 does; save it as UTF-8")
-        if not prompt:
-            raise BadClipError("no_caption", f"{path}: is empty; write the caption there")
-        return prompt
+    def _caption(self) -> Caption:
+        """Read all caption files, because their digests show whether one has changed, and choose the caption."""
+        contents = []
+        for file in self.source.captions:
+            path = Path(file.path)
+            try:
+                contents.append(read_regular(path, MOST_CAPTION_BYTES))
+            except OSError as error:
+                reason = f"{path}: cannot be read ({error.strerror}); check its permissions and size"
+                raise BadClipError("unreadable", reason, transient=not _can_be_opened(path)) from error
+        if self.checksum:
+            digests = [hashlib.sha256(content).hexdigest() for content in contents]
+            sources = [file.source for file in self.source.captions]
+            self.caption_sha256 = captions_sha256(list(zip(sources, digests, strict=True)))
+        return choose_caption(self.source.path, self.source.captions, contents, self.captions)
 
-    def _windows(self, prompt: str) -> Iterator[tuple[Window, Array]]:
+    def _windows(self, caption: Caption) -> Iterator[tuple[Window, Array]]:
         """Cut the part that is kept, and the zeros after it, into windows."""
         rules, spec = self.rules, self.rules.spec
         offset = self._random_offset() if rules.cut.crop == "random" else 0
+        is_flipped = rules.cut.flip == "random" and self._random("flip").random() < _FLIP_PROBABILITY
+        scale = np.float32(-self.gain if is_flipped else self.gain)
         with self._open() as reader:
             expected = None if reader.info.frames is None else _expected_sequence(reader.info, rules, offset)
             cutter = WindowCutter(rules.windows, spec.hop, expected, self.allocate)
@@ -232,6 +248,8 @@ class ClipReader:
                 if not (low >= -1 and high <= 1):
                     np.clip(block, -1, 1, out=block)
                 kept += block.shape[1]
+                if scale != 1:
+                    np.multiply(block, scale, out=block)
                 for window, audio in cutter.push(block[None]):
                     if silent:
                         self._require_sound(offset)
@@ -240,9 +258,9 @@ class ClipReader:
             if silent and kept:
                 raise self._silence()
             whole = rules.cut.full or kept < rules.cut.sample_size
-            samples = offset + kept if whole else self._length(reader)
+            length = offset + kept if whole else self._length(reader)
             self._require_unchanged()
-            self.clip = Clip(prompt, samples, offset, kept, rules.extent(kept))
+            self.clip = Clip(caption, length, offset, kept, rules.extent(kept), is_flipped)
         missing = spec.samples(self.clip.extent.sequence) - kept
         zeros = np.broadcast_to(np.float32(0), (1, spec.channels, missing))
         for window, audio in cutter.push(zeros, final=True):
@@ -290,8 +308,11 @@ class ClipReader:
         """Return where the kept part begins, which depends only on seed, relpath and length."""
         with self._open() as reader:
             room = self._length(reader) - self.rules.cut.sample_size
-        seed = str(self.rules.cut.seed).encode() + os.fsencode(self.source.relpath)
-        return random.Random(seed).randint(0, max(0, room))
+        return self._random().randint(0, max(0, room))
+
+    def _random(self, purpose: str = "") -> random.Random:
+        """Return a generator whose numbers depend only on the seed, the relpath and the purpose."""
+        return random.Random(f"{purpose}{self.rules.cut.seed}".encode() + os.fsencode(self.source.relpath))
 
     def _is_empty(self) -> bool:
         """Return whether a file that could not be read has no samples."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from samekit.dataset.clip import BadClipError
+from samekit.dataset.bad_clip import BadClipError
 from samekit.errors import InputError, OutputError
 from samekit.files.pairs import Pair
 

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
-from samekit.dataset.file_names import STATE_FOLDER, clip_name, is_clip_file
+from samekit.dataset.file_names import STATE_FOLDER, Layout, clip_name, is_clip_file, mirrored_name
 from samekit.dataset.options import Settings, Shard
 from samekit.errors import InputError
 from samekit.files.json_fields import check_kinds
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
     from samekit.dataset.output import Output
 
-# To be raised when an older samekit could misread the files.
-_FORMAT: Final = 1
+# To be raised when an older samekit could misread the files. Format 1 had one caption file for each clip, in `.txt`.
+_FORMAT: Final = 2
 _HEADER_START: Final = b'{"format"'
 _MOST_HEADER_BYTES: Final = 2**16
 _RESTORE: Final = "restore it from a copy, or encode into another folder"
@@ -44,6 +44,8 @@ Status = Literal["encoded", "unreadable", "empty", "silent", "no_caption", "fail
 """`gone`: the clip left the dataset and has no latents. A clip that left and has latents stays `encoded`."""
 Stamp = tuple[int, int]
 """Size in bytes and modification time in ns of a file."""
+CaptionStamp = tuple[str, int, int]
+"""Source of a caption file (`json` or `txt`), its size and its time."""
 
 
 @dataclass
@@ -58,24 +60,29 @@ class Row:
     reason: str | None = None
     audio: Stamp | None = None
     """Size and time of the audio file at the last attempt; None if it was not a regular file."""
-    caption: Stamp | None = None
+    captions: tuple[CaptionStamp, ...] = ()
+    """The files that could hold the caption at the last attempt."""
     sha256: str | None = None
     """SHA-256 of the audio file, if the run computed it."""
     caption_sha256: str | None = None
+    """SHA-256 of the caption file, or of the digests of several files."""
+    caption_source: str | None = None
+    """Where the caption was found."""
     latents: int = 0
     """Latents of audio, without padding."""
     seconds: float = 0.0
     """Seconds of audio that were encoded."""
+    cut: bool = False
+    """Whether the clip is longer than the part that was encoded."""
 
-    @property
-    def name(self) -> str:
-        """Name of the clip's files without the suffix."""
-        return clip_name(self.number)
+    def name(self, layout: Layout) -> str:
+        """Return the name of the clip's files without the suffix."""
+        return clip_name(self.number) if layout == "numbered" else mirrored_name(self.relpath)
 
-    @property
-    def files(self) -> tuple[str, str]:
-        """Names of both files, in the order in which they must be removed."""
-        return f"{self.name}.json", f"{self.name}.npy"
+    def files(self, layout: Layout) -> tuple[str, str]:
+        """Return the names of both files, in the order in which they must be removed."""
+        name = self.name(layout)
+        return f"{name}.json", f"{name}.npy"
 
     def to_line(self) -> bytes:
         """Return one line of JSON in ASCII."""
@@ -84,11 +91,17 @@ class Row:
     @classmethod
     def parse(cls, line: bytes) -> Self:
         """Parse a line of a manifest; wrong values raise ValueError, TypeError or KeyError."""
-        row = cls(**json.loads(line))
-        row.audio, row.caption = _parse_stamp(row.audio), _parse_stamp(row.caption)
+        fields = json.loads(line)
+        if "caption" in fields:
+            caption = fields.pop("caption")
+            fields["captions"] = [["txt", *caption]] if caption else []
+        row = cls(**fields)
+        row.audio = _parse_stamp(row.audio)
+        row.captions = tuple(_parse_caption_stamp(value) for value in row.captions)
         text = (str, type(None))
-        texts = dict.fromkeys(("status", "reason", "sha256", "caption_sha256"), text)
+        texts = dict.fromkeys(("status", "reason", "sha256", "caption_sha256", "caption_source"), text)
         check_kinds(vars(row), {"number": int, "relpath": str, **texts, "latents": int, "seconds": (int, float)})
+        check_kinds(vars(row), {"cut": bool})
         if row.status not in (None, *get_args(Status)):
             raise ValueError(f"status = {row.status!r}")
         return row
@@ -100,6 +113,12 @@ def _parse_stamp(value: Any) -> Stamp | None:
     size, modified = value
     check_kinds({"size": size, "time": modified}, {"size": int, "time": int})
     return size, modified
+
+
+def _parse_caption_stamp(value: Any) -> CaptionStamp:
+    source, size, modified = value
+    check_kinds({"source": source, "size": size, "time": modified}, {"source": str, "size": int, "time": int})
+    return source, size, modified
 
 
 class Manifest:
@@ -134,9 +153,11 @@ class Manifest:
         found = find_manifests(output)
         parts = found.pop(shard, [])
         if not parts and not found:
-            _require_no_latents(output)
+            _require_no_latents(output, settings.layout)
         _require_matching_shards(output, shard, found, None if reencode else settings)
         old, rows = read_manifest(output, parts) if parts else (settings, [])
+        if old.layout != settings.layout:
+            raise InputError(f"{output}: has the layout {old.layout}; pass that, or another --output_path")
         if not reencode:
             _require_same(output, settings, old)
         elif settings.differences(old):
@@ -230,6 +251,9 @@ def read_manifest(output: Output, parts: list[str]) -> tuple[Settings, list[Row]
             raise ValueError("it is cut off")
         if not found or [row.number for row in ordered] != [found[0].number(index) for index in range(len(ordered))]:
             raise ValueError("numbers are missing or occur twice")
+        for row in ordered:
+            # Raises ValueError for names that lead out of the folder.
+            row.name(settings.layout)
         return settings, ordered
 
 
@@ -249,7 +273,7 @@ def _parse_header(output: Output, name: str, line: bytes) -> tuple[Settings, int
     """Return the settings and the number of clips from the first line of a part."""
     with _damage_errors(output, name):
         fields = json.loads(line)
-        if fields.pop("format") == _FORMAT:
+        if 1 <= fields.pop("format") <= _FORMAT:
             clips = fields.pop("clips")
             return Settings.parse(fields), clips
     raise InputError(f"{output}/{name}: was written by another samekit; use that one, or encode into another folder")
@@ -264,9 +288,10 @@ def _damage_errors(output: Output, name: str) -> Iterator[None]:
         raise InputError(f"{output}/{name}: is damaged ({error}); {_RESTORE}") from None
 
 
-def _require_no_latents(output: Output) -> None:
+def _require_no_latents(output: Output, layout: Layout) -> None:
     """Raise InputError if an output holds latents but no manifest."""
-    if foreign := next(filter(is_clip_file, sorted(output.names())), None):
+    names = output.names() if layout == "numbered" else output.tree()
+    if foreign := next(filter(is_clip_file, sorted(names)), None):
         raise InputError(f"{output}: holds {foreign}, which no manifest lists; pass another --output_path")
 
 

@@ -7,17 +7,22 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal, Self, get_args
 
 from samekit.arguments import MOST_THREADS, check_flag, check_whole
-from samekit.dataset.file_names import SILENCE_FILE
+from samekit.dataset.captions import CAPTION_SOURCES
+from samekit.dataset.file_names import SILENCE_FILE, Layout, mirrored_key, mirrored_name
 from samekit.errors import InputError
 from samekit.files.json_fields import check_kinds
 
 SAMPLE_SIZE: Final = 12_582_912
 """The reference's default: 285 s at 44.1 kHz, 3,072 latents."""
+TRAINING_SAMPLES: Final = 16_756_736
+"""The longest part of a clip that the reference's training uses: 4,091 latents, 380 s."""
 # 13.5 hours at 44.1 kHz. The silence latents of that length take half a gigabyte.
 _MOST_SAMPLES: Final = 2**31
+# Latents of music have an RMS of about 1.
+_MOST_RMS: Final = 1000
 # Shard numbers in file names have at most six digits.
 _MOST_SHARDS: Final = 999_999
 
@@ -68,23 +73,35 @@ class Shard:
     def _suffix(self) -> str:
         return "" if self.count == 1 else f"-{self.index}-of-{self.count}"
 
-    def contains(self, relpath: str) -> bool:
-        """Return whether a clip belongs to this shard. This depends only on its relpath."""
-        digest = hashlib.sha256(os.fsencode(relpath)).digest()
+    def contains(self, relpath: str, layout: Layout = "numbered") -> bool:
+        """Return whether a clip belongs to this shard.
+
+        This depends on its relpath, and in the mirror layout only on the name of its files. So a clip that takes the
+        place of another, such as a.flac of a.wav, belongs to the same shard.
+        """
+        return self._owns(relpath if layout == "numbered" else mirrored_key(mirrored_name(relpath)))
+
+    def _owns(self, key: str) -> bool:
+        digest = hashlib.sha256(os.fsencode(key)).digest()
         return int.from_bytes(digest[:8], "big") % self.count == self.index - 1
 
     def number(self, position: int) -> int:
         """Return the number of this shard's clip at `position`; no other shard uses it."""
         return position * self.count + self.index - 1
 
-    def is_written_here(self, name: str) -> bool:
+    def is_written_here(self, name: str, layout: Layout = "numbered") -> bool:
         """Return whether this shard writes a file of the output folder. The first shard writes the silence latents."""
-        stem, _, _ = name.partition(".")
-        if stem.isdecimal():
-            return int(stem) % self.count == self.index - 1
         if part := self.of_manifest_part(name):
             return part[0] == self
-        return name == self.report or (name == SILENCE_FILE and self.index == 1)
+        if name == SILENCE_FILE:
+            return self.index == 1
+        stem, _, suffix = name.rpartition(".")
+        if layout == "mirror":
+            # The name of a temporary file lacks the end of a long name, which tells the shard.
+            return self.count == 1 or (suffix in ("npy", "json") and self._owns(mirrored_key(stem)))
+        if stem.isdecimal():
+            return int(stem) % self.count == self.index - 1
+        return name == self.report
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
@@ -92,7 +109,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class CutOptions:
-    """Which part of each clip is encoded, and how far it is padded."""
+    """Which part of each clip is encoded, how far it is padded, and how its samples are changed."""
 
     sample_size: int = SAMPLE_SIZE
     """Samples, at the model's rate, to which clips are cut; also the length of the silence latents."""
@@ -103,7 +120,11 @@ class CutOptions:
     crop: Literal["start", "random"] = "start"
     """Which part of a longer clip is kept. The reference takes a random part, a different one in each run."""
     seed: int = 0
-    """Seed of the random parts. The part of a clip depends on this seed and its relpath only."""
+    """Seed of `crop` and `flip`. What is random for a clip depends on this seed and its relpath only."""
+    flip: Literal["none", "random"] = "none"
+    """`random` inverts the phase of every second clip, as the reference does, differently in each run."""
+    target_latent_rms: float | None = None
+    """Root mean square of the latents to which each clip is scaled, see `samekit.dataset.loudness`."""
 
     def __post_init__(self) -> None:
         check_whole("sample_size", self.sample_size, least=1, most=_MOST_SAMPLES)
@@ -112,6 +133,11 @@ class CutOptions:
         check_flag("full", self.full)
         if self.crop not in ("start", "random"):
             raise InputError(f"crop {self.crop!r} is not known; pass start or random")
+        if self.flip not in ("none", "random"):
+            raise InputError(f"flip {self.flip!r} is not known; pass none or random")
+        target = self.target_latent_rms
+        if target is not None and (type(target) not in (int, float) or not 0 < target < _MOST_RMS):
+            raise InputError(f"target_latent_rms is {target!r}; pass a positive number, such as 0.9")
         if self.full and self.crop == "random":
             raise InputError("full keeps whole clips and crop cuts them; pass one of them")
 
@@ -124,6 +150,10 @@ class PreEncodeOptions(CutOptions):
     """Windows that are encoded at once; no clip is padded for it."""
     float16: bool = False
     """Write float16 files. The precision of the model is chosen when the model is opened."""
+    captions: tuple[str, ...] = ("json", "txt")
+    """Where captions are looked for, in this order: `json`, `txt`, `tags`. See `samekit.dataset.captions`."""
+    layout: Layout = "numbered"
+    """Names of the files: numbers as in the reference, or `mirror`, those of the audio files."""
     shard: Shard = field(default_factory=Shard)
     """The part of the dataset to encode."""
     checksum: bool = False
@@ -142,6 +172,11 @@ class PreEncodeOptions(CutOptions):
         check_whole("readers (--workers)", self.readers, least=0, most=MOST_THREADS)
         for name in ("float16", "checksum", "strict", "reencode"):
             check_flag(name, getattr(self, name))
+        if self.layout not in get_args(Layout):
+            raise InputError(f"layout {self.layout!r} is not known; pass {' or '.join(get_args(Layout))}")
+        known = isinstance(self.captions, tuple) and set(self.captions) <= set(CAPTION_SOURCES)
+        if not (known and self.captions and len(set(self.captions)) == len(self.captions)):
+            raise InputError(f"captions are {self.captions!r}; pass some of {', '.join(CAPTION_SOURCES)}, each once")
         if not isinstance(self.shard, Shard):
             raise InputError(f"shard is {self.shard!r}; pass a samekit.dataset.Shard, such as Shard(1, 4)")
 
@@ -153,8 +188,10 @@ class PreEncodeOptions(CutOptions):
     @property
     def cut(self) -> CutOptions:
         """The cut options alone, with seed 0 where the seed has no effect."""
-        seed = self.seed if self.crop == "random" else 0
-        return CutOptions(self.sample_size, self.pad, self.full, self.crop, seed)
+        options = {item.name: getattr(self, item.name) for item in dataclasses.fields(CutOptions)}
+        if "random" not in (self.crop, self.flip):
+            options["seed"] = 0
+        return CutOptions(**options)
 
 
 @dataclass(frozen=True)
@@ -170,6 +207,7 @@ class Settings:
     """Length of one latent vector."""
     sample_rate: int
     cut: CutOptions
+    layout: Layout = "numbered"
 
     @classmethod
     def parse(cls, fields: dict[str, Any]) -> Self:
@@ -179,6 +217,8 @@ class Settings:
         check_kinds(vars(settings), {**texts, "width": int, "sample_rate": int})
         if settings.dtype not in ("float32", "float16"):
             raise ValueError(f"dtype = {settings.dtype!r}")
+        if settings.layout not in get_args(Layout):
+            raise ValueError(f"layout = {settings.layout!r}")
         return settings
 
     def differences(self, other: Settings) -> list[str]:

@@ -12,6 +12,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from samekit.dataset.file_names import STATE_FOLDER
@@ -24,8 +25,8 @@ from samekit.files.paths import checked_path, expanded, open_regular, read_regul
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
-    from pathlib import Path
 
+    from samekit.dataset.file_names import Layout
     from samekit.dataset.options import Shard
     from samekit.files.pairs import Pair
 
@@ -59,12 +60,18 @@ class Output(ABC):
     """How long the caller should collect lines before it appends them to a file."""
 
     @abstractmethod
-    def locked(self, shard: Shard, data_folders: Iterable[str | os.PathLike[str]]) -> AbstractContextManager[None]:
+    def locked(
+        self, shard: Shard, data_folders: Iterable[str | os.PathLike[str]], layout: Layout = "numbered"
+    ) -> AbstractContextManager[None]:
         """Create the place, and lock it for a shard if it has locks; raises InputError if it is a data folder."""
 
     @abstractmethod
     def names(self, folder: str = "") -> set[str]:
         """List the files directly below a folder of the output."""
+
+    @abstractmethod
+    def tree(self) -> set[str]:
+        """List the files of clips in all folders of the output, as paths relative to it."""
 
     @abstractmethod
     def get(self, name: str, most: int | None = None) -> bytes:
@@ -114,7 +121,9 @@ class FolderOutput(Output):
         return str(self._folder)
 
     @contextmanager
-    def locked(self, shard: Shard, data_folders: Iterable[str | os.PathLike[str]]) -> Iterator[None]:
+    def locked(
+        self, shard: Shard, data_folders: Iterable[str | os.PathLike[str]], layout: Layout = "numbered"
+    ) -> Iterator[None]:
         """Create the folder and hold its lock. Delete unfinished files of this shard before and after the block."""
         for data_folder in data_folders:
             # A folder that does not exist yet is not a data folder.
@@ -126,20 +135,39 @@ class FolderOutput(Output):
             state.mkdir(parents=True, exist_ok=True)
             sync_folders([str(self._folder.absolute()), str(state)])
         with file_lock(state / shard.lock, self._folder):
-            self._remove_unfinished(shard)
+            self._remove_unfinished(shard, layout)
             try:
                 yield
             finally:
                 # Worker processes that were killed during this run may have left some.
-                self._remove_unfinished(shard)
+                self._remove_unfinished(shard, layout)
 
-    def _remove_unfinished(self, shard: Shard) -> None:
-        for folder in (self._folder, self._folder / STATE_FOLDER):
-            remove_abandoned(folder, shard.is_written_here)
+    def _remove_unfinished(self, shard: Shard, layout: Layout) -> None:
+        remove_abandoned(self._folder / STATE_FOLDER, shard.is_written_here)
+        for below in [""] if layout == "numbered" else self._folders():
+
+            def is_mine(name: str, below: str = below) -> bool:
+                return shard.is_written_here(below + name, layout)
+
+            remove_abandoned(self._folder / below, is_mine)
+
+    def _folders(self) -> Iterator[str]:
+        """Yield the folders of clips relative to the output, each with a `/` at the end. Links are not followed."""
+        for folder, below, _ in os.walk(self._folder):
+            if STATE_FOLDER in below and folder == os.fspath(self._folder):
+                below.remove(STATE_FOLDER)
+            yield Path(os.path.relpath(folder, self._folder), "x").as_posix().removesuffix("x")
 
     def names(self, folder: str = "") -> set[str]:
         with output_errors(self._folder, cause="cannot be listed", cure="check its permissions"):
             return set(os.listdir(self._folder / folder))
+
+    def tree(self) -> set[str]:
+        found: set[str] = set()
+        for below in self._folders():
+            with output_errors(self._folder, cause="cannot be listed", cure="check its permissions"):
+                found.update(below + name for name in os.listdir(self._folder / below))
+        return found
 
     def get(self, name: str, most: int | None = None) -> bytes:
         path = self._folder / name
@@ -214,7 +242,9 @@ class UrlOutput(Output):
         return self._url
 
     @contextmanager
-    def locked(self, shard: Shard, data_folders: Iterable[str | os.PathLike[str]]) -> Iterator[None]:
+    def locked(
+        self, shard: Shard, data_folders: Iterable[str | os.PathLike[str]], layout: Layout = "numbered"
+    ) -> Iterator[None]:
         """Create the folder of the manifest."""
         with self._write_errors():
             self._fs.makedirs(f"{self._root}/{STATE_FOLDER}", exist_ok=True)
@@ -229,6 +259,12 @@ class UrlOutput(Output):
             except FileNotFoundError:
                 return set()
             return {entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries}
+
+    def tree(self) -> set[str]:
+        with self._read_errors():
+            self._fs.invalidate_cache()
+            paths = [name.removeprefix(self._root).lstrip("/") for name in self._fs.find(self._root)]
+            return {path for path in paths if not path.startswith(f"{STATE_FOLDER}/")}
 
     def get(self, name: str, most: int | None = None) -> bytes:
         with self._read_errors(name):

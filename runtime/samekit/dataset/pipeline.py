@@ -14,20 +14,22 @@ from __future__ import annotations
 import math
 import queue
 import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from samekit.arrays import as_one_batch
-from samekit.dataset.clip import BadClipError, ClipReader
+from samekit.dataset.bad_clip import BadClipError
+from samekit.dataset.clip import ClipReader
 from samekit.dataset.clip_writer import ClipWriter, CompleteClip, groups_of
+from samekit.dataset.loudness import Loudness, latent_rms
 from samekit.errors import BackendError, NonFiniteError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
     from samekit.arrays import Array
@@ -53,6 +55,8 @@ class Task:
     target: str
     replaces: bool = True
     """Whether the output may hold an older `.json` file of the clip."""
+    loudness: Loudness = field(default_factory=Loudness)
+    """The gain to encode the clip with, if its loudness is corrected."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,43 @@ class Outcome:
     caption_sha256: str | None = None
     worker: str | None = None
     """The worker process that encoded the clip; None for this process."""
+
+
+class _Tasks:
+    """The clips that readers take. If the loudness is corrected, each clip may come back with another gain."""
+
+    def __init__(self, tasks: Sequence[Task], *, return_: bool) -> None:
+        self._waiting = deque(tasks)
+        # Clips that are waiting or may come back.
+        self._open = len(tasks) if return_ else 0
+        self._changed = threading.Condition()
+
+    def take(self) -> Task | None:
+        """Return the next clip, or None if none is waiting."""
+        with self._changed:
+            return self._waiting.popleft() if self._waiting else None
+
+    @property
+    def may_return(self) -> bool:
+        """Whether a clip may still come back."""
+        with self._changed:
+            return self._open > 0
+
+    def wait(self) -> None:
+        """Wait until a clip comes back, or none will."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._open <= 0)
+
+    def put_back(self, task: Task) -> None:
+        with self._changed:
+            self._waiting.append(task)
+            self._changed.notify()
+
+    def close(self, clips: int = 1) -> None:
+        """Expect this number of clips no more."""
+        with self._changed:
+            self._open -= clips
+            self._changed.notify_all()
 
 
 @dataclass
@@ -133,6 +174,11 @@ class _End:
     outcome: Outcome
 
 
+@dataclass(frozen=True)
+class _Idle:
+    """A reader waits for clips that come back, so no batch can be filled up now."""
+
+
 @dataclass
 class Pipeline:
     """Encodes clips and writes their latents.
@@ -153,17 +199,16 @@ class Pipeline:
         self._error: BaseException | None = None
         self._stopped = False
         # Each reader puts None when it ends.
-        self._read: queue.Queue[_Piece | _End | None] = queue.Queue(self.job.options.batch_size + self.readers)
+        self._read: queue.Queue[_Piece | _End | _Idle | None] = queue.Queue(self.job.options.batch_size + self.readers)
         self._complete: queue.Queue[CompleteClip | None] = queue.Queue(_WRITES_WAITING)
         rules = self.job.rules
         self._buffers = _Buffers(rules.spec.channels * rules.spec.samples(rules.windows.size))
 
     def run(self, tasks: Sequence[Task]) -> None:
         """Encode every clip; raises what `Executor.encode` raises."""
-        # An iterator over a list is safe to share between threads.
-        waiting = iter(list(tasks))
+        self._tasks = _Tasks(tasks, return_=self.job.options.target_latent_rms is not None)
         # Daemon threads, so that a second Ctrl-C, which interrupts `_end_threads`, ends the process.
-        readers = [threading.Thread(target=self._read_clips, args=(waiting,), daemon=True) for _ in range(self.readers)]
+        readers = [threading.Thread(target=self._read_clips, daemon=True) for _ in range(self.readers)]
         with self.job.output.pair_writer() as write_pairs:
             writer = threading.Thread(target=self._write_clips, args=(write_pairs,), daemon=True)
             try:
@@ -172,6 +217,7 @@ class Pipeline:
                 with self.backend_lock:
                     self._encode()
             finally:
+                self._tasks.close(len(tasks))
                 self._end_threads(readers, writer)
         if self._error is not None:
             raise self._error
@@ -186,18 +232,24 @@ class Pipeline:
             self._complete.put(None)
             writer.join()
 
-    def _read_clips(self, waiting: Iterator[Task]) -> None:
+    def _read_clips(self) -> None:
         """Read clips until none is left."""
         try:
-            while not self._stopped and (task := next(waiting, None)):
-                self._read_clip(task)
+            while not self._stopped:
+                if task := self._tasks.take():
+                    self._read_clip(task)
+                elif self._tasks.may_return:
+                    self._read.put(_Idle())
+                    self._tasks.wait()
+                else:
+                    break
         except BaseException as error:  # noqa: BLE001 it is raised again by `run`
             self._error = self._error or error
         self._read.put(None)
 
     def _read_clip(self, task: Task) -> None:
-        work, rules, options = _Work(task), self.job.rules, self.job.options
-        reader = ClipReader(task.source, rules, options.checksum, allocate=self._buffers.take)
+        work, rules, options, gain = _Work(task), self.job.rules, self.job.options, task.loudness.gain
+        reader = ClipReader(task.source, rules, options.captions, options.checksum, gain, self._buffers.take)
         pieces, bad = 0, None
         try:
             with closing(iter(reader)) as windows:
@@ -221,6 +273,8 @@ class Pipeline:
                 active -= 1
             elif isinstance(item, _End):
                 self._end(item)
+            elif isinstance(item, _Idle):
+                self._encode_all(waiting)
             else:
                 length = item.audio.shape[-1]
                 waiting[length].append(item)
@@ -228,8 +282,12 @@ class Pipeline:
                     self._encode_batch(waiting.pop(length))
                 elif sum(map(len, waiting.values())) > _WAITING_BATCHES * batch_size:
                     self._encode_batch(waiting.pop(next(iter(waiting))))
-        for batch in waiting.values():
-            self._encode_batch(batch)
+        self._encode_all(waiting)
+
+    def _encode_all(self, waiting: dict[int, list[_Piece]]) -> None:
+        """Encode batches that are not full."""
+        while waiting:
+            self._encode_batch(waiting.pop(next(iter(waiting))))
 
     def _encode_batch(self, batch: list[_Piece]) -> None:
         """Encode windows of one length, and keep the latents of their cores."""
@@ -263,7 +321,7 @@ class Pipeline:
             return
         work.windows[piece.index] = values
         if len(work.windows) == work.pieces:
-            self._put_complete(work)
+            self._finish(work)
 
     def _end(self, end: _End) -> None:
         """Handle the end of a clip, which was read or could not be read."""
@@ -271,10 +329,23 @@ class Pipeline:
         if not work.failed:
             work.pieces, work.outcome, work.failed = end.pieces, end.outcome, end.outcome.bad is not None
             if work.failed or len(work.windows) == work.pieces:
-                self._put_complete(work)
+                self._finish(work)
 
     def _fail(self, work: _Work, reason: str) -> None:
         work.outcome, work.failed = Outcome(work.task, None, BadClipError("failed", reason)), True
+        self._finish(work)
+
+    def _finish(self, work: _Work) -> None:
+        """Pass a clip to the writer, or back to the readers if it has to be encoded with another gain."""
+        target, outcome = self.job.options.target_latent_rms, work.outcome
+        if target is not None and outcome and outcome.clip:
+            blocks = (latents for _, latents in sorted(work.windows.items()))
+            loudness = replace(work.task.loudness, rms=latent_rms(blocks, outcome.clip.extent.latents))
+            if corrected := loudness.corrected(target):
+                self._tasks.put_back(replace(work.task, loudness=corrected))
+                return
+            work.outcome = replace(outcome, clip=replace(outcome.clip, loudness=loudness))
+        self._tasks.close()
         self._put_complete(work)
 
     def _put_complete(self, work: _Work) -> None:

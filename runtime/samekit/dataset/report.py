@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from samekit.dataset.options import TRAINING_SAMPLES
 from samekit.dataset.sources import Found
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ class PreEncodeReport:
     """Relpaths of dataset folders that this process may not list."""
     workers: dict[str, int]
     """Clips that each worker process encoded in this run; empty if this process encoded them."""
+    cut: int
+    """Clips that are longer than `sample_size`, of which a part was encoded."""
     audio_seconds: float
     """Seconds of audio that this run encoded."""
     elapsed: float
@@ -91,9 +94,16 @@ class PreEncodeReport:
 
     def folder_json(self, settings: Settings) -> bytes:
         """Return the contents of `report.json`: the fields that describe the folder, not this run."""
-        names = ("clips", "statuses", "gone", "passed_over", "unreadable_folders", "bad")
+        names = ("clips", "statuses", "gone", "passed_over", "unreadable_folders", "cut", "bad")
         fields = {"settings": dataclasses.asdict(settings), **{name: getattr(self, name) for name in names}}
         return f"{json.dumps(fields, indent=2)}\n".encode("ascii")
+
+    def cut_notice(self) -> str | None:
+        """Return one sentence about clips that were cut; None if there are none."""
+        if not self.cut:
+            return None
+        clips = f"{self.cut} of {self.clips} clips are longer than --sample_size and were cut"
+        return f"{clips}; pass --full, or --sample_size {TRAINING_SAMPLES} for the 380 s that training uses"
 
     def summary(self) -> str:
         """Return one sentence for the terminal."""

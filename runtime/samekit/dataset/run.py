@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from samekit.backends.cpu import available_cpus
+from samekit.dataset.captions import require_tag_reader
 from samekit.dataset.changes import unchanged_row
 from samekit.dataset.clip import CuttingRules, expected_latents
 from samekit.dataset.executor import Executor, LocalExecutor, default_readers
-from samekit.dataset.file_names import SILENCE_FILE, STATE_FOLDER
+from samekit.dataset.file_names import SILENCE_FILE, STATE_FOLDER, mirrored_key, mirrored_name, require_distinct
 from samekit.dataset.manifest import Manifest, Row
 from samekit.dataset.options import PreEncodeOptions, Settings
 from samekit.dataset.output import find_output
@@ -81,9 +82,13 @@ def pre_encode(
     options = options or PreEncodeOptions()
     folders = [data_dir] if isinstance(data_dir, (str, os.PathLike)) else list(data_dir)
     folders = [expanded_text(folder) for folder in folders]
-    found = find_sources(folders)
-    shard = options.shard
-    sources = {source.relpath: source for source in found.sources if shard.contains(source.relpath)}
+    if "tags" in options.captions:
+        require_tag_reader()
+    found = find_sources(folders, options.captions)
+    shard, layout = options.shard, options.layout
+    if layout == "mirror":
+        require_distinct(source.relpath for source in found.sources)
+    sources = {source.relpath: source for source in found.sources if shard.contains(source.relpath, layout)}
     executor = model if isinstance(model, Executor) else LocalExecutor(model.autoencoder)
     spec = executor.facts.spec
     settings = Settings(
@@ -94,9 +99,10 @@ def pre_encode(
         width=spec.latent_width,
         sample_rate=spec.sample_rate,
         cut=options.cut,
+        layout=layout,
     )
     output = find_output(output_path)
-    with output.locked(shard, folders):
+    with output.locked(shard, folders, layout):
         with Manifest.open(output, shard, settings, sources, reencode=options.reencode) as manifest:
             run = _Run(executor, options, manifest, output, progress)
             run.mark_gone(sources)
@@ -125,8 +131,9 @@ class _Run:
 
     def __post_init__(self) -> None:
         facts = self.executor.facts
-        self._rules = CuttingRules(facts.spec, facts.windows, self.options.cut)
-        self._files = self.output.names()
+        self._layout = self.options.layout
+        self._rules = CuttingRules(facts.spec, facts.windows, self.options.cut, self._layout)
+        self._files = self.output.names() if self._layout == "numbered" else self.output.tree()
         # Failed attempts to encode clips whose earlier latents stay.
         self._failed_attempts: list[Row] = []
         self._workers: Counter[str] = Counter()
@@ -138,10 +145,13 @@ class _Run:
         row = self.manifest.rows[source.relpath]
         if row.status is None or row.status in _RETRIED:
             return True
-        if row.status == "encoded" and not self._files.issuperset(row.files):
+        if row.status == "encoded" and not self._has_files(row):
+            return True
+        if row.status == "no_caption" and "tags" in self.options.captions:
+            # Tags are in the audio file, so no change of a caption file shows that they may be read now.
             return True
         if not self.options.checksum:
-            return (row.audio, row.caption) != (source.audio, source.caption)
+            return (row.audio, row.captions) != (source.audio, source.caption_stamps)
         seen = unchanged_row(row, source)
         if seen and seen != row:
             self.manifest.record(seen)
@@ -149,15 +159,21 @@ class _Run:
 
     def mark_gone(self, sources: dict[str, Source]) -> None:
         """Mark clips that left the dataset and have no complete pair of files of these settings."""
-        gone = [
-            row
-            for row in self.manifest.rows.values()
-            if row.relpath not in sources
-            and (row.status is None or (row.status == "encoded" and not self._files.issuperset(row.files)))
-        ]
+        # In the mirror layout, a clip may have taken the names of one that left the dataset.
+        taken = {mirrored_key(mirrored_name(relpath)) for relpath in sources} if self._layout == "mirror" else set()
+        gone = []
+        for row in self.manifest.rows.values():
+            if row.relpath in sources or row.status == "gone":
+                continue
+            has_name = self._layout == "numbered" or mirrored_key(mirrored_name(row.relpath)) not in taken
+            if row.status is None or (row.status == "encoded" and not (has_name and self._has_files(row))):
+                gone.append(row)
         self._remove_files(gone)
         for row in gone:
             self.manifest.record(dataclasses.replace(row, status="gone"))
+
+    def _has_files(self, row: Row) -> bool:
+        return self._files.issuperset(row.files(self._layout))
 
     def encode(self, due: list[Source]) -> None:
         """Encode clips, and the silence if it is missing."""
@@ -172,7 +188,7 @@ class _Run:
             self.executor.encode(Job(self._rules, options, silence, self.output), tasks, self._finished)
 
     def _task(self, source: Source) -> Task:
-        metadata, latents = self.manifest.rows[source.relpath].files
+        metadata, latents = self.manifest.rows[source.relpath].files(self._layout)
         return Task(source, latents, replaces=metadata in self._files)
 
     def _sorted_by_length(self, due: list[Source]) -> list[Source]:
@@ -226,13 +242,15 @@ class _Run:
             status=bad.status if bad else "encoded",
             reason=bad.reason if bad else None,
             audio=source.audio,
-            caption=source.caption,
+            captions=source.caption_stamps,
             sha256=outcome.sha256,
             caption_sha256=outcome.caption_sha256,
+            caption_source=clip.caption.source if clip else None,
             latents=clip.extent.latents if clip else 0,
             seconds=clip.kept / self._rules.spec.sample_rate if clip else 0.0,
+            cut=clip is not None and clip.kept < clip.samples,
         )
-        if bad and bad.transient and old.status == "encoded" and self._files.issuperset(old.files):
+        if bad and bad.transient and old.status == "encoded" and self._has_files(old):
             # The files may be unavailable for a while only, so the earlier latents stay, and the next run tries again.
             self._failed_attempts.append(row)
         else:
@@ -258,7 +276,7 @@ class _Run:
 
     def _remove_files(self, rows: Sequence[Row]) -> None:
         """Remove the files of clips that were there when the run began."""
-        self.output.remove(file for row in rows for file in row.files if file in self._files)
+        self.output.remove(file for row in rows for file in row.files(self._layout) if file in self._files)
 
     def report(self, sources: dict[str, Source], found: Found) -> PreEncodeReport:
         """Return the results after the end of the run."""
@@ -277,6 +295,7 @@ class _Run:
             passed_over=dict(sorted(found.passed_over.items())),
             unreadable_folders=sorted(found.unreadable_folders),
             workers=dict(sorted(self._workers.items())),
+            cut=sum(row.cut for row in rows),
             audio_seconds=round(state.audio_seconds, 3),
             elapsed=round(time.perf_counter() - self._start, 3) if state.done else 0.0,
         )

@@ -1,25 +1,25 @@
-"""Find the audio files and captions of a dataset."""
+"""Find the audio files of a dataset, and the files that may hold their captions."""
 
 from __future__ import annotations
 
 import logging
 import os
-import unicodedata
 from collections import Counter, deque
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from samekit.dataset.captions import CaptionFile, CaptionFinder, Names
 from samekit.errors import InputError
 from samekit.files.paths import expanded_text, file_signature, open_regular
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
-    from samekit.dataset.manifest import Stamp
+    from samekit.dataset.manifest import CaptionStamp, Stamp
 
 
 logger = logging.getLogger(__name__)
@@ -33,11 +33,13 @@ _SHOWN_CHARACTERS: Final = 200
 _LIST_FILE: Final = "filelist.txt"
 # Number of suffixes in a message.
 _LISTED_SUFFIXES: Final = 6
+# Files that are not audio, each with the names in its folder.
+_Others = list[tuple[Names, str]]
 
 
 @dataclass(frozen=True)
 class Source:
-    """An audio file of a dataset, and the caption beside it."""
+    """An audio file of a dataset, and the files that may hold its caption."""
 
     path: str
     """Path of the file: the data folder as it was given, and `relpath`."""
@@ -45,16 +47,13 @@ class Source:
     """Path of the file relative to its data folder."""
     audio: Stamp | None
     """Size and time of the audio; None if it is not a regular file."""
-    caption: Stamp | None
-    """Size and time of the caption; None if there is none."""
-    caption_name: str | None = None
-    """Name of the caption if its Unicode normal form differs from that of the audio file."""
+    captions: tuple[CaptionFile, ...] = ()
+    """In the order of their priority."""
 
     @property
-    def caption_path(self) -> Path:
-        """Path of the caption, whether it exists or not."""
-        path = Path(self.path)
-        return path.with_name(self.caption_name) if self.caption_name else path.with_suffix(".txt")
+    def caption_stamps(self) -> tuple[CaptionStamp, ...]:
+        """What the manifest records of the caption files."""
+        return tuple(file.identity for file in self.captions)
 
 
 @dataclass
@@ -81,35 +80,42 @@ class Found:
         return text
 
 
-def find_sources(folders: Sequence[str | os.PathLike[str]]) -> Found:
+def find_sources(folders: Sequence[str | os.PathLike[str]], captions: Sequence[str] = ("txt",)) -> Found:
     """Find every audio file below some folders.
 
     If a folder has a `filelist.txt` at its root, the files in that list are taken. Otherwise the folder is searched:
     hidden files and folders are passed over, links to folders are followed, and no folder is entered twice.
 
+    Args:
+        folders: the data folders.
+        captions: the sources of captions, in the order of their priority, see `samekit.dataset.captions`.
+
     Raises:
         InputError: a folder or its list cannot be read, two files have the same relpath, there is no audio, or no
-            audio file has a caption.
+            audio file can have a caption.
     """
-    found, sources = Found(), dict[str, Source]()
+    found, finder, others, sources = Found(), CaptionFinder(captions), _Others(), dict[str, Source]()
     names = [os.fspath(folder) for folder in folders]
     for folder in names:
-        listed = _listed_files(folder)
-        for source in _walk(folder, found) if listed is None else listed:
+        listed = _listed_files(folder, finder)
+        for source in _walk(folder, found, finder, others) if listed is None else listed:
             if source.relpath in sources:
                 twice = f"{sources[source.relpath].path} and {source.path}"
                 raise InputError(f"{twice} have the same path below --data_dir; rename one, or encode them separately")
             sources[source.relpath] = source
+    # Only now is it known which files are captions.
+    found.passed_over.update(Path(name).suffix.lower() for folder, name in others if name not in folder.taken)
     where = ", ".join(names)
     if not sources:
         cure = "check --data_dir"
         if found.passed_over:
             cure = "convert these, or check --data_dir"
         raise InputError(f"{where}: holds no audio ({' '.join(SUFFIXES)}){found.describe_left_out(', ')}; {cure}")
-    if not any(source.caption for source in sources.values()):
+    if "tags" not in captions and not any(source.captions for source in sources.values()):
+        suffix = captions[-1]
         raise InputError(
             f"{where}: none of {len(sources)} audio files has a caption{found.describe_left_out(', ')}; "
-            "write one beside each, NAME.txt for NAME.wav"
+            f"write one beside each, NAME.{suffix} for NAME.wav"
         )
     found.sources = sorted(sources.values(), key=lambda source: os.fsencode(source.relpath))
     return found
@@ -134,8 +140,8 @@ def _listing_errors(folder: str) -> Iterator[None]:
         raise InputError(f"{folder}: cannot be read ({error.strerror}); {cure}") from None
 
 
-def _walk(top: str, found: Found) -> Iterator[Source]:
-    """Yield the audio files below a folder, and count in `found` what is passed over.
+def _walk(top: str, found: Found, finder: CaptionFinder, others: _Others) -> Iterator[Source]:
+    """Yield the audio files below a folder. Add unreadable folders to `found`, and files of other kinds to `others`.
 
     Links are followed after all other folders are searched. So a file has its own path, not one through a link.
     """
@@ -157,53 +163,25 @@ def _walk(top: str, found: Found) -> Iterator[Source]:
         if identity in seen:
             continue
         seen.add(identity)
-        captions, others = _Names(entries), []
+        listed = finder.names(folder, entries)
         for name, entry in entries.items():
             if name.startswith("."):
                 continue
             if _is_folder(entry):
                 (links if entry.is_symlink() else folders).append((entry.path, str(Path(below, name))))
             elif Path(name).suffix.lower() in SUFFIXES:
-                yield _source(entry.path, str(Path(below, name)), captions)
-            else:
-                others.append(name)
-        found.passed_over.update(Path(name).suffix.lower() for name in others if name not in captions.taken)
+                yield _source(entry.path, str(Path(below, name)), finder)
+            elif listed:
+                others.append((listed, name))
 
 
-def _source(path: str, relpath: str, names: _Names) -> Source:
-    """Return the source of an audio file; `names` are the names in its folder."""
+def _source(path: str, relpath: str, finder: CaptionFinder) -> Source:
+    """Return the source of an audio file."""
     audio = Path(path)
-    wanted = audio.with_suffix(".txt").name
-    caption = names.find(wanted)
-    stamp = file_signature(audio.with_name(caption)) if caption else None
-    return Source(path, relpath, file_signature(audio), stamp, caption if caption != wanted else None)
+    return Source(path, relpath, file_signature(audio), finder.find(audio))
 
 
-class _Names:
-    """The names in a folder, for searches that ignore the Unicode normal form.
-
-    macOS writes names in decomposed form (NFD). Other systems keep the form that a program uses, mostly the composed
-    one (NFC), and treat the two as different names.
-    """
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self._names = set(names)
-        self.taken: set[str] = set()
-        """Names that were found."""
-
-    def find(self, name: str) -> str | None:
-        """Return the name if the folder has it, else the same name in another normal form, else None."""
-        found = name if name in self._names else self._composed.get(unicodedata.normalize("NFC", name))
-        if found:
-            self.taken.add(found)
-        return found
-
-    @cached_property
-    def _composed(self) -> dict[str, str]:
-        return {unicodedata.normalize("NFC", name): name for name in sorted(self._names, reverse=True)}
-
-
-def _listed_files(folder: str) -> list[Source] | None:
+def _listed_files(folder: str, finder: CaptionFinder) -> list[Source] | None:
     """Return the files in the list at the root of a data folder, or None if there is no list.
 
     As in the reference, each line is stripped and names a file with any suffix. Unlike there, the file must be below
@@ -215,7 +193,6 @@ def _listed_files(folder: str) -> list[Source] | None:
             return None
     absolute = Path(folder).absolute()
     roots = (absolute, Path(os.path.normpath(absolute)), absolute.resolve())
-    listing = cache(_names_in)
     sources: dict[str, Source] = {}
     for number, name in _list_lines(path):
         below = _below(name, roots)
@@ -224,7 +201,7 @@ def _listed_files(folder: str) -> list[Source] | None:
                 f"{path}: line {number} names {name[:_SHOWN_CHARACTERS]!r}, which is no file below this folder; "
                 "remove the line, or pass that folder as another --data_dir"
             )
-        source = _listed_source(folder, below, listing)
+        source = _listed_source(folder, below, finder)
         sources[source.relpath] = source
     if not sources:
         raise InputError(f"{path}: lists no file; remove it, or write a line for each audio file")
@@ -258,23 +235,15 @@ def _below(name: str, roots: Sequence[Path]) -> Path | None:
     return None if path.parts[:1] in ((), ("..",)) else path
 
 
-def _listed_source(folder: str, below: Path, listing: Callable[[Path], _Names]) -> Source:
+def _listed_source(folder: str, below: Path, finder: CaptionFinder) -> Source:
     """Return the source for a path relative to a data folder; its names may be in any Unicode normal form."""
     path = Path(folder, below)
     if not os.path.lexists(path):
         path = Path(folder)
         for part in below.parts:
-            path /= listing(path).find(part) or part
-    caption = path.with_suffix(".txt")
-    names = _Names([caption.name]) if os.path.lexists(caption) else listing(path.parent)
-    return _source(str(path), str(path.relative_to(folder)), names)
-
-
-def _names_in(folder: Path) -> _Names:
-    """Return the names in a folder; none if it cannot be listed."""
-    with suppress(OSError):
-        return _Names(path.name for path in folder.iterdir())
-    return _Names(())
+            names = finder.names(str(path))
+            path /= (names.find(part) if names else None) or part
+    return _source(str(path), str(path.relative_to(folder)), finder)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -190,6 +190,22 @@ def atomic_commit(path: Path, text: str, files: Iterable[Path]) -> None:
             temporary.write_text(text, encoding="utf-8")
 
 
+def make_parents(folder: Path, name: str) -> None:
+    """Create the folders of a file below `folder`, so that they survive a power failure; `name` uses `/`.
+
+    Raise OutputError if one cannot be created or is a link, because a folder that was downloaded may hold links to any
+    folder of the user.
+    """
+    for part in name.split("/")[:-1]:
+        parent, folder = folder, folder / part
+        with output_errors(folder):
+            if folder.is_symlink():
+                raise OutputError(f"{folder}: is a link; remove it, or choose another output")
+            with suppress(FileExistsError):
+                folder.mkdir()
+                _sync(parent)
+
+
 def remove_abandoned(folder: Path, wanted: str | Callable[[str], bool]) -> None:
     """Delete the temporary files and folders that killed processes left in a folder.
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import numpy as np
 
 from samekit.errors import InputError
-from samekit.files.atomic import AtomicFiles, remove_files
+from samekit.files.atomic import AtomicFiles, make_parents, remove_files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -62,11 +63,14 @@ class Pair(NamedTuple):
 def write_pairs(folder: str | os.PathLike[str], pairs: Sequence[Pair]) -> None:
     """Write pairs so that a power failure at any moment leaves, of each, the old, the new or no `.json` file.
 
-    All files are synced together, which takes a fraction of the time of one after another. Links are replaced, not
-    followed. Raise OutputError if a file cannot be written; then no file has changed, unless renaming failed.
+    Missing folders between `folder` and a file are created. All files are synced together, which takes a fraction of
+    the time of one after another. Links are replaced, not followed. Raise OutputError if a file cannot be written; then
+    no file has changed, unless renaming failed.
     """
     arrays = {os.path.join(folder, pair.name): pair.npy for pair in pairs}
     texts = {os.path.join(folder, pair.json_name): pair.json for pair in pairs}
+    for below in sorted({pair.name.rpartition("/")[0] for pair in pairs} - {""}):
+        make_parents(Path(folder), f"{below}/")
     with AtomicFiles() as files:
         for path, data in (*arrays.items(), *texts.items()):
             files.write(path, data)
