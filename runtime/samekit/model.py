@@ -185,7 +185,7 @@ class AutoencoderModel:
         Memory does not grow with the length of the file. The outputs are written atomically.
 
         Args:
-            audio_path: any file that soundfile reads.
+            audio_path: any file that soundfile reads, or FFmpeg if PyAV is installed.
             latents_path: ends in `.npy`.
             progress: called with the number of frames read since the last call.
 
@@ -218,6 +218,7 @@ class AutoencoderModel:
                 MODEL_DIGEST: self.spec.source_sha256,
                 "precision": self.autoencoder.backend.precision,
                 "source": os.path.abspath(reader.path),
+                "decoder": reader.info.decoder,
                 "sample_rate": self.sample_rate,
                 "samples": encoder.samples,
                 "latents": self.spec.latents(encoder.samples),

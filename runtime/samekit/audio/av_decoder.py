@@ -11,23 +11,22 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from samekit.audio.av_formats import NAMES
+from samekit.audio.av_formats import INSTALL_AV, NAMES
+from samekit.audio.av_structure import check_structure
 from samekit.audio.front_channels import no_front
 from samekit.audio.source import CONVERT, COPY
-from samekit.errors import BackendError, first_line
+from samekit.errors import BackendError, SamekitError, first_line
 from samekit.packages import import_package
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from fractions import Fraction
 
     from samekit.audio.channels import Audio
     from samekit.audio.parts import Part
     from samekit.audio.source import Source
 
 logger = logging.getLogger(__name__)
-
-INSTALL_AV: Final = "pip install 'samekit[av]'"
-"""The command that installs PyAV."""
 
 # FFmpeg's names of left and right: front, back, side, front of centre, top front, top back, stereo downmix.
 _PAIRS: Final = (("FL", "FR"), ("BL", "BR"), ("SL", "SR"), ("FLC", "FRC"), ("TFL", "TFR"), ("TBL", "TBR"), ("DL", "DR"))
@@ -36,7 +35,7 @@ _PAIRS: Final = (("FL", "FR"), ("BL", "BR"), ("SL", "SR"), ("FLC", "FRC"), ("TFL
 _SLACK: Final = 2**14
 # Formats that store how long they are. If sound is all that they hold, FFmpeg must find that much, but for this.
 _TIMED: Final = (NAMES["matroska"], NAMES["asf"], NAMES["flv"])
-_MOST_MISSING_SECONDS: Final = 1.0
+_MOST_MISSING_SECONDS: Final = 0.5
 # Time stamps are rounded to milliseconds or less. A larger jump shows that FFmpeg has left out damaged data.
 _MOST_GAP_SECONDS: Final = 0.1
 _STRICT: Final = {"err_detect": "crccheck+bitstream+buffer+explode"}
@@ -60,6 +59,7 @@ class AvDecoder:
         except BackendError as error:
             cause = f"holds {self._name}, which libsndfile does not read, and {error.cause}"
             raise source.error(cause, f"run: {INSTALL_AV}, or {CONVERT}") from None
+        self._edit_unit = check_structure(source, part.demuxer)
         # FFmpeg opens the path again. Its readers in Python would lose KeyboardInterrupt. No other file is opened.
         options = {"protocol_whitelist": "file", "codec_whitelist": _audio_decoders(self._av)}
         url = f"file:{os.path.abspath(source.path)}"
@@ -67,7 +67,10 @@ class AvDecoder:
         # End of the last frame in seconds, if the file tells times.
         self._time: float | None = None
         with self._decoding(f"cannot be read as {self._name}", CONVERT):
-            self._container = self._av.open(url, format=part.demuxer, options=options, metadata_errors="replace")
+            # PyAV also passes `options` to the streams, of which FFmpeg may find more later.
+            self._container = self._av.open(
+                url, format=part.demuxer, container_options=options, metadata_errors="replace"
+            )
             try:
                 self._open()
             except BaseException:
@@ -84,11 +87,11 @@ class AvDecoder:
         if context is None:
             raise self._source.error("holds sound that FFmpeg cannot decode, which may be encrypted", CONVERT)
         context.options = _STRICT
-        self._announced = self._length()
+        self._most, is_exact = self._length()
         self.layout = int(context.sample_rate or 1), int(context.layout.nb_channels or 1)
         self._blocks = self._decoded()
         self._held = next(self._blocks, np.empty((0, self.layout[1]), np.float32))
-        self.frames = self._announced if len(self._held) else 0
+        self.frames = 0 if not len(self._held) else self._most if is_exact else None
         version = f"FFmpeg {self._av.ffmpeg_version_info} (PyAV {self._av.__version__})"
         self.coding = self._name, str(context.codec.canonical_name), version
 
@@ -105,26 +108,31 @@ class AvDecoder:
             )
         return chosen
 
-    def _length(self) -> int | None:
-        """Return the samples without delay and padding that an MP4 file announces, if it does.
+    def _length(self) -> tuple[int | None, bool]:
+        """Return the most samples that an MP4 file announces, and whether this is exact.
 
-        FFmpeg leaves out the delay, but not the padding. Edit lists tell the length, and so does the tag of iTunes.
+        FFmpeg leaves out the delay of the encoder, but not all of the padding. The length of the sound is in an edit
+        list, or in the tag of iTunes.
         """
         stream = self._stream
         # Files in fragments tell the length of the first fragment only.
         if self._name != NAMES["mov"] or not stream.frames or not stream.duration:
-            return None
-        length: int = math.ceil(stream.duration * stream.time_base * stream.codec_context.sample_rate)
+            return None, False
+        rate = stream.codec_context.sample_rate
+        length = math.ceil(stream.duration * stream.time_base * rate)
         fields = str(self._container.metadata.get("iTunSMPB", "")).split()
         with suppress(ValueError):
-            if len(fields) > 3 and 0 < int(fields[3], 16) < length:
-                return int(fields[3], 16)
-        return length
+            if len(fields) > 3 and 0 < int(fields[3], 16) <= length:
+                return int(fields[3], 16), True
+        rounding = math.ceil(self._edit_unit * rate)
+        return (length, True) if rounding <= 1 else (length + rounding, False)
 
     def _decoded(self) -> Iterator[Audio]:
         """Yield the samples of each frame, `[frames, channels]`."""
-        first = order = None
+        first = order = held = end = None
         for packet in self._container.demux(self._stream):
+            if packet.pts is not None and packet.duration:
+                end = (packet.pts + packet.duration) * packet.time_base
             for frame in packet.decode():
                 if packet.is_corrupt or frame.is_corrupt:
                     raise self._source.error("is damaged, FFmpeg reports an incomplete packet", COPY)
@@ -136,7 +144,22 @@ class AvDecoder:
                     change = f"from {first[1]} at {first[0]} Hz to {found[1]} at {found[0]} Hz"
                     raise self._source.error(f"changes {change}", "split it there and convert the parts one by one")
                 self._check_time(frame)
-                yield _floats(frame)[:, order]
+                if held is not None:
+                    yield held
+                held = _floats(frame)[:, order]
+        if held is not None:
+            yield held[: len(held) - self._padding(end)]
+        self._check_duration()
+
+    def _padding(self, end: Fraction | None) -> int:
+        """Return the samples by which the last frame exceeds the end of its packet, which MP4 files tell exactly."""
+        rate = self.layout[0]
+        if self._name != NAMES["mov"] or end is None or self._time is None or self._stream.time_base * rate > 1:
+            return 0
+        return max(0, round((self._time - float(end)) * rate))
+
+    def _check_duration(self) -> None:
+        """Check that the last frame ends where the file does, if it holds nothing but this sound."""
         if self._name in _TIMED and len(self._container.streams) == 1 and self._container.duration:
             seconds = self._container.duration / self._av.time_base - (self._time or 0)
             if seconds > _MOST_MISSING_SECONDS:
@@ -165,7 +188,7 @@ class AvDecoder:
 
     def read(self, most: int, seconds: float) -> Audio:
         """Decode up to `most` frames, `[frames, channels]`; none at the end. `seconds` of the file precede them."""
-        wanted = most if self._announced is None else min(most, self._announced - self._frames_read)
+        wanted = most if self._most is None else min(most, self._most - self._frames_read)
         held, count = [self._held], len(self._held)
         with self._decoding(f"is damaged after {seconds:.1f} s", COPY):
             while count < wanted and (block := next(self._blocks, None)) is not None:
@@ -178,16 +201,16 @@ class AvDecoder:
 
     def check_end(self) -> None:
         """Raise an error if the file holds much less or much more than it announces."""
-        if self._announced is None:
+        if self._most is None:
             return
         rest = len(self._held)
         with self._decoding("is damaged at its end", COPY):
             for block in self._blocks:
                 rest += len(block)
-        if self._frames_read < self._announced - _SLACK:
+        if self._frames_read < self._most - _SLACK:
             raise self._source.cut_off()
         if rest > _SLACK:
-            seconds = self._announced / self.layout[0]
+            seconds = self._most / self.layout[0]
             raise self._source.error(f"announces {seconds:.1f} s, and holds {rest} samples more", CONVERT)
 
     def close(self) -> None:
@@ -199,10 +222,14 @@ class AvDecoder:
         """Raise the errors of FFmpeg as an AudioFileError."""
         try:
             yield
-        except self._av.FFmpegError as error:
-            if isinstance(error, OSError) and not isinstance(error, ValueError):
+        except SamekitError:
+            raise
+        # ValueError: PyAV does not convert some types of samples.
+        except (self._av.FFmpegError, ValueError) as error:
+            if isinstance(error, OSError):
                 cause, cure = "cannot be read", "check the disk"
-            raise self._source.error(f"{cause} ({error.strerror or first_line(error)})", cure) from error
+            reason = getattr(error, "strerror", None) or first_line(error).rstrip(".")
+            raise self._source.error(f"{cause} ({reason})", cure) from error
 
 
 def _floats(frame: Any) -> Audio:

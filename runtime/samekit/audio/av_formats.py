@@ -5,6 +5,7 @@ FFmpeg itself could take any file for a playlist that names other files. So its 
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ AV_SUFFIXES: Final = (
     *(".flv", ".mpg", ".mpeg", ".m2ts", ".mts", ".wv", ".ape", ".tta", ".tak", ".mpc", ".dsf", ".ac3", ".eac3", ".amr"),
 )
 """Suffixes of such files."""
+INSTALL_AV: Final = "pip install 'samekit[av]'"
+"""The command that installs PyAV, through which FFmpeg reads them."""
 
 # Demuxer of FFmpeg -> name of the format in messages and in `AudioInfo`.
 NAMES: Final = {
@@ -63,6 +66,11 @@ TS_PACKET: Final = 188
 """Bytes of a packet of MPEG-TS. Blu-ray puts four more before each."""
 # AC-3, annex E: bit stream identifications up to this one are AC-3, higher ones E-AC-3.
 _AC3: Final = 10
+
+
+def readable_suffixes() -> tuple[str, ...]:
+    """Return `AV_SUFFIXES` if PyAV is installed, else nothing."""
+    return AV_SUFFIXES if find_spec("av") else ()
 
 
 def find_demuxer(source: Source, start: int) -> str:

@@ -21,10 +21,17 @@ _PARENTS: Final = (b"moov", b"trak", b"edts", b"mdia", b"minf", b"stbl", b"moof"
 _MOST_BOXES, _MOST_EDITS = 1_000_000, 100
 
 
-def check_structure(source: Source, demuxer: str, start: int) -> None:
-    """Raise AudioFileError if the end of the file is missing, or if a table announces more than the file can hold."""
+def check_structure(source: Source, demuxer: str) -> float:
+    """Raise AudioFileError if the end of the file is missing, or if a table announces more than the file can hold.
+
+    Returns:
+        The unit in seconds in which an MP4 file gives the length of an edit; 0 for other files.
+    """
+    if demuxer == "mov":
+        checker = _BoxChecker(source)
+        checker.check(0, source.before_tags(0, source.size))
+        return checker.edit_unit
     check = {
-        "mov": _check_boxes,
         "aac": _check_adts,
         "matroska": _check_ebml,
         "asf": _check_asf,
@@ -32,21 +39,18 @@ def check_structure(source: Source, demuxer: str, start: int) -> None:
         "mpegts": _check_transport_stream,
     }.get(demuxer)
     if check:
-        check(source, start)
+        check(source)
+    return 0.0
 
 
-def _check_boxes(source: Source, _start: int) -> None:
-    _BoxChecker(source).check(0, source.before_tags(0, source.size))
-
-
-def _check_ebml(source: Source, _start: int) -> None:
+def _check_ebml(source: Source) -> None:
     """Check that the segment, which follows the EBML header (RFC 8794), ends in the file."""
     segment = sum(_ebml_sizes(source, 0))
     if segment + sum(_ebml_sizes(source, segment)) > source.size:
         raise source.cut_off()
 
 
-def _check_asf(source: Source, _start: int) -> None:
+def _check_asf(source: Source) -> None:
     """Check that the objects end in the file. Their headers are 24 bytes and end in the size (ASF, 2.1)."""
     position = 0
     while (size := int.from_bytes(source.read(position + 16, 8), "little")) >= 24:
@@ -55,7 +59,7 @@ def _check_asf(source: Source, _start: int) -> None:
         raise source.cut_off()
 
 
-def _check_avi(source: Source, _start: int) -> None:
+def _check_avi(source: Source) -> None:
     """Check that the chunks end in the file. Programs that write to a pipe leave a size of ones."""
     position = 0
     while (head := source.read(position, 8))[:4] == b"RIFF" and head[4:] != b"\xff" * 4:
@@ -64,7 +68,7 @@ def _check_avi(source: Source, _start: int) -> None:
         raise source.cut_off()
 
 
-def _check_transport_stream(source: Source, _start: int) -> None:
+def _check_transport_stream(source: Source) -> None:
     if source.size % TS_PACKET and source.size % (TS_PACKET + 4):
         raise source.cut_off()
 
@@ -74,6 +78,7 @@ class _BoxChecker:
 
     def __init__(self, source: Source) -> None:
         self._source = source
+        self.edit_unit = 0.0
         self._boxes = 0
         self._samples = 0
 
@@ -97,6 +102,10 @@ class _BoxChecker:
                 self.check(position + header, position + size, depth + 1)
             elif kind in (b"stsz", b"trun", b"elst"):
                 self._check_table(kind, head[header:])
+            elif kind == b"mvhd":
+                # Two dates come before, of eight bytes each in version 1.
+                at = header + (20 if head[header : header + 1] == b"\1" else 12)
+                self.edit_unit = 1 / max(1, int.from_bytes(head[at : at + 4], "big"))
             position += size
 
     def _check_table(self, kind: bytes, content: bytes) -> None:
@@ -114,9 +123,9 @@ class _BoxChecker:
         return self._source.error(f"is damaged, its box {kind.decode('ascii', 'backslashreplace')} is too large")
 
 
-def _check_adts(source: Source, position: int) -> None:
+def _check_adts(source: Source) -> None:
     """Check that frames follow each other to the end, with tags between them. FFmpeg would skip what is between."""
-    end = source.before_tags(position, source.size)
+    position, end = 0, source.before_tags(0, source.size)
     while position < end:
         size = adts_size(source.read(position, ADTS_HEADER))
         if not size and (after := source.after_tags(position, end)) > position:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Final
 
 from samekit.audio.au_voc import counted_part
 from samekit.audio.av_formats import find_demuxer
-from samekit.audio.av_structure import check_structure
 from samekit.audio.flac import flac_parts
 from samekit.audio.mpeg import first_frame, is_free_format, mpeg_parts
 from samekit.audio.ogg import ogg_parts
@@ -31,7 +30,6 @@ def find_parts(source: Source) -> list[Part]:
         raise source.error("is empty")
     start = source.after_tags(0, end)
     if demuxer := find_demuxer(source, start):
-        check_structure(source, demuxer, start)
         return [Part(((0, end),), demuxer=demuxer)]
     magic = source.read(start, 4)
     parts: list[Part] = []

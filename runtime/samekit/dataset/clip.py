@@ -116,6 +116,8 @@ class Clip:
     """Samples before the part that is kept."""
     kept: int
     extent: Extent
+    decoder: str
+    """Library that decoded the file."""
 
     def metadata(self, source: Source, rules: CuttingRules) -> dict[str, Any]:
         """Return the contents of the `.json` file: the fields of the reference, and the model."""
@@ -127,6 +129,7 @@ class Clip:
             **timing(self.samples, self.offset, self.kept, rate, rules.cut),
             PADDING_MASK: [1] * self.extent.latents + [0] * padding,
             "sample_rate": rate,
+            "decoder": self.decoder,
             "prompt": self.prompt,
             "model": rules.spec.name,
             MODEL_DIGEST: rules.spec.source_sha256,
@@ -231,7 +234,7 @@ class ClipReader:
             whole = rules.cut.full or kept < rules.cut.sample_size
             samples = offset + kept if whole else self._length(reader)
             self._require_unchanged()
-            self.clip = Clip(prompt, samples, offset, kept, rules.extent(kept))
+            self.clip = Clip(prompt, samples, offset, kept, rules.extent(kept), reader.info.decoder)
         zeros = np.zeros((1, spec.channels, spec.samples(self.clip.extent.sequence) - kept), np.float32)
         for window, audio in cutter.push(zeros, final=True):
             yield replace(window, core_stop=min(window.core_stop, self.clip.extent.computed)), audio[0]
