@@ -20,7 +20,6 @@ from samekit.packages import import_package
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from fractions import Fraction
 
     from samekit.audio.channels import Audio
     from samekit.audio.parts import Part
@@ -78,7 +77,7 @@ class AvDecoder:
                 raise
 
     def _open(self) -> None:
-        """Choose the stream, and decode its first frame, whose rate and channels headers may tell wrong."""
+        """Choose the stream, and decode its first frame: the header may tell half of the rate (HE-AAC)."""
         self._stream = self._choose()
         for stream in self._container.streams:
             if stream is not self._stream:
@@ -87,10 +86,10 @@ class AvDecoder:
         if context is None:
             raise self._source.error("holds sound that FFmpeg cannot decode, which may be encrypted", CONVERT)
         context.options = _STRICT
-        self._most, is_exact = self._length()
         self.layout = int(context.sample_rate or 1), int(context.layout.nb_channels or 1)
         self._blocks = self._decoded()
         self._held = next(self._blocks, np.empty((0, self.layout[1]), np.float32))
+        self._most, is_exact = self._length()
         self.frames = 0 if not len(self._held) else self._most if is_exact else None
         version = f"FFmpeg {self._av.ffmpeg_version_info} (PyAV {self._av.__version__})"
         self.coding = self._name, str(context.codec.canonical_name), version
@@ -118,21 +117,22 @@ class AvDecoder:
         # Files in fragments tell the length of the first fragment only.
         if self._name != NAMES["mov"] or not stream.frames or not stream.duration:
             return None, False
-        rate = stream.codec_context.sample_rate
+        rate = self.layout[0]
         length = math.ceil(stream.duration * stream.time_base * rate)
         fields = str(self._container.metadata.get("iTunSMPB", "")).split()
         with suppress(ValueError):
-            if len(fields) > 3 and 0 < int(fields[3], 16) <= length:
+            if len(fields) > 3 and length - _SLACK <= int(fields[3], 16) <= length:
                 return int(fields[3], 16), True
         rounding = math.ceil(self._edit_unit * rate)
         return (length, True) if rounding <= 1 else (length + rounding, False)
 
     def _decoded(self) -> Iterator[Audio]:
         """Yield the samples of each frame, `[frames, channels]`."""
-        first = order = held = end = None
+        first = held = end = None
+        order: list[int] = []
         for packet in self._container.demux(self._stream):
             if packet.pts is not None and packet.duration:
-                end = (packet.pts + packet.duration) * packet.time_base
+                end = packet.pts + packet.duration
             for frame in packet.decode():
                 if packet.is_corrupt or frame.is_corrupt:
                     raise self._source.error("is damaged, FFmpeg reports an incomplete packet", COPY)
@@ -146,17 +146,22 @@ class AvDecoder:
                 self._check_time(frame)
                 if held is not None:
                     yield held
-                held = _floats(frame)[:, order]
+                held = _floats(frame)
+                if order != sorted(order):
+                    held = held[:, order]
         if held is not None:
             yield held[: len(held) - self._padding(end)]
         self._check_duration()
 
-    def _padding(self, end: Fraction | None) -> int:
-        """Return the samples by which the last frame exceeds the end of its packet, which MP4 files tell exactly."""
+    def _padding(self, end: int | None) -> int:
+        """Return the samples by which the last frame exceeds the end of its packet, which MP4 files tell exactly.
+
+        `end` is in the time base of the stream.
+        """
         rate = self.layout[0]
         if self._name != NAMES["mov"] or end is None or self._time is None or self._stream.time_base * rate > 1:
             return 0
-        return max(0, round((self._time - float(end)) * rate))
+        return max(0, round((self._time - float(end * self._stream.time_base)) * rate))
 
     def _check_duration(self) -> None:
         """Check that the last frame ends where the file does, if it holds nothing but this sound."""

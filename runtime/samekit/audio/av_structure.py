@@ -100,7 +100,7 @@ class _BoxChecker:
                 return
             if kind in _PARENTS and depth < len(_PARENTS):
                 self.check(position + header, position + size, depth + 1)
-            elif kind in (b"stsz", b"trun", b"elst"):
+            elif kind in (b"stsz", b"stz2", b"trun", b"elst"):
                 self._check_table(kind, head[header:])
             elif kind == b"mvhd":
                 # Two dates come before, of eight bytes each in version 1.
@@ -110,7 +110,7 @@ class _BoxChecker:
 
     def _check_table(self, kind: bytes, content: bytes) -> None:
         """Check what a table of samples or of edits announces. FFmpeg repeats the list of samples for each edit."""
-        at = 8 if kind == b"stsz" else 4
+        at = 8 if kind in (b"stsz", b"stz2") else 4
         count = int.from_bytes(content[at : at + 4], "big")
         if kind != b"elst":
             self._samples += count
