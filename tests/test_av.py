@@ -183,7 +183,8 @@ def test_length_that_itunes_writes(made, tmp_path, tag):
     """The fields of the tag iTunSMPB: 0, samples of delay, samples of padding, samples of the sound, and more."""
     data = made("aac.m4a").read_bytes().replace(b"edts", b"free")
     if tag:
-        text = f" 00000000 00000400 00000207 {SAMPLES:016X} 00000000 00000000".encode()
+        # Less than the packets hold, as in files whose last packet is full.
+        text = f" 00000000 00000400 000003D7 {SAMPLES - 200:016X} 00000000 00000000".encode()
         item = box(
             b"----",
             box(b"mean", bytes(4), b"com.apple.iTunes"),
@@ -195,8 +196,26 @@ def test_length_that_itunes_writes(made, tmp_path, tag):
     (tmp_path / "song.m4a").write_bytes(data)
     audio, _ = read_audio(tmp_path / "song.m4a")
     whole, _ = read_audio(made("aac.m4a"))
-    assert audio.shape[1] == (SAMPLES if tag else SAMPLES + 1024)
-    assert np.array_equal(audio[:, 0 if tag else 1024 :], whole)
+    if tag:
+        assert np.array_equal(audio, whole[:, : SAMPLES - 200])
+    else:
+        assert np.array_equal(audio[:, 1024:], whole)
+
+
+def test_length_of_an_edit(made, tmp_path):
+    """It is in milliseconds here. Other programs write it in samples, and fill the last packet."""
+    data = bytearray(made("aac.m4a").read_bytes())
+    movie, edit = data.index(b"mvhd") + 4, data.index(b"elst") + 4
+    assert struct.unpack_from(">I", data, movie + 12) == (1000,)
+    assert struct.unpack_from(">II", data, edit + 8)[1] == 1024
+    for length in (SAMPLES - 200, SAMPLES - 1500):
+        struct.pack_into(">II", data, movie + 12, RATE, length)
+        struct.pack_into(">I", data, edit + 8, length)
+        (tmp_path / "song.m4a").write_bytes(data)
+        with AudioReader(tmp_path / "song.m4a") as reader:
+            assert reader.info.frames == length
+            audio = np.concatenate(list(reader), axis=1)
+        assert np.array_equal(audio, read_audio(made("aac.m4a"))[0][:, :length])
 
 
 def test_default_sound_of_several(made, tmp_path, caplog):
