@@ -33,7 +33,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "samekit needs Python >= 3.11; pass PYTHON=..."; exit 2; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { echo "cannot make $(VENV); on Debian and Ubuntu: apt install python3-venv"; exit 2; }
 	@echo "installing into $(VENV): several GB, some minutes"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,export,report,ray,triton,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,export,report,ray,triton,av,dev]'
 	@touch $@
 
 # TensorRT's compiler, 320 MB: it builds engines without a GPU, so every test run puts the graphs through it.
@@ -86,7 +86,7 @@ test-min: ## run every test but the slow ones with the lowest versions of the pa
 		| sed -E 's/\[[a-z]+\]//; s/>=/==/; s/^torch==.*/torch==$(TORCH_MIN)/' > $(MIN)/constraints.txt
 	for tool in $(MIN_TOOLS); do grep "^$$tool==" constraints.txt; done >> $(MIN)/constraints.txt
 	$(MIN)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(MIN)/constraints.txt \
-		--editable '.[cpu,export,report,ray,triton]' $(MIN_TOOLS)
+		--editable '.[cpu,export,report,ray,triton,av]' $(MIN_TOOLS)
 	$(MIN)/bin/python -m pytest -m "not slow" $(WORKERS) --ignore tests/test_diffusers.py $(ARGS)
 
 DOCUMENTS := $(wildcard *.md docs/*.md benchmarks/*.md)

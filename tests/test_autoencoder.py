@@ -514,6 +514,7 @@ def test_encode_file(model, tmp_path, folder):
         "model_sha256": model.spec.source_sha256,
         "precision": "fp32",
         "source": str(song),
+        "decoder": f"libsndfile {sf.__libsndfile_version__}",
         "sample_rate": RATE,
         "samples": FILE_SAMPLES,
         "latents": 71,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -131,12 +132,27 @@ def test_bits(engine, latents, folder, bits, suffix, subtype):
     assert (info.subtype, info.frames, info.samplerate, info.channels) == (subtype, 5 * HOP, RATE, 2)
 
 
-@pytest.mark.parametrize("clip", [False, True])
-def test_clip(engine, tmp_path, folder, clip):
+@pytest.mark.parametrize(
+    ("peak", "highest"), [(None, None), ("raw", None), ("attenuate", 1), ("limit", 0.977), ("clip", 1)]
+)
+def test_peak(engine, tmp_path, folder, peak, highest):
     np.save(tmp_path / "loud.npy", noise((32, 4), level=5))
-    flags = ["--clip"] if clip else []
-    succeeded("decode", tmp_path / "loud.npy", folder / "a.wav", "--model", engine, "--bits", "float", *flags)
-    assert (np.abs(read_audio(folder / "a.wav")[0]).max() > 1) != clip
+    options = ["--model", engine, "--bits", "float", *(["--peak", peak] if peak else [])]
+    succeeded("decode", tmp_path / "loud.npy", folder / "a.wav", *options)
+    measured = np.abs(read_audio(folder / "a.wav")[0]).max()
+    assert measured == pytest.approx(highest) if highest else measured > 1
+
+
+def test_attenuation_is_said(engine, tmp_path, folder):
+    np.save(tmp_path / "loud.npy", noise((32, 4), level=5))
+    command = [sys.executable, "-m", "samekit", "decode", tmp_path / "loud.npy", folder / "a.wav", "--model", engine]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert re.search(
+        rf"{folder / 'a.wav'}: the peak was \d+\.\d\d dB above full scale; all samples are attenuated", done.stderr
+    )
+    assert "cannot" not in refused(
+        "decode", tmp_path / "loud.npy", folder / "a.wav", "--model", engine, "--peak", "raw"
+    )
 
 
 def test_recordings_are_replaced_only_when_that_is_wanted(engine, song, monkeypatch):

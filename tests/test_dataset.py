@@ -41,6 +41,7 @@ EXACT_DB = 100
 FIELDS = {
     "path",
     "relpath",
+    "decoder",
     "timestamps",
     "seconds_start",
     "seconds_total",

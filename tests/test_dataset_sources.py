@@ -191,27 +191,27 @@ def test_list_that_is_a_pipe_is_refused_and_a_folder_is_none(data, out):
 
 def test_files_that_are_passed_over_are_counted(data, out):
     write_clips(data, 2)
-    for name in ("a.m4a", "a.txt", "deep/b.M4A", "cover.jpg", "noext", ".hidden"):
+    for name in ("a.mid", "a.txt", "deep/b.MID", "cover.jpg", "noext", ".hidden"):
         (data / name).parent.mkdir(exist_ok=True)
         (data / name).touch()
     report = run(data, out)
-    counts = {"": 1, ".jpg": 1, ".m4a": 2, ".txt": 1}
+    counts = {"": 1, ".jpg": 1, ".mid": 2, ".txt": 1}
     assert report.passed_over == counts
     assert json.loads(report.to_json())["passed_over"] == counts
     assert json.loads((out / ".samekit" / "report.json").read_text())["passed_over"] == counts
-    assert "passed over 5 files (2 .m4a, 1 .jpg, 1 .txt, 1 without a suffix)" in report.summary()
+    assert "passed over 5 files (2 .mid, 1 .jpg, 1 .txt, 1 without a suffix)" in report.summary()
     # A file beside the clips changes no latents.
     assert run(data, out).unchanged == 2
 
 
 def test_dataset_of_unknown_suffixes_alone_is_refused_with_their_count(engine_of, data, out):
     data.mkdir()
-    for name in ("a.m4a", "b.m4a", "a.txt"):
+    for name in ("a.mid", "b.mid", "a.txt"):
         (data / name).write_text("a caption")
     result = command("--model", engine_of(KINDS[0]).folder, "--data_dir", data, "--output_path", out)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert "passed over 3 files" in result.stderr
-    with pytest.raises(InputError, match=r"holds no audio .*passed over 3 files \(2 \.m4a, 1 \.txt\); ") as error:
+    with pytest.raises(InputError, match=r"holds no audio .*passed over 3 files \(2 \.mid, 1 \.txt\); ") as error:
         run(data, out)
     assert_one_line(error.value)
     assert not out.exists()

@@ -405,7 +405,7 @@ def test_disk_that_cannot_be_written(tmp_path, options, engine, monkeypatch, wri
         small(graph, path)
         path.with_name(f"{path.name}.data").write_bytes(bytes(300_000))
 
-    with mounted(tmp_path / "disk", "-o", "size=400k") as disk:
+    with mounted(tmp_path / "disk", "-o", "size=1m") as disk:
         if writer == "pre-encode":
             (disk / "out" / ".samekit").mkdir(parents=True)
         elif writer != "triton":

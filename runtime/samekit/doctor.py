@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import soundfile
 
 from samekit import __version__
+from samekit.audio import INSTALL_AV
 from samekit.backends.base import has_driver
 from samekit.backends.cpu import available_cpus
 from samekit.backends.onnxruntime import int8_saturates
@@ -52,6 +53,7 @@ PARTS = (
     Part("jinja2", "reports", "pip install 'samekit[report]'"),
     Part("ray", "datasets on a cluster", "pip install 'samekit[ray]'"),
     Part("fsspec", "datasets written to s3://, gs:// and the like", "pip install 'samekit[ray]'"),
+    Part("av", "M4A, WMA, Matroska or sound of videos", INSTALL_AV),
     Part("tritonclient", "example client of a Triton server", "pip install 'samekit[triton]'"),
 )
 """The optional packages, most important first."""

@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from samekit.arrays import sample_rates, without_gradient
-from samekit.audio import AudioReader, AudioWriter, format_of
+from samekit.audio import AudioReader, AudioWriter, checked_policy, format_of, write_blocks
 from samekit.backends.base import BackendOptions
 from samekit.backends.selection import AUTO, open_backend
 from samekit.batches import CHUNK_SIZE, OVERLAP, Autoencoder
@@ -23,10 +23,11 @@ from samekit.streaming import StreamDecoder, StreamEncoder
 from samekit.vae import Vae
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
     from typing import Self
 
+    from samekit.arrays import Array
     from samekit.backends.base import Backend
 
 logger = logging.getLogger(__name__)
@@ -194,7 +195,7 @@ class AutoencoderModel:
         Memory does not grow with the length of the file. The outputs are written atomically.
 
         Args:
-            audio_path: any file that soundfile reads.
+            audio_path: any file that soundfile reads, or FFmpeg if PyAV is installed.
             latents_path: ends in `.npy`.
             progress: called with the number of frames read since the last call.
 
@@ -227,6 +228,7 @@ class AutoencoderModel:
                 MODEL_DIGEST: self.spec.source_sha256,
                 "precision": self.autoencoder.backend.precision,
                 "source": os.path.abspath(reader.path),
+                "decoder": reader.info.decoder,
                 "sample_rate": self.sample_rate,
                 "samples": encoder.samples,
                 "latents": self.spec.latents(encoder.samples),
@@ -238,7 +240,7 @@ class AutoencoderModel:
         latents_path: str | os.PathLike[str],
         audio_path: str | os.PathLike[str],
         subtype: str = "PCM_16",
-        clip: bool = False,
+        peak: str | None = None,
         progress: Callable[[int], object] | None = None,
         force: bool = False,
     ) -> int:
@@ -250,7 +252,10 @@ class AutoencoderModel:
             latents_path: `[latent_dim, latents]`; the `.json` beside it, if there is one, gives the exact length.
             audio_path: ends in `.wav` or `.flac`.
             subtype: `PCM_16`, `PCM_24`, `PCM_32` or `FLOAT`.
-            clip: clip floating-point samples to -1 ... 1; integers always are.
+            peak: what happens if samples exceed full scale. `attenuate`, the default for integers, scales the whole
+                file, so that its peak is full scale, and logs a warning. It needs room for the samples as floats in the
+                folder of the output. `limit` applies `samekit.audio.Limiter`, `clip` clips to -1 ... 1. `raw`, the
+                default for `FLOAT`, changes nothing.
             progress: called with the number of latents decoded since the last call.
             force: replace `audio_path` even if it is, or may be, the recording from which the latents were made.
 
@@ -259,13 +264,14 @@ class AutoencoderModel:
 
         Raises:
             LatentsFileError: the file holds no latents of this model.
-            InputError: `audio_path` has another suffix, or its format does not hold the subtype.
+            InputError: `audio_path` has another suffix, its format does not hold the subtype, or `peak` does not
+                fit it.
             OutputError: the audio cannot be written, or would replace such a recording.
             NonFiniteError, BackendError: as `encode`.
         """
         latents_path, audio_path = expanded(latents_path), expanded(audio_path)
-        reader = open_to_decode(latents_path, audio_path, subtype, force=force)
-        return self.decode_reader(reader, latents_path, audio_path, subtype, clip, progress)
+        reader = open_to_decode(latents_path, audio_path, subtype, peak, force=force)
+        return self.decode_reader(reader, latents_path, audio_path, subtype, peak, progress)
 
     def decode_reader(
         self,
@@ -273,19 +279,26 @@ class AutoencoderModel:
         latents_path: Path,
         audio_path: Path,
         subtype: str = "PCM_16",
-        clip: bool = False,
+        peak: str | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> int:
         """Do the work of `decode_file` with a file that `open_to_decode` has opened."""
         length = self._exact_length(reader, latents_path)
-        decoder = self.stream_decoder()
-        with AudioWriter(audio_path, self.sample_rate, self.spec.channels, subtype, frames=length, clip=clip) as writer:
+
+        def decoded() -> Iterator[Array]:
+            """Yield blocks of `length` samples altogether."""
+            decoder, left = self.stream_decoder(), length
             for block in reader.blocks(decoder.latency):
-                writer.write(decoder.push(block))
+                audio = decoder.push(block)
+                left -= audio.shape[-1]
+                yield audio
                 if progress:
                     progress(block.shape[-1])
             # The last latent may stand for padding, which is cut off here.
-            writer.write(decoder.finish()[:, : length - writer.frames])
+            yield decoder.finish()[:, :left]
+
+        with AudioWriter(audio_path, self.sample_rate, self.spec.channels, subtype, frames=length) as writer:
+            write_blocks(writer, decoded(), checked_policy(peak, subtype))
         return length
 
     def _exact_length(self, reader: LatentsReader, path: Path) -> int:
@@ -331,7 +344,9 @@ def open_to_encode(audio_path: Path, latents_path: Path) -> AudioReader:
     return AudioReader(audio_path)
 
 
-def open_to_decode(latents_path: Path, audio_path: Path, subtype: str, *, force: bool = False) -> LatentsReader:
+def open_to_decode(
+    latents_path: Path, audio_path: Path, subtype: str, peak: str | None = None, *, force: bool = False
+) -> LatentsReader:
     """Open a latents file, and refuse an output that cannot be written or must not be replaced. This needs no model.
 
     Raises:
@@ -339,6 +354,7 @@ def open_to_decode(latents_path: Path, audio_path: Path, subtype: str, *, force:
     """
     reader = LatentsReader(latents_path)
     format_of(audio_path, subtype)
+    checked_policy(peak, subtype)
     require_other_file(audio_path, latents_path)
     if not force:
         require_no_recording(audio_path, latents_path, reader.metadata)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from samekit.audio.au_voc import counted_part
+from samekit.audio.av_formats import find_demuxer
 from samekit.audio.flac import flac_parts
 from samekit.audio.mpeg import first_frame, is_free_format, mpeg_parts
 from samekit.audio.ogg import ogg_parts
@@ -28,6 +29,8 @@ def find_parts(source: Source) -> list[Part]:
     if end == 0:
         raise source.error("is empty")
     start = source.after_tags(0, end)
+    if demuxer := find_demuxer(source, start):
+        return [Part(((0, end),), demuxer=demuxer)]
     magic = source.read(start, 4)
     parts: list[Part] = []
     if magic in MAGICS:

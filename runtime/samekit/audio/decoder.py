@@ -44,8 +44,8 @@ class _SequentialFile(sf.SoundFile):  # type: ignore[misc]  # soundfile ships no
 class Decoder:
     """Read the frames of one part, in order.
 
-    `layout` is the sample rate in Hz and the channels, `coding` the format and the subtype as libsndfile names them,
-    `frames` what the decoder announces, or None.
+    `layout` is the sample rate in Hz and the channels, `coding` the format and the subtype as libsndfile names them and
+    the version of libsndfile, `frames` what the decoder announces, or None.
 
     Raises:
         AudioFileError: libsndfile cannot read it.
@@ -60,7 +60,7 @@ class Decoder:
             self.close()
             self._open((part.count_frame, *part.pieces))
         self.layout = int(self._file.samplerate), int(self._file.channels)
-        self.coding = str(self._file.format), str(self._file.subtype)
+        self.coding = str(self._file.format), str(self._file.subtype), f"libsndfile {sf.__libsndfile_version__}"
         self.frames = None if self._file.frames >= _UNKNOWN_FRAMES else int(self._file.frames)
         self._frames_read = 0
         self._buffer: Audio = np.empty((0, self.layout[1]), np.float32)

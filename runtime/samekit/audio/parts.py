@@ -30,6 +30,7 @@ class Part:
     starts_late: bool = False  # the time stamps begin after zero, so the decoder's own count is too large
     timed: bool = False  # the decoder stops at the last time stamp: bytes that it leaves unread are audio
     check_tail: bool = False  # the format does not show its end: the decoder must leave only few bytes unread
+    demuxer: str = ""  # of FFmpeg, which reads the file in place of libsndfile
     front: Front = (0, 1)  # which channels are left and right, if there are two or more
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from samekit.audio.av_decoder import AvDecoder
 from samekit.audio.channels import Audio, to_channels
 from samekit.audio.containers import find_parts
 from samekit.audio.decoder import Decoder
@@ -40,17 +41,20 @@ class AudioInfo:
     """Samples a channel; None if the file does not tell, or holds several streams that follow each other. In an MP3
     without a Xing header it may be up to two MPEG frames too many."""
     format: str
-    """Container as libsndfile names it, such as `WAV`, `FLAC`, `OGG`, `MP3`."""
+    """Container, such as `WAV`, `FLAC`, `OGG`, `MP3`, as libsndfile names it; or such as `MP4`, `Matroska`."""
     subtype: str
-    """Encoding of the samples as libsndfile names it, such as `PCM_16`, `FLOAT`, `VORBIS`."""
+    """Encoding of the samples, such as `PCM_16`, `FLOAT`, `VORBIS`, as libsndfile names it; or such as `aac`."""
+    decoder: str
+    """Library that decodes the file, and its version."""
 
 
 class AudioReader:
     """Read a file once, block by block, in memory that does not grow with its length.
 
-    It reads the formats of libsndfile: WAV, FLAC, Ogg Vorbis and Opus, MP3, AIFF and more. Streams that follow each
-    other in one file are read as one. A file that is cut off, damaged, or holds more than can be read is refused: on
-    opening if its structure shows it, else at the end. A file that changes while it is read is refused too.
+    It reads the formats of libsndfile: WAV, FLAC, Ogg Vorbis and Opus, MP3, AIFF and more. If PyAV is installed, it
+    also reads M4A, AAC, WMA, Matroska, the sound of videos and more. Streams that follow each other in one file are
+    read as one. A file that is cut off, damaged, or holds more than can be read is refused: on opening if its structure
+    shows it, else at the end. A file that changes while it is read is refused too.
 
     The channels are in the order of the file, except that left and right are the first two.
 
@@ -76,7 +80,7 @@ class AudioReader:
             except OSError as error:
                 cause = f"{self.path}: cannot be opened ({error.strerror or error})"
                 raise AudioFileError(f"{cause}; check name and permissions") from error
-            self._decoder = Decoder(self._source, self._part)
+            self._decoder = (AvDecoder if self._part.demuxer else Decoder)(self._source, self._part)
             frames = None if self._parts or self._part.starts_late else self._decoder.frames
             self.info = AudioInfo(*self._decoder.layout, frames, *self._decoder.coding)
             """What the file says of itself."""

@@ -49,8 +49,8 @@ def format_of(path: Path, subtype: str) -> str:
 class AudioWriter:
     """Write a .wav or .flac file block by block. The file appears atomically when the `with` block ends without error.
 
-    Integer subtypes are rounded to the nearest step and limited to full scale. A WAV file of more than 4 GiB is
-    written as RF64, if `frames` announces it.
+    Integer subtypes are rounded to the nearest step and limited to full scale; `samekit.audio.write_blocks` applies
+    other peak policies. A WAV file of more than 4 GiB is written as RF64, if `frames` announces it.
 
     Args:
         path: the file; its suffix is the format.
@@ -58,7 +58,6 @@ class AudioWriter:
         channels: of every block.
         subtype: `PCM_16`, `PCM_24`, and in WAV also `PCM_32` or `FLOAT`.
         frames: samples a channel that will be written, if known.
-        clip: limit `FLOAT` samples to ±1 too.
 
     Raises:
         InputError: the suffix, the subtype, the channels or the rate cannot be written.
@@ -73,18 +72,19 @@ class AudioWriter:
         subtype: str = "PCM_16",
         *,
         frames: int | None = None,
-        clip: bool = False,
     ) -> None:
         self.path = Path(path)
         """The file; absent before the `with` block ends."""
         self.frames = 0
         """Samples a channel that were written so far."""
-        self._sample_rate = sample_rate
-        self._channels = channels
+        self.sample_rate = sample_rate
+        """In Hz."""
+        self.channels = channels
         self._subtype = subtype
-        self._clip = clip
         self._format = format_of(self.path, subtype)
         self._bits = _SUBTYPES[self._format][subtype]
+        self.highest = 1 - 2.0 ** (1 - self._bits) if self._bits else 1.0
+        """Highest sample that the subtype holds; the lowest one is -1. Both are full scale."""
         self._frame_bytes = channels * (self._bits or 32) // 8
         if self._format == "WAV" and (frames or 0) * self._frame_bytes > _WAV_BYTES:
             self._format = "RF64"
@@ -96,10 +96,10 @@ class AudioWriter:
             name = os.fsencode(self._temporary) if os.name == "posix" else str(self._temporary)
             try:
                 self._file = sf.SoundFile(
-                    name, "w", self._sample_rate, self._channels, self._subtype, format=self._format
+                    name, "w", self.sample_rate, self.channels, self._subtype, format=self._format
                 )
             except sf.SoundFileError as error:
-                layout = f"{self._channels} channels at {self._sample_rate} Hz"
+                layout = f"{self.channels} channels at {self.sample_rate} Hz"
                 raise InputError(f"{self.path}: {self._format} cannot hold {layout}; change them") from error
             stack.callback(self._close)
             self._stack = stack.pop_all()
@@ -114,25 +114,25 @@ class AudioWriter:
         with output_errors(self.path, sf.SoundFileError):
             self._file.close()
 
+    def check(self, audio: Audio) -> None:
+        """Raise InputError if a block has another shape than `[channels, samples]`, or holds NaN or infinity."""
+        if audio.ndim != 2 or audio.shape[0] != self.channels:
+            raise InputError(f"block of shape {audio.shape} does not fit; give [{self.channels}, samples]")
+        if not np.isfinite(audio).all():
+            raise InputError(f"{self.path}: the audio holds NaN or infinity; remove them before writing")
+
     def write(self, audio: Audio) -> None:
         """Append a block, `[channels, samples]`.
 
         Raises:
-            InputError: the block has another shape, or holds NaN or infinity.
+            InputError: as `check`.
             OutputError: the disk is full, or the file becomes too long for WAV.
         """
-        if audio.ndim != 2 or audio.shape[0] != self._channels:
-            raise InputError(f"block of shape {audio.shape} does not fit; give [{self._channels}, samples]")
-        if not np.isfinite(audio).all():
-            raise InputError(f"{self.path}: the audio holds NaN or infinity; remove them before writing")
+        self.check(audio)
         self.frames += audio.shape[1]
         if self._format == "WAV" and self.frames * self._frame_bytes > _WAV_BYTES:
             raise OutputError(f"{self.path}: WAV ends at 4 GiB; write .flac, or announce the length (frames=)")
-        samples: npt.NDArray[np.float32 | np.int32] = audio
-        if self._bits:
-            samples = _quantized(audio, self._bits)
-        elif self._clip:
-            samples = np.clip(audio, -1, 1)
+        samples: npt.NDArray[np.float32 | np.int32] = _quantized(audio, self._bits) if self._bits else audio
         with output_errors(self.path, sf.SoundFileError):
             try:
                 self._file.write(samples.T)

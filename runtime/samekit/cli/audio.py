@@ -43,18 +43,23 @@ def encode(audio: Path, latents: Path, **options: Any) -> None:
 @click.argument("latents", type=UserPath())
 @click.argument("audio", type=UserPath())
 @click.option("--bits", default="16", show_default=True, type=click.Choice(["16", "24", "32", "float"]))
-@click.option("--clip", is_flag=True, help="Clip floating-point samples to -1 ... 1; integers always are.")
+@click.option(
+    "--peak",
+    type=click.Choice(["attenuate", "limit", "clip", "raw"]),
+    help="Samples beyond full scale: scale the whole file, limit, clip, or keep them; by default raw for floats, else "
+    "attenuate.",
+)
 @click.option("--force", is_flag=True, help="Replace AUDIO even if it may be the recording of these latents.")
 @model_options
-def decode(latents: Path, audio: Path, bits: str, clip: bool, force: bool, **options: Any) -> None:
+def decode(latents: Path, audio: Path, bits: str, peak: str | None, force: bool, **options: Any) -> None:
     """Decode a LATENTS.npy file to an AUDIO file, .wav or .flac."""
     from samekit.dataset.progress import bar
     from samekit.model import open_to_decode
 
     subtype = "FLOAT" if bits == "float" else f"PCM_{bits}"
     # The files are checked before the model is opened, which may be downloaded.
-    reader = open_to_decode(latents, audio, subtype, force=force)
+    reader = open_to_decode(latents, audio, subtype, peak, force=force)
     remove_abandoned(audio.parent, audio.name)
     with open_model(**options) as model, bar(total=reader.latents, unit="latent") as shown:
-        samples = model.decode_reader(reader, latents, audio, subtype, clip, shown.update)
+        samples = model.decode_reader(reader, latents, audio, subtype, peak, shown.update)
     say(f"{audio}: {samples / model.sample_rate:.2f} s at {model.sample_rate} Hz")

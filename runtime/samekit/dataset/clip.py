@@ -107,6 +107,8 @@ class Clip:
     """Samples before the part that is kept."""
     kept: int
     extent: Extent
+    decoder: str
+    """Library that decoded the file."""
     is_flipped: bool = False
     """Whether the phase is inverted."""
     loudness: Loudness | None = None
@@ -129,6 +131,7 @@ class Clip:
             PADDING_MASK: [1] * self.extent.latents + [0] * padding,
             **mirror_fields,
             "sample_rate": rate,
+            "decoder": self.decoder,
             **({"prompt": prompt} if prompt else {}),
             "caption_source": self.caption.source,
             **({"phase_flipped": self.is_flipped} if rules.cut.flip == "random" else {}),
@@ -260,7 +263,7 @@ class ClipReader:
             whole = rules.cut.full or kept < rules.cut.sample_size
             length = offset + kept if whole else self._length(reader)
             self._require_unchanged()
-            self.clip = Clip(caption, length, offset, kept, rules.extent(kept), is_flipped)
+            self.clip = Clip(caption, length, offset, kept, rules.extent(kept), reader.info.decoder, is_flipped)
         missing = spec.samples(self.clip.extent.sequence) - kept
         zeros = np.broadcast_to(np.float32(0), (1, spec.channels, missing))
         for window, audio in cutter.push(zeros, final=True):

@@ -12,6 +12,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from samekit.audio import AV_SUFFIXES, INSTALL_AV, readable_suffixes
 from samekit.dataset.captions import CaptionFile, CaptionFinder, Names
 from samekit.errors import InputError
 from samekit.files.paths import expanded_text, file_signature, open_regular
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES: Final = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff")
-"""Suffixes of audio files."""
+SUFFIXES: Final = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff", *readable_suffixes())
+"""Suffixes of audio files; with PyAV, those of videos too."""
 # Longest line in a list of files: twice the longest path on Linux.
 _LONGEST_LINE: Final = 2**13
 # Characters of such a line that a message shows.
@@ -75,6 +76,8 @@ class Found:
         text = ""
         if total := self.passed_over.total():
             text = f"{separator}passed over {total} file{'s' * (total > 1)} ({', '.join(kinds)})"
+        if count := sum(self.passed_over[suffix] for suffix in AV_SUFFIXES):
+            text += f"{separator}{count} of them can be read after {INSTALL_AV}"
         if count := len(self.unreadable_folders):
             text += f"{separator}{count} folder{'s' * (count > 1)} cannot be read"
         return text
