@@ -83,7 +83,9 @@ def test_power_cut_at_any_step(data, tmp_path, begun):
         if ".samekit/manifest-000001.jsonl" in files:
             rows = rows_of(after)
             encoded = [row for row in rows.values() if row.status == "encoded"]
-            assert begun or all(files[name] == contents(whole)[name] for row in encoded for name in row.files("numbered"))
+            assert begun or all(
+                files[name] == contents(whole)[name] for row in encoded for name in row.files("numbered")
+            )
             losses.add(finished)
             assert begun or len(encoded) >= finished
         else:
