@@ -221,6 +221,7 @@ DAMAGED = [
     {"alignment": 0},
     {"graph_revision": -1},
     {"graph_revision": "1"},
+    {"soft_clip": 1},
     {"contexts": REMOVED},
     {"contexts": [1, 2]},
     {"contexts": {}},

@@ -159,6 +159,13 @@ def test_training_is_refused(fake):
     assert not fake.decode(latents).requires_grad
 
 
+@pytest.mark.parametrize("name", ["encoder", "decoder", "state_dict", "load_state_dict", "named_parameters"])
+def test_layers_and_weights_are_refused_by_name(fake, name):
+    assert not hasattr(fake.autoencoder, name)
+    with pytest.raises(AttributeError, match=f"has no attribute '{name}': it is an engine.*; for these, use the"):
+        getattr(fake.autoencoder, name)
+
+
 # --- Device and type ---------------------------------------------------------------------------------------
 
 

@@ -67,9 +67,9 @@ def progress_on_stdout() -> Iterator[None]:
 def export(
     model: str, weights: str, revision: str | None, precision: str, out: Path, force: bool, tensorrt: str
 ) -> None:
-    """Export a model to an engine folder.
+    """Export MODEL (same-s, same-l, same-tiny, a checkpoint folder, or owner/name on the hub) to an engine folder.
 
-    MODEL is same-s, same-l, same-tiny, a full model such as medium-base, a checkpoint folder, or owner/name on the hub.
+    The full models small-music, small-sfx, medium, and each with -base, are known by name too.
     """
     _need_export()
     from samekit_export.checkpoint import load

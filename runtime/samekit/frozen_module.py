@@ -32,6 +32,15 @@ class FrozenModule:
         """Whether results are float16, as those of a model after `half`; otherwise they are float32."""
         self._use(backend)
 
+    if not TYPE_CHECKING:  # A type checker would take every name for an attribute.
+
+        def __getattr__(self, name: str) -> Any:
+            """Explain why an attribute of a module, such as `encoder` or `state_dict`, is missing."""
+            raise AttributeError(
+                f"{type(self).__name__} has no attribute {name!r}: it is an engine without layers and weights of "
+                "PyTorch; for these, use the checkpoint in PyTorch"
+            )
+
     def _use(self, backend: Backend) -> None:
         """Compute with this backend from now on."""
         self.backend = backend

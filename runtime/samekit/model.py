@@ -87,8 +87,8 @@ class AutoencoderModel:
         """Open a model.
 
         Args:
-            model_name: a name (`same-s`, `same-l`, `same-tiny`), looked up in `./engines` and in the user's cache; an
-                engine folder; or a checkpoint folder, which runs in PyTorch.
+            model_name: a name (`same-s`, `same-l`, `same-tiny`, or a full model such as `medium-base`), looked up in
+                `./engines` and in the user's cache; an engine folder; or a checkpoint folder, which runs in PyTorch.
             device: `cpu`, `cuda` or `cuda:N`, or a `torch.device` of these; by default the best that is available.
             backend: `auto`, `tensorrt`, `onnxruntime` or `torch`.
             precision: `fp32`, `fp16` (the reference's `.half()`) or `int8`.
