@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES: Final = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff", *readable_suffixes())
+_USUAL_SUFFIXES: Final = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aif", ".aiff")
+SUFFIXES: Final = (*_USUAL_SUFFIXES, *readable_suffixes())
 """Suffixes of audio files; with PyAV, those of videos too."""
 # Longest line in a list of files: twice the longest path on Linux.
 _LONGEST_LINE: Final = 2**13
@@ -113,7 +114,9 @@ def find_sources(folders: Sequence[str | os.PathLike[str]], captions: Sequence[s
         cure = "check --data_dir"
         if found.passed_over:
             cure = "convert these, or check --data_dir"
-        raise InputError(f"{where}: holds no audio ({' '.join(SUFFIXES)}){found.describe_left_out(', ')}; {cure}")
+        raise InputError(
+            f"{where}: holds no audio ({' '.join(_USUAL_SUFFIXES)}){found.describe_left_out(', ')}; {cure}"
+        )
     if "tags" not in captions and not any(source.captions for source in sources.values()):
         suffix = captions[-1]
         raise InputError(
