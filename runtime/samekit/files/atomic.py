@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -52,10 +53,10 @@ def atomic_path(path: str | os.PathLike[str], *, follow_links: bool = False) -> 
     """
     path = checked_path(path)
     with output_errors(path):
-        # This also asks the system whether the link may be followed: Linux refuses to follow links that others have
-        # placed in a folder such as /tmp.
-        if follow_links or not path.is_symlink():
-            _require_regular(path)
+        # Renaming over a device such as /dev/null would replace the device. This also asks the system whether the link
+        # may be followed: Linux refuses to follow links that others have placed in a folder such as /tmp.
+        if (follow_links or not path.is_symlink()) and path.exists() and not path.is_file():
+            raise _not_regular(path)
         target = _link_target(path) if follow_links else path
         if follow_links and target.is_symlink():
             raise OutputError(f"{path}: is a link that leads in a circle; remove it, or choose another name")
@@ -95,8 +96,10 @@ class AtomicFiles:
     def write(self, path: str, data: bytes) -> None:
         """Write the temporary file of `path`."""
         with output_errors(path):
-            if not os.path.islink(path):
-                _require_regular(path)
+            with suppress(FileNotFoundError):
+                mode = os.lstat(path).st_mode
+                if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
+                    raise _not_regular(path)
             folder, name = os.path.split(path)
             temporary = os.path.join(folder, f".{_shortened(name)}{self._end}")
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
@@ -113,8 +116,8 @@ class AtomicFiles:
         """Wait until the contents of all temporary files are on disk."""
         paths = list(self._temporaries)
         shares = [paths[first::_SYNC_THREADS] for first in range(min(_SYNC_THREADS, len(paths)))]
-        with ThreadPoolExecutor(_SYNC_THREADS) as pool:
-            # Reading the results raises their errors.
+        # A system without threads left raises RuntimeError. Reading the results raises the errors of the threads.
+        with output_errors(paths[0] if paths else "", RuntimeError), ThreadPoolExecutor(_SYNC_THREADS) as pool:
             list(pool.map(self._sync_share, shares))
 
     def _sync_share(self, paths: list[str]) -> None:
@@ -266,10 +269,8 @@ def _temporary_end() -> str:
     return f".{os.getpid()}-{_process_space()}{secrets.token_hex(4)}.tmp"
 
 
-def _require_regular(path: str | Path) -> None:
-    """Raise OutputError if there is something else than a file: renaming over a device would replace the device."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise OutputError(f"{path}: is not a regular file; choose another name for the output")
+def _not_regular(path: str | Path) -> OutputError:
+    return OutputError(f"{path}: is not a regular file; choose another name for the output")
 
 
 @contextmanager
