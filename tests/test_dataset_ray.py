@@ -738,6 +738,101 @@ def test_shards_share_a_url(model, data, bucket):
         run(data, URL, model)
 
 
+@pytest.fixture
+def requests(monkeypatch, bucket):
+    """The calls that change or read files of the bucket: name of the function and of the file, in their order."""
+    store, seen = type(fsspec.filesystem("memory")), []
+
+    def recording(name, call):
+        def record(self, path, *arguments, **options):
+            seen.append((name, path.removeprefix("/bucket/out/")))
+            return call(self, path, *arguments, **options)
+
+        return record
+
+    for name in ("pipe_file", "rm_file", "cat_file"):
+        monkeypatch.setattr(store, name, recording(name, getattr(store, name)))
+    return seen
+
+
+def test_group_of_clips_is_uploaded_in_two_requests_a_clip(model, data, requests):
+    write_clips(data, 6)
+    run(data, URL, model, sample_size=40 * 4096)
+    names = [f"{number:012d}" for number in range(6)]
+    clips = [request for request in requests if "/" not in request[1] and "silence" not in request[1]]
+    # Nothing is removed, because the list of files shows that there is no older clip.
+    assert sorted(clips[:6]) == [("pipe_file", f"{name}.npy") for name in names]
+    assert sorted(clips[6:]) == [("pipe_file", f"{name}.json") for name in names]
+    # One part of the manifest, after the files.
+    assert ("pipe_file", ".samekit/manifest-000002.jsonl") in requests[requests.index(clips[-1]) :]
+
+    requests.clear()
+    for number in (2, 3):
+        (data / f"clip{number:05d}.txt").write_text("another caption")
+    (data / "clip00005.txt").unlink()
+    run(data, URL, model, sample_size=40 * 4096)
+    clips = [request for request in requests if "/" not in request[1] and "silence" not in request[1]]
+    assert sorted(clips[:2]) == [("rm_file", f"{name}.json") for name in names[2:4]]
+    assert sorted(clips[2:4]) == [("pipe_file", f"{name}.npy") for name in names[2:4]]
+    assert sorted(clips[4:6]) == [("pipe_file", f"{name}.json") for name in names[2:4]]
+    # The clip that lost its caption.
+    assert clips[6:] == [("rm_file", f"{names[5]}.json"), ("rm_file", f"{names[5]}.npy")]
+
+
+def test_silence_is_not_downloaded_to_compare_its_size(model, data, bucket, monkeypatch):
+    write_clips(data, 2)
+    run(data, URL, model, sample_size=40 * 4096)
+    store, fetched = fsspec.filesystem("memory"), {}
+    cat, whole = type(store).cat_file, bucket()["silence.npy"]
+
+    def count(self, path, *arguments, **options):
+        fetched[path] = cat(self, path, *arguments, **options)
+        return fetched[path]
+
+    monkeypatch.setattr(type(store), "cat_file", count)
+    for changed, repaired in ((whole, False), (whole + b"x", True), (whole[:-1], True), (b"?" + whole[1:], True)):
+        store.pipe_file("/bucket/out/silence.npy", changed)
+        fetched.clear()
+        run(data, URL, model, sample_size=40 * 4096)
+        assert len(fetched.pop("/bucket/out/silence.npy", b"")) <= 128
+        assert bucket()["silence.npy"] == whole
+        assert (changed != whole) == repaired
+
+
+def test_files_are_uploaded_at_the_same_time(model, data, bucket, monkeypatch):
+    """Four uploads wait for each other, so one after another would never end."""
+    write_clips(data, 4)
+    together, pipe = threading.Barrier(4, timeout=30), type(fsspec.filesystem("memory")).pipe_file
+
+    def wait(self, path, *arguments, **options):
+        if re.search(r"/\d+\.npy$", path):
+            together.wait()
+        return pipe(self, path, *arguments, **options)
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "pipe_file", wait)
+    assert run(data, URL, model).encoded == 4
+    assert not together.broken
+
+
+def test_each_thread_has_its_own_connection(data, monkeypatch):
+    """Connections such as those of FTP cannot be shared, so fsspec keeps a file system for each thread."""
+    users = {}
+
+    class Connection(type(fsspec.filesystem("memory"))):
+        protocol = "connection"
+        store, pseudo_dirs = {}, [""]
+
+        def pipe_file(self, path, value, **options):
+            users.setdefault(id(self), set()).add(threading.get_ident())
+            super().pipe_file(path, value, **options)
+
+    fsspec.register_implementation("connection", Connection, clobber=True)
+    write_clips(data, 8)
+    run(data, "connection://bucket/out")
+    assert len(users) > 1
+    assert all(len(threads) == 1 for threads in users.values())
+
+
 def test_of_other_shards_a_run_fetches_the_settings_alone(model, data, bucket, monkeypatch):
     write_clips(data, 8)
     for index in (1, 2):

