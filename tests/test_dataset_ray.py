@@ -111,7 +111,13 @@ def mixed_clips(folder):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"pad": True, "sample_size": 30 * 4096, "float16": True}], ids=["plain", "pad"]
+    "options",
+    [
+        {},
+        {"pad": True, "sample_size": 30 * 4096, "float16": True},
+        {"layout": "mirror", "target_latent_rms": 0.9, "flip": "random"},
+    ],
+    ids=["plain", "pad", "mirror"],
 )
 def test_folder_is_that_of_one_process(encoder, model, data, out, options):
     mixed_clips(data)

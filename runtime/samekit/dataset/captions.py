@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from samekit.dataset.bad_clip import BadClipError
 from samekit.errors import InputError
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 CAPTION_SOURCES: Final = ("json", "txt", "tags")
 MOST_CAPTION_BYTES: Final = 2**20
 """A larger file is not a caption."""
+# Larger than the pictures in most tags.
+_MOST_TAG_BYTES: Final = 2**24
 TAGS: Final = {
     "title": "Title",
     "artist": "Artist",
@@ -244,6 +246,17 @@ def _is_text(text: str) -> bool:
     return bool(text.strip()) and "\0" not in text and text.encode("utf-8", "ignore").decode() == text
 
 
+class _TagFile:
+    """A file whose reads are limited, because damaged tags announce sizes of gigabytes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        return self._file.read(size if 0 <= size < _MOST_TAG_BYTES else _MOST_TAG_BYTES)
+
+
 def require_tag_reader() -> None:
     """Raise InputError if the package that reads tags is missing."""
     try:
@@ -258,7 +271,8 @@ def read_tags(path: str) -> dict[str, str | float]:
 
     # Damaged tags raise any kind of error. The audio may be sound.
     with suppress(Exception), open_regular(Path(path)) as file:
-        tags = TinyTag.get(filename=path, file_obj=file, duration=False)
+        source: Any = _TagFile(file)
+        tags = TinyTag.get(filename=path, file_obj=source, duration=False)
         found: dict[str, Any] = {name: values[0] for name, values in tags.other.items() if values}
         found |= {name: getattr(tags, name) for name in TAGS if hasattr(tags, name)}
         found |= {"date": tags.year, "label": found.get("label") or found.get("publisher")}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Final, Literal
 
 from samekit.errors import InputError
@@ -39,10 +38,9 @@ def mirrored_name(relpath: str) -> str:
     Raises:
         ValueError: training would not find such files, or they could not be written.
     """
-    path = PurePath(relpath)
-    name = path.with_suffix("").as_posix()
+    name = os.path.splitext(relpath)[0].replace(os.sep, "/")
     *folders, stem = name.split("/")
-    if path.is_absolute() or ".." in folders:
+    if os.path.isabs(relpath) or ".." in folders:
         raise ValueError("it leads out of the folder")
     if stem.startswith(".") or name.casefold().startswith(f"{STATE_FOLDER}/"):
         raise ValueError("training skips hidden files")
@@ -63,7 +61,9 @@ def mirrored_key(name: str) -> str:
 
     These disks ignore the case or the Unicode normal form.
     """
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+    return (
+        name.lower() if name.isascii() else unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+    )
 
 
 def require_distinct(relpaths: Iterable[str]) -> None:

@@ -144,30 +144,32 @@ class FolderOutput(Output):
 
     def _remove_unfinished(self, shard: Shard, layout: Layout) -> None:
         remove_abandoned(self._folder / STATE_FOLDER, shard.is_written_here)
-        for below in [""] if layout == "numbered" else self._folders():
+        for below in [""] if layout == "numbered" else [below for below, _ in self._folders()]:
 
             def is_mine(name: str, below: str = below) -> bool:
                 return shard.is_written_here(below + name, layout)
 
             remove_abandoned(self._folder / below, is_mine)
 
-    def _folders(self) -> Iterator[str]:
-        """Yield the folders of clips relative to the output, each with a `/` at the end. Links are not followed."""
-        for folder, below, _ in os.walk(self._folder):
-            if STATE_FOLDER in below and folder == os.fspath(self._folder):
-                below.remove(STATE_FOLDER)
-            yield Path(os.path.relpath(folder, self._folder), "x").as_posix().removesuffix("x")
+    def _folders(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield each folder of clips, as a prefix of paths below the output, and its files. Follow no links."""
+
+        def fail(error: OSError) -> None:
+            raise error
+
+        with output_errors(self._folder, cause="cannot be listed", cure="check its permissions"):
+            for folder, folders, files in os.walk(self._folder, onerror=fail):
+                below = Path(folder).relative_to(self._folder).as_posix()
+                if below == ".":
+                    folders[:] = [name for name in folders if name != STATE_FOLDER]
+                yield "" if below == "." else f"{below}/", files
 
     def names(self, folder: str = "") -> set[str]:
         with output_errors(self._folder, cause="cannot be listed", cure="check its permissions"):
             return set(os.listdir(self._folder / folder))
 
     def tree(self) -> set[str]:
-        found: set[str] = set()
-        for below in self._folders():
-            with output_errors(self._folder, cause="cannot be listed", cure="check its permissions"):
-                found.update(below + name for name in os.listdir(self._folder / below))
-        return found
+        return {below + name for below, files in self._folders() for name in files}
 
     def get(self, name: str, most: int | None = None) -> bytes:
         path = self._folder / name
