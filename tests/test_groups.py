@@ -194,7 +194,7 @@ def test_what_is_no_file_is_not_replaced(data, out):
     (data / "clip00001.txt").write_text("another caption")
     with pytest.raises(OutputError, match=r"000000000004\.npy: is not a regular file"):
         run(data, out)
-    assert rows_of(out)["clip00001.wav"].caption == file_signature(data / "clip00001.txt")
+    assert rows_of(out)["clip00001.wav"].captions == (("txt", *file_signature(data / "clip00001.txt")),)
     # The link was replaced, and its target was not changed.
     assert (data / "clip00000.txt").read_text() == "caption 0"
     (out / "000000000004.npy").unlink()

@@ -276,7 +276,9 @@ class _Run:
 
     def _remove_files(self, rows: Sequence[Row]) -> None:
         """Remove the files of clips that were there when the run began."""
-        self.output.remove(file for row in rows for file in row.files(self._layout) if file in self._files)
+        # All .json files first, because each call waits for the disk: a .json file never remains without its .npy file.
+        for files in zip(*(row.files(self._layout) for row in rows), strict=True):
+            self.output.remove(file for file in files if file in self._files)
 
     def report(self, sources: dict[str, Source], found: Found) -> PreEncodeReport:
         """Return the results after the end of the run."""
