@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.command("pre-encode")
 @click.option("--model", default="same-l", show_default=True, help="A name, an engine folder or a checkpoint folder.")
-@click.option("--data_dir", "--data-dir", multiple=True, help="Folder with audio files and .txt captions; repeatable.")
+@click.option("--data_dir", "--data-dir", multiple=True, help="Folder with audio files and captions; repeatable.")
 @click.option("--output_path", "--output-path", help="Folder (or URL) for the latents.")
 @click.option(
     "--batch_size", "--batch-size", default=1, show_default=True, help="Windows encoded at once; none is padded."

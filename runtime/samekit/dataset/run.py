@@ -57,14 +57,15 @@ def pre_encode(
     """Encode every clip of a dataset that is not encoded yet.
 
     Writes for each clip `NNNNNNNNNNNN.npy`, `[latent_dim, latents]`, and `NNNNNNNNNNNN.json`; also `silence.npy`,
-    `[1, latent_dim, latents of sample_size]`, and the manifest and report in `.samekit/`. Call it again to complete a
-    run that was stopped.
+    `[1, latent_dim, latents of sample_size]`, and the manifest and report in `.samekit/`. In the mirror layout, the
+    files of `sub/clip.wav` are `sub/clip.npy` and `sub/clip.json`. Call it again to complete a run that was stopped.
 
     Args:
         model: an open model, a `samekit.dataset.DevicesExecutor` to encode on several GPUs of this machine, or a
             `samekit.dataset.RayExecutor` to encode on a cluster.
         data_dir: one or several folders with audio files, at any depth, each with a caption of the same name in
-            `.txt`. A `filelist.txt` at the root of a folder names the files to take.
+            `.json` or `.txt`, see `samekit.dataset.captions`. A `filelist.txt` at the root of a folder names the files
+            to take.
         output_path: folder for the latents, or a URL that fsspec opens. All its latents must have the same model and
             settings.
         options: `PreEncodeOptions()` if not given.
@@ -74,8 +75,9 @@ def pre_encode(
         The results of the run. Those that describe the folder are also in `.samekit/report.json`.
 
     Raises:
-        InputError: there is no audio or no caption, or a list of files cannot be used. The output is a data folder or
-            holds latents of other settings. A clip is bad, and `options.strict` is set.
+        InputError: there is no audio or no caption, or a list of files cannot be used. Two clips would have the same
+            files. The output is a data folder or holds latents of other settings. A clip is bad, and `options.strict`
+            is set.
         OutputError: the folder cannot be written or is full, or another process is writing into it.
         BackendError: the backend failed.
     """
