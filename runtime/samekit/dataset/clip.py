@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from samekit.arrays import Array
     from samekit.audio import AudioInfo
     from samekit.dataset.manifest import Status
-    from samekit.dataset.options import CutOptions
+    from samekit.dataset.options import CutOptions, PreEncodeOptions
     from samekit.dataset.sources import Source
     from samekit.engine.spec import EngineSpec
     from samekit.windows import ExactWindows, Window
@@ -81,6 +81,11 @@ class CuttingRules:
     windows: ExactWindows
     """Windows of the encoder."""
     cut: CutOptions
+
+    @property
+    def window_values(self) -> int:
+        """Samples of all channels of the longest window."""
+        return self.spec.channels * self.spec.samples(self.windows.size)
 
     @property
     def limit(self) -> int:
@@ -301,6 +306,13 @@ class ClipReader:
             size, _ = self.source.audio
             return size == 0 or sf.info(os.fsencode(self.source.path)).frames == 0
         return False
+
+
+def open_clip(
+    source: Source, rules: CuttingRules, options: PreEncodeOptions, allocate: Callable[[tuple[int, ...]], Array]
+) -> ClipReader:
+    """Return the reader of a clip; for `allocate` see `ClipReader`."""
+    return ClipReader(source, rules, options.checksum, allocate)
 
 
 def _why_no_audio(path: Path) -> str:

@@ -134,7 +134,9 @@ class PreEncodeOptions(CutOptions):
     """If the folder holds latents of other settings, encode everything again under the same numbers. Latents of clips
     that are no longer in the dataset are removed."""
     readers: int = 0
-    """Threads that read ahead; 0 uses one per core, at most 4."""
+    """Threads or processes that read ahead; 0 uses one per core, at most 4, or at most 16 with a GPU."""
+    reader_processes: bool | None = None
+    """Read in processes; None does so with a GPU or more than 4 cores."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,6 +144,8 @@ class PreEncodeOptions(CutOptions):
         check_whole("readers (--workers)", self.readers, least=0, most=MOST_THREADS)
         for name in ("float16", "checksum", "strict", "reencode"):
             check_flag(name, getattr(self, name))
+        if self.reader_processes is not None:
+            check_flag("reader_processes", self.reader_processes)
         if not isinstance(self.shard, Shard):
             raise InputError(f"shard is {self.shard!r}; pass a samekit.dataset.Shard, such as Shard(1, 4)")
 

@@ -15,6 +15,7 @@ import os
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -83,7 +84,10 @@ def pre_encode(
     found = find_sources(folders)
     shard = options.shard
     sources = {source.relpath: source for source in found.sources if shard.contains(source.relpath)}
-    executor = model if isinstance(model, Executor) else LocalExecutor(model.autoencoder)
+    if not isinstance(model, Executor):
+        with closing(LocalExecutor(model.autoencoder)) as local:
+            return pre_encode(local, data_dir, output_path, options, progress)
+    executor: Executor = model
     spec = executor.facts.spec
     settings = Settings(
         model=spec.name,
@@ -169,7 +173,7 @@ class _Run:
 
     def _sorted_by_length(self, due: list[Source]) -> list[Source]:
         """Sort clips by length, so that clips of one length share a batch."""
-        with ThreadPoolExecutor(self.options.readers or default_readers(available_cpus())) as pool:
+        with ThreadPoolExecutor(self.options.readers or default_readers(available_cpus(), "cpu")) as pool:
             lengths = list(pool.map(partial(expected_latents, rules=self._rules), due))
         return [source for _, source in sorted(zip(lengths, due, strict=True), key=lambda pair: pair[0])]
 
