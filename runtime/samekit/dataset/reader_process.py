@@ -93,7 +93,7 @@ class ReaderProcess:
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
-        with theirs:
+        with ours, theirs:
             numbers = (theirs.fileno(), self._memory.descriptor, self._memory.values)
             command = [sys.executable, "-c", _START, *map(str, numbers), *sys.path]
             try:
@@ -108,7 +108,7 @@ class ReaderProcess:
                 )
             except OSError as error:
                 raise BackendError(f"no more processes can be started here ({error}); pass fewer --workers") from None
-        self._connection = Connection(ours.detach())
+            self._connection = Connection(ours.detach())
         self._job = None
         try:
             self._connection.recv()
