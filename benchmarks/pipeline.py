@@ -24,9 +24,11 @@ import click
 import numpy as np
 import soundfile as sf
 from common import counts, finish, question
+from ray_overhead import cpu_seconds
 
 from samekit import AutoencoderModel
 from samekit.backends.cpu import available_cpus
+from samekit.dataset.executor import LocalExecutor, default_readers, reads_in_processes
 from samekit.dataset.options import PreEncodeOptions
 from samekit.dataset.run import pre_encode
 
@@ -47,10 +49,11 @@ PIECE_SECONDS = 10
 
 
 class Cost(NamedTuple):
-    """Seconds of the clock and of the processor."""
+    """Seconds of the clock, of the processor, and of the processor in this process alone."""
 
     wall: float
     cpu: float
+    parent: float
 
 
 def formats(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
@@ -82,10 +85,11 @@ def music(seed: int) -> np.ndarray:
 
 
 def cost_of(work: Callable[[], object]) -> Cost:
-    """Run the work and return what it costs this process."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    """Run the work and return what it costs."""
+    before = time.perf_counter(), cpu_seconds(), time.process_time()
     work()
-    return Cost(time.perf_counter() - wall, time.process_time() - cpu)
+    after = time.perf_counter(), cpu_seconds(), time.process_time()
+    return Cost(*(end - begin for begin, end in zip(before, after, strict=True)))
 
 
 def best_of(costs: list[Cost]) -> Cost:
@@ -93,17 +97,17 @@ def best_of(costs: list[Cost]) -> Cost:
     return Cost(*map(min, zip(*costs, strict=True)))
 
 
-def measure(paths: list[Path], out: Path, readers: int, rounds: int) -> tuple[Cost, Cost]:
+def measure(paths: list[Path], out: Path, options: PreEncodeOptions, rounds: int) -> tuple[Cost, Cost]:
     """Return the costs of pre-encoding a dataset, and of decoding its files alone."""
-    model = AutoencoderModel(NullEncoder())
+    executor = LocalExecutor(AutoencoderModel(NullEncoder()).autoencoder)
 
     def whole_pipeline() -> None:
-        report = pre_encode(model, paths[0].parent, out, PreEncodeOptions(readers=readers))
+        report = pre_encode(executor, paths[0].parent, out, options)
         if report.bad:
             raise click.ClickException(str(report.bad[0]["reason"]))
 
     def bare_decoding() -> None:
-        with ThreadPoolExecutor(readers) as pool:
+        with ThreadPoolExecutor(options.readers) as pool:
             for _ in pool.map(lambda path: sf.read(path, dtype="float32")[1], paths):
                 pass
 
@@ -112,6 +116,7 @@ def measure(paths: list[Path], out: Path, readers: int, rounds: int) -> tuple[Co
         shutil.rmtree(out, ignore_errors=True)
         ours.append(cost_of(whole_pipeline))
         bare.append(cost_of(bare_decoding))
+    executor.close()
     return best_of(ours), best_of(bare)
 
 
@@ -121,34 +126,46 @@ def measure(paths: list[Path], out: Path, readers: int, rounds: int) -> tuple[Co
 @click.option("--clip-seconds", default="10", show_default=True, callback=counts, help="Lengths of the clips.")
 @click.option("--clips", default=200, show_default=True, type=click.IntRange(1), help="Clips of each dataset.")
 @click.option("--readers", type=click.IntRange(1), help="[default: one a core, at most 4]")
+@click.option("--processes/--threads", default=None, help="[default: processes with more than 4 cores]")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
 def main(
-    kinds: list[str], rates: list[int], clip_seconds: list[int], clips: int, readers: int | None, rounds: int
+    kinds: list[str],
+    rates: list[int],
+    clip_seconds: list[int],
+    clips: int,
+    readers: int | None,
+    processes: bool | None,
+    rounds: int,
 ) -> None:
     """Measure the pipeline of `samekit pre-encode` without an encoder."""
-    readers = readers or min(4, available_cpus())
+    cores = available_cpus()
+    options = PreEncodeOptions(readers=readers or default_readers(cores, "cpu"), reader_processes=processes)
+    where = "processes" if reads_in_processes(options, cores, "cpu") else "threads"
     results = []
-    print(f"{clips} clips of each kind, {readers} readers")
-    print(f"{'':20}{'audio s/s':>12}{'CPU ms/clip':>14}{'bare s/s':>12}{'bare CPU ms':>14}{'share of bare':>15}")
+    print(f"{clips} clips of each kind, {options.readers} readers in {where}")
+    heads = ("audio s/s", "CPU ms/clip", "parent ms", "bare s/s", "bare CPU ms", "share of bare")
+    print(" " * 20 + "".join(f"{head:>15}" for head in heads))
     for seconds, kind, rate in itertools.product(clip_seconds, kinds, rates):
         with tempfile.TemporaryDirectory(prefix="samekit-") as folder:
             paths = write_dataset(Path(folder, "data"), kind, rate, seconds, clips)
-            ours, bare = measure(paths, Path(folder, "out"), readers, rounds)
+            ours, bare = measure(paths, Path(folder, "out"), options, rounds)
         row = {
             "format": kind,
             "rate": rate,
             "clip_seconds": seconds,
             "audio_seconds_per_second": round(clips * seconds / ours.wall, 1),
             "cpu_ms_per_clip": round(1000 * ours.cpu / clips, 3),
+            "parent_ms_per_clip": round(1000 * ours.parent / clips, 3),
             "bare_audio_seconds_per_second": round(clips * seconds / bare.wall, 1),
             "bare_cpu_ms_per_clip": round(1000 * bare.cpu / clips, 3),
             "share_of_bare_decoding": round(bare.wall / ours.wall, 3),
         }
         results.append(row)
         print(
-            f"{f'{kind} {rate} Hz {seconds} s':20}{row['audio_seconds_per_second']:12,.0f}"
-            f"{row['cpu_ms_per_clip']:14.2f}{row['bare_audio_seconds_per_second']:12,.0f}"
-            f"{row['bare_cpu_ms_per_clip']:14.2f}{row['share_of_bare_decoding']:15.1%}"
+            f"{f'{kind} {rate} Hz {seconds} s':20}{row['audio_seconds_per_second']:15,.0f}"
+            f"{row['cpu_ms_per_clip']:15.2f}{row['parent_ms_per_clip']:15.2f}"
+            f"{row['bare_audio_seconds_per_second']:15,.0f}{row['bare_cpu_ms_per_clip']:15.2f}"
+            f"{row['share_of_bare_decoding']:15.1%}"
         )
     finish("pipeline", results)
 

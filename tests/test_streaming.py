@@ -235,8 +235,8 @@ def test_failure_ends_the_stream(direction, failing):
 def test_windows_that_are_not_run_do_not_change_those_that_follow():
     array = noise((1, 4, 200))
     cutter = WindowCutter(PLAN, 1)
-    cutter.push(array[:, :, :100])
-    second = cutter.push(array[:, :, 100:], final=True)
+    assert list(cutter.push(array[:, :, :100]))
+    second = list(cutter.push(array[:, :, 100:], final=True))
     for window, piece in second:
         assert np.array_equal(piece, array[:, :, window.start : window.stop])
     assert [window for window, _ in second] == list(PLAN.over(200))[-len(second) :]

@@ -92,40 +92,38 @@ class WindowCutter:
         self._window = _NO_VALUES
         self._filled = 0
 
-    def push(self, array: Array, *, final: bool = False) -> list[tuple[Window, Array]]:
-        """Take the next piece and return the windows that it completes.
+    def push(self, array: Array, *, final: bool = False) -> Iterator[tuple[Window, Array]]:
+        """Take the next piece and yield the windows that it completes. The iterator must be read to its end.
 
         Args:
             array: `[batch, features, length]`, of any length.
             final: whether the sequence ends with this piece, after a whole latent; the next piece begins a new one.
 
-        Returns:
+        Yields:
             Windows and their inputs, `[batch, features, latents of the window * unit]`.
         """
-        windows: list[tuple[Window, Array]] = []
         size = self._plan.size * self._unit
         while array.shape[-1]:
             if self._filled == size:
-                windows += self._cut(final=False)
+                yield from self._cut(final=False)
             taken = size - self._filled
             self._append(array[:, :, :taken])
             array = array[:, :, taken:]
         if final:
-            windows += self._cut(final=True)
-            self._next, self._filled, self._window = 0, 0, _NO_VALUES
-        return windows
+            yield from self._cut(final=True)
 
     def _cut(self, *, final: bool) -> Iterator[tuple[Window, Array]]:
-        """Yield the window in work, after which the sequence ends or goes on; begin the next with what both share."""
+        """Yield the window in work, after which the sequence ends or goes on; the next begins with what both share."""
         plan, array = self._plan, self._window[:, :, : self._filled]
         known = self._next * plan.step + self._filled // self._unit
         window = plan.next(self._next, known if final else known + 1, final=final)
+        self._filled, self._window = 0, _NO_VALUES
+        self._next = 0 if final else self._next + 1
+        if not final:
+            # Before the window is yielded, because its array may be used again at once.
+            self._append(array[:, :, plan.step * self._unit :])
         if window is not None:
             yield window, array
-        if not final:
-            self._next += 1
-            self._filled, self._window = 0, _NO_VALUES
-            self._append(array[:, :, plan.step * self._unit :])
 
     def _append(self, values: Array) -> None:
         """Copy values to the array of the window in work, and allocate a larger one if they have no room there."""

@@ -61,7 +61,15 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Encode all clips again if the folder holds latents of other settings; delete those of clips that are gone.",
 )
-@click.option("--workers", "readers", default=0, help="Threads that read ahead. [default: one a core, at most 4]")
+@click.option(
+    "--workers", "readers", default=0, help="Number of readers. [default: one a core, at most 4, or 16 with a GPU]"
+)
+@click.option(
+    "--worker-processes/--worker-threads",
+    "reader_processes",
+    default=None,
+    help="Read in processes or in threads. [default: processes with a GPU or more than 4 cores]",
+)
 @click.option(
     "--devices", metavar="all|0,1,...", help="Encode on these GPUs of this machine at once, in one process each."
 )

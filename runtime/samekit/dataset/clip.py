@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from samekit.dataset.file_names import Layout
     from samekit.dataset.loudness import Loudness
     from samekit.dataset.manifest import Status
-    from samekit.dataset.options import CutOptions
+    from samekit.dataset.options import CutOptions, PreEncodeOptions
     from samekit.dataset.sources import Source
     from samekit.engine.spec import EngineSpec
     from samekit.windows import ExactWindows, Window
@@ -71,6 +71,11 @@ class CuttingRules:
     """Windows of the encoder."""
     cut: CutOptions
     layout: Layout = "numbered"
+
+    @property
+    def window_values(self) -> int:
+        """Samples of all channels of the longest window."""
+        return self.spec.channels * self.spec.samples(self.windows.size)
 
     @property
     def limit(self) -> int:
@@ -325,6 +330,17 @@ class ClipReader:
             size, _ = self.source.audio
             return size == 0 or sf.info(os.fsencode(self.source.path)).frames == 0
         return False
+
+
+def open_clip(
+    source: Source,
+    rules: CuttingRules,
+    options: PreEncodeOptions,
+    gain: float,
+    allocate: Callable[[tuple[int, ...]], Array],
+) -> ClipReader:
+    """Return the reader of a clip; for `gain` and `allocate` see `ClipReader`."""
+    return ClipReader(source, rules, options.captions, options.checksum, gain, allocate)
 
 
 def _why_no_audio(path: Path) -> str:

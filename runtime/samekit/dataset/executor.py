@@ -15,13 +15,16 @@ import numpy as np
 
 from samekit.backends.cpu import available_cpus
 from samekit.dataset.pipeline import Outcome, Pipeline
+from samekit.dataset.reader_process import ReaderProcesses, can_start
 from samekit.engine.spec import ENCODER
+from samekit.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from samekit.arrays import Array
     from samekit.batches import Autoencoder
+    from samekit.dataset.options import PreEncodeOptions
     from samekit.dataset.pipeline import Job, Task
     from samekit.engine.spec import EngineSpec
     from samekit.windows import ExactWindows
@@ -65,16 +68,21 @@ class Executor(ABC):
             BackendError: the backend failed.
         """
 
+    def close(self) -> None:  # noqa: B027 most executors hold nothing
+        """End what the executor has started."""
+
 
 class LocalExecutor(Executor):
-    """Encodes in this process. `cores` limits the number of reader threads; by default these are all its cores."""
+    """Encodes in this process. `cores` limits the number of readers; by default these are all its cores."""
 
     def __init__(self, autoencoder: Autoencoder, cores: int | None = None) -> None:
         backend = autoencoder.backend
         place = f"{socket.gethostname()}, {backend.name} on {backend.torch_device}"
         self.facts = ModelFacts(autoencoder.spec, backend.precision, autoencoder.windows(ENCODER), place)
         self._autoencoder = autoencoder
-        self.readers = default_readers(cores or available_cpus())
+        self._cores = cores or available_cpus()
+        self.readers = default_readers(self._cores, backend.device)
+        self._processes: ReaderProcesses | None = None
         self._backend_lock = threading.Lock()
         # Otherwise the first calls would differ in rounding, and a run that continues a killed one in bytes.
         backend.use_packed_weights(ENCODER)
@@ -87,13 +95,38 @@ class LocalExecutor(Executor):
 
         Several threads may call this. They take turns with the backend, and read clips while they wait for it.
         """
-        readers = job.options.readers or self.readers
-        Pipeline(self._autoencoder.backend, self._backend_lock, job, readers, finished).run(tasks)
+        backend = self._autoencoder.backend
+        readers = max(1, min(job.options.readers or self.readers, len(tasks)))
+        processes = None
+        if reads_in_processes(job.options, self._cores, backend.device):
+            if self._processes is None:
+                self._processes = ReaderProcesses(job.rules.window_values)
+            processes = self._processes
+        Pipeline(backend, self._backend_lock, job, readers, processes, finished).run(tasks)
+
+    def close(self) -> None:
+        if self._processes is not None:
+            self._processes.close()
 
 
-def default_readers(cores: int) -> int:
-    """Return the number of reader threads, at most four; more would only wait for the encoder."""
-    return min(4, cores)
+def default_readers(cores: int, device: str) -> int:
+    """Return the number of readers: a few for an encoder on the CPU, where more would only wait for it."""
+    return min(4 if device == "cpu" else 16, cores)
+
+
+def reads_in_processes(options: PreEncodeOptions, cores: int, device: str) -> bool:
+    """Return whether clips are read in processes.
+
+    Threads are as fast on up to four cores, and start at once. With a GPU, this process has no time to spare.
+
+    Raises:
+        InputError: the options ask for processes, which this system cannot start.
+    """
+    if options.reader_processes and not can_start():
+        raise InputError("reader processes need POSIX and a Python command; pass --worker-threads")
+    if options.reader_processes is not None:
+        return options.reader_processes
+    return can_start() and (cores > 4 or device != "cpu")
 
 
 def silence_latents(autoencoder: Autoencoder, latents: int) -> Array:

@@ -164,7 +164,9 @@ class PreEncodeOptions(CutOptions):
     """If the folder holds latents of other settings, encode everything again under the same numbers. Latents of clips
     that are no longer in the dataset are removed."""
     readers: int = 0
-    """Threads that read ahead; 0 uses one per core, at most 4."""
+    """Threads or processes that read ahead; 0 uses one per core, at most 4, or at most 16 with a GPU."""
+    reader_processes: bool | None = None
+    """Read in processes; None does so with a GPU or more than 4 cores."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -172,6 +174,8 @@ class PreEncodeOptions(CutOptions):
         check_whole("readers (--workers)", self.readers, least=0, most=MOST_THREADS)
         for name in ("float16", "checksum", "strict", "reencode"):
             check_flag(name, getattr(self, name))
+        if self.reader_processes is not None:
+            check_flag("reader_processes", self.reader_processes)
         if self.layout not in get_args(Layout):
             raise InputError(f"layout {self.layout!r} is not known; pass {' or '.join(get_args(Layout))}")
         known = isinstance(self.captions, tuple) and set(self.captions) <= set(CAPTION_SOURCES)

@@ -2,8 +2,8 @@
 
     reader threads -> a few windows -> calling thread: batches, encoder -> complete clips -> writer thread
 
-Readers are threads, because libsndfile, matrix products and the encoder release Python's lock. On 2 cores, two threads
-read 1.9 times as fast as one. Two processes read only 1.14 times as fast, because the samples have to be copied.
+Readers are threads, because libsndfile, matrix products and the encoder release Python's lock. That lock limits them
+where there are many cores. Then each thread waits for a process that reads (`reader_process.py`).
 
 A batch consists of windows of one length, from one or several clips, so nothing is padded. Windows of a rare length
 wait for others of that length, but at most `_WAITING_BATCHES` batches of windows wait.
@@ -11,32 +11,34 @@ wait for others of that length, but at most `_WAITING_BATCHES` batches of window
 
 from __future__ import annotations
 
-import math
 import queue
 import threading
 from collections import defaultdict, deque
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from samekit.arrays import as_one_batch
 from samekit.dataset.bad_clip import BadClipError
-from samekit.dataset.clip import ClipReader
+from samekit.dataset.clip import open_clip
 from samekit.dataset.clip_writer import ClipWriter, CompleteClip, groups_of
 from samekit.dataset.loudness import Loudness, latent_rms
+from samekit.dataset.window_arrays import PrivateMemory
 from samekit.errors import BackendError, NonFiniteError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from samekit.arrays import Array
     from samekit.backends.base import Backend
-    from samekit.dataset.clip import Clip, CuttingRules
+    from samekit.dataset.clip import Clip, ClipReader, CuttingRules
     from samekit.dataset.options import PreEncodeOptions
     from samekit.dataset.output import Output
+    from samekit.dataset.reader_process import ReaderProcess, ReaderProcesses, RemoteClip
     from samekit.dataset.sources import Source
     from samekit.files.pairs import Pair
     from samekit.windows import Window
@@ -134,27 +136,6 @@ class _Work:
     """Whether the clip cannot be encoded. Then its other windows are neither read nor encoded."""
 
 
-class _Buffers:
-    """Arrays of windows that are used again, because the operating system clears new memory page by page."""
-
-    def __init__(self, values: int) -> None:
-        self._values = values
-        self._free: list[Array] = []
-
-    def take(self, shape: tuple[int, ...]) -> Array:
-        """Return an array of a shape that has at most `values` values."""
-        try:
-            buffer = self._free.pop()
-        except IndexError:
-            buffer = np.empty(self._values, np.float32)
-        return buffer[: math.prod(shape)].reshape(shape)
-
-    def give_back(self, array: Array) -> None:
-        """Take back an array, or a part of it, that is not used any more."""
-        if array.base is not None:
-            self._free.append(array.base)
-
-
 @dataclass(frozen=True)
 class _Piece:
     """One window of a clip on the way to the encoder."""
@@ -191,6 +172,9 @@ class Pipeline:
     """Held while the backend is used, so that several pipelines can share it."""
     job: Job
     readers: int
+    """Number of threads that read, or wait for a reader process each."""
+    processes: ReaderProcesses | None
+    """Processes that read; None reads in threads."""
     finished: Callable[[Sequence[Outcome]], None]
     """Called in the writer thread with the outcomes of a group of clips, when their files are in the output."""
 
@@ -201,8 +185,8 @@ class Pipeline:
         # Each reader puts None when it ends.
         self._read: queue.Queue[_Piece | _End | _Idle | None] = queue.Queue(self.job.options.batch_size + self.readers)
         self._complete: queue.Queue[CompleteClip | None] = queue.Queue(_WRITES_WAITING)
-        rules = self.job.rules
-        self._buffers = _Buffers(rules.spec.channels * rules.spec.samples(rules.windows.size))
+        # Reader processes that this pipeline has used.
+        self._processes: list[ReaderProcess] = []
 
     def run(self, tasks: Sequence[Task]) -> None:
         """Encode every clip; raises what `Executor.encode` raises."""
@@ -216,6 +200,9 @@ class Pipeline:
                     _start(thread)
                 with self.backend_lock:
                     self._encode()
+            except BaseException as error:
+                self._error = error
+                raise
             finally:
                 self._tasks.close(len(tasks))
                 self._end_threads(readers, writer)
@@ -224,6 +211,9 @@ class Pipeline:
 
     def _end_threads(self, readers: list[threading.Thread], writer: threading.Thread) -> None:
         self._stopped = True
+        if self._error is not None:
+            for process in self._processes:
+                process.kill()
         # This makes room in the queue for readers that wait for it.
         while any(reader.is_alive() for reader in readers):
             with suppress(queue.Empty):
@@ -235,21 +225,34 @@ class Pipeline:
     def _read_clips(self) -> None:
         """Read clips until none is left."""
         try:
-            while not self._stopped:
-                if task := self._tasks.take():
-                    self._read_clip(task)
-                elif self._tasks.may_return:
-                    self._read.put(_Idle())
-                    self._tasks.wait()
-                else:
-                    break
+            with self._opener() as open_reader:
+                while not self._stopped:
+                    if task := self._tasks.take():
+                        reader = open_reader(task.source, self.job.rules, self.job.options, task.loudness.gain)
+                        self._read_clip(task, reader)
+                    elif self._tasks.may_return:
+                        self._read.put(_Idle())
+                        self._tasks.wait()
+                    else:
+                        break
         except BaseException as error:  # noqa: BLE001 it is raised again by `run`
             self._error = self._error or error
         self._read.put(None)
 
-    def _read_clip(self, task: Task) -> None:
-        work, rules, options, gain = _Work(task), self.job.rules, self.job.options, task.loudness.gain
-        reader = ClipReader(task.source, rules, options.captions, options.checksum, gain, self._buffers.take)
+    @contextmanager
+    def _opener(self) -> Iterator[Callable[[Source, CuttingRules, PreEncodeOptions, float], ClipReader | RemoteClip]]:
+        """Yield a function that opens a clip, in this thread or in a process."""
+        if self.processes is None:
+            rules = self.job.rules
+            memory = PrivateMemory(rules.window_values)
+            yield partial(open_clip, allocate=memory.take)
+            return
+        with self.processes.one() as process:
+            self._processes.append(process)
+            yield process.read
+
+    def _read_clip(self, task: Task, reader: ClipReader | RemoteClip) -> None:
+        work = _Work(task)
         pieces, bad = 0, None
         try:
             with closing(iter(reader)) as windows:
@@ -306,7 +309,6 @@ class Pipeline:
             return
         for piece, latents in zip(batch, out, strict=True):
             self._keep(piece, latents)
-            self._buffers.give_back(piece.audio)
 
     def _keep(self, piece: _Piece, latents: Array) -> None:
         """Keep the latents of a window in the dtype of the file."""

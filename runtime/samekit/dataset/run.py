@@ -14,6 +14,7 @@ import os
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -81,6 +82,9 @@ def pre_encode(
         OutputError: the folder cannot be written or is full, or another process is writing into it.
         BackendError: the backend failed.
     """
+    if not isinstance(model, Executor):
+        with closing(LocalExecutor(model.autoencoder)) as executor:
+            return pre_encode(executor, data_dir, output_path, options, progress)
     options = options or PreEncodeOptions()
     folders = [data_dir] if isinstance(data_dir, (str, os.PathLike)) else list(data_dir)
     folders = [expanded_text(folder) for folder in folders]
@@ -91,12 +95,11 @@ def pre_encode(
     if layout == "mirror":
         require_distinct(source.relpath for source in found.sources)
     sources = {source.relpath: source for source in found.sources if shard.contains(source.relpath, layout)}
-    executor = model if isinstance(model, Executor) else LocalExecutor(model.autoencoder)
-    spec = executor.facts.spec
+    spec = model.facts.spec
     settings = Settings(
         model=spec.name,
         model_sha256=spec.source_sha256,
-        precision=executor.facts.precision,
+        precision=model.facts.precision,
         dtype=options.dtype,
         width=spec.latent_width,
         sample_rate=spec.sample_rate,
@@ -106,7 +109,7 @@ def pre_encode(
     output = find_output(output_path)
     with output.locked(shard, folders, layout):
         with Manifest.open(output, shard, settings, sources, reencode=options.reencode) as manifest:
-            run = _Run(executor, options, manifest, output, progress)
+            run = _Run(model, options, manifest, output, progress)
             run.mark_gone(sources)
             run.encode([source for source in sources.values() if run.is_due(source)])
         report = run.report(sources, found)
@@ -195,7 +198,7 @@ class _Run:
 
     def _sorted_by_length(self, due: list[Source]) -> list[Source]:
         """Sort clips by length, so that clips of one length share a batch."""
-        with ThreadPoolExecutor(self.options.readers or default_readers(available_cpus())) as pool:
+        with ThreadPoolExecutor(self.options.readers or default_readers(available_cpus(), "cpu")) as pool:
             lengths = list(pool.map(partial(expected_latents, rules=self._rules), due))
         return [source for _, source in sorted(zip(lengths, due, strict=True), key=lambda pair: pair[0])]
 
