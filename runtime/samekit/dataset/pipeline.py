@@ -5,15 +5,16 @@
 Readers are threads, because libsndfile, matrix products and the encoder release Python's lock. On 2 cores, two threads
 read 1.9 times as fast as one. Two processes read only 1.14 times as fast, because the samples have to be copied.
 
-A batch consists of windows of one length, from one or several clips, so nothing is padded. Windows of a rare length
-wait for others of that length, but at most `_WAITING_BATCHES` batches of windows wait.
+A batch consists of windows of one length, from one or several clips. Windows of a rare length wait for others of that
+length, but at most `_WAITING_BATCHES` batches of windows wait. After that, some backends run windows of several lengths
+as one batch (`Backend.padding`). The last window of a clip can be padded with the zeros that follow the clip anyway.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from samekit.dataset.clip import BadClipError, ClipReader
+from samekit.engine.spec import ENCODER
 from samekit.errors import BackendError, InputError, NonFiniteError
 from samekit.files.latents import LatentsWriter
 
@@ -97,6 +99,8 @@ class _Piece:
     index: int
     window: Window
     audio: Array
+    room: int
+    """Samples to which it can be padded with zeros; the latents of its core stay the same."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,8 @@ class Pipeline:
         self._stopped = False
         # Each reader puts None when it ends.
         self._read: queue.Queue[_Piece | _End | None] = queue.Queue(self.job.options.batch_size + self.readers)
+        # Batches that the backend runs, and the functions that return their latents.
+        self._pending: deque[tuple[list[_Piece], Callable[[], Array]]] = deque()
         self._complete: queue.Queue[_Work | None] = queue.Queue(_WRITES_WAITING)
 
     def run(self, tasks: Sequence[Task]) -> None:
@@ -176,7 +182,10 @@ class Pipeline:
                 for window, audio in windows:
                     if work.failed or self._stopped:
                         return
-                    self._read.put(_Piece(work, pieces, window, audio))
+                    room = (
+                        self.job.rules.room(window, reader.clip.extent) if reader.clip else window.stop - window.start
+                    )
+                    self._read.put(_Piece(work, pieces, window, audio, self.job.rules.spec.samples(room)))
                     pieces += 1
         except BadClipError as error:
             bad = error
@@ -199,17 +208,43 @@ class Pipeline:
                 if len(waiting[length]) >= batch_size:
                     self._encode_batch(waiting.pop(length))
                 elif sum(map(len, waiting.values())) > _WAITING_BATCHES * batch_size:
-                    self._encode_batch(waiting.pop(next(iter(waiting))))
-        for batch in waiting.values():
-            self._encode_batch(batch)
+                    self._encode_batch(self._take_oldest(waiting))
+        while waiting:
+            self._encode_batch(self._take_oldest(waiting))
+        while self._pending:
+            self._fetch_batch()
+
+    def _take_oldest(self, waiting: dict[int, list[_Piece]]) -> list[_Piece]:
+        """Take the windows of the length that has waited longest, and others that can be in one batch with them."""
+        length = next(iter(waiting))
+        batch = waiting.pop(length)
+        most = self.job.rules.spec.samples(self.backend.padding)
+        for other in sorted(waiting, key=lambda other: abs(other - length)):
+            for piece in list(waiting[other]):
+                together = [*batch, piece]
+                longest = max(each.audio.shape[-1] for each in together)
+                fits = all(longest <= min(each.audio.shape[-1] + most, each.room) for each in together)
+                if fits and len(batch) < self.job.options.batch_size:
+                    batch = together
+                    waiting[other].remove(piece)
+            if not waiting[other]:
+                del waiting[other]
+        return batch
 
     def _encode_batch(self, batch: list[_Piece]) -> None:
-        """Encode windows of one length, and keep the latents of their cores."""
+        """Start to encode windows as one batch. Fetch the latents of an earlier batch, unless more can be pending."""
         batch = [piece for piece in batch if not piece.work.failed]
         if not batch or self._error:
             return
+        self._pending.append((batch, self.backend.submit(ENCODER, [piece.audio[None] for piece in batch])))
+        if len(self._pending) >= self.backend.most_pending:
+            self._fetch_batch()
+
+    def _fetch_batch(self) -> None:
+        """Wait for the latents of the oldest pending batch, and keep those of the cores."""
+        batch, fetch = self._pending.popleft()
         try:
-            out = self.backend.encode(np.stack([piece.audio for piece in batch]))
+            out = fetch()
         except NonFiniteError as error:
             if len(batch) > 1:
                 # One window at a time, to find the clip that fails.
