@@ -1,16 +1,28 @@
-"""A fake TensorRT that computes a simple function in host memory and fails in the ways of the real one.
+"""A fake TensorRT and a fake GPU, which compute a simple function in host memory and fail in the ways of the real ones.
+
+TensorRT:
 
 * It reads and writes at the addresses that it was given.
 * It returns False instead of raising an exception.
 * When it refuses a shape, the previous shape stays set.
 * When a launch fails, the output keeps its previous contents.
-* It keeps no object alive that a CUDA graph uses.
+* It keeps no object alive that a CUDA graph or work on a stream uses.
+
+The GPU:
+
+* Work on a stream runs after the work that was enqueued on it before, and after what the stream was told to wait for.
+  Otherwise it runs at any time until somebody waits for it: in a random order that a seed chooses.
+* New memory holds NaN. Freed memory becomes NaN when its stream could reuse it: after the work that was enqueued on the
+  stream of its allocation, and on the streams that PyTorch's `record_stream` was called for.
 """
 
 from __future__ import annotations
 
 import ctypes
+import random
+import threading
 import weakref
+from collections import deque
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -22,6 +34,8 @@ from samekit.engine.spec import INPUT_NAMES, opposite
 
 # Handle of a CUDA stream that is not the default stream, 0, on which TensorRT would synchronise the device.
 STREAM = 7
+# Content of scratch memory that has been freed.
+FREED = 255
 
 
 def floats_at(address, shape):
@@ -53,6 +67,8 @@ class FakeTensorRT:
         self.spec = spec
         self.fails = None
         self.events = []
+        self.faults = []
+        """What the real TensorRT would answer with a crash or wrong values."""
         # Profiles of all contexts; a list of contexts would keep them alive.
         self.profiles = []
 
@@ -152,6 +168,7 @@ class FakeContext:
 
     def set_device_memory(self, address, size):
         assert address or not size
+        self.scratch = address, size
         self.module.events.append(f"{size} bytes of scratch")
 
     def set_tensor_address(self, name, address):
@@ -167,52 +184,179 @@ class FakeContext:
         if FakeContext.captured is not None:
             FakeContext.captured.append(weakref.ref(self))
             return True
-        source, target = (self.addresses[name] for name in self.engine.names)
-        result = computed(self.module.spec, self.engine.direction, floats_at(source, self.shape))
-        floats_at(target, result.shape)[:] = result
+        addresses = [self.addresses[name] for name in self.engine.names]
+        context = weakref.ref(self)
+        work = self.module, self.engine.direction, self.shape, addresses, self.scratch
+        self.module.gpu.engines.enqueue(lambda: compute(context, *work))
         return True
 
 
+def compute(context, module, direction, shape, addresses, scratch):
+    """Do the work of a launch."""
+    source, target = addresses
+    result = computed(module.spec, direction, floats_at(source, shape))
+    address, size = scratch
+    if context() is None:
+        module.faults.append("a context was destroyed before its work was done")
+    if FREED in (ctypes.c_uint8 * size).from_address(address):
+        module.faults.append("scratch memory was reused before the work was done")
+    floats_at(target, result.shape)[:] = result
+
+
+class FakeStream:
+    """A stream of a FakeGpu."""
+
+    cuda_stream = STREAM
+
+    def __init__(self, gpu):
+        self.gpu = gpu
+        self.work = deque()
+        self.enqueued = self.done = 0
+
+    def enqueue(self, work, after=()):
+        """Enqueue work; `after` holds streams, and how much of their work must be done before."""
+        with self.gpu.lock:
+            self.work.append((work, tuple(after)))
+            self.enqueued += 1
+            self.gpu.run_some()
+
+    def wait_stream(self, other):
+        self.enqueue(lambda: None, [(other, other.enqueued)])
+
+    def synchronize(self):
+        self.gpu.run_until(self, self.enqueued)
+
+    def is_ready(self):
+        return bool(self.work) and all(stream.done >= count for stream, count in self.work[0][1])
+
+    def step(self):
+        work, _ = self.work.popleft()
+        work()
+        self.done += 1
+
+
+class Block(np.ndarray):
+    """Memory of a FakeGpu; it is destroyed when no tensor uses it any more."""
+
+
 class FakeGpu:
-    """Host memory in place of a GPU's; records the order of events."""
+    """Host memory in place of a GPU's; records the order of events.
+
+    `module` is the FakeTensorRT that runs on it. `seed` chooses the order of work on different streams.
+    """
 
     capability = (8, 9)
 
-    def __init__(self, events):
-        self.events = events
-        self.scratches = weakref.WeakSet()
+    def __init__(self, module, seed=0):
+        self.module = module
+        module.gpu = self
+        self.events = module.events
+        self.random = random.Random(seed)
+        self.lock = threading.RLock()
+        self.streams = []
+        self.uploads, self.engines, self.downloads, self.callers = (self.stream() for _ in range(4))
+        self.current = self.callers
+        # Memory of the GPU is never given back to the host, because late work may use it.
+        self.memory = {}
+        self.host = weakref.WeakValueDictionary()
+        self.gate = threading.Event()
+        """Cleared: waiting for an event takes until it is set."""
+        self.gate.set()
+
+    def stream(self):
+        self.streams.append(FakeStream(self))
+        return self.streams[-1]
+
+    def run_some(self):
+        """Run some of the work that may run."""
+        while self.random.random() < 0.5 and (ready := [stream for stream in self.streams if stream.is_ready()]):
+            self.random.choice(ready).step()
+
+    def run_until(self, stream, count):
+        """Run work in any order until a stream has done so much."""
+        with self.lock:
+            while stream.done < count:
+                self.random.choice([stream for stream in self.streams if stream.is_ready()]).step()
 
     def contains(self, value):
         return isinstance(value, torch.Tensor)
 
-    def upload(self, array):
-        self.events.append("upload")
-        return torch.from_numpy(array.copy())
-
-    def download(self, tensor):
-        self.events.append("download")
-        return tensor.numpy()
+    def pinned(self, shape):
+        """Allocate memory that is kept until the copies from and to it are done, as PyTorch does."""
+        tensor = torch.full(shape, float("nan"))
+        self.host[tensor.data_ptr()] = tensor
+        return tensor
 
     def empty(self, shape):
-        return torch.full(shape, float("nan"))
+        return self._allocate(np.full(shape, np.nan, np.float32), np.nan)
 
     def scratch(self, size):
-        block = torch.empty(size, dtype=torch.uint8)
-        self.scratches.add(block)
-        return block
+        return self._allocate(np.zeros(size, np.uint8), FREED)
+
+    def _allocate(self, memory, freed):
+        """Return a tensor in memory that holds the value `freed` when all its tensors are gone."""
+        users = [self.current]
+        self.memory[memory.ctypes.data] = memory, users
+        block = memory.view(Block)
+        weakref.finalize(block, self._free, memory, freed, users)
+        return torch.from_numpy(block)
+
+    def _free(self, memory, freed, users):
+        # Each block is freed independently of the others.
+        self.stream().enqueue(lambda: memory.fill(freed), [(stream, stream.enqueued) for stream in users])
+
+    def copy(self, target, source):
+        self.events.append("copy")
+        kept = [tensor for tensor in (target, source) if tensor.data_ptr() in self.host]
+        views = [floats_at(tensor.data_ptr(), tuple(tensor.shape)) for tensor in (target, source)]
+
+        def work():
+            views[0][:] = views[1]
+            kept.clear()
+
+        self.current.enqueue(work)
+
+    def keep_for(self, tensor, stream):
+        _, users = self.memory[tensor.data_ptr()]
+        users.append(stream)
+
+    def event(self):
+        stream, count = self.current, self.current.enqueued
+
+        def synchronize():
+            self.events.append("wait")
+            assert self.gate.wait(60)
+            self.run_until(stream, count)
+
+        return SimpleNamespace(synchronize=synchronize)
+
+    @contextmanager
+    def on(self, stream):
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
 
     @contextmanager
     def ordered(self):
         self.events.append("engine waits")
-        yield STREAM
-        # Memory that is freed before this could be reused while the engine still writes to it.
-        self.events.append("caller waits" + (" with scratch" if self.scratches else ""))
+        self.engines.wait_stream(self.callers)
+        try:
+            with self.on(self.engines):
+                yield
+        finally:
+            self.callers.wait_stream(self.engines)
+            self.events.append("caller waits")
+            # The caller may use its tensors at once, in host memory.
+            self.callers.synchronize()
 
     def capture(self, launch):
+        assert self.current is self.engines
         self.events.append("capture")
         FakeContext.captured = captured = []
         try:
-            launch(STREAM)
+            launch()
         finally:
             FakeContext.captured = None
 

@@ -101,6 +101,18 @@ class TestContract:
         assert not np.shares_memory(first, second)
         assert not np.shares_memory(first, array)
 
+    def test_pieces_run_as_one_batch(self, backend, direction):
+        """Shorter pieces are padded with zeros; a second result may be pending."""
+        pieces = [
+            example_input(backend.spec, direction, rows, latents, seed=rows) for rows, latents in ((1, 3), (2, 5))
+        ]
+        longest = pieces[1].shape[2]
+        first = np.pad(pieces[0], [(0, 0), (0, 0), (0, longest - pieces[0].shape[2])])
+        fetches = [backend.submit(direction, pieces) for _ in range(backend.most_pending)]
+        expected = run_direction(backend, direction, np.concatenate([first, pieces[1]]))
+        for fetch in fetches:
+            assert_close(expected, fetch(), 120)
+
     def test_input_is_left_alone(self, backend, direction):
         array = example_input(backend.spec, direction, 1, 3, seed=0)
         kept = array.copy()

@@ -76,7 +76,7 @@ def open_fake_tensorrt(engine, options):
 
     module = FakeTensorRT(engine.spec)
     (folder,) = build_folders(engine)
-    return TensorRTBackend(engine.spec, Build.load(folder), module, FakeGpu(module.events), options)
+    return TensorRTBackend(engine.spec, Build.load(folder), module, FakeGpu(module), options)
 """
 ENTRY_POINTS = "[samekit.backends]\nsums = sums_backend:Sums\nfake-tensorrt = sums_backend:open_fake_tensorrt\n"
 

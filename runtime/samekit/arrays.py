@@ -11,6 +11,8 @@ import numpy as np
 from samekit.errors import InputError, first_line
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy.typing as npt
 
     Array = npt.NDArray[np.float32]
@@ -140,11 +142,35 @@ def _scaling(dtype: np.dtype[Any]) -> str:
     return f"convert it to float32, subtract {full_scale}, then divide by it"
 
 
-def as_one_batch(pieces: list[Any]) -> Any:
-    """Concatenate batches of the same kind; a single batch is returned as it is."""
+def as_one_batch(pieces: Sequence[Any]) -> Any:
+    """Concatenate batches of the same kind; a single batch is returned as it is.
+
+    Arrays `[batch, features, length]` may differ in length: the shorter ones are padded with zeros at the end.
+    """
     if len(pieces) == 1:
         return pieces[0]
-    return sys.modules["torch"].cat(pieces) if is_tensor(pieces[0]) else np.concatenate(pieces)
+    if is_tensor(pieces[0]):
+        return sys.modules["torch"].cat(pieces)
+    if len({piece.shape[-1] for piece in pieces}) == 1:
+        return np.concatenate(pieces)
+    batch = np.empty(batch_shape(pieces), np.float32)
+    fill_batch(batch, pieces)
+    return batch
+
+
+def batch_shape(pieces: Sequence[Array]) -> tuple[int, ...]:
+    """Return the shape of several batches as one, with the longest length."""
+    return sum(len(piece) for piece in pieces), *pieces[0].shape[1:-1], max(piece.shape[-1] for piece in pieces)
+
+
+def fill_batch(batch: Array, pieces: Sequence[Array]) -> None:
+    """Write batches one after another to an array of their `batch_shape`; write zeros after the shorter ones."""
+    row = 0
+    for piece in pieces:
+        rows = batch[row : row + len(piece)]
+        rows[..., : piece.shape[-1]] = piece
+        rows[..., piece.shape[-1] :] = 0
+        row += len(piece)
 
 
 def to_kind_of(array: Array, example: Any, torch_device: str) -> Any:

@@ -5,11 +5,12 @@ Arrays, files and streams all go through `run_windows`, so they give the same nu
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from samekit.arrays import LATENTS, as_clip, as_one_batch, is_tensor, to_float32
+from samekit.arrays import LATENTS, as_clip, to_float32
 from samekit.audio import StreamResampler, to_channels
 from samekit.engine.spec import DECODER, ENCODER, Direction, opposite
 from samekit.errors import BackendError, InputError
@@ -44,23 +45,36 @@ def run_windows(backend: Backend, direction: Direction, pieces: Iterable[tuple[W
     Yields:
         `[batch, features of the output, length of the core]`, of the kind of the input.
     """
-    together: list[tuple[Window, Array]] = []
+    pending: deque[tuple[list[Window], Callable[[], Any]]] = deque()
+    for windows, inputs in _batches(pieces, backend.window_batch):
+        pending.append((windows, backend.submit(direction, inputs)))
+        # While the backend runs the last batch, the caller gets the one before it, and cuts the next windows.
+        if len(pending) >= backend.most_pending:
+            yield from _kept(backend, direction, *pending.popleft())
+    while pending:
+        yield from _kept(backend, direction, *pending.popleft())
+
+
+def _batches(pieces: Iterable[tuple[Window, Array]], window_batch: int) -> Iterator[tuple[list[Window], list[Array]]]:
+    """Yield windows of one shape, with their inputs, that run as one batch."""
+    windows: list[Window] = []
+    inputs: list[Array] = []
     for window, piece in pieces:
-        is_full = len(together) * piece.shape[0] >= backend.window_batch
-        if together and (is_full or together[0][1].shape != piece.shape):
-            yield from _run_together(backend, direction, together)
-            together = []
-        together.append((window, piece))
-    if together:
-        yield from _run_together(backend, direction, together)
+        is_full = len(inputs) * piece.shape[0] >= window_batch
+        if inputs and (is_full or inputs[0].shape != piece.shape):
+            yield windows, inputs
+            windows, inputs = [], []
+        windows.append(window)
+        inputs.append(piece)
+    if inputs:
+        yield windows, inputs
 
 
-def _run_together(backend: Backend, direction: Direction, pieces: list[tuple[Window, Array]]) -> Iterator[Array]:
-    """Run windows of one shape as one batch."""
-    batch: Any = as_one_batch([piece for _, piece in pieces])
-    output = (backend.run_tensor if is_tensor(batch) else backend.run)(direction, batch)
+def _kept(backend: Backend, direction: Direction, windows: list[Window], fetch: Callable[[], Any]) -> Iterator[Array]:
+    """Wait for the outputs of a batch of windows, and yield the part of each that is kept."""
+    output = fetch()
     _, unit = backend.spec.layout(opposite(direction))
-    for (window, _), rows in zip(pieces, output.reshape(len(pieces), -1, *output.shape[1:]), strict=True):
+    for window, rows in zip(windows, output.reshape(len(windows), -1, *output.shape[1:]), strict=True):
         yield rows[:, :, window.core.start * unit : window.core.stop * unit]
 
 

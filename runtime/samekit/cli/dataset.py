@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 @click.option("--model", default="same-l", show_default=True, help="A name, an engine folder or a checkpoint folder.")
 @click.option("--data_dir", "--data-dir", multiple=True, help="Folder with audio files and captions; repeatable.")
 @click.option("--output_path", "--output-path", help="Folder (or URL) for the latents.")
-@click.option(
-    "--batch_size", "--batch-size", default=1, show_default=True, help="Windows encoded at once; none is padded."
-)
+@click.option("--batch_size", "--batch-size", default=1, show_default=True, help="Windows encoded at once.")
 @click.option("--sample_size", "--sample-size", default=12582912, show_default=True, help="Samples a clip is cut to.")
 @click.option("--model_half", "--model-half", "float16", is_flag=True, help="Encode in fp16 and write float16.")
 @click.option("--pad", is_flag=True, help="Pad every clip to --sample_size.")

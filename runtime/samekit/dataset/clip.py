@@ -96,6 +96,19 @@ class CuttingRules:
             return Extent(latents, computed, sequence)
         return Extent(latents, min(computed, self.limit), min(sequence, self.limit))
 
+    def room(self, window: Window, extent: Extent) -> int:
+        """Return how many latents a window can have at most if zeros are appended to its audio.
+
+        Behind the sequence of a clip, the reference encodes zeros up to `sample_size`; behind a clip that is kept whole
+        (`full`) there is no limit. Where the sequence ends earlier, its last latents are not kept, so more zeros do not
+        change the others. Other windows than the last one cannot be padded.
+        """
+        if window.stop != extent.sequence:
+            return window.stop - window.start
+        unlimited = self.cut.full and not (self.cut.pad and extent.latents <= self.limit)
+        end = math.inf if unlimited else self.limit
+        return int(min(self.windows.size, end - window.start))
+
     def _aligned(self, latents: int) -> int:
         """Return the next length at which an aligned window can end."""
         return self.spec.alignment * math.ceil(latents / self.spec.alignment)

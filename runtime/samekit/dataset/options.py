@@ -147,7 +147,7 @@ class PreEncodeOptions(CutOptions):
     """How to encode a dataset."""
 
     batch_size: int = 1
-    """Windows that are encoded at once; no clip is padded for it."""
+    """Windows that are encoded at once. The latents are the same, except for rounding errors."""
     float16: bool = False
     """Write float16 files. The precision of the model is chosen when the model is opened."""
     captions: tuple[str, ...] = ("json", "txt")

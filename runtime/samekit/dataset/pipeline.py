@@ -5,8 +5,9 @@
 Readers are threads, because libsndfile, matrix products and the encoder release Python's lock. That lock limits them
 where there are many cores. Then each thread waits for a process that reads (`reader_process.py`).
 
-A batch consists of windows of one length, from one or several clips, so nothing is padded. Windows of a rare length
-wait for others of that length, but at most `_WAITING_BATCHES` batches of windows wait.
+A batch consists of windows of one length, from one or several clips. Windows of a rare length wait for others of that
+length, but at most `_WAITING_BATCHES` batches of windows wait. After that, some backends run windows of several lengths
+as one batch (`Backend.padding`). The last window of a clip can be padded with the zeros that follow the clip anyway.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from samekit.arrays import as_one_batch
 from samekit.dataset.bad_clip import BadClipError
 from samekit.dataset.clip import open_clip
 from samekit.dataset.clip_writer import ClipWriter, CompleteClip, groups_of
 from samekit.dataset.loudness import Loudness, latent_rms
 from samekit.dataset.window_arrays import PrivateMemory
+from samekit.engine.spec import ENCODER
 from samekit.errors import BackendError, NonFiniteError
 
 if TYPE_CHECKING:
@@ -144,6 +145,8 @@ class _Piece:
     index: int
     window: Window
     audio: Array
+    room: int
+    """Samples to which it can be padded with zeros; the latents of its core stay the same."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,8 @@ class Pipeline:
         self._stopped = False
         # Each reader puts None when it ends.
         self._read: queue.Queue[_Piece | _End | _Idle | None] = queue.Queue(self.job.options.batch_size + self.readers)
+        # Batches that the backend runs, and the functions that return their latents.
+        self._pending: deque[tuple[list[_Piece], Callable[[], Array]]] = deque()
         self._complete: queue.Queue[CompleteClip | None] = queue.Queue(_WRITES_WAITING)
         # Reader processes that this pipeline has used.
         self._processes: list[ReaderProcess] = []
@@ -259,7 +264,10 @@ class Pipeline:
                 for window, audio in windows:
                     if work.failed or self._stopped:
                         return
-                    self._read.put(_Piece(work, pieces, window, audio))
+                    room = (
+                        self.job.rules.room(window, reader.clip.extent) if reader.clip else window.stop - window.start
+                    )
+                    self._read.put(_Piece(work, pieces, window, audio, self.job.rules.spec.samples(room)))
                     pieces += 1
         except BadClipError as error:
             bad = error
@@ -284,21 +292,47 @@ class Pipeline:
                 if len(waiting[length]) >= batch_size:
                     self._encode_batch(waiting.pop(length))
                 elif sum(map(len, waiting.values())) > _WAITING_BATCHES * batch_size:
-                    self._encode_batch(waiting.pop(next(iter(waiting))))
+                    self._encode_batch(self._take_oldest(waiting))
         self._encode_all(waiting)
 
     def _encode_all(self, waiting: dict[int, list[_Piece]]) -> None:
-        """Encode batches that are not full."""
+        """Encode batches that are not full, and wait for all latents."""
         while waiting:
-            self._encode_batch(waiting.pop(next(iter(waiting))))
+            self._encode_batch(self._take_oldest(waiting))
+        while self._pending:
+            self._fetch_batch()
+
+    def _take_oldest(self, waiting: dict[int, list[_Piece]]) -> list[_Piece]:
+        """Take the windows of the length that has waited longest, and others that can be in one batch with them."""
+        length = next(iter(waiting))
+        batch = waiting.pop(length)
+        most = self.job.rules.spec.samples(self.backend.padding)
+        for other in sorted(waiting, key=lambda other: abs(other - length)):
+            for piece in list(waiting[other]):
+                together = [*batch, piece]
+                longest = max(each.audio.shape[-1] for each in together)
+                fits = all(longest <= min(each.audio.shape[-1] + most, each.room) for each in together)
+                if fits and len(batch) < self.job.options.batch_size:
+                    batch = together
+                    waiting[other].remove(piece)
+            if not waiting[other]:
+                del waiting[other]
+        return batch
 
     def _encode_batch(self, batch: list[_Piece]) -> None:
-        """Encode windows of one length, and keep the latents of their cores."""
+        """Start to encode windows as one batch. Fetch the latents of an earlier batch, unless more can be pending."""
         batch = [piece for piece in batch if not piece.work.failed]
         if not batch or self._error:
             return
+        self._pending.append((batch, self.backend.submit(ENCODER, [piece.audio[None] for piece in batch])))
+        if len(self._pending) >= self.backend.most_pending:
+            self._fetch_batch()
+
+    def _fetch_batch(self) -> None:
+        """Wait for the latents of the oldest pending batch, and keep those of the cores."""
+        batch, fetch = self._pending.popleft()
         try:
-            out = self.backend.encode(as_one_batch([piece.audio[None] for piece in batch]))
+            out = fetch()
         except NonFiniteError as error:
             if len(batch) > 1:
                 # One window at a time, to find the clip that fails.

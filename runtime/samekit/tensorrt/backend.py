@@ -2,7 +2,9 @@
 
 Mistakes with TensorRT often go unnoticed. These rules prevent them:
 
-* Work on streams is ordered: an engine's own stream waits for the caller's, and the caller's for it (`Gpu.ordered`).
+* Work on streams is ordered. The engines' stream waits for uploads, and downloads wait for it (`_submit`). For tensors,
+  it waits for the caller's stream, and the caller's for it (`Gpu.ordered`).
+* Memory that one stream allocates and another one uses is not reused too early (`Gpu.keep_for`).
 * The result of every call that reports success is checked (`_must`); a failed launch leaves the old output in place.
 * A shape that no profile accepts is refused before anything runs (`split`). The output shape that TensorRT infers must
   equal the expected one.
@@ -18,7 +20,7 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from samekit.arrays import as_one_batch
+from samekit.arrays import fill_batch
 from samekit.backends.base import Backend, BackendOptions, keep_for_ever
 from samekit.engine.builds import build_folders, choose_build
 from samekit.engine.fingerprint import NARROW
@@ -29,6 +31,8 @@ from samekit.tensorrt.gpu import Gpu, pytorch_errors
 from samekit.tensorrt.runner import EngineRunner, Piece, split
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from samekit.arrays import Array
     from samekit.engine.builds import Build
     from samekit.engine.folder import Engine
@@ -42,6 +46,8 @@ class TensorRTBackend(Backend):
     device = "cuda"
     # Longer windows would need the wide profile, which accepts no batches.
     longest_window = NARROW.latents[2]
+    # The GPU runs one batch while the next one is cut and uploaded, and the last one is downloaded.
+    most_pending = 2
 
     def __init__(self, spec: EngineSpec, build: Build, module: Any, gpu: Gpu, options: BackendOptions) -> None:
         super().__init__(spec, build.fingerprint.precision, options.window_batch)
@@ -61,14 +67,54 @@ class TensorRTBackend(Backend):
         if direction not in self._runners:
             data = self._build.read(direction)
             origin = str(self._build.folder / self._build.engines[direction].file)
-            self._runners[direction] = EngineRunner(self._module, data, origin, self._gpu, cuda_graph=self._cuda_graph)
+            with self._gpu.on(self._gpu.engines):
+                self._runners[direction] = EngineRunner(
+                    self._module, data, origin, self._gpu, cuda_graph=self._cuda_graph
+                )
         return self._runners[direction]
 
     def _run(self, direction: Direction, array: Array) -> Array:
+        return self._submit(direction, [array], array.shape)()
+
+    def _submit(self, direction: Direction, pieces: Sequence[Array], shape: tuple[int, ...]) -> Callable[[], Array]:
+        """Enqueue upload, run and download of a batch. The lock is held only while work is enqueued."""
         # Shapes are refused before anything is copied.
-        self._split(direction, array.shape)
-        with pytorch_errors(array.shape):
-            return self._gpu.download(self._run_tensor(direction, self._gpu.upload(array)))
+        latents, parts = self._split(direction, shape)
+        output_shape = self.spec.input_shape(opposite(direction), shape[0], latents)
+        gpu = self._gpu
+        with pytorch_errors(shape):
+            staged, result = gpu.pinned(shape), gpu.pinned(output_shape)
+            fill_batch(staged.numpy(), pieces)
+            with self._busy:
+                runner = self._runner(direction)
+                with gpu.on(gpu.uploads):
+                    source = gpu.empty(shape)
+                    gpu.keep_for(source, gpu.engines)
+                    gpu.copy(source, staged)
+                with gpu.on(gpu.engines):
+                    gpu.engines.wait_stream(gpu.uploads)
+                    output = gpu.empty(output_shape)
+                    gpu.keep_for(output, gpu.downloads)
+                    self._enqueue(runner, parts, source, output)
+                with gpu.on(gpu.downloads):
+                    gpu.downloads.wait_stream(gpu.engines)
+                    gpu.copy(result, output)
+                    done = gpu.event()
+
+        def fetch() -> Array:
+            with pytorch_errors(shape):
+                done.synchronize()
+            # A copy, because pinned memory is scarce.
+            array: Array = result.numpy().copy()
+            return array
+
+        return fetch
+
+    @staticmethod
+    def _enqueue(runner: EngineRunner, parts: list[Piece], source: Any, output: Any) -> None:
+        """Run a batch in the parts that the profiles accept."""
+        for part in parts:
+            runner.run(part.profile, source[part.rows], output[part.rows])
 
     def accepts(self, value: Any) -> bool:
         """Return whether a value is a float32 tensor on this GPU, whose memory holds its values as they are."""
@@ -77,16 +123,15 @@ class TensorRTBackend(Backend):
         return (str(value.dtype), str(value.layout)) == ("torch.float32", "torch.strided")
 
     def _run_tensor(self, direction: Direction, tensor: Any) -> Any:
-        latents, pieces = self._split(direction, tensor.shape)
-        outputs = []
+        latents, parts = self._split(direction, tensor.shape)
         with self._busy, pytorch_errors(tensor.shape):
-            tensor = tensor.detach().contiguous()
             runner = self._runner(direction)
-            for piece in pieces:
-                rows = tensor[piece.rows]
-                shape = self.spec.input_shape(opposite(direction), rows.shape[0], latents)
-                outputs.append(runner.run(piece.profile, rows, shape))
-            return as_one_batch(outputs)
+            # On the caller's stream, because the output is the caller's.
+            tensor = tensor.detach().contiguous()
+            output = self._gpu.empty(self.spec.input_shape(opposite(direction), tensor.shape[0], latents))
+            with self._gpu.ordered():
+                self._enqueue(runner, parts, tensor, output)
+            return output
 
     def _split(self, direction: Direction, shape: Any) -> tuple[int, list[Piece]]:
         """Return the latents of an input of this shape, and the pieces in which it runs."""
@@ -105,6 +150,8 @@ class TensorRTBackend(Backend):
         """Free the engines and their memory."""
         with self._busy:
             super().close()
+            for runner in self._runners.values():
+                runner.close()
             self._runners.clear()
 
 

@@ -12,8 +12,6 @@ from samekit.packages import import_package
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from samekit.arrays import Array
-
 
 @contextmanager
 def pytorch_errors(shape: Sequence[int]) -> Iterator[None]:
@@ -42,8 +40,9 @@ class Gpu:
             )
         self._torch = torch
         self._device = torch.device("cuda", device_id)
-        # TensorRT synchronises the whole device when it runs on the default stream.
-        self._stream = torch.cuda.Stream(self._device)
+        # Copies run on streams of their own, so that they overlap with the engines. TensorRT synchronises the whole
+        # device when it runs on the default stream.
+        self.uploads, self.engines, self.downloads = (torch.cuda.Stream(self._device) for _ in range(3))
 
     @property
     def capability(self) -> tuple[int, int]:
@@ -55,51 +54,71 @@ class Gpu:
         """Return whether a value is a tensor in this device's memory."""
         return isinstance(value, self._torch.Tensor) and value.device == self._device
 
-    def upload(self, array: Array) -> Any:
-        """Copy an array to device memory."""
-        # `from_numpy` warns of arrays that are read-only.
-        return self._torch.tensor(array, device=self._device)
+    def pinned(self, shape: tuple[int, ...]) -> Any:
+        """Allocate float32 host memory that copies can use while other work runs.
 
-    def download(self, tensor: Any) -> Array:
-        """Copy a tensor to host memory; waits for all work that writes it."""
-        array: Array = tensor.cpu().numpy()
-        return array
+        PyTorch keeps freed blocks for later calls. It does not hand one out again before the copies from and to it that
+        were already enqueued are done.
+        """
+        # Without the device, PyTorch would use memory on the first GPU too.
+        with self._torch.cuda.device(self._device):
+            return self._torch.empty(shape, dtype=self._torch.float32, pin_memory=True)
 
     def empty(self, shape: tuple[int, ...]) -> Any:
-        """Allocate float32 memory."""
+        """Allocate float32 memory on the current stream."""
         return self._torch.empty(shape, dtype=self._torch.float32, device=self._device)
 
+    def copy(self, target: Any, source: Any) -> None:
+        """Enqueue a copy on the current stream."""
+        target.copy_(source, non_blocking=True)
+
+    def keep_for(self, tensor: Any, stream: Any) -> None:
+        """Keep the memory of a freed tensor from being reused before the work that was enqueued on a stream is done.
+
+        PyTorch by itself waits only for the stream on which the memory was allocated.
+        """
+        tensor.record_stream(stream)
+
+    def event(self) -> Any:
+        """Return an event after all work of the current stream; `synchronize()` waits for it without using the CPU."""
+        event = self._torch.cuda.Event(blocking=True)
+        event.record()
+        return event
+
     def scratch(self, size: int) -> Any:
-        """Allocate bytes. PyTorch aligns them to 512, which TensorRT needs."""
+        """Allocate bytes on the current stream. PyTorch aligns them to 512, which TensorRT needs."""
         return self._torch.empty(size, dtype=self._torch.uint8, device=self._device)
 
     @contextmanager
-    def ordered(self) -> Iterator[int]:
-        """Yield the handle of a stream whose work follows the caller's earlier work and precedes its later work.
+    def on(self, stream: Any) -> Iterator[None]:
+        """Make a stream the current one."""
+        with self._torch.cuda.device(self._device), self._torch.cuda.stream(stream):
+            yield
 
-        All callers share this stream, and it is PyTorch's current stream in the `with` block. So memory that the
-        caller's stream wrote may be read, and callers with different streams do not overlap. PyTorch reuses freed
-        memory on the stream on which it was allocated, so none is handed out too early.
+    @contextmanager
+    def ordered(self) -> Iterator[None]:
+        """Make `engines` the current stream; its work follows the caller's earlier work and precedes its later work.
+
+        All callers share this stream. So memory that the caller's stream wrote may be read, and callers with different
+        streams do not overlap.
         """
-        torch = self._torch
-        with torch.cuda.device(self._device):
-            callers = torch.cuda.current_stream()
-            self._stream.wait_stream(callers)
+        with self._torch.cuda.device(self._device):
+            callers = self._torch.cuda.current_stream()
+            self.engines.wait_stream(callers)
             try:
-                with torch.cuda.stream(self._stream):
-                    yield self._stream.cuda_stream
+                with self.on(self.engines):
+                    yield
             finally:
-                callers.wait_stream(self._stream)
+                callers.wait_stream(self.engines)
 
-    def capture(self, launch: Callable[[int], None]) -> Callable[[], None]:
-        """Record the work that `launch(stream)` enqueues as a CUDA graph.
+    def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
+        """Record the work that `launch()` enqueues on `engines` as a CUDA graph.
 
         The returned function enqueues this work on the current stream.
         """
-        torch = self._torch
-        with torch.cuda.device(self._device):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self._stream):
-                launch(self._stream.cuda_stream)
+        graph = self._torch.cuda.CUDAGraph()
+        # The default mode fails if another thread allocates memory meanwhile.
+        with self._torch.cuda.graph(graph, stream=self.engines, capture_error_mode="thread_local"):
+            launch()
         replay: Callable[[], None] = graph.replay
         return replay

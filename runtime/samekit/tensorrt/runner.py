@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from samekit.engine.fingerprint import PROFILES
 from samekit.errors import BackendError, InputError, StaleEngineError
@@ -42,6 +43,10 @@ def _must(done: object, what: str) -> None:
         raise BackendError(f"TensorRT could not {what}; see its messages in the log, or use backend onnxruntime")
 
 
+# CUDA graphs that an engine keeps. A dataset mostly has one shape; the memory of each stays allocated.
+_MOST_RECORDINGS: Final = 4
+
+
 class _Recording(NamedTuple):
     """A CUDA graph for one shape."""
 
@@ -55,8 +60,17 @@ class _Recording(NamedTuple):
 class EngineRunner:
     """One deserialised engine, with an execution context for each profile that is in use.
 
-    With `cuda_graph`, a shape that repeats is recorded as a CUDA graph. `origin` is the engine's path, for messages.
-    Raise StaleEngineError if this version of TensorRT cannot load the engine.
+    All its work is enqueued on `gpu.engines`, which must be the current stream.
+
+    Args:
+        module: the module of TensorRT.
+        data: the engine.
+        origin: its path, for messages.
+        gpu: the device.
+        cuda_graph: whether a shape that repeats is recorded as a CUDA graph.
+
+    Raises:
+        StaleEngineError: this version of TensorRT cannot load the engine.
     """
 
     def __init__(self, module: Any, data: bytes, origin: str, gpu: Gpu, *, cuda_graph: bool) -> None:
@@ -65,8 +79,7 @@ class EngineRunner:
         self._cuda_graph = cuda_graph
         self._logger = make_logger(module, _log)
         self._runtime = module.Runtime(self._logger)
-        with gpu.ordered():
-            self._engine = self._runtime.deserialize_cuda_engine(data)
+        self._engine = self._runtime.deserialize_cuda_engine(data)
         if self._engine is None:
             raise StaleEngineError(
                 f"{origin}: {module.__name__} {module.__version__} cannot load it, see its messages in the log; "
@@ -77,26 +90,48 @@ class EngineRunner:
         self._input = modes[module.TensorIOMode.INPUT]
         self._output = modes[module.TensorIOMode.OUTPUT]
         self._contexts: dict[int, Any] = {}
-        self._last_shape: tuple[int, ...] | None = None
-        self._recording: _Recording | None = None
+        # The shapes of the last calls, the latest one last. None: it has been run once, without a graph.
+        self._recordings: OrderedDict[tuple[int, ...], _Recording | None] = OrderedDict()
 
-    def run(self, profile: int, tensor: Any, shape: tuple[int, ...]) -> Any:
-        """Run a contiguous float32 tensor in device memory with one of `PROFILES`; `shape` is that of the output.
+    def run(self, profile: int, tensor: Any, output: Any) -> None:
+        """Enqueue a run with one of `PROFILES`, between contiguous float32 tensors in device memory.
 
-        Return new device memory, ready for the caller's stream. Raise BackendError if TensorRT fails.
+        Raises:
+            BackendError: TensorRT fails.
         """
-        if self._cuda_graph and tuple(tensor.shape) == self._last_shape:
-            return self._replayed(profile, tensor, shape)
-        self._last_shape = tuple(tensor.shape)
-        if profile not in self._contexts:
-            self._contexts[profile], _ = self._new_context(profile)
-        output = self._gpu.empty(shape)
-        with self._gpu.ordered() as stream:
-            scratch = self._bind(self._contexts[profile], profile, tensor, output)
-            self._launch(self._contexts[profile], stream)
-        # Freed only now, when the caller's stream waits for the launch.
-        del scratch
-        return output
+        shape = tuple(tensor.shape)
+        if self._cuda_graph and shape in self._recordings:
+            recording = self._recordings[shape] or self._record(profile, tensor, output)
+            self._recordings[shape] = recording
+            self._gpu.copy(recording.input, tensor)
+            recording.replay()
+            self._gpu.copy(output, recording.output)
+        else:
+            if profile not in self._contexts:
+                self._contexts[profile], _ = self._new_context(profile)
+            # PyTorch reuses the scratch memory on this stream only, so after this run.
+            _scratch = self._bind(self._contexts[profile], profile, tensor, output)
+            self._launch(self._contexts[profile])
+            if self._cuda_graph:
+                self._recordings[shape] = None
+        if self._cuda_graph:
+            self._recordings.move_to_end(shape)
+            self._drop_recordings(_MOST_RECORDINGS)
+
+    def close(self) -> None:
+        """Wait for the work of the engine, and free it."""
+        # TensorRT must not destroy a context that is in use.
+        self._gpu.engines.synchronize()
+        self._recordings.clear()
+        self._contexts.clear()
+
+    def _drop_recordings(self, most: int) -> None:
+        """Drop the shapes that were used least recently."""
+        while len(self._recordings) > most:
+            _, recording = self._recordings.popitem(last=False)
+            if recording:
+                # Its work may still run.
+                self._gpu.engines.synchronize()
 
     def _new_context(self, profile: int, *, records: bool = False) -> tuple[Any, Any]:
         """Create an execution context that allocates no memory; return it and its configuration.
@@ -105,14 +140,14 @@ class EngineRunner:
         compiles kernels late, record CUDA graphs by itself.
         """
         config = self._module.ExecutionContextAllocationStrategy.USER_MANAGED
-        with self._gpu.ordered() as stream:
-            if records:
-                strategy, config = config, self._engine.create_runtime_config()
-                config.set_execution_context_allocation_strategy(strategy)
-                config.cuda_graph_strategy = self._module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            context = self._engine.create_execution_context(config)
-            _must(context is not None, "create an execution context")
-            _must(context.set_optimization_profile_async(profile, stream), f"select profile {profile}")
+        if records:
+            strategy, config = config, self._engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
+            config.cuda_graph_strategy = self._module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        context = self._engine.create_execution_context(config)
+        _must(context is not None, "create an execution context")
+        stream = self._gpu.engines.cuda_stream
+        _must(context.set_optimization_profile_async(profile, stream), f"select profile {profile}")
         return context, config
 
     def _bind(self, context: Any, profile: int, tensor: Any, output: Any) -> Any:
@@ -131,37 +166,24 @@ class EngineRunner:
         _must(context.set_tensor_address(self._output, output.data_ptr()), "bind the output")
         return scratch
 
-    def _launch(self, context: Any, stream: int) -> None:
-        _must(context.execute_async_v3(stream), "launch the engine")
+    def _launch(self, context: Any) -> None:
+        _must(context.execute_async_v3(self._gpu.engines.cuda_stream), "launch the engine")
 
-    def _replayed(self, profile: int, tensor: Any, shape: tuple[int, ...]) -> Any:
-        """Run the shape of the last call as a CUDA graph."""
-        if self._recording is None or self._recording.input.shape != tensor.shape:
-            self._recording = None
-            self._recording = self._record(profile, tensor, shape)
-        output = self._gpu.empty(shape)
-        with self._gpu.ordered():
-            self._recording.input.copy_(tensor)
-            self._recording.replay()
-            output.copy_(self._recording.output)
-        return output
-
-    def _record(self, profile: int, tensor: Any, shape: tuple[int, ...]) -> _Recording:
-        """Record a shape, in a context that will not be given another."""
+    def _record(self, profile: int, tensor: Any, output: Any) -> _Recording:
+        """Record the shapes of these tensors, in a context that will not be given others."""
         by_itself = hasattr(self._module, "CudaGraphStrategy")
         context, config = self._new_context(profile, records=by_itself)
-        with self._gpu.ordered() as stream:
-            source, output = tensor.clone(), self._gpu.empty(shape)
-            scratch = self._bind(context, profile, source, output)
-            # The first launch after a change of shape does more than a graph may contain.
-            self._launch(context, stream)
+        source, target = self._gpu.empty(tuple(tensor.shape)), self._gpu.empty(tuple(output.shape))
+        self._gpu.copy(source, tensor)
+        scratch = self._bind(context, profile, source, target)
+        # The first launch after a change of shape does more than a graph may contain.
+        self._launch(context)
 
         def launch() -> None:
-            with self._gpu.ordered() as stream:
-                self._launch(context, stream)
+            self._launch(context)
 
-        replay = launch if by_itself else self._gpu.capture(lambda stream: self._launch(context, stream))
-        return _Recording(source, output, replay, used=(scratch, context, config))
+        replay = launch if by_itself else self._gpu.capture(launch)
+        return _Recording(source, target, replay, used=(scratch, context, config))
 
 
 def _log(severity: str, message: str) -> None:
