@@ -285,7 +285,12 @@ def prose_of(name):
 
 def test_options_exist():
     """Every `--option` belongs to a command of samekit or to another program that the documents name."""
-    options = {option for name in command_names() for each in command_named(name).params for option in each.opts}
+    options = {
+        option
+        for name in command_names()
+        for each in command_named(name).params
+        for option in (*each.opts, *each.secondary_opts)
+    }
     others = {"--encoded_dir", "--cpuset-cpus", "--cpus", "--gpus", "--help"}
     for name in DOCUMENTS:
         assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", prose_of(name))) <= options | others, name

@@ -51,6 +51,7 @@ def as_trainers_read(folder):
             continue
         latents = np.load(path, allow_pickle=False)
         assert latents.dtype == np.dtype("<f4")
+        assert latents.flags.c_contiguous
         info = json.loads(path.with_name(f"{path.stem}.json").read_text())
         valid = max(index for index, one in enumerate(info["padding_mask"]) if one) + 1
         yield path.relative_to(folder).as_posix(), latents[:, :valid], info
