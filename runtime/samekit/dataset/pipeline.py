@@ -6,15 +6,15 @@ Readers are threads, because libsndfile, matrix products and the encoder release
 where there are many cores. Then each thread waits for a process that reads (`reader_process.py`).
 
 A batch consists of windows of one length, from one or several clips. Windows of a rare length wait for others of that
-length, but at most `_WAITING_BATCHES` batches of windows wait. After that, some backends run windows of several lengths
-as one batch (`Backend.padding`). The last window of a clip can be padded with the zeros that follow the clip anyway.
+length, but only a few batches of windows wait. After that, some backends run windows of several lengths as one batch
+(`Backend.padding`). The last window of a clip can be padded with the zeros that follow the clip anyway.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections import defaultdict, deque
+from collections import deque
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,6 +26,7 @@ from samekit.dataset.bad_clip import BadClipError
 from samekit.dataset.clip import open_clip
 from samekit.dataset.clip_writer import ClipWriter, CompleteClip, groups_of
 from samekit.dataset.loudness import Loudness, latent_rms
+from samekit.dataset.waiting_windows import WaitingWindows
 from samekit.dataset.window_arrays import PrivateMemory
 from samekit.engine.spec import ENCODER
 from samekit.errors import BackendError, NonFiniteError
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from samekit.files.pairs import Pair
     from samekit.windows import Window
 
-_WAITING_BATCHES: Final = 4
 # Complete clips that may wait for the disk.
 _WRITES_WAITING: Final = 16
 _POLL_SECONDS: Final = 0.01
@@ -145,8 +145,6 @@ class _Piece:
     index: int
     window: Window
     audio: Array
-    room: int
-    """Samples to which it can be padded with zeros; the latents of its core stay the same."""
 
 
 @dataclass(frozen=True)
@@ -264,10 +262,7 @@ class Pipeline:
                 for window, audio in windows:
                     if work.failed or self._stopped:
                         return
-                    room = (
-                        self.job.rules.room(window, reader.clip.extent) if reader.clip else window.stop - window.start
-                    )
-                    self._read.put(_Piece(work, pieces, window, audio, self.job.rules.spec.samples(room)))
+                    self._read.put(_Piece(work, pieces, window, audio))
                     pieces += 1
         except BadClipError as error:
             bad = error
@@ -276,8 +271,8 @@ class Pipeline:
 
     def _encode(self) -> None:
         """Encode the windows from the readers until all readers have ended."""
-        waiting: dict[int, list[_Piece]] = defaultdict(list)
-        batch_size, active = self.job.options.batch_size, self.readers
+        options, spec, active = self.job.options, self.job.rules.spec, self.readers
+        waiting = WaitingWindows(options.batch_size, spec.samples(self.backend.padding), self._room)
         while active and not self._error:
             item = self._read.get()
             if item is None:
@@ -287,37 +282,20 @@ class Pipeline:
             elif isinstance(item, _Idle):
                 self._encode_all(waiting)
             else:
-                length = item.audio.shape[-1]
-                waiting[length].append(item)
-                if len(waiting[length]) >= batch_size:
-                    self._encode_batch(waiting.pop(length))
-                elif sum(map(len, waiting.values())) > _WAITING_BATCHES * batch_size:
-                    self._encode_batch(self._take_oldest(waiting))
+                self._encode_batch(waiting.add(item, item.audio.shape[-1]))
         self._encode_all(waiting)
 
-    def _encode_all(self, waiting: dict[int, list[_Piece]]) -> None:
-        """Encode batches that are not full, and wait for all latents."""
-        while waiting:
-            self._encode_batch(self._take_oldest(waiting))
+    def _encode_all(self, waiting: WaitingWindows[_Piece]) -> None:
+        """Encode the windows that wait, and fetch all latents."""
+        while batch := waiting.take():
+            self._encode_batch(batch)
         while self._pending:
             self._fetch_batch()
 
-    def _take_oldest(self, waiting: dict[int, list[_Piece]]) -> list[_Piece]:
-        """Take the windows of the length that has waited longest, and others that can be in one batch with them."""
-        length = next(iter(waiting))
-        batch = waiting.pop(length)
-        most = self.job.rules.spec.samples(self.backend.padding)
-        for other in sorted(waiting, key=lambda other: abs(other - length)):
-            for piece in list(waiting[other]):
-                together = [*batch, piece]
-                longest = max(each.audio.shape[-1] for each in together)
-                fits = all(longest <= min(each.audio.shape[-1] + most, each.room) for each in together)
-                if fits and len(batch) < self.job.options.batch_size:
-                    batch = together
-                    waiting[other].remove(piece)
-            if not waiting[other]:
-                del waiting[other]
-        return batch
+    def _room(self, piece: _Piece) -> int:
+        """Return the most samples that a window can have with zeros appended: more than it has at the end of a clip."""
+        clip = piece.work.outcome and piece.work.outcome.clip
+        return self.job.rules.spec.samples(self.job.rules.room(piece.window, clip.extent)) if clip else 0
 
     def _encode_batch(self, batch: list[_Piece]) -> None:
         """Start to encode windows as one batch. Fetch the latents of an earlier batch, unless more can be pending."""
