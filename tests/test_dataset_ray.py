@@ -108,7 +108,9 @@ def mixed_clips(folder):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"pad": True, "sample_size": 30 * 4096, "float16": True}], ids=["plain", "pad"]
+    "options",
+    [{}, {"pad": True, "sample_size": 30 * 4096, "float16": True}, {"reader_processes": True}],
+    ids=["plain", "pad", "processes"],
 )
 def test_folder_is_that_of_one_process(encoder, model, data, out, options):
     mixed_clips(data)
