@@ -108,9 +108,7 @@ def mixed_clips(folder):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"pad": True, "sample_size": 30 * 4096, "float16": True}, {"reader_processes": True}],
-    ids=["plain", "pad", "processes"],
+    "options", [{}, {"pad": True, "sample_size": 30 * 4096, "float16": True}], ids=["plain", "pad"]
 )
 def test_folder_is_that_of_one_process(encoder, model, data, out, options):
     mixed_clips(data)
@@ -126,6 +124,14 @@ def test_folder_is_that_of_one_process(encoder, model, data, out, options):
     assert seen[-1].audio_seconds == pytest.approx(report.audio_seconds, abs=1e-3)
     again = pre_encode(encoder, data, out, PreEncodeOptions(**options))
     assert (again.encoded, again.unchanged) == (0, 26)
+    assert contents(out) == contents(alone)
+
+
+def test_actors_that_read_in_processes(encoder, model, data, out):
+    mixed_clips(data)
+    assert pre_encode(encoder, data, out, PreEncodeOptions(reader_processes=True)).encoded == 24
+    alone = out.with_name("alone")
+    run(data, alone, model, reader_processes=False)
     assert contents(out) == contents(alone)
 
 
