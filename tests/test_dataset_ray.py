@@ -136,6 +136,14 @@ def test_folder_is_that_of_one_process(encoder, model, data, out, options):
     assert contents(out) == contents(alone)
 
 
+def test_actors_that_read_in_processes(encoder, model, data, out):
+    mixed_clips(data)
+    assert pre_encode(encoder, data, out, PreEncodeOptions(reader_processes=True)).encoded == 24
+    alone = out.with_name("alone")
+    run(data, alone, model, reader_processes=False)
+    assert contents(out) == contents(alone)
+
+
 def test_batches_of_windows_give_the_same_latents(encoder, model, data, out):
     mixed_clips(data)
     assert pre_encode(encoder, data, out, PreEncodeOptions(batch_size=4)).encoded == 24

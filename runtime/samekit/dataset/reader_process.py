@@ -151,6 +151,11 @@ class ReaderProcess:
             process.kill()
             process.wait()
 
+    def hang_up(self) -> None:
+        """Tell the process that no clip follows."""
+        if self._process is not None:
+            self._connection.close()
+
     def ended(self) -> str:
         """Take back the memory of a process that has ended, and return how it ended."""
         self._connection.close()
@@ -255,7 +260,9 @@ class ReaderProcesses:
 
 
 def _close(processes: list[ReaderProcess]) -> None:
-    """End idle processes."""
+    """End idle processes, all at the same time."""
+    for process in processes:
+        process.hang_up()
     while processes:
         processes.pop().close()
 
@@ -265,8 +272,9 @@ def main() -> None:
     descriptor, memory, values = map(int, sys.argv[1:4])
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     with suppress(EOFError, OSError), Connection(descriptor) as connection:
+        server = _Server(connection, SharedMemory(values, memory))
         connection.send("ready")
-        _Server(connection, SharedMemory(values, memory)).serve()
+        server.serve()
 
 
 def _end_with(parent: int) -> None:

@@ -60,7 +60,10 @@ class SharedMemory:
         self.descriptor = _unnamed_file(size) if descriptor is None else descriptor
         """The file."""
         weakref.finalize(self, os.close, self.descriptor)
-        self._map = mmap.mmap(self.descriptor, size)
+        try:
+            self._map = mmap.mmap(self.descriptor, size)
+        except (OSError, OverflowError, ValueError) as error:
+            raise BackendError(f"no memory can be shared here ({error}); pass --worker-threads") from None
         self._free = list(reversed(range(_MOST_ARRAYS)))
 
     def take(self) -> int:
