@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
 import os
@@ -938,6 +939,19 @@ def test_mp3_whose_length_libmpg123_estimates_wrong_is_read_from_its_beginning(t
     path.write_bytes(mp3(280_000, xing=False, loud_first=False))
     audio, _ = read_audio(path)
     path.write_bytes(mangle.id3v2() + path.read_bytes())
+    assert np.array_equal(read_audio(path)[0], audio)
+
+
+def test_system_without_files_in_memory(tmp_path, monkeypatch):
+    """Containers may forbid them. Then the decoder calls Python to read parts of a file."""
+
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    path = tmp_path / "song.mp3"
+    path.write_bytes(mangle.id3v2() + mp3(60_000))
+    audio, _ = read_audio(path)
+    monkeypatch.setattr(os, "memfd_create", refuse, raising=False)
     assert np.array_equal(read_audio(path)[0], audio)
 
 

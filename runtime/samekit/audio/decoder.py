@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -28,6 +28,14 @@ _SYSTEM_ERROR: Final = 2
 _COPIED_BYTES: Final = 2**24
 # Fewer unread bytes may be an incomplete block of a codec.
 _BLOCK_BYTES: Final = 2048
+
+
+def _file_in_memory() -> int | None:
+    """Return the descriptor of a new file in memory; None where the system has or allows none."""
+    if hasattr(os, "memfd_create"):
+        with suppress(OSError):
+            return os.memfd_create("samekit")
+    return None
 
 
 class _SequentialFile(sf.SoundFile):  # type: ignore[misc]  # soundfile ships no type information
@@ -75,8 +83,8 @@ class Decoder:
             if pieces == ((0, self._source.size),) and not self._part.count_frame and os.name == "posix":
                 file = self._descriptor = self._source.descriptor
                 os.lseek(file, 0, os.SEEK_SET)
-            elif self._pieces.size <= _COPIED_BYTES and hasattr(os, "memfd_create"):
-                file = self._descriptor = os.memfd_create("samekit")
+            elif self._pieces.size <= _COPIED_BYTES and (memory := _file_in_memory()) is not None:
+                file = self._descriptor = memory
                 stack.callback(os.close, file)
                 self._pieces.copy_to(file)
             with self._decoding("cannot be read as audio", f"give a file that libsndfile reads, or {CONVERT}"):
