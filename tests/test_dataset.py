@@ -489,13 +489,15 @@ def test_windows_behind_one_too_large_for_float16_are_not_read(data, out):
 def test_latents_too_large_for_float16_fail(data, out):
     write_clips(data, 2)
 
-    def loud():
-        return fake_model(lambda direction, array: first_samples(direction, array) * 1e6 + 1e6)
+    def loud(silence=0.0):
+        return fake_model(lambda direction, array: first_samples(direction, array) * 1e7 + silence)
 
     assert run(data, out, loud(), float16=False).encoded == 2
-    with pytest.warns(RuntimeWarning):
-        report = run(data, out.with_name("float16"), loud(), float16=True)
+    report = run(data, out.with_name("float16"), loud(), float16=True)
     assert report.statuses == {"failed": 2}
+    with pytest.raises(InputError, match=r"silence\.npy: a latent is NaN or too large for float16") as error:
+        run(data, out.with_name("silence"), loud(1e6), float16=True)
+    assert_one_line(error.value)
 
 
 # --- Going on -----------------------------------------------------------------------------------------------

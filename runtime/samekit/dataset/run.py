@@ -34,7 +34,7 @@ from samekit.dataset.pipeline import Job, Outcome, Task
 from samekit.dataset.report import PreEncodeReport, Progress
 from samekit.dataset.sources import Found, Source, find_sources
 from samekit.errors import InputError
-from samekit.files.pairs import DTYPES, npy_header
+from samekit.files.pairs import DTYPES, npy_header, stored_values
 from samekit.files.paths import expanded_text
 
 if TYPE_CHECKING:
@@ -212,8 +212,8 @@ class _Run:
             return None
         latents = self.executor.silence(self._rules.limit)
         if missing:
-            data = np.ascontiguousarray(latents, dtype).tobytes()
-            self.output.put(SILENCE_FILE, header + data)
+            data = stored_values(f"{self.output}/{SILENCE_FILE}", latents, dtype)
+            self.output.put(SILENCE_FILE, header + data.tobytes())
         return latents if needed else None
 
     def _has_silence(self, header: bytes, size: int) -> bool:
