@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
-
 from samekit.backends.cpu import available_cpus
 from samekit.dataset.captions import require_tag_reader
 from samekit.dataset.changes import unchanged_row
