@@ -1,36 +1,23 @@
-"""A worker process of this machine, which is called over pipes and started again after it has died.
-
-The process is a new Python interpreter, so a script that starts it needs no `if __name__ == "__main__"`. It ends when
-its standard input is closed: when this process ends, whatever the cause.
-"""
+"""A worker process of this machine, which is called over a connection and started again after it has died."""
 
 from __future__ import annotations
 
 import logging
 import os
-import pickle
-import signal
-import subprocess
-import sys
 import threading
 import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
 
 from samekit.dataset.calls import BATCHES_PER_WORKER, WorkerDiedError
+from samekit.dataset.child_process import describe_exit, end_with_parent, start_python
 from samekit.errors import BackendError, SamekitError
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable, Mapping
-
-# The modules must be found where this process finds them.
-_PROGRAM: Final = """\
-import pickle, sys
-sys.path[:] = pickle.load(sys.stdin.buffer)
-from samekit.dataset.processes import serve
-serve()
-"""
 
 
 class WorkerProcess:
@@ -44,10 +31,11 @@ class WorkerProcess:
 
     def __init__(self, make: Callable[..., Any], arguments: tuple[Any, ...], environment: Mapping[str, str]) -> None:
         level = logging.getLogger("samekit").getEffectiveLevel()
-        self._hello = pickle.dumps(sys.path) + pickle.dumps((make, arguments, level))
+        self._hello = make, arguments, level
         self._environment = dict(environment)
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
         # The calls that the process has not answered.
         self._pending: dict[int, Future[Any]] = {}
         self._calls = 0
@@ -60,13 +48,13 @@ class WorkerProcess:
         """
         future: Future[Any] = Future()
         with self._lock:
-            if self._process is None:
-                self._process = self._start()
+            if self._connection is None:
+                self._connection = self._start()
             self._calls += 1
             self._pending[self._calls] = future
             # If the process has ended, `_receive` ends this call.
             with suppress(OSError):
-                _send(self._process.stdin, pickle.dumps((self._calls, method, arguments)))
+                self._connection.send((self._calls, method, arguments))
         return future
 
     def kill(self) -> None:
@@ -81,42 +69,34 @@ class WorkerProcess:
             process.kill()
             process.wait()
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> Connection:
         try:
-            # In a session of its own, it does not get the Ctrl-C of a terminal.
-            process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=self._environment,
-                start_new_session=True,
-            )
+            process, connection = start_python(__name__, self._environment)
         except OSError as error:
             raise BackendError(f"no worker process can be started here ({error}); end other programs") from None
-        self._pending = {}
-        threading.Thread(target=self._receive, args=(process, self._pending), daemon=True).start()
+        self._process, self._pending = process, {}
+        threading.Thread(target=self._receive, args=(process, connection, self._pending), daemon=True).start()
         with suppress(OSError):
-            _send(process.stdin, self._hello)
-        return process
+            connection.send(self._hello)
+        return connection
 
-    def _receive(self, process: subprocess.Popen[bytes], pending: dict[int, Future[Any]]) -> None:
+    def _receive(
+        self, process: subprocess.Popen[bytes], connection: Connection, pending: dict[int, Future[Any]]
+    ) -> None:
         """Take the answers of a process until it ends, then end its calls."""
         try:
-            # A process that is killed can leave a part of an answer.
-            with suppress(EOFError, OSError, pickle.UnpicklingError):
+            with suppress(EOFError, OSError):
                 while True:
-                    _take(pickle.load(process.stdout), pending)  # type: ignore[arg-type] # noqa: S301 it is our own
+                    _take(connection.recv(), pending)
         finally:
             process.kill()
             code = process.wait()
             with self._lock:
-                if self._process is process:
-                    self._process = None
-            for pipe in (process.stdin, process.stdout):
-                with suppress(OSError):
-                    pipe.close()  # type: ignore[union-attr] # both are pipes
+                if self._connection is connection:
+                    self._process = self._connection = None
+            connection.close()
             for future in list(pending.values()):
-                future.set_exception(WorkerDiedError(_describe_exit(code)))
+                future.set_exception(WorkerDiedError(describe_exit(code)))
 
 
 def _take(answer: tuple[Any, ...], pending: dict[int, Future[Any]]) -> None:
@@ -131,36 +111,21 @@ def _take(answer: tuple[Any, ...], pending: dict[int, Future[Any]]) -> None:
         pending.pop(number).set_result(value)
 
 
-def _send(pipe: Any, data: bytes) -> None:
-    pipe.write(data)
-    pipe.flush()
-
-
-def _describe_exit(code: int) -> str:
-    """Return how a process ended, for messages."""
-    if code >= 0:
-        return f"exit code {code}"
-    with suppress(ValueError):
-        return f"killed by {signal.Signals(-code).name}"
-    return f"killed by signal {-code}"
-
-
 # --- In the worker process -----------------------------------------------------------------------------------
 
 
-def serve() -> None:
+def serve(descriptor: int) -> None:
     """Answer the calls of the process that started this one, until that process ends."""
-    requests = sys.stdin.buffer
-    answers = _Answers(os.fdopen(os.dup(1), "wb"))
-    # What libraries print must not get between the answers.
-    os.dup2(2, 1)
-    make, arguments, level = pickle.load(requests)  # noqa: S301 from the process that started this one
-    logging.basicConfig(level=level, handlers=[_Forwarder(answers)])
-    worker = make(*arguments)
-    pool = ThreadPoolExecutor(BATCHES_PER_WORKER)
-    with suppress(EOFError, OSError, pickle.UnpicklingError):
+    end_with_parent()
+    connection = Connection(descriptor)
+    answers = _Answers(connection)
+    with suppress(EOFError, OSError):
+        make, arguments, level = connection.recv()
+        logging.basicConfig(level=level, handlers=[_Forwarder(answers)])
+        worker = make(*arguments)
+        pool = ThreadPoolExecutor(BATCHES_PER_WORKER)
         while True:
-            pool.submit(_answer, answers, worker, *pickle.load(requests))  # noqa: S301 as above
+            pool.submit(_answer, answers, worker, *connection.recv())
     # Threads may be at work, but nothing waits for their results.
     os._exit(0)
 
@@ -168,15 +133,14 @@ def serve() -> None:
 class _Answers:
     """Sends answers from several threads."""
 
-    def __init__(self, pipe: BinaryIO) -> None:
-        self._pipe = pipe
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
         self._lock = threading.Lock()
 
     def send(self, number: int | None, value: Any, error: BaseException | None = None) -> None:
-        data = pickle.dumps((number, value, error))
-        # If the pipe is closed, `serve` ends this process.
+        # If the connection is closed, `serve` ends this process.
         with self._lock, suppress(OSError):
-            _send(self._pipe, data)
+            self._connection.send((number, value, error))
 
 
 class _Forwarder(logging.Handler):

@@ -3,20 +3,15 @@
     this process    rules and options, sources, numbers of free pieces of memory ->
     reader process  <- for each window its number and shape, and what is known of the clip; then the result of the clip
 
-Reader processes are started as commands, not by `multiprocessing`, which would run the main script again or fork a
-process with threads. They do not import PyTorch or an inference engine. A process that ends while it reads a clip makes
-this clip bad, and the next clip gets a new process. When this process ends in any way, its readers end too.
+Reader processes do not import PyTorch or an inference engine. A process that ends while it reads a clip makes this clip
+bad, and the next clip gets a new process.
 """
 
 from __future__ import annotations
 
 import os
-import signal
-import socket
 import subprocess
 import sys
-import threading
-import time
 import weakref
 from collections import Counter
 from contextlib import contextmanager, suppress
@@ -25,6 +20,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Final
 
 from samekit.dataset.bad_clip import BadClipError
+from samekit.dataset.child_process import describe_exit, end_with_parent, start_python
 from samekit.dataset.clip import open_clip
 from samekit.dataset.window_arrays import SharedMemory
 from samekit.errors import BackendError
@@ -40,12 +36,10 @@ if TYPE_CHECKING:
 
 # Pieces of memory that a process needs at once: a window that is sent, the next one, and a larger one in its place.
 _PIECES: Final = 3
-_START: Final = "import sys; sys.path[:] = sys.argv[4:]; from samekit.dataset.reader_process import main; main()"
 # The libraries of matrix products would start a thread for each core in each process.
 _ONE_THREAD: Final = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 # Seconds for a process to end by itself.
 _END_SECONDS: Final = 5
-_POLL_SECONDS: Final = 1
 
 
 @dataclass(frozen=True)
@@ -101,31 +95,21 @@ class ReaderProcess:
         return RemoteClip(self, self._memory, _Order(source, gain))
 
     def _start(self) -> None:
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            numbers = (theirs.fileno(), self._memory.descriptor, self._memory.values)
-            command = [sys.executable, "-c", _START, *map(str, numbers), *sys.path]
-            try:
-                # In a group of its own, it does not receive the Ctrl-C that is meant for this process.
-                self._process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    pass_fds=numbers[:2],
-                    env=os.environ | _ONE_THREAD,
-                    process_group=0,
-                )
-            except OSError as error:
-                raise BackendError(f"no more processes can be started here ({error}); pass fewer --workers") from None
-            self._connection = Connection(ours.detach())
+        try:
+            self._process, self._connection = start_python(
+                __name__, os.environ | _ONE_THREAD, [self._memory.descriptor]
+            )
+        except OSError as error:
+            raise BackendError(f"no more processes can be started here ({error}); pass fewer --workers") from None
         self._job = None
         try:
+            self._connection.send((self._memory.values, self._memory.descriptor))
             self._connection.recv()
             for _ in range(_PIECES):
                 self.give_piece()
         except (EOFError, OSError):
             reason = self.ended()
-            raise BackendError(f"a reader process {reason} when it started; pass --worker-threads") from None
+            raise BackendError(f"a reader process ended ({reason}) when it started; pass --worker-threads") from None
 
     def give_piece(self) -> None:
         """Let the process fill one more piece of memory."""
@@ -163,11 +147,7 @@ class ReaderProcess:
         for number in self._pieces:
             self._memory.give_back(number)
         self._pieces.clear()
-        if code >= 0:
-            return f"ended with exit code {code}"
-        with suppress(ValueError):
-            return f"was ended by {signal.Signals(-code).name}"
-        return f"was ended by signal {-code}"
+        return describe_exit(code)
 
     def close(self) -> None:
         """End the process, which waits for a clip."""
@@ -211,7 +191,7 @@ class RemoteClip:
                     yield window, audio
         except (EOFError, OSError):
             done = True
-            reason = f"{self._order.source.path}: the process that read it {self._process.ended()}"
+            reason = f"{self._order.source.path}: the process that read it ended ({self._process.ended()})"
             raise BadClipError("unreadable", f"{reason}; run pre-encode again, or convert the file") from None
         finally:
             if not done:
@@ -267,21 +247,13 @@ def _close(processes: list[ReaderProcess]) -> None:
         processes.pop().close()
 
 
-def main() -> None:
-    """Read clips for the process that has started this one: the arguments are two descriptors and the values."""
-    descriptor, memory, values = map(int, sys.argv[1:4])
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+def serve(descriptor: int) -> None:
+    """Read clips for the process that has started this one, on the other side of a connection."""
+    end_with_parent()
     with suppress(EOFError, OSError), Connection(descriptor) as connection:
-        server = _Server(connection, SharedMemory(values, memory))
+        server = _Server(connection, SharedMemory(*connection.recv()))
         connection.send("ready")
         server.serve()
-
-
-def _end_with(parent: int) -> None:
-    """End this process when its parent has ended. A fork of the parent may keep the connection open."""
-    while os.getppid() == parent:
-        time.sleep(_POLL_SECONDS)
-    os._exit(1)
 
 
 class _Server:
