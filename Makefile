@@ -86,7 +86,7 @@ test-min: ## run every test but the slow ones with the lowest versions of the pa
 		| sed -E 's/\[[a-z]+\]//; s/>=/==/; s/^torch==.*/torch==$(TORCH_MIN)/' > $(MIN)/constraints.txt
 	for tool in $(MIN_TOOLS); do grep "^$$tool==" constraints.txt; done >> $(MIN)/constraints.txt
 	$(MIN)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(MIN)/constraints.txt \
-		--editable '.[cpu,export,report,ray,triton,av]' $(MIN_TOOLS)
+		--editable '.[cpu,export,report,ray,triton,av,tags]' $(MIN_TOOLS)
 	$(MIN)/bin/python -m pytest -m "not slow" $(WORKERS) --ignore tests/test_diffusers.py $(ARGS)
 
 DOCUMENTS := $(wildcard *.md docs/*.md benchmarks/*.md)
