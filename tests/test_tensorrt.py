@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import hashlib
 import json
 import logging
@@ -851,6 +852,18 @@ def test_results_that_are_not_fetched(open_with):
         assert module.faults == []
         with pytest.raises(BackendError, match="is closed"):
             late()
+
+
+def test_backend_that_is_dropped_without_close(open_with):
+    """After an error, nothing may refer to the model any more while the next batch still runs."""
+    for seed in range(20):
+        backend, module = open_with(seed)
+        for _ in range(3):
+            backend.submit(DECODER, [noise((2, 32, 3))])
+        del backend
+        gc.collect()
+        module.gpu.engines.synchronize()
+        assert module.faults == []
 
 
 def test_results_do_not_hold_pinned_memory(open_with):
