@@ -91,6 +91,21 @@ def test_encode_and_decode_are_one_pass(model):
     assert np.array_equal(inner.decode(LATENTS), model.decode(LATENTS))
 
 
+@pytest.mark.parametrize(
+    ("shape", "cure"),
+    [
+        ((2, 24), r"pass one clip as array\[None\]"),
+        ((1, 24, 2), r"transpose it: array.transpose\(0, 2, 1\)"),
+        ((3, 1, 24), "convert it to 2 channels"),
+        ((1, 1, 2, 24), "pass audio of this model"),
+    ],
+)
+def test_prepared_audio_of_another_shape(fake, shape, cure):
+    with refused(rf"audio must be \[batch, 2, length\], got .*; {cure}$") as caught:
+        fake.autoencoder.encode_audio(torch.zeros(shape))
+    assert_one_line(caught.value)
+
+
 def test_arguments_without_meaning_are_warned_of_once(fake, caplog):
     inner, latents = fake.autoencoder, np.zeros((1, 4, 3), np.float32)
     # `AutoencoderPretransform` passes iterate_batch in each call.

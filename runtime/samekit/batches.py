@@ -235,6 +235,8 @@ def _check_batch(array: np.ndarray[Any, Any], features: int, name: str) -> None:
         cure = "pass one clip as array[None]"
     elif array.ndim == 3 and array.shape[2] == features:
         cure = "transpose it: array.transpose(0, 2, 1)"
+    elif array.ndim == 3 and name == AUDIO:
+        cure = f"convert it to {features} channels"
     raise InputError(f"{name} must be [batch, {features}, length], got {list(array.shape)}; {cure}")
 
 
