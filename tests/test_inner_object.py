@@ -91,6 +91,21 @@ def test_encode_and_decode_are_one_pass(model):
     assert np.array_equal(inner.decode(LATENTS), model.decode(LATENTS))
 
 
+@pytest.mark.parametrize(
+    ("shape", "cure"),
+    [
+        ((2, 24), r"pass one clip as array\[None\]"),
+        ((1, 24, 2), r"transpose it: array.transpose\(0, 2, 1\)"),
+        ((3, 1, 24), "convert it to 2 channels"),
+        ((1, 1, 2, 24), "pass audio of this model"),
+    ],
+)
+def test_prepared_audio_of_another_shape(fake, shape, cure):
+    with refused(rf"audio must be \[batch, 2, length\], got .*; {cure}$") as caught:
+        fake.autoencoder.encode_audio(torch.zeros(shape))
+    assert_one_line(caught.value)
+
+
 def test_arguments_without_meaning_are_warned_of_once(fake, caplog):
     inner, latents = fake.autoencoder, np.zeros((1, 4, 3), np.float32)
     # `AutoencoderPretransform` passes iterate_batch in each call.
@@ -208,11 +223,18 @@ def test_to_takes_the_device_that_the_model_is_on(fake, here, monkeypatch):
         assert inner.to(device) is inner
     assert (inner.cpu() if here == "cpu" else inner.cuda(int(here[-1]))) is inner
     assert inner.to(device=here, non_blocking=True) is inner
-    others = {"cpu", "cuda:0", "cuda:1", "cuda:7", "mps"} - {here}
+    others = {"cpu", "cuda:0", "cuda:1", "cuda:7"} - {here}
     for device in others:
         with refused(rf"is on {here} and cannot be moved to {device}; open it there: .*device='{device}'\)") as caught:
             inner.to(device)
         assert_one_line(caught.value)
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu:0", "meta"])
+def test_engines_run_on_no_other_devices(fake, device):
+    with refused(f"engines run on cpu and cuda, not on {device}; leave the model on cpu") as caught:
+        fake.autoencoder.to(torch.device(device))
+    assert_one_line(caught.value)
 
 
 def test_a_gpu_that_pytorch_does_not_see_is_the_cpu(fake):
@@ -249,6 +271,31 @@ def test_to_converts_to_a_dtype(model):
     for dtype in (torch.bfloat16, torch.float64, torch.int8):
         with refused(rf"in float32 or float16, not in {dtype}; pass one of these"):
             inner.to(dtype)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_the_dtype_that_it_has_changes_nothing(precision):
+    """As in PyTorch. A model of every precision returns float32, until `half`."""
+    inner = AutoencoderModel(FakeBackend(precision=precision)).autoencoder
+    before = inner.backend
+    assert inner.float().to(inner.dtype).to("cpu", torch.float32) is inner
+    assert inner.backend is before
+
+
+def test_half_that_fails_changes_nothing(fake):
+    """The fp16 backend of this model cannot run its windows."""
+    inner, before = fake.autoencoder, fake.autoencoder.backend
+
+    def reopened():
+        backend = FakeBackend(precision="fp16")
+        backend.longest_window = 2
+        return backend
+
+    before.reopening = reopened, ()
+    with pytest.raises(InputError, match="not exact"):
+        inner.half()
+    assert inner.backend is before
+    assert inner.decode(np.zeros((1, 4, 40), np.float32)).dtype == np.float32
 
 
 def test_half_keeps_the_window_and_the_options(half_engine):

@@ -25,9 +25,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import sys
@@ -46,6 +48,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from fake_tensorrt import FakeGpu, FakeRTX, FakeTensorRT, computed
+from faults import in_a_fork
 from helpers import (
     DIRECTIONS,
     KINDS,
@@ -851,6 +854,35 @@ def test_results_that_are_not_fetched(open_with):
         assert module.faults == []
         with pytest.raises(BackendError, match="is closed"):
             late()
+
+
+def test_backend_that_is_dropped_without_close(open_with):
+    """After an error, nothing may refer to the model any more while the next batch still runs."""
+    for seed in range(20):
+        backend, module = open_with(seed)
+        for _ in range(3):
+            backend.submit(DECODER, [noise((2, 32, 3))])
+        del backend
+        gc.collect()
+        module.gpu.engines.synchronize()
+        assert module.faults == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs forks")
+def test_results_that_wait_while_the_process_is_forked(open_with):
+    """The child cannot fetch them, and the parent can."""
+    backend, module = open_with()
+    array = noise((2, 32, 3))
+    fetch = backend.submit(DECODER, [array])
+
+    def child():
+        with pytest.raises(BackendError, match="before this process was forked"):
+            fetch()
+        backend.close()
+
+    assert in_a_fork(child) == 0
+    np.testing.assert_allclose(fetch(), computed(backend.spec, DECODER, array), rtol=1e-5, atol=1e-4)
+    assert module.faults == []
 
 
 def test_results_do_not_hold_pinned_memory(open_with):

@@ -127,9 +127,9 @@ def test_interface_is_that_of_their_vae(theirs, model):
     with torch.no_grad():
         for ours, expected in (
             (vae.encode(audio).latents, theirs.encode(audio).latents),
-            (vae.encode(audio, return_dict=False)[0], theirs.encode(audio, return_dict=False)[0]),
+            (vae.encode(sample=audio, return_dict=False)[0], theirs.encode(sample=audio, return_dict=False)[0]),
             (vae.decode(latents).sample, theirs.decode(latents).sample),
-            (vae.decode(latents, return_dict=False)[0], theirs.decode(latents, return_dict=False)[0]),
+            (vae.decode(latents=latents, return_dict=False)[0], theirs.decode(latents=latents, return_dict=False)[0]),
         ):
             assert_close(expected.numpy(), ours.numpy(), 100)
     for name in ("sampling_rate", "latent_dim", "audio_channels"):
@@ -141,13 +141,14 @@ def test_interface_is_that_of_their_vae(theirs, model):
     assert vae.eval().requires_grad_(False).to("cpu") is vae
 
 
-def test_pipelines_in_half_precision(diffusers, parts, model):
+@pytest.mark.parametrize("name", CALLS)
+def test_pipelines_in_half_precision(diffusers, parts, model, name):
     """Their VAE refuses latents of another type than its weights; ours computes in float32."""
-    pipe = build(diffusers, "StableAudio3Pipeline", parts, model.as_vae())
-    single = generate(pipe).audios
+    pipe = build(diffusers, name, parts, model.as_vae())
+    single = generate(pipe, **CALLS[name]).audios
     pipe.to(torch.bfloat16)
     try:
-        halved = generate(pipe, dtype=torch.bfloat16).audios
+        halved = generate(pipe, dtype=torch.bfloat16, **CALLS[name]).audios
     finally:
         pipe.to(torch.float32)
     assert halved.dtype == torch.float32
@@ -173,6 +174,12 @@ def test_results_are_on_the_device_of_the_input():
     vae = AutoencoderModel(FakeBackend()).as_vae()
     assert vae.decode(torch.zeros(1, 4, 3).as_subclass(Elsewhere)).sample.device.type == "meta"
     assert vae.encode(torch.zeros(1, 2, 24).as_subclass(Elsewhere)).latents.device.type == "meta"
+
+
+def test_arrays_give_arrays():
+    vae = AutoencoderModel(FakeBackend()).as_vae()
+    assert isinstance(vae.encode(np.zeros((1, 2, 24), np.float32)).latents, np.ndarray)
+    assert isinstance(vae.decode(np.zeros((1, 4, 3), np.float32)).sample, np.ndarray)
 
 
 def test_offloading_leaves_the_engine_where_it_is(diffusers, parts, model):

@@ -75,9 +75,8 @@ class Autoencoder(FrozenModule):
         super().__init__(backend)
 
     def _use(self, backend: Backend) -> None:
-        super()._use(backend)
         spec = backend.spec
-        self._plans: dict[str, ExactWindows] = {}
+        plans: dict[str, ExactWindows] = {}
         # The wider context comes first: the least window that a refusal names must suit both directions.
         for direction, context in sorted(spec.contexts.items(), key=lambda item: item[1], reverse=True):
             size = self.window
@@ -86,7 +85,10 @@ class Autoencoder(FrozenModule):
                 size = spec.alignment * math.ceil(max(_LEAST_WINDOW, 32 * context) / spec.alignment)
                 if backend.longest_window is not None:
                     size = min(size, backend.longest_window - backend.longest_window % spec.alignment)
-            self._plans[direction] = ExactWindows(size, context, spec.alignment)
+            plans[direction] = ExactWindows(size, context, spec.alignment)
+        # Nothing has changed so far: another thread may be computing, and an error leaves the model as it was.
+        self._plans = plans
+        super()._use(backend)
 
     def windows(self, direction: Direction) -> ExactWindows:
         """Return the windows of `spec.ENCODER` or `spec.DECODER`."""
@@ -233,6 +235,8 @@ def _check_batch(array: np.ndarray[Any, Any], features: int, name: str) -> None:
         cure = "pass one clip as array[None]"
     elif array.ndim == 3 and array.shape[2] == features:
         cure = "transpose it: array.transpose(0, 2, 1)"
+    elif array.ndim == 3 and name == AUDIO:
+        cure = f"convert it to {features} channels"
     raise InputError(f"{name} must be [batch, {features}, length], got {list(array.shape)}; {cure}")
 
 

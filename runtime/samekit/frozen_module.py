@@ -110,13 +110,18 @@ class FrozenModule:
         return self._compute_in("fp16")
 
     def float(self) -> Self:
-        """Compute in fp32 and return float32 from now on; errors as of `half`."""
+        """After `half`, compute in fp32 and return float32 from now on; errors as of `half`.
+
+        A model that returns float32 is not changed, whatever the precision in which it was opened.
+        """
         return self._compute_in("fp32")
 
     def _compute_in(self, precision: Literal["fp16", "fp32"]) -> Self:
-        if self.backend.precision != precision:
-            self._use(self.backend.with_precision(precision))
-        self.returns_half = precision == "fp16"
+        half = precision == "fp16"
+        if half != self.returns_half:
+            if self.backend.precision != precision:
+                self._use(self.backend.with_precision(precision))
+            self.returns_half = half
         return self
 
     def cpu(self) -> Self:
@@ -156,6 +161,8 @@ class FrozenModule:
         kind = here.partition(":")[0]
         # A GPU that PyTorch does not see is the CPU for scripts.
         if device not in (here, kind, str(self.device)) and (device, here) != ("cpu:0", "cpu"):
+            if device.partition(":")[0] not in ("cpu", "cuda"):
+                raise InputError(f"engines run on cpu and cuda, not on {device}; leave the model on {here}")
             raise InputError(
                 f"the model is on {here} and cannot be moved to {device}; "
                 f"open it there: from_pretrained(..., device={device!r})"

@@ -11,6 +11,7 @@ Three lines put it into a pipeline:
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from samekit.arrays import is_tensor
 from samekit.batches import Autoencoder
 
 
@@ -43,18 +44,26 @@ class Vae(Autoencoder):
             sampling_rate=spec.sample_rate, latent_dim=spec.latent_width, audio_channels=spec.channels
         )
 
-    def encode(self, audio: Any, return_dict: bool = True, **kwargs: Any) -> EncoderOutput:
-        """Encode audio `[batch, channels, samples]` at the model's rate, a tensor of any length.
+    # The argument has the name that it has in diffusers.
+    def encode(  # type: ignore[override]
+        self, sample: Any, return_dict: bool = True, **kwargs: Any
+    ) -> EncoderOutput:
+        """Encode audio `[batch, channels, samples]` at the model's rate, of any length.
 
         Raises:
             InputError, NonFiniteError, BackendError: as `encode_audio`.
         """
-        return EncoderOutput(self.encode_audio(audio, **kwargs).to(audio.device))
+        return EncoderOutput(_on_device_of(sample, self.encode_audio(sample, **kwargs)))
 
     def decode(self, latents: Any, return_dict: bool = True, **kwargs: Any) -> DecoderOutput:
-        """Decode latents `[batch, latent_dim, latents]`, a tensor of any length.
+        """Decode latents `[batch, latent_dim, latents]` of any length.
 
         Raises:
             InputError, NonFiniteError, BackendError: as `decode_audio`.
         """
-        return DecoderOutput(self.decode_audio(latents, **kwargs).to(latents.device))
+        return DecoderOutput(_on_device_of(latents, self.decode_audio(latents, **kwargs)))
+
+
+def _on_device_of(example: Any, result: Any) -> Any:
+    """Put a tensor on the device of another one; return an array as it is."""
+    return result.to(example.device) if is_tensor(example) else result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from samekit.engine.fingerprint import PROFILES
@@ -117,6 +118,12 @@ class EngineRunner:
         if self._cuda_graph:
             self._recordings.move_to_end(shape)
             self._drop_recordings(_MOST_RECORDINGS)
+
+    def __del__(self) -> None:
+        # A backend may be dropped without `close`, for example after an error, while another batch runs. If an error
+        # comes here, the engine was not loaded, or the driver has ended with the process.
+        with suppress(AttributeError, RuntimeError):
+            self.close()
 
     def close(self) -> None:
         """Wait for the work of the engine, and free it."""
