@@ -5,7 +5,6 @@ Memory is free again when the last array that shows it is gone.
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 import tempfile
@@ -77,11 +76,20 @@ class SharedMemory:
         """Make a piece free."""
         self._free.append(number)
 
-    def array(self, number: int, shape: tuple[int, ...], end: Callable[[int], object] | None = None) -> Array:
-        """Return a piece as an array. When it and its views are gone, `end` is called with the number."""
+    def array(
+        self,
+        number: int,
+        shape: tuple[int, ...],
+        end: Callable[[int], object],
+        strides: tuple[int, ...] | None = None,
+    ) -> Array:
+        """Return a piece as an array. When it and its views are gone, `end` is called with the number.
+
+        `strides` are those of NumPy, for an array that does not fill its memory; None for one that does.
+        """
         begin = number * self._bytes
         piece = memoryview(self._map)[begin : begin + self._bytes]
-        return _shown(piece, shape, partial(end or self.give_back, number))
+        return _shown(piece, shape, partial(end, number), strides)
 
     def number(self, array: Array) -> int:
         """Return the number of the piece that an array shows."""
@@ -89,12 +97,14 @@ class SharedMemory:
         return (array.ctypes.data - start) // self._bytes
 
 
-def _shown(storage: memoryview, shape: tuple[int, ...], end: Callable[[], object]) -> Array:
+def _shown(
+    storage: memoryview, shape: tuple[int, ...], end: Callable[[], object], strides: tuple[int, ...] | None = None
+) -> Array:
     """Return memory as an array, and call `end` when this array and its views are gone."""
     # NumPy's views keep this array alive, because it does not own its memory.
     owner: Array = np.frombuffer(storage, np.float32)
     weakref.finalize(owner, end).atexit = False
-    return owner[: math.prod(shape)].reshape(shape)
+    return np.ndarray(shape, np.float32, owner, strides=strides)
 
 
 def _unnamed_file(size: int) -> int:
