@@ -316,7 +316,7 @@ class Pipeline:
                 # One window at a time, to find the clip that fails.
                 for piece in batch:
                     self._encode_batch([piece])
-            else:
+            elif not batch[0].work.failed:
                 self._fail(batch[0].work, str(error))
             return
         for piece, latents in zip(batch, out, strict=True):
