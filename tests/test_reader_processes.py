@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from helpers import RATE, FakeBackend, assert_one_line, noise
 from samekit import AutoencoderModel
 from samekit.dataset.executor import LocalExecutor, default_readers, reads_in_processes
 from samekit.dataset.options import PreEncodeOptions
+from samekit.dataset.reader_process import ReaderProcesses
 from samekit.dataset.run import pre_encode
 from samekit.errors import BackendError, InputError
 
@@ -59,7 +61,12 @@ def children():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"batch_size": 3}, {"float16": True, "checksum": True}, {"sample_size": 9000, "crop": "random", "pad": True}],
+    [
+        {"batch_size": 3},
+        {"float16": True, "checksum": True},
+        {"sample_size": 9000, "crop": "random", "pad": True},
+        {"target_latent_rms": 0.05, "batch_size": 2},
+    ],
     ids=str,
 )
 def test_files_are_those_of_threads(data, tmp_path, options):
@@ -136,6 +143,29 @@ def test_readers_that_die_before_a_run_are_replaced(data, tmp_path):
     assert not children()
 
 
+def test_threads_share_the_processes_of_an_executor(data, tmp_path, monkeypatch):
+    created = []
+
+    class SlowReaderProcesses(ReaderProcesses):
+        def __init__(self, values):
+            created.append(self)
+            time.sleep(0.2)
+            super().__init__(values)
+
+    monkeypatch.setattr("samekit.dataset.executor.ReaderProcesses", SlowReaderProcesses)
+    write(data / "a.wav", 3000)
+    options = PreEncodeOptions(reader_processes=True)
+    with (
+        closing(LocalExecutor(AutoencoderModel(FakeBackend(first_samples)).autoencoder)) as executor,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        outs = [tmp_path / "first", tmp_path / "second"]
+        reports = list(pool.map(lambda out: pre_encode(executor, data, out, options), outs))
+    assert [report.encoded for report in reports] == [1, 1]
+    assert len(created) == 1
+    assert not children()
+
+
 def test_clips_that_fail_are_not_read_to_their_end(data, out):
     """Their windows and the memory of those are free again, and the process reads the next clip."""
     for index in range(20):
@@ -172,11 +202,12 @@ def test_error_of_the_encoder_ends_the_processes(data, out, error):
     assert run(data, out).encoded == 4
 
 
-def test_system_without_room_for_the_memory():
-    """The memory is sparse, but takes addresses, which `ulimit -v` limits."""
+@pytest.mark.parametrize("limit", ["AS", "NOFILE"])
+def test_system_without_room_for_the_memory(limit):
+    """The memory is sparse, but takes addresses, which `ulimit -v` limits, and a file, which `ulimit -n` limits."""
     code = (
         "import resource; from samekit.dataset.window_arrays import SharedMemory;"
-        "resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31)); SharedMemory(2**20)"
+        f"resource.setrlimit(resource.RLIMIT_{limit}, ({2**31 if limit == 'AS' else 0},) * 2); SharedMemory(2**20)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     last = done.stderr.splitlines()[-1]

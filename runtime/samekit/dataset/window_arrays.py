@@ -53,13 +53,12 @@ class SharedMemory:
 
     def __init__(self, values: int, descriptor: int | None = None) -> None:
         self.values = values
-        """Most values of an array."""
         self._bytes = -(-values * 4 // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         size = self._bytes * _MOST_ARRAYS
-        self.descriptor = _unnamed_file(size) if descriptor is None else descriptor
-        """The file."""
-        weakref.finalize(self, os.close, self.descriptor)
         try:
+            self.descriptor = _unnamed_file(size) if descriptor is None else descriptor
+            """The file."""
+            weakref.finalize(self, os.close, self.descriptor)
             self._map = mmap.mmap(self.descriptor, size)
         except (OSError, OverflowError, ValueError) as error:
             raise BackendError(f"no memory can be shared here ({error}); pass --worker-threads") from None
