@@ -207,13 +207,13 @@ class Pipeline:
                 self._error = error
                 raise
             finally:
+                self._stopped = True
                 self._tasks.close(len(tasks))
                 self._end_threads(readers, writer)
         if self._error is not None:
             raise self._error
 
     def _end_threads(self, readers: list[threading.Thread], writer: threading.Thread) -> None:
-        self._stopped = True
         if self._error is not None:
             for process in self._processes:
                 process.kill()
@@ -376,7 +376,7 @@ class Pipeline:
                 if not failed:
                     writer.write(group)
             except BaseException as error:  # noqa: BLE001 it is raised again by `run`
-                self._error, failed = error, True
+                self._error, failed = self._error or error, True
 
 
 def _start(thread: threading.Thread) -> None:
