@@ -118,7 +118,9 @@ def test_reader_that_dies_is_one_bad_clip(data, out, number, readers):
     report = run(data, out, answer, readers=readers)
     assert report.statuses == {"encoded": 5, "unreadable": 1}
     (bad,) = report.bad
-    assert bad["reason"].startswith(f"{data / bad['relpath']}: the process that read it was ended by {number.name}; ")
+    assert bad["reason"].startswith(
+        f"{data / bad['relpath']}: the process that read it died (killed by {number.name}); "
+    )
     assert not children()
     again = run(data, out, readers=readers)
     assert (again.encoded, again.unchanged) == (1, 5)
@@ -218,7 +220,7 @@ def test_system_without_room_for_the_memory(limit):
 def test_process_that_does_not_start(data, out, monkeypatch):
     write(data / "a.wav", 100)
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(BackendError, match=r"ended with exit code 1 when it started; pass --worker-threads") as caught:
+    with pytest.raises(BackendError, match=r"died when it started \(exit code 1\); pass --worker-threads") as caught:
         run(data, out)
     assert_one_line(caught.value)
     monkeypatch.setattr(sys, "executable", "/not there")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from samekit.dataset.calls import BATCHES_PER_WORKER, WorkerDiedError
+from samekit.dataset.reader_process import describe_exit
 from samekit.errors import BackendError, SamekitError
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class WorkerProcess:
                 with suppress(OSError):
                     pipe.close()  # type: ignore[union-attr] # both are pipes
             for future in list(pending.values()):
-                future.set_exception(WorkerDiedError(_describe_exit(code)))
+                future.set_exception(WorkerDiedError(describe_exit(code)))
 
 
 def _take(answer: tuple[Any, ...], pending: dict[int, Future[Any]]) -> None:
@@ -134,15 +134,6 @@ def _take(answer: tuple[Any, ...], pending: dict[int, Future[Any]]) -> None:
 def _send(pipe: Any, data: bytes) -> None:
     pipe.write(data)
     pipe.flush()
-
-
-def _describe_exit(code: int) -> str:
-    """Return how a process ended, for messages."""
-    if code >= 0:
-        return f"exit code {code}"
-    with suppress(ValueError):
-        return f"killed by {signal.Signals(-code).name}"
-    return f"killed by signal {-code}"
 
 
 # --- In the worker process -----------------------------------------------------------------------------------

@@ -71,6 +71,15 @@ class _AbandonedError(Exception):
     """The clip is not needed any more."""
 
 
+def describe_exit(code: int) -> str:
+    """Return how a process ended, for messages."""
+    if code >= 0:
+        return f"exit code {code}"
+    with suppress(ValueError):
+        return f"killed by {signal.Signals(-code).name}"
+    return f"killed by signal {-code}"
+
+
 def can_start() -> bool:
     """Return whether this system can start reader processes."""
     return os.name == "posix" and bool(sys.executable) and not getattr(sys, "frozen", False)
@@ -125,7 +134,7 @@ class ReaderProcess:
                 self.give_piece()
         except (EOFError, OSError):
             reason = self.ended()
-            raise BackendError(f"a reader process {reason} when it started; pass --worker-threads") from None
+            raise BackendError(f"a reader process died when it started ({reason}); pass --worker-threads") from None
 
     def give_piece(self) -> None:
         """Let the process fill one more piece of memory."""
@@ -163,11 +172,7 @@ class ReaderProcess:
         for number in self._pieces:
             self._memory.give_back(number)
         self._pieces.clear()
-        if code >= 0:
-            return f"ended with exit code {code}"
-        with suppress(ValueError):
-            return f"was ended by {signal.Signals(-code).name}"
-        return f"was ended by signal {-code}"
+        return describe_exit(code)
 
     def close(self) -> None:
         """End the process, which waits for a clip."""
@@ -211,7 +216,7 @@ class RemoteClip:
                     yield window, audio
         except (EOFError, OSError):
             done = True
-            reason = f"{self._order.source.path}: the process that read it {self._process.ended()}"
+            reason = f"{self._order.source.path}: the process that read it died ({self._process.ended()})"
             raise BadClipError("unreadable", f"{reason}; run pre-encode again, or convert the file") from None
         finally:
             if not done:
