@@ -1,6 +1,6 @@
 """Memory for the windows of clips, used again and again: new memory is cleared page by page, which takes long.
 
-Memory is free again when the last array that shows it is gone.
+A piece of memory is free again when the last array that shows it is gone.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class SharedMemory:
 
     Args:
         values: most values of an array.
-        descriptor: the file, in a child; the parent creates it.
+        descriptor: the file, in a child; None creates it.
     """
 
     def __init__(self, values: int, descriptor: int | None = None) -> None:
@@ -57,7 +57,6 @@ class SharedMemory:
         size = self._bytes * _MOST_ARRAYS
         try:
             self.descriptor = _unnamed_file(size) if descriptor is None else descriptor
-            """The file."""
             weakref.finalize(self, os.close, self.descriptor)
             self._map = mmap.mmap(self.descriptor, size)
         except (OSError, OverflowError, ValueError) as error:
