@@ -165,8 +165,13 @@ def mixed_clips(folder):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"pad": True, "sample_size": 8000, "float16": True}, {"checksum": True, "shard": Shard(1, 2)}],
-    ids=["plain", "pad", "shard"],
+    [
+        {},
+        {"pad": True, "sample_size": 8000, "float16": True},
+        {"checksum": True, "shard": Shard(1, 2)},
+        {"target_latent_rms": 0.04, "batch_size": 3},
+    ],
+    ids=["plain", "pad", "shard", "loudness"],
 )
 def test_folder_is_that_of_one_process(executor, engine, data, out, options):
     mixed_clips(data)

@@ -156,6 +156,27 @@ def test_slow_clip_does_not_delay_the_record_of_those_before(data, out, monkeypa
     assert len(progress) == 3
 
 
+@pytest.mark.parametrize(("limits", "clips"), [(GroupLimits(size=1), 1), (GroupLimits(clips=8), 8)])
+def test_encoder_waits_for_a_slow_disk(data, out, monkeypatch, limits, clips):
+    """While one group is written, the clips of another one are encoded, and one more."""
+    monkeypatch.setattr(FolderOutput, "group_limits", limits)
+    write_clips(data, 30)
+    encoded, at_first = [], []
+
+    def answer(direction, array):
+        encoded.append(1)
+        return first_samples(direction, array)
+
+    def be_slow(progress):
+        if progress.done == 1:
+            time.sleep(0.5)
+            at_first.append(len(encoded))
+
+    pre_encode(fake_model(answer), data, out, PreEncodeOptions(sample_size=400, readers=1), be_slow)
+    silence = 1
+    assert at_first[0] - silence == 2 * clips + 1
+
+
 def test_latents_of_a_dataset_are_read_by_the_rules_of_sa3(data, out):
     """One window and several windows per clip, without and with padding."""
     for pad in (False, True):

@@ -217,6 +217,15 @@ def test_names_that_have_another_meaning_are_refused(data, out, name, reason):
     assert not out.exists()
 
 
+def test_long_names_that_begin_alike(data, out):
+    stems = [f"{'n' * 240}{end}" for end in "ab"]
+    for stem in stems:
+        write_clip(data / f"{stem}.wav", 100)
+    assert run(data, out, **MIRROR).encoded == 2
+    names = {name for name in contents(out) if name.startswith("n")}
+    assert names == {f"{stem}.{suffix}" for stem in stems for suffix in ("npy", "json")}
+
+
 @pytest.mark.parametrize("relpath", ["../a.wav", "/tmp/a.wav", "x/../../a.wav"])
 def test_manifest_that_leads_out_of_the_folder_is_damaged(data, out, relpath):
     write_clips(data, 2)

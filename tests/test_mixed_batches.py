@@ -13,7 +13,8 @@ from test_dataset import EXACT_DB, FAKE_HOP, first_samples, one_pass, pair, prep
 from samekit import AutoencoderModel
 from samekit.backends.base import Backend
 from samekit.dataset.clip import CuttingRules
-from samekit.dataset.options import CutOptions
+from samekit.dataset.options import CutOptions, PreEncodeOptions
+from samekit.dataset.run import pre_encode
 from samekit.engine.spec import ENCODER
 from samekit.errors import NonFiniteError
 from samekit.windows import ExactWindows, Window
@@ -100,6 +101,25 @@ def test_results_that_are_pending(data, out, monkeypatch, most_pending):
     assert run(data, out.with_name("alone")).encoded == 8
     fine, whole = contents(out), contents(out.with_name("alone"))
     assert all(fine[f"{n:012d}.npy"] == whole[f"{n:012d}.npy"] for n in (0, 1, 2, 3, 4, 6, 7))
+
+
+@pytest.mark.parametrize("options", [{}, {"target_latent_rms": 0.5}], ids=str)
+def test_clip_whose_pending_windows_all_fail_is_reported_once(data, out, monkeypatch, options):
+    monkeypatch.setattr(FakeBackend, "most_pending", 3)
+    for number in range(4):
+        write_clip(data / f"{number}.wav", 4 * FAKE_HOP, seed=number)
+    write_clip(data / "long.wav", 900 * FAKE_HOP)
+
+    def answer(direction, array):
+        if array.shape[-1] > 10 * FAKE_HOP:
+            raise NonFiniteError("the encoder produced NaN; use fp32")
+        return first_samples(direction, array)
+
+    seen = []
+    model = AutoencoderModel(FakeBackend(answer), 64)
+    report = pre_encode(model, data, out, PreEncodeOptions(readers=1, **options), seen.append)
+    assert report.statuses == {"encoded": 4, "failed": 1}
+    assert [state.done for state in seen] == [1, 2, 3, 4, 5]
 
 
 def test_windows_are_not_padded_on_a_cpu(data, out):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from helpers import RATE, FakeBackend, assert_one_line, noise
 from samekit import AutoencoderModel
 from samekit.dataset.executor import LocalExecutor, default_readers, reads_in_processes
 from samekit.dataset.options import PreEncodeOptions
+from samekit.dataset.reader_process import ReaderProcesses
 from samekit.dataset.run import pre_encode
 from samekit.errors import BackendError, InputError
 
@@ -32,9 +34,10 @@ LONG = 200_000
 
 
 def first_samples(direction, array):
-    """Return latents that show from which samples they were computed."""
+    """Return latents that show from which samples of both channels they were computed."""
     del direction
-    return np.ascontiguousarray(array[:, 0].reshape(len(array), -1, HOP)[:, :, :4].swapaxes(1, 2))
+    samples = array.reshape(len(array), 2, -1, HOP)[..., :2]
+    return np.ascontiguousarray(samples.swapaxes(2, 3).reshape(len(array), 4, -1))
 
 
 def write(path, samples, *, rate=RATE, channels=2, seed=0, level=0.1):
@@ -58,7 +61,12 @@ def children():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"batch_size": 3}, {"float16": True, "checksum": True}, {"sample_size": 9000, "crop": "random", "pad": True}],
+    [
+        {"batch_size": 3},
+        {"float16": True, "checksum": True},
+        {"sample_size": 9000, "crop": "random", "pad": True},
+        {"target_latent_rms": 0.05, "batch_size": 2},
+    ],
     ids=str,
 )
 def test_files_are_those_of_threads(data, tmp_path, options):
@@ -73,11 +81,14 @@ def test_files_are_those_of_threads(data, tmp_path, options):
     cut = write(data / "cut.flac", 30_000)
     cut.write_bytes(cut.read_bytes()[:20_000])
     (data / "empty.wav").touch()
+    # The length of a file of two parts is not known before it is read, so the last window does not fill its memory.
+    chained = write(data / "chained.ogg", 20_000)
+    chained.write_bytes(chained.read_bytes() * 2)
     write(data / "gone.wav", 100).unlink()
     reports = [run(data, tmp_path / str(where), reader_processes=where, **options) for where in (True, False)]
     assert reports[0].statuses == reports[1].statuses
     assert reports[0].bad == reports[1].bad
-    assert reports[0].encoded == 7
+    assert reports[0].encoded == 8
     assert len(reports[0].bad) == 4
     files = [contents(tmp_path / str(where)) for where in (True, False)]
     for each in files:
@@ -108,7 +119,7 @@ def test_reader_that_dies_is_one_bad_clip(data, out, number, readers):
     assert report.statuses == {"encoded": 5, "unreadable": 1}
     (bad,) = report.bad
     assert bad["reason"].startswith(
-        f"{data / bad['relpath']}: the process that read it ended (killed by {number.name}); "
+        f"{data / bad['relpath']}: the process that read it died (killed by {number.name}); "
     )
     assert not children()
     again = run(data, out, readers=readers)
@@ -131,6 +142,29 @@ def test_readers_that_die_before_a_run_are_replaced(data, tmp_path):
         child.kill()
         assert pre_encode(executor, data, tmp_path / "3", options).encoded == 1
         assert children() != [child]
+    assert not children()
+
+
+def test_threads_share_the_processes_of_an_executor(data, tmp_path, monkeypatch):
+    created = []
+
+    class SlowReaderProcesses(ReaderProcesses):
+        def __init__(self, values):
+            created.append(self)
+            time.sleep(0.2)
+            super().__init__(values)
+
+    monkeypatch.setattr("samekit.dataset.executor.ReaderProcesses", SlowReaderProcesses)
+    write(data / "a.wav", 3000)
+    options = PreEncodeOptions(reader_processes=True)
+    with (
+        closing(LocalExecutor(AutoencoderModel(FakeBackend(first_samples)).autoencoder)) as executor,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        outs = [tmp_path / "first", tmp_path / "second"]
+        reports = list(pool.map(lambda out: pre_encode(executor, data, out, options), outs))
+    assert [report.encoded for report in reports] == [1, 1]
+    assert len(created) == 1
     assert not children()
 
 
@@ -170,11 +204,12 @@ def test_error_of_the_encoder_ends_the_processes(data, out, error):
     assert run(data, out).encoded == 4
 
 
-def test_system_without_room_for_the_memory():
-    """The memory is sparse, but takes addresses, which `ulimit -v` limits."""
+@pytest.mark.parametrize("limit", ["AS", "NOFILE"])
+def test_system_without_room_for_the_memory(limit):
+    """The memory is sparse, but takes addresses, which `ulimit -v` limits, and a file, which `ulimit -n` limits."""
     code = (
         "import resource; from samekit.dataset.window_arrays import SharedMemory;"
-        "resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31)); SharedMemory(2**20)"
+        f"resource.setrlimit(resource.RLIMIT_{limit}, ({2**31 if limit == 'AS' else 0},) * 2); SharedMemory(2**20)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     last = done.stderr.splitlines()[-1]
@@ -185,7 +220,7 @@ def test_system_without_room_for_the_memory():
 def test_process_that_does_not_start(data, out, monkeypatch):
     write(data / "a.wav", 100)
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(BackendError, match=r"ended \(exit code 1\) when it started; pass --worker-threads") as caught:
+    with pytest.raises(BackendError, match=r"died when it started \(exit code 1\); pass --worker-threads") as caught:
         run(data, out)
     assert_one_line(caught.value)
     monkeypatch.setattr(sys, "executable", "/not there")

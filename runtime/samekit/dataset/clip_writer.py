@@ -2,6 +2,8 @@
 
     complete clips -> a group -> all files of the group are in the output -> `finished`, which records the group
 
+While a group is written, the encoder completes the clips of the next one.
+
 Waiting for a disk costs about the same for one clip and for many. If the process or the machine stops, the clips of the
 last group are not recorded, so the next run encodes them again.
 """
@@ -39,6 +41,31 @@ class CompleteClip:
     def size(self) -> int:
         """Bytes of the latents, without padding."""
         return sum(window.nbytes for window in self.windows)
+
+
+class CompleteClips(queue.Queue["CompleteClip | None"]):
+    """Clips that wait for the writer, and None behind the last one. It is full when it holds a group."""
+
+    def __init__(self, limits: GroupLimits) -> None:
+        super().__init__(limits.size)
+        self._least = max(1, limits.size // limits.clips)
+        self._filled = 0
+
+    def _qsize(self) -> int:
+        """Return how full the queue is: the bytes of the clips, where a short clip counts as its share of a group."""
+        return self._filled
+
+    def _put(self, item: CompleteClip | None) -> None:
+        self._filled += self._share(item)
+        super()._put(item)
+
+    def _get(self) -> CompleteClip | None:
+        item = super()._get()
+        self._filled -= self._share(item)
+        return item
+
+    def _share(self, item: CompleteClip | None) -> int:
+        return max(self._least, item.size if item else 0)
 
 
 def groups_of(complete: queue.Queue[CompleteClip | None], limits: GroupLimits) -> Iterator[list[CompleteClip]]:

@@ -1,6 +1,6 @@
 """Encode the clips of a run: the contract `Executor`, and its implementation in this process.
 
-`samekit.dataset.ray` implements the contract on a Ray cluster.
+`samekit.dataset.devices` implements the contract on several GPUs, and `samekit.dataset.ray` on a Ray cluster.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Facts about the model of an executor. All actors of a cluster must have the same model."""
+    """Facts about the model of an executor. All worker processes of a run must have the same model."""
 
     spec: EngineSpec
     precision: str
@@ -83,6 +83,7 @@ class LocalExecutor(Executor):
         self._cores = cores or available_cpus()
         self.readers = default_readers(self._cores, backend.device)
         self._processes: ReaderProcesses | None = None
+        self._processes_lock = threading.Lock()
         self._backend_lock = threading.Lock()
         # Otherwise the first calls would differ in rounding, and a run that continues a killed one in bytes.
         backend.use_packed_weights(ENCODER)
@@ -99,9 +100,8 @@ class LocalExecutor(Executor):
         readers = max(1, min(job.options.readers or self.readers, len(tasks)))
         processes = None
         if reads_in_processes(job.options, self._cores, backend.device):
-            if self._processes is None:
-                self._processes = ReaderProcesses(job.rules.window_values)
-            processes = self._processes
+            with self._processes_lock:
+                processes = self._processes = self._processes or ReaderProcesses(job.rules.window_values)
         Pipeline(backend, self._backend_lock, job, readers, processes, finished).run(tasks)
 
     def close(self) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 
 from samekit.dataset.bad_clip import BadClipError
 from samekit.dataset.clip import open_clip
-from samekit.dataset.clip_writer import ClipWriter, CompleteClip, groups_of
+from samekit.dataset.clip_writer import ClipWriter, CompleteClip, CompleteClips, groups_of
 from samekit.dataset.loudness import Loudness, latent_rms
 from samekit.dataset.waiting_windows import WaitingWindows
 from samekit.dataset.window_arrays import PrivateMemory
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
     from samekit.files.pairs import Pair
     from samekit.windows import Window
 
-# Complete clips that may wait for the disk.
-_WRITES_WAITING: Final = 16
 _POLL_SECONDS: Final = 0.01
 
 
@@ -187,7 +185,7 @@ class Pipeline:
         self._read: queue.Queue[_Piece | _End | _Idle | None] = queue.Queue(self.job.options.batch_size + self.readers)
         # Batches that the backend runs, and the functions that return their latents.
         self._pending: deque[tuple[list[_Piece], Callable[[], Array]]] = deque()
-        self._complete: queue.Queue[CompleteClip | None] = queue.Queue(_WRITES_WAITING)
+        self._complete = CompleteClips(self.job.output.group_limits)
         # Reader processes that this pipeline has used.
         self._processes: list[ReaderProcess] = []
 
@@ -207,13 +205,13 @@ class Pipeline:
                 self._error = error
                 raise
             finally:
+                self._stopped = True
                 self._tasks.close(len(tasks))
                 self._end_threads(readers, writer)
         if self._error is not None:
             raise self._error
 
     def _end_threads(self, readers: list[threading.Thread], writer: threading.Thread) -> None:
-        self._stopped = True
         if self._error is not None:
             for process in self._processes:
                 process.kill()
@@ -316,7 +314,7 @@ class Pipeline:
                 # One window at a time, to find the clip that fails.
                 for piece in batch:
                     self._encode_batch([piece])
-            else:
+            elif not batch[0].work.failed:
                 self._fail(batch[0].work, str(error))
             return
         for piece, latents in zip(batch, out, strict=True):
@@ -376,7 +374,7 @@ class Pipeline:
                 if not failed:
                     writer.write(group)
             except BaseException as error:  # noqa: BLE001 it is raised again by `run`
-                self._error, failed = error, True
+                self._error, failed = self._error or error, True
 
 
 def _start(thread: threading.Thread) -> None:

@@ -1,7 +1,7 @@
 """Read clips in other processes, which share the memory of windows with this one.
 
     this process    rules and options, sources, numbers of free pieces of memory ->
-    reader process  <- for each window its number and shape, and what is known of the clip; then the result of the clip
+    reader process  <- for each window its number and layout, and what is known of the clip; then the result of the clip
 
 Reader processes do not import PyTorch or an inference engine. A process that ends while it reads a clip makes this clip
 bad, and the next clip gets a new process.
@@ -109,7 +109,7 @@ class ReaderProcess:
                 self.give_piece()
         except (EOFError, OSError):
             reason = self.ended()
-            raise BackendError(f"a reader process ended ({reason}) when it started; pass --worker-threads") from None
+            raise BackendError(f"a reader process died when it started ({reason}); pass --worker-threads") from None
 
     def give_piece(self) -> None:
         """Let the process fill one more piece of memory."""
@@ -185,13 +185,13 @@ class RemoteClip:
                 message = self._process.receive()
                 done = isinstance(message, _Result)
                 if not done:
-                    number, window, shape, self.clip = message
-                    audio = self._memory.array(number, shape)
+                    number, window, shape, strides, self.clip = message
+                    audio = self._memory.array(number, shape, self._memory.give_back, strides)
                     self._process.give_piece()
                     yield window, audio
         except (EOFError, OSError):
             done = True
-            reason = f"{self._order.source.path}: the process that read it ended ({self._process.ended()})"
+            reason = f"{self._order.source.path}: the process that read it died ({self._process.ended()})"
             raise BadClipError("unreadable", f"{reason}; run pre-encode again, or convert the file") from None
         finally:
             if not done:
@@ -286,7 +286,7 @@ class _Server:
             for window, audio in reader:
                 number = self._memory.number(audio)
                 self._sent[number] += 1
-                self._connection.send((number, window, audio.shape, reader.clip))
+                self._connection.send((number, window, audio.shape, audio.strides, reader.clip))
         except _AbandonedError:
             pass
         except BadClipError as raised:

@@ -68,7 +68,7 @@ def pre_encode(
         output_path: folder for the latents, or a URL that fsspec opens. All its latents must have the same model and
             settings.
         options: `PreEncodeOptions()` if not given.
-        progress: called after each clip, possibly in another thread.
+        progress: called for each clip when its group of clips is recorded, possibly in another thread.
 
     Returns:
         The results of the run. Those that describe the folder are also in `.samekit/report.json`.

@@ -45,11 +45,15 @@ class WaitingWindows(Generic[T]):
         length = next(iter(self._windows))
         batch = [(window, length) for window in self._windows.pop(length)]
         for other in sorted(self._windows, key=lambda other: abs(other - length)) if self._padding else ():
-            for window in list(self._windows[other]):
+            left = []
+            for window in self._windows[other]:
                 if len(batch) < self._batch_size and self._fits([*batch, (window, other)]):
                     batch.append((window, other))
-                    self._windows[other].remove(window)
-            if not self._windows[other]:
+                else:
+                    left.append(window)
+            if left:
+                self._windows[other] = left
+            else:
                 del self._windows[other]
         return [window for window, _ in batch]
 

@@ -1,11 +1,10 @@
 """Memory for the windows of clips, used again and again: new memory is cleared page by page, which takes long.
 
-Memory is free again when the last array that shows it is gone.
+A piece of memory is free again when the last array that shows it is gone.
 """
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 import tempfile
@@ -49,17 +48,15 @@ class SharedMemory:
 
     Args:
         values: most values of an array.
-        descriptor: the file, in a child; the parent creates it.
+        descriptor: the file, in a child; None creates it.
     """
 
     def __init__(self, values: int, descriptor: int | None = None) -> None:
         self.values = values
-        """Most values of an array."""
         self._bytes = -(-values * 4 // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         size = self._bytes * _MOST_ARRAYS
         try:
             self.descriptor = _unnamed_file(size) if descriptor is None else descriptor
-            """The file."""
             weakref.finalize(self, os.close, self.descriptor)
             self._map = mmap.mmap(self.descriptor, size)
         except (OSError, OverflowError, ValueError) as error:
@@ -77,11 +74,20 @@ class SharedMemory:
         """Make a piece free."""
         self._free.append(number)
 
-    def array(self, number: int, shape: tuple[int, ...], end: Callable[[int], object] | None = None) -> Array:
-        """Return a piece as an array. When it and its views are gone, `end` is called with the number."""
+    def array(
+        self,
+        number: int,
+        shape: tuple[int, ...],
+        end: Callable[[int], object],
+        strides: tuple[int, ...] | None = None,
+    ) -> Array:
+        """Return a piece as an array. When it and its views are gone, `end` is called with the number.
+
+        `strides` are those of NumPy, for an array that does not fill its memory; None for one that does.
+        """
         begin = number * self._bytes
         piece = memoryview(self._map)[begin : begin + self._bytes]
-        return _shown(piece, shape, partial(end or self.give_back, number))
+        return _shown(piece, shape, partial(end, number), strides)
 
     def number(self, array: Array) -> int:
         """Return the number of the piece that an array shows."""
@@ -89,12 +95,14 @@ class SharedMemory:
         return (array.ctypes.data - start) // self._bytes
 
 
-def _shown(storage: memoryview, shape: tuple[int, ...], end: Callable[[], object]) -> Array:
+def _shown(
+    storage: memoryview, shape: tuple[int, ...], end: Callable[[], object], strides: tuple[int, ...] | None = None
+) -> Array:
     """Return memory as an array, and call `end` when this array and its views are gone."""
     # NumPy's views keep this array alive, because it does not own its memory.
     owner: Array = np.frombuffer(storage, np.float32)
     weakref.finalize(owner, end).atexit = False
-    return owner[: math.prod(shape)].reshape(shape)
+    return np.ndarray(shape, np.float32, owner, strides=strides)
 
 
 def _unnamed_file(size: int) -> int:

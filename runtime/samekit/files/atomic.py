@@ -82,7 +82,6 @@ class AtomicFiles:
     """
 
     def __init__(self) -> None:
-        self._end = _temporary_end()
         self._temporaries: dict[str, str] = {}
 
     def __enter__(self) -> Self:
@@ -100,8 +99,7 @@ class AtomicFiles:
                 mode = os.lstat(path).st_mode
                 if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
                     raise _not_regular(path)
-            folder, name = os.path.split(path)
-            temporary = os.path.join(folder, f".{_shortened(name)}{self._end}")
+            temporary = os.path.join(os.path.dirname(path), _temporary_name(os.path.basename(path)))
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
             descriptor = os.open(temporary, flags, 0o666)
             self._temporaries[path] = temporary
@@ -277,12 +275,12 @@ def _process_space() -> str:
 
 
 def _temporary_path(path: Path) -> Path:
-    return path.with_name(f".{_shortened(path.name)}{_temporary_end()}")
+    return path.with_name(_temporary_name(path.name))
 
 
-def _temporary_end() -> str:
-    """Return the end of the name of a temporary file, which names this process and begins with a full stop."""
-    return f".{os.getpid()}-{_process_space()}{secrets.token_hex(4)}.tmp"
+def _temporary_name(name: str) -> str:
+    """Return a new name of a temporary file for an output of this name."""
+    return f".{_shortened(name)}.{os.getpid()}-{_process_space()}{secrets.token_hex(4)}.tmp"
 
 
 def _not_regular(path: str | Path) -> OutputError:

@@ -65,7 +65,7 @@ def write_pairs(folder: str | os.PathLike[str], pairs: Sequence[Pair]) -> None:
 
     Missing folders between `folder` and a file are created. All files are synced together, which takes a fraction of
     the time of one after another. Links are replaced, not followed. Raise OutputError if a file cannot be written; then
-    no file has changed, unless renaming failed.
+    no file has changed, unless an older file could not be removed or renaming failed.
     """
     arrays = {os.path.join(folder, pair.name): pair.npy for pair in pairs}
     texts = {os.path.join(folder, pair.json_name): pair.json for pair in pairs}
