@@ -198,7 +198,8 @@ def test_error_of_the_disk_ends_a_run_with_corrections(data, out):
 
 @pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, "0.9", True, 10**6])
 def test_targets_that_do_not_work(value):
-    with pytest.raises(InputError, match=r"target_latent_rms is .*; pass a positive number, such as 0\.9") as error:
+    cure = "pass a number above 0 and below 1000, such as 0.9"
+    with pytest.raises(InputError, match=rf"target_latent_rms is .*; {cure}") as error:
         PreEncodeOptions(target_latent_rms=value)
     assert_one_line(error.value)
 

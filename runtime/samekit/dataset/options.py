@@ -137,7 +137,8 @@ class CutOptions:
             raise InputError(f"flip {self.flip!r} is not known; pass none or random")
         target = self.target_latent_rms
         if target is not None and (type(target) not in (int, float) or not 0 < target < _MOST_RMS):
-            raise InputError(f"target_latent_rms is {target!r}; pass a positive number, such as 0.9")
+            cure = f"pass a number above 0 and below {_MOST_RMS}, such as 0.9"
+            raise InputError(f"target_latent_rms is {target!r}; {cure}")
         if self.full and self.crop == "random":
             raise InputError("full keeps whole clips and crop cuts them; pass one of them")
 
