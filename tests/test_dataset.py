@@ -1272,7 +1272,7 @@ def test_verify_does_not_ask_to_remove_what_may_only_not_be_read(data, out, name
 
 
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv, with which even root has no rights to a file")
-@pytest.mark.parametrize(("name", "mode"), [(".", 0o311), (".samekit", 0)])
+@pytest.mark.parametrize(("name", "mode"), [(".", 0o311), (".", 0), (".samekit", 0)])
 def test_verify_of_a_folder_that_cannot_be_listed(data, out, name, mode):
     write_clips(data, 1)
     run(data, out)
