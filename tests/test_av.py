@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+import zlib
 
 import hostile
 import numpy as np
@@ -378,6 +379,67 @@ def test_tables_that_announce_more_than_the_file_holds(made, tmp_path):
     at = data.index(b"trun") + 8
     (tmp_path / "c.mp4").write_bytes(data[:at] + struct.pack(">I", 2**28) + data[at + 4 :])
     refusal(tmp_path / "c.mp4", "is damaged, its box trun is too large")
+
+
+def children(box):
+    """Return the boxes in an MP4 box, by name."""
+    found, position = {}, 8
+    while position < len(box):
+        size, name = struct.unpack_from(">I4s", box, position)
+        found[name] = box[position : position + size]
+        position += size
+    return found
+
+
+def new_box(name, content):
+    return struct.pack(">I4s", 8 + len(content), name) + content
+
+
+def with_header(path, target, change, *names):
+    """Write an MP4 file with another box in place of that with the last of these names, each in the one before."""
+
+    def changed(box, name, *below):
+        boxes = children(box)
+        boxes[name] = changed(boxes[name], *below) if below else change(boxes[name])
+        return new_box(box[4:8], b"".join(boxes.values()))
+
+    target.write_bytes(changed(bytes(8) + path.read_bytes(), *names)[8:])
+
+
+# The boxes in which FFmpeg 8.1 finds the tables of a file from which they were moved there.
+@pytest.mark.parametrize(
+    "name",
+    ["dinf", "edts", "ilst", "mdia", "minf", "moof", "moov", "mvex", "schi", "sinf", "stbl", "traf", "tref", "udta"],
+)
+def test_tables_in_unusual_boxes(made, tmp_path, name):
+    def moved(stbl):
+        at = stbl.index(b"stsz") + 12
+        return new_box(name.encode(), stbl[:at] + struct.pack(">I", 2**28) + stbl[at + 4 :])
+
+    with_header(made("aac.m4a"), tmp_path / "a.m4a", moved, b"moov", b"trak", b"mdia", b"minf", b"stbl")
+    refusal(tmp_path / "a.m4a", "is damaged, its box stsz is too large")
+
+
+def test_tables_in_the_description_of_the_codec(made, tmp_path):
+    def longer(stsd):
+        return new_box(b"stsd", stsd[8:] + new_box(b"stsz", struct.pack(">III", 0, 1, 2**28)))
+
+    names = b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd"
+    with_header(made("aac.m4a"), tmp_path / "a.m4a", longer, *names)
+    refusal(tmp_path / "a.m4a", "is damaged, its box stsd contains a table")
+    with_header(made("aac.m4a"), tmp_path / "b.m4a", lambda stsd: new_box(b"stsd", stsd[8:] + bytes(2**20)), *names)
+    refusal(tmp_path / "b.m4a", "is damaged, its box stsd is too large")
+
+
+def test_compressed_header(made, tmp_path):
+    """FFmpeg would allocate memory for all of it. An inflated header also hides its tables from the checks."""
+
+    def compressed(moov):
+        content = struct.pack(">I", len(moov)) + zlib.compress(moov)
+        return new_box(b"moov", new_box(b"cmov", new_box(b"dcom", b"zlib") + new_box(b"cmvd", content)))
+
+    with_header(made("aac.m4a"), tmp_path / "a.m4a", compressed, b"moov")
+    refusal(tmp_path / "a.m4a", "holds a compressed header; convert it")
 
 
 def test_playlists_are_not_followed(made, tmp_path):

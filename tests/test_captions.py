@@ -21,14 +21,15 @@ import unicodedata
 
 import pytest
 import soundfile as sf
-from helpers import KINDS, assert_one_line, noise
+from helpers import KINDS, FakeBackend, assert_one_line, noise
 from hostile import mutated_bytes
 from test_dataset import FIELDS, command, pair, rows_of, run, write_clip
 
+from samekit import AutoencoderModel
 from samekit.dataset.captions import RESERVED_FIELDS, read_tags
 from samekit.dataset.captions import TAGS as CAPTION_TAGS
 from samekit.dataset.check import verify
-from samekit.errors import InputError
+from samekit.errors import InputError, OutputError
 
 
 def write_json(path, value):
@@ -189,6 +190,20 @@ def test_fields_of_samekit_win(data, out, layout):
     assert run(data, out, **options).encoded == 1
     assert json.loads(file.read_text()) == first
     assert verify(out) == []
+
+
+def test_fields_of_a_caption_do_not_steer_decoding(data, out):
+    """`encode` gives `source` and `samples` of a single file a meaning. Here they are words of the caption."""
+    recording = audio(data / "a.wav")
+    before = recording.read_bytes()
+    write_json(data / "a.json", {"prompt": "words", "source": "a collection", "samples": 5})
+    run(data, out)
+    assert pair(out, 0)[1]["source"] == "a collection"
+    model = AutoencoderModel(FakeBackend())
+    with pytest.raises(OutputError, match=r"is the recording that .*000000000000\.json names as the source"):
+        model.decode_file(out / "000000000000.npy", recording)
+    assert recording.read_bytes() == before
+    assert model.decode_file(out / "000000000000.npy", data / "other.wav") >= 100
 
 
 def test_prompt_of_a_json_without_one(data, out):

@@ -285,6 +285,8 @@ def test_sound_of_several_folders(tmp_path, out):
     with pytest.raises(InputError, match="the same path below --data_dir") as error:
         run([tmp_path / "a", tmp_path / "b"], out)
     assert_one_line(error.value)
+    with pytest.raises(InputError, match=r"the same path below --data_dir; pass each folder once$"):
+        run([tmp_path / "a", tmp_path / "b" / ".." / "a"], out)
 
 
 def test_long_clip_is_cut_from_the_start(data, out):
@@ -1272,7 +1274,7 @@ def test_verify_does_not_ask_to_remove_what_may_only_not_be_read(data, out, name
 
 
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv, with which even root has no rights to a file")
-@pytest.mark.parametrize(("name", "mode"), [(".", 0o311), (".samekit", 0)])
+@pytest.mark.parametrize(("name", "mode"), [(".", 0o311), (".", 0), (".samekit", 0)])
 def test_verify_of_a_folder_that_cannot_be_listed(data, out, name, mode):
     write_clips(data, 1)
     run(data, out)
@@ -1409,6 +1411,16 @@ def test_command_has_the_flags_and_defaults_of_the_reference():
 def test_command_that_lacks_something(arguments):
     result = command(*arguments)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize("paths", [("", "out"), (".", "")])
+def test_empty_path_is_not_the_working_folder(tmp_path, monkeypatch, paths):
+    """A shell passes an empty path for a variable that is not set."""
+    monkeypatch.chdir(tmp_path)
+    result = command("--data_dir", paths[0], "--output_path", paths[1])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "needs a dataset and a folder; pass --data_dir and --output_path" in result.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_half_model_without_its_graph_is_refused(engine_of, data, out):

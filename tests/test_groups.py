@@ -15,6 +15,7 @@ from test_dataset import fake_model, first_samples, rows_of, write_clip, write_c
 from test_dataset import run as run_any
 from test_latents import sa3_array
 
+from samekit.dataset.check import verify
 from samekit.dataset.options import PreEncodeOptions
 from samekit.dataset.output import FolderOutput, GroupLimits
 from samekit.dataset.run import pre_encode
@@ -225,3 +226,14 @@ def test_what_is_no_file_is_not_replaced(data, out):
     assert {name: text for name, text in contents(out).items() if name[0] == "0"} == {
         name: text for name, text in whole.items() if name[0] == "0"
     }
+
+
+@pytest.mark.parametrize("layout", ["numbered", "mirror"])
+def test_output_is_the_working_folder(data, out, monkeypatch, layout):
+    write_clip(data / "a.wav", 100)
+    out.mkdir()
+    monkeypatch.chdir(out)
+    assert run(data, ".", layout=layout).encoded == 1
+    write_clip(data / "b.wav", 100)
+    assert run(data, ".", layout=layout).encoded == 1
+    assert verify(".") == []

@@ -263,6 +263,27 @@ def test_folder_with_latents_of_others_is_refused(songs, out):
         run(songs, out, **MIRROR)
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_files_of_the_user_are_not_replaced(data, begun):
+    """The folder `json` beside the audio holds captions. A bad clip would delete its caption there."""
+    wav, captions = data / "wav", data / "json"
+    write_clip(wav / "a.wav", 100)
+    captions.mkdir()
+    if begun:
+        run(wav, captions, **MIRROR)
+    (wav / "b.wav").write_bytes(b"no audio")
+    (captions / "b.json").write_text('{"prompt": "words", "list": [1]}')
+    (captions / "notes.json").write_text("{}")
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"json: holds b\.json, which no manifest lists; pass another") as error:
+            run(wav, captions, **MIRROR)
+    assert_one_line(error.value)
+    assert (captions / "b.json").read_text() == '{"prompt": "words", "list": [1]}'
+    (captions / "b.json").unlink()
+    assert run(wav, captions, **MIRROR).statuses == {"encoded": 1, "no_caption": 1}
+    assert (captions / "notes.json").read_text() == "{}"
+
+
 def test_folder_that_is_a_link_is_not_written_into(songs, out, tmp_path):
     """Output folders are untrusted, so their links must not decide which files are overwritten."""
     (tmp_path / "precious").mkdir()

@@ -196,9 +196,10 @@ def test_error_of_the_disk_ends_a_run_with_corrections(data, out):
         run(data, out, fake_model(answer), target_latent_rms=0.5, readers=1)
 
 
-@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, "0.9", True, 10**6])
+@pytest.mark.parametrize("value", [0, -1, 1e-320, 1e-30, math.nan, math.inf, "0.9", True, 10**6])
 def test_targets_that_do_not_work(value):
-    with pytest.raises(InputError, match=r"target_latent_rms is .*; pass a positive number, such as 0\.9") as error:
+    cure = r"pass a number from 0\.001 to 1000, such as 0\.9"
+    with pytest.raises(InputError, match=rf"target_latent_rms is .*; {cure}") as error:
         PreEncodeOptions(target_latent_rms=value)
     assert_one_line(error.value)
 

@@ -17,8 +17,19 @@ if TYPE_CHECKING:
 
 # Boxes that contain boxes.
 _PARENTS: Final = (b"moov", b"trak", b"edts", b"mdia", b"minf", b"stbl", b"moof", b"traf")
+# FFmpeg also accepts tables in these boxes, whose contents are often invalid, because few programs read them.
+_LOOSE_PARENTS: Final = (b"udta", b"meta", b"ilst", b"dinf", b"mvex", b"tref", b"wave", b"sinf", b"schi")
+_TABLES: Final = (b"stsz", b"stz2", b"trun", b"elst")
+# FFmpeg decompresses such a header in memory, whatever its size, and reads its tables.
+_COMPRESSED: Final = b"cmov"
+# Larger than the descriptions of codecs in any file.
+_MOST_DESCRIPTION_BYTES: Final = 2**20
 # Limits the time that a malicious file of empty boxes takes, and the memory that one of many edits takes.
 _MOST_BOXES, _MOST_EDITS = 1_000_000, 100
+# Bytes of the content of a box that tell its size or unit.
+_HEAD_BYTES: Final = 24
+# FFmpeg refuses boxes that are nested more than ten deep.
+_MOST_DEPTH: Final = 16
 
 
 def check_structure(source: Source, demuxer: str) -> float:
@@ -82,11 +93,11 @@ class _BoxChecker:
         self._boxes = 0
         self._samples = 0
 
-    def check(self, position: int, end: int, depth: int = 0) -> None:
-        """Check the boxes between two offsets."""
+    def check(self, position: int, end: int, depth: int = 0, *, is_loose: bool = False) -> None:
+        """Check the boxes between two offsets; with `is_loose`, cut a box that is too large, as FFmpeg does."""
         while position < end:
             self._boxes += 1
-            head = self._source.read(position, 32)
+            head = self._source.read(position, 16)
             size, kind, header = int.from_bytes(head[:4], "big"), head[4:8], 8
             if size == 1:
                 size, header = int.from_bytes(head[8:16], "big"), 16
@@ -94,19 +105,32 @@ class _BoxChecker:
                 size = end - position
             if self._boxes > _MOST_BOXES or (size < header and depth == 0):
                 raise self._source.unknown_bytes(end - position, "after its boxes")
-            if position + size > end:
+            if is_loose:
+                size = min(size, end - position)
+            elif position + size > end:
                 raise self._source.cut_off() if depth == 0 else self._damaged(kind)
             if size < header:
                 return
-            if kind in _PARENTS and depth < len(_PARENTS):
-                self.check(position + header, position + size, depth + 1)
-            elif kind in (b"stsz", b"stz2", b"trun", b"elst"):
-                self._check_table(kind, head[header:])
-            elif kind == b"mvhd":
-                # Two dates come before, of eight bytes each in version 1.
-                at = header + (20 if head[header : header + 1] == b"\1" else 12)
-                self.edit_unit = 1 / max(1, int.from_bytes(head[at : at + 4], "big"))
+            self._check_box(kind, position + header, position + size, depth, is_loose=is_loose)
             position += size
+
+    def _check_box(self, kind: bytes, position: int, end: int, depth: int, *, is_loose: bool) -> None:
+        """Check a box, whose content is between two offsets."""
+        head = self._source.read(position, _HEAD_BYTES)
+        if kind in _PARENTS + _LOOSE_PARENTS and depth < _MOST_DEPTH:
+            # In MP4 files, but not in QuickTime files, four bytes precede the boxes of `meta`.
+            skipped = 4 if kind == b"meta" and head[8:12] == b"hdlr" else 0
+            self.check(position + skipped, end, depth + 1, is_loose=is_loose or kind in _LOOSE_PARENTS)
+        elif kind in _TABLES:
+            self._check_table(kind, head)
+        elif kind == _COMPRESSED:
+            raise self._source.error("holds a compressed header", CONVERT)
+        elif kind == b"stsd":
+            self._check_description(position, end - position)
+        elif kind == b"mvhd":
+            # Two dates come before, of eight bytes each in version 1.
+            at = 20 if head[:1] == b"\1" else 12
+            self.edit_unit = 1 / max(1, int.from_bytes(head[at : at + 4], "big"))
 
     def _check_table(self, kind: bytes, content: bytes) -> None:
         """Check what a table of samples or of edits announces. FFmpeg repeats the list of samples for each edit."""
@@ -118,6 +142,14 @@ class _BoxChecker:
             raise self._source.error(f"holds more than {_MOST_EDITS} edits", CONVERT)
         if self._samples > self._source.size:
             raise self._damaged(kind)
+
+    def _check_description(self, position: int, size: int) -> None:
+        """Check that the description of the codec is small and contains no tables, which FFmpeg would read."""
+        if size > _MOST_DESCRIPTION_BYTES:
+            raise self._damaged(b"stsd")
+        content = self._source.read(position, size)
+        if any(kind in content for kind in (*_TABLES, _COMPRESSED)):
+            raise self._source.error("is damaged, its box stsd contains a table")
 
     def _damaged(self, kind: bytes) -> AudioFileError:
         return self._source.error(f"is damaged, its box {kind.decode('ascii', 'backslashreplace')} is too large")

@@ -48,7 +48,7 @@ def checked_policy(peak: str | None, subtype: str) -> str:
     if peak not in PEAK_POLICIES:
         raise InputError(f"unknown peak policy {peak!r}; use one of {', '.join(PEAK_POLICIES)}")
     if peak == RAW and subtype != "FLOAT":
-        cure = f"write floats (--bits float), or use another policy: {', '.join(PEAK_POLICIES[:-1])}"
+        cure = f"write floats, which .wav holds (--bits float), or use another policy: {', '.join(PEAK_POLICIES[:-1])}"
         raise InputError(f"peak policy {RAW!r} needs floating point, and {subtype} holds integers; {cure}")
     return peak
 

@@ -102,7 +102,8 @@ def pre_encode(
     if checked is not None:
         click.get_current_context().invoke(check_latents, folder=checked)
         return
-    if not data_dir or output_path is None:
+    # Empty paths, as an unset variable of a shell gives, would be the working folder.
+    if not data_dir or not all(data_dir) or not output_path:
         raise InputError("pre-encode needs a dataset and a folder; pass --data_dir and --output_path")
     from samekit.dataset.options import PreEncodeOptions, Shard
     from samekit.dataset.progress import Display

@@ -51,10 +51,10 @@ RESERVED_FIELDS: Final = frozenset(
     (
         *("path", "relpath", "src_relpath", "timestamps", "seconds_start", "seconds_total", "sample_rate"),
         *("padding_mask", "latent_shape", "audio_samples", "audio_gain_applied", "latent_rms_achieved"),
-        *("phase_flipped", "caption_source", "decoder", "model", "model_sha256"),
+        *("phase_flipped", "caption_source", "decoder", "model", "model_sha256", "samples"),
     )
 )
-"""Fields of the metadata that only samekit writes. A caption's field of the same name is left out."""
+"""Fields that samekit writes, or reads when it decodes. A caption's field of the same name is left out."""
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
         raise InputError(f"{folder}: only folders can be verified; copy it to one, or mount it")
     folder = expanded(folder)
     output = FolderOutput(folder)
-    parts = find_manifests(output) if os.path.exists(folder / STATE_FOLDER) else {}
+    parts = find_manifests(output) if os.path.isdir(folder) and STATE_FOLDER in output.names() else {}
     if not parts:
         raise InputError(f"{folder}: has no manifest in {STATE_FOLDER}; pass the --output_path of a pre-encode run")
     manifests = [read_manifest(output, names) for names in parts.values()]

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
-from samekit.dataset.file_names import STATE_FOLDER, Layout, clip_name, is_clip_file, mirrored_name
+from samekit.dataset.file_names import STATE_FOLDER, Layout, clip_name, is_clip_file, mirrored_key, mirrored_name
 from samekit.dataset.options import Settings, Shard
 from samekit.errors import InputError
 from samekit.files.json_fields import check_kinds
@@ -148,7 +148,8 @@ class Manifest:
 
         Raises:
             OutputError: the output cannot be written.
-            InputError: it holds latents of other settings or of unknown origin, or its manifest is damaged.
+            InputError: it holds latents of other settings or of unknown origin, or files of the user that a new clip
+                would replace. Or its manifest is damaged.
         """
         found = find_manifests(output)
         parts = found.pop(shard, [])
@@ -163,9 +164,11 @@ class Manifest:
         elif settings.differences(old):
             old, rows, parts = settings, [Row(row.number, row.relpath) for row in rows], []
         manifest = cls(output, shard, old, rows)
-        for relpath in relpaths:
-            if relpath not in manifest.rows:
-                manifest.rows[relpath] = Row(shard.number(len(manifest.rows)), relpath)
+        new = [relpath for relpath in relpaths if relpath not in manifest.rows]
+        if new and settings.layout == "mirror":
+            _require_free_names(output, rows, new)
+        for relpath in new:
+            manifest.rows[relpath] = Row(shard.number(len(manifest.rows)), relpath)
         if len(parts) != 1 or len(rows) != len(manifest.rows):
             manifest._rewrite()
         try:
@@ -292,7 +295,22 @@ def _require_no_latents(output: Output, layout: Layout) -> None:
     """Raise InputError if an output holds latents but no manifest."""
     names = output.names() if layout == "numbered" else output.tree()
     if foreign := next(filter(is_clip_file, sorted(names)), None):
-        raise InputError(f"{output}: holds {foreign}, which no manifest lists; pass another --output_path")
+        raise _foreign_file(output, foreign)
+
+
+def _require_free_names(output: Output, rows: Iterable[Row], relpaths: Iterable[str]) -> None:
+    """Raise InputError if new clips would replace files of the user, such as captions, in a mirrored folder."""
+    names = {mirrored_key(mirrored_name(relpath)) for relpath in relpaths}
+    # A clip may take the files of another one, such as a.flac those of a.wav.
+    names -= {mirrored_key(row.name("mirror")) for row in rows}
+    for name in sorted(output.tree()):
+        stem, _, suffix = name.rpartition(".")
+        if suffix in ("npy", "json") and mirrored_key(stem) in names:
+            raise _foreign_file(output, name)
+
+
+def _foreign_file(output: Output, name: str) -> InputError:
+    return InputError(f"{output}: holds {name}, which no manifest lists; pass another --output_path")
 
 
 def _require_matching_shards(

@@ -21,8 +21,8 @@ TRAINING_SAMPLES: Final = 16_756_736
 """The longest part of a clip that the reference's training uses: 4,091 latents, 380 s."""
 # 13.5 hours at 44.1 kHz. The silence latents of that length take half a gigabyte.
 _MOST_SAMPLES: Final = 2**31
-# Latents of music have an RMS of about 1.
-_MOST_RMS: Final = 1000
+# Latents of music have an RMS of about 1. Far from it, the gain of the audio would be zero or infinite.
+_LEAST_RMS, _MOST_RMS = 0.001, 1000
 # Shard numbers in file names have at most six digits.
 _MOST_SHARDS: Final = 999_999
 
@@ -136,8 +136,9 @@ class CutOptions:
         if self.flip not in ("none", "random"):
             raise InputError(f"flip {self.flip!r} is not known; pass none or random")
         target = self.target_latent_rms
-        if target is not None and (type(target) not in (int, float) or not 0 < target < _MOST_RMS):
-            raise InputError(f"target_latent_rms is {target!r}; pass a positive number, such as 0.9")
+        if target is not None and (type(target) not in (int, float) or not _LEAST_RMS <= target <= _MOST_RMS):
+            cure = f"pass a number from {_LEAST_RMS} to {_MOST_RMS}, such as 0.9"
+            raise InputError(f"target_latent_rms is {target!r}; {cure}")
         if self.full and self.crop == "random":
             raise InputError("full keeps whole clips and crop cuts them; pass one of them")
 

@@ -105,7 +105,10 @@ def find_sources(folders: Sequence[str | os.PathLike[str]], captions: Sequence[s
         for source in _walk(folder, found, finder, others) if listed is None else listed:
             if source.relpath in sources:
                 twice = f"{sources[source.relpath].path} and {source.path}"
-                raise InputError(f"{twice} have the same path below --data_dir; rename one, or encode them separately")
+                cure = "rename one, or encode them separately"
+                if len(set(map(os.path.realpath, names))) < len(names):
+                    cure = "pass each folder once"
+                raise InputError(f"{twice} have the same path below --data_dir; {cure}")
             sources[source.relpath] = source
     # Only now is it known which files are captions.
     found.passed_over.update(Path(name).suffix.lower() for folder, name in others if name not in folder.taken)

@@ -148,7 +148,7 @@ def remove_files(paths: Iterable[str]) -> None:
 
 def sync_folders(paths: Iterable[str]) -> None:
     """Wait until the names of these files are on disk, but not those of the folders above them."""
-    for folder in sorted({os.path.dirname(path) for path in paths}):
+    for folder in sorted({os.path.dirname(path) or os.curdir for path in paths}):
         with output_errors(folder):
             _sync(folder)
 

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _SOURCE_FIELDS: Final = ("source", "path")
-"""Fields of a `.json` that name the recording: `encode` writes the first, `pre-encode` the second."""
+"""Fields of a `.json` that name the recording: `encode` writes the first, `pre-encode` the second.
+
+Both are checked, because the caption of a clip may have a field `source` of its own.
+"""
 
 
 def require_other_file(output: str | os.PathLike[str], source: str | os.PathLike[str]) -> None:
@@ -36,9 +39,15 @@ def require_no_recording(
             exists under its name.
     """
     output, latents = Path(audio_path), Path(latents_path)
-    source = next((Path(value) for name in _SOURCE_FIELDS if isinstance(value := metadata.get(name), str)), None)
-    if source is None or not os.path.exists(output):
+    if not os.path.exists(output):
         return
+    for name in _SOURCE_FIELDS:
+        if isinstance(value := metadata.get(name), str):
+            _require_not(Path(value), output, latents)
+
+
+def _require_not(source: Path, output: Path, latents: Path) -> None:
+    """Raise OutputError if the output is, or may be, the recording `source`, which the `.json` of latents names."""
     described = latents.with_suffix(".json")
     # samekit writes absolute paths. A relative one counts from a folder that is not recorded, so two are tried.
     found = [path for path in (source, latents.parent / source) if os.path.exists(path)]
