@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import resource
 import shutil
 import sys
 import tempfile
@@ -120,6 +121,11 @@ def measure(paths: list[Path], out: Path, options: PreEncodeOptions, rounds: int
     return best_of(ours), best_of(bare)
 
 
+def peak_mib() -> float:
+    """Return the most memory that this process has had so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
 @question
 @click.option("--formats", "kinds", default="wav,flac,mp3", show_default=True, callback=formats)
 @click.option("--rates", default="44100,48000", show_default=True, callback=counts, help="In Hz.")
@@ -143,7 +149,7 @@ def main(
     where = "processes" if reads_in_processes(options, cores, "cpu") else "threads"
     results = []
     print(f"{clips} clips of each kind, {options.readers} readers in {where}")
-    heads = ("audio s/s", "CPU ms/clip", "parent ms", "bare s/s", "bare CPU ms", "share of bare")
+    heads = ("audio s/s", "CPU ms/clip", "parent ms", "bare s/s", "bare CPU ms", "share of bare", "peak MiB")
     print(" " * 20 + "".join(f"{head:>15}" for head in heads))
     for seconds, kind, rate in itertools.product(clip_seconds, kinds, rates):
         with tempfile.TemporaryDirectory(prefix="samekit-") as folder:
@@ -159,13 +165,14 @@ def main(
             "bare_audio_seconds_per_second": round(clips * seconds / bare.wall, 1),
             "bare_cpu_ms_per_clip": round(1000 * bare.cpu / clips, 3),
             "share_of_bare_decoding": round(bare.wall / ours.wall, 3),
+            "peak_mib": round(peak_mib(), 1),
         }
         results.append(row)
         print(
             f"{f'{kind} {rate} Hz {seconds} s':20}{row['audio_seconds_per_second']:15,.0f}"
             f"{row['cpu_ms_per_clip']:15.2f}{row['parent_ms_per_clip']:15.2f}"
             f"{row['bare_audio_seconds_per_second']:15,.0f}{row['bare_cpu_ms_per_clip']:15.2f}"
-            f"{row['share_of_bare_decoding']:15.1%}"
+            f"{row['share_of_bare_decoding']:15.1%}{row['peak_mib']:15,.0f}"
         )
     finish("pipeline", results)
 
