@@ -59,7 +59,7 @@ _MOST_BAD_SHOWN: Final = 10
 @click.option(
     "--reencode",
     is_flag=True,
-    help="Encode all clips again if the folder holds latents of other settings; delete those of clips that are gone.",
+    help="If the folder holds latents of other settings, encode all clips again; delete those of clips that are gone.",
 )
 @click.option(
     "--workers", "readers", default=0, help="Number of readers. [default: one a core, at most 4, or 16 with a GPU]"
