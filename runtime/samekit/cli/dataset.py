@@ -44,7 +44,7 @@ _MOST_BAD_SHOWN: Final = 10
     default="json,txt",
     show_default=True,
     metavar="LIST",
-    help="Where captions are looked for, in this order: json, txt, and tags last.",
+    help="Where captions are looked for, in this order: json, txt, tags.",
 )
 @click.option(
     "--layout",

@@ -1,7 +1,7 @@
 """Read clips in other processes, which share the memory of windows with this one.
 
     this process    rules and options, sources, numbers of free pieces of memory ->
-    reader process  <- for each window its number, shape and stride, and what is known of the clip; then its result
+    reader process  <- for each window its number and shape, and what is known of the clip; then the result of the clip
 
 Reader processes are started as commands, not by `multiprocessing`, which would run the main script again or fork a
 process with threads. They do not import PyTorch or an inference engine. A process that ends while it reads a clip makes
@@ -205,8 +205,8 @@ class RemoteClip:
                 message = self._process.receive()
                 done = isinstance(message, _Result)
                 if not done:
-                    number, window, (channels, samples), stride, self.clip = message
-                    audio = self._memory.array(number, (channels, stride))[:, :samples]
+                    number, window, shape, self.clip = message
+                    audio = self._memory.array(number, shape)
                     self._process.give_piece()
                     yield window, audio
         except (EOFError, OSError):
@@ -314,9 +314,7 @@ class _Server:
             for window, audio in reader:
                 number = self._memory.number(audio)
                 self._sent[number] += 1
-                # The array of a window may be longer than its audio, if the length was not known before.
-                stride = audio.strides[0] // audio.itemsize
-                self._connection.send((number, window, audio.shape, stride, reader.clip))
+                self._connection.send((number, window, audio.shape, reader.clip))
         except _AbandonedError:
             pass
         except BadClipError as raised:
