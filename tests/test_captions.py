@@ -357,7 +357,11 @@ def test_clip_without_caption_is_tried_again_with_tags(data, out):
     assert run(data, out).statuses == {"encoded": 1, "no_caption": 2}
     report = run(data, out, captions=("json", "txt", "tags"))
     assert report.statuses == {"encoded": 2, "no_caption": 1}
-    assert "c.txt: does not exist; write the caption there" in report.bad[0]["reason"]
+    reason = report.bad[0]["reason"]
+    assert (
+        f"c.wav: has no caption (c.json, ../json/c.json, c.txt, ../txt/c.txt, tags); write one to {data}/c.txt"
+        in reason
+    )
 
 
 def test_damaged_tags_do_no_harm(tmp_path, inputs):
@@ -400,3 +404,15 @@ def test_captions_of_the_command(engine_of, data, out):
         result = command(*arguments, "--captions", captions)
         assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
         assert "pass some of json, txt, tags, each once" in result.stderr
+    result = command(*arguments, "--captions", "json,tags,txt")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "captions are json,tags,txt, but tags are read last; put tags at the end" in result.stderr
+
+
+def test_bad_clips_that_are_not_shown_are_counted(engine_of, data, out):
+    write_clip(data / "good.wav", 100)
+    for number in range(12):
+        audio(data / f"{number}.wav", seed=number)
+    result = command("--model", engine_of(KINDS[0]).folder, "--data_dir", data, "--output_path", out)
+    assert result.stderr.count("has no caption") == 10
+    assert "2 more bad clips; all are in .samekit/report.json\n" in result.stderr

@@ -522,6 +522,7 @@ def test_second_run_encodes_only_what_is_new_or_changed(data, out):
     (out / f"{4:012d}.json").unlink()
     report = run(data, out)
     assert (report.encoded, report.unchanged, report.gone) == (4, 2, 1)
+    assert ", and latents of 1 clips that are gone; this run encoded 4, " in report.summary()
     assert pair(out, 6)[1]["relpath"] == "a first one.wav"
     assert pair(out, 2)[1]["prompt"] == "other words"
     assert pair(out, 1)[0].shape[1] == math.ceil(130 / FAKE_HOP)

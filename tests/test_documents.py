@@ -357,9 +357,10 @@ def test_statuses_of_clips_are_complete():
 
 def test_metadata_fields_are_complete(folder_of, monkeypatch):
     monkeypatch.chdir(folder_of("docs/dataset.md"))
-    arguments = ["pre-encode", "--model", "same-s", "--data_dir", "clips", "--output_path", "latents"]
+    # The commands of the guide have written `latents` with other settings.
+    arguments = ["pre-encode", "--model", "same-s", "--data_dir", "clips", "--output_path", "fields"]
     assert CliRunner().invoke(main, arguments).exit_code == 0
-    clip = json.loads(Path("latents", "000000000000.json").read_text(encoding="utf-8"))
+    clip = json.loads(Path("fields", "000000000000.json").read_text(encoding="utf-8"))
     table = TEXTS["docs/dataset.md"].split("| field of the `.json` |")[1].split("\n\n")[0]
     fields = " ".join(row.split("|")[1] for row in rows_of(table))
     assert set(re.findall(r"`(\w+)`", fields)) == set(clip)

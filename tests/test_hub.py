@@ -308,7 +308,9 @@ def test_full_models_have_the_names_of_the_reference(checkpoints, name):
     file = "medium" if "medium" in name else "small-music"
     # The autoencoder alone is in the cache too, but another repository was asked for.
     cache(SAME_S, pin(SAME_S), checkpoints["SAME-S"])
-    assert f"{FULL_MODELS[name]} cannot be fetched" in refused(name)
+    message = refused(name)
+    assert f"{FULL_MODELS[name]} cannot be fetched" in message
+    assert f"export {'same-l' if 'medium' in name else 'same-s'} --weights random" in message
     cache(FULL_MODELS[name], pin(FULL_MODELS[name]), checkpoints[file])
     loaded = load(name.upper())
     assert_is_tiny(loaded, KIND[file])

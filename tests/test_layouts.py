@@ -246,7 +246,9 @@ def test_layout_of_a_folder_cannot_change(songs, out):
     run(songs, out, **MIRROR)
     before = contents(out)
     for options in ({}, {"reencode": True}):
-        with pytest.raises(InputError, match="has the layout mirror; pass that, or another --output_path") as error:
+        with pytest.raises(
+            InputError, match="has the layout mirror; pass --layout mirror, or another --output_path"
+        ) as error:
             run(songs, out, **options)
         assert_one_line(error.value)
     assert contents(out) == before

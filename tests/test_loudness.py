@@ -272,10 +272,23 @@ def test_clips_that_were_cut_are_counted(engine_of, data, out):
         result = command(*arguments, out, "--sample_size", RATE)
         assert result.exit_code == 0
         (line,) = (line for line in result.stderr.splitlines() if "longer" in line)
-        assert line.startswith("2 of 4 clips are longer than --sample_size and were cut; pass --full, or ")
+        assert line.startswith(
+            "2 of 4 clips are longer than --sample_size and were cut; to keep more, pass --full, or "
+        )
         assert "--sample_size 16756736" in line
         assert '"cut": 2' in result.stdout
     for more in (["--full"], []):
         result = command(*arguments, out.with_name(f"whole{len(more)}"), *more)
         assert "longer than" not in result.stderr
         assert '"cut": 0' in result.stdout
+
+
+def test_size_that_is_in_use_is_no_cure_for_clips_that_were_cut(data, out):
+    write_clip(data / "long.wav", 3 * RATE)
+    report = run(data, out, sample_size=RATE)
+    assert "--sample_size 16756736" in report.cut_notice(RATE)
+    for size in (16_756_736, 20_000_000):
+        assert (
+            report.cut_notice(size)
+            == "1 of 1 clips are longer than --sample_size and were cut; to keep more, pass --full"
+        )

@@ -264,7 +264,7 @@ def _failure(repository: str, error: Exception) -> CheckpointError:
     said = " ".join(said.split())[:500]
     short = repository.rsplit("/", 1)[-1].lower()
     # Random weights have the sizes of published models.
-    sized = short if short in HUB_REPOSITORIES else "same-s"
+    sized = "same-l" if short == "same-l" or "medium" in short else "same-s"
     return CheckpointError(
         f"{repository} cannot be fetched from the hub ({said}); {_cure(repository, error, status)}, or export a folder "
         f"with its {CONFIG_FILE} and {WEIGHTS_FILE}: samekit export {short} --weights DIR (make export MODEL={short} "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from samekit.dataset.options import PreEncodeOptions
     from samekit.dataset.ray import RayExecutor
     from samekit.model import AutoencoderModel
+
+_MOST_BAD_SHOWN: Final = 10
 
 
 @click.command("pre-encode")
@@ -57,7 +59,7 @@ if TYPE_CHECKING:
 @click.option(
     "--reencode",
     is_flag=True,
-    help="Encode all clips again if the folder holds latents of other settings; delete those of clips that are gone.",
+    help="If the folder holds latents of other settings, encode all clips again; delete those of clips that are gone.",
 )
 @click.option(
     "--workers", "readers", default=0, help="Number of readers. [default: one a core, at most 4, or 16 with a GPU]"
@@ -123,9 +125,11 @@ def pre_encode(
     click.get_current_context().meta[STOPPED] = "stopped; run the same command again to go on"
     with _open_executor(model, backend, settings, devices, address, actors) as executor, Display() as display:
         report = run(executor, data_dir, output_path, settings, display)
-    for row in report.bad[:10]:
+    for row in report.bad[:_MOST_BAD_SHOWN]:
         say(f"{row['status']}: {row['reason'] or row['relpath']}", err=True)
-    if notice := report.cut_notice():
+    if len(report.bad) > _MOST_BAD_SHOWN:
+        say(f"{len(report.bad) - _MOST_BAD_SHOWN} more bad clips; all are in .samekit/report.json", err=True)
+    if notice := report.cut_notice(settings.sample_size):
         say(notice, err=True)
     say(report.summary())
     say(report.to_json())

@@ -199,8 +199,10 @@ def _why_no_caption(audio: str, files: Sequence[CaptionFile], sources: Sequence[
         return f"{path}: {'is empty' if source == 'txt' else 'has no prompt'}; write the caption there"
     if sources == ("tags",):
         return f"{audio}: has none of the tags {', '.join(TAGS)}; add one, or pass more --captions"
+    stem = Path(audio).stem
+    searched = (f"{stem}.{source}, ../{source}/{stem}.{source}" if source != "tags" else "tags" for source in sources)
     suffix = ".txt" if "txt" in sources else ".json"
-    return f"{Path(audio).with_suffix(suffix)}: does not exist; write the caption there"
+    return f"{audio}: has no caption ({', '.join(searched)}); write one to {Path(audio).with_suffix(suffix)}"
 
 
 def _text(path: str, content: bytes) -> str:

@@ -158,7 +158,9 @@ class Manifest:
         _require_matching_shards(output, shard, found, None if reencode else settings)
         old, rows = read_manifest(output, parts) if parts else (settings, [])
         if old.layout != settings.layout:
-            raise InputError(f"{output}: has the layout {old.layout}; pass that, or another --output_path")
+            raise InputError(
+                f"{output}: has the layout {old.layout}; pass --layout {old.layout}, or another --output_path"
+            )
         if not reencode:
             _require_same(output, settings, old)
         elif settings.differences(old):

@@ -152,7 +152,8 @@ class PreEncodeOptions(CutOptions):
     float16: bool = False
     """Write float16 files. The precision of the model is chosen when the model is opened."""
     captions: tuple[str, ...] = ("json", "txt")
-    """Where captions are looked for, in this order: `json`, `txt`, `tags`. See `samekit.dataset.captions`."""
+    """Where captions are looked for, in this order: some of `json`, `txt`, and last `tags`. See
+    `samekit.dataset.captions`."""
     layout: Layout = "numbered"
     """Names of the files: numbers as in the reference, or `mirror`, those of the audio files."""
     shard: Shard = field(default_factory=Shard)
@@ -181,7 +182,10 @@ class PreEncodeOptions(CutOptions):
             raise InputError(f"layout {self.layout!r} is not known; pass {' or '.join(get_args(Layout))}")
         known = isinstance(self.captions, tuple) and set(self.captions) <= set(CAPTION_SOURCES)
         if not (known and self.captions and len(set(self.captions)) == len(self.captions)):
-            raise InputError(f"captions are {self.captions!r}; pass some of {', '.join(CAPTION_SOURCES)}, each once")
+            given = ",".join(map(str, self.captions)) if isinstance(self.captions, tuple) else repr(self.captions)
+            raise InputError(f"captions are {given!r}; pass some of {', '.join(CAPTION_SOURCES)}, each once")
+        if "tags" in self.captions[:-1]:
+            raise InputError(f"captions are {','.join(self.captions)}, but tags are read last; put tags at the end")
         if not isinstance(self.shard, Shard):
             raise InputError(f"shard is {self.shard!r}; pass a samekit.dataset.Shard, such as Shard(1, 4)")
 

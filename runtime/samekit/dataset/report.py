@@ -98,20 +98,22 @@ class PreEncodeReport:
         fields = {"settings": dataclasses.asdict(settings), **{name: getattr(self, name) for name in names}}
         return f"{json.dumps(fields, indent=2)}\n".encode("ascii")
 
-    def cut_notice(self) -> str | None:
-        """Return one sentence about clips that were cut; None if there are none."""
+    def cut_notice(self, sample_size: int) -> str | None:
+        """Return one sentence about clips that were cut to `sample_size` samples; None if there are none."""
         if not self.cut:
             return None
         clips = f"{self.cut} of {self.clips} clips are longer than --sample_size and were cut"
-        return f"{clips}; pass --full, or --sample_size {TRAINING_SAMPLES} for the 380 s that training uses"
+        more = f", or --sample_size {TRAINING_SAMPLES} for the 380 s that training uses"
+        return f"{clips}; to keep more, pass --full{more if sample_size < TRAINING_SAMPLES else ''}"
 
     def summary(self) -> str:
         """Return one sentence for the terminal."""
         counts = ", ".join(f"{count} {status}" for status, count in sorted(self.statuses.items()))
         speed = self.audio_seconds / self.elapsed if self.elapsed else 0.0
+        gone = f", and latents of {self.gone} clips that are gone" if self.gone else ""
         left_out = Found([], Counter(self.passed_over), self.unreadable_folders).describe_left_out("; ")
         return (
-            f"{self.folder}: {self.clips} clips ({counts}); this run encoded {self.encoded}, "
+            f"{self.folder}: {self.clips} clips ({counts}){gone}; this run encoded {self.encoded}, "
             f"{self.audio_seconds:.1f} s of audio in {self.elapsed:.1f} s ({speed:.1f} s/s)"
             f"{self._describe_workers()}{left_out}"
         )
