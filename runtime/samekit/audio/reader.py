@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 BLOCK: Final = 2**18
 """Samples a channel that are read at a time: 6 s at 44.1 kHz, 2 MiB in stereo."""
 # Samples a channel that stay in the processor's cache from one step to the next.
-_CACHED_BLOCK: Final = 2**16
+_CACHED_BLOCK: Final = 2**17
 # Most samples of all channels in a block: a header may announce 1,024 channels.
 _BLOCK_VALUES: Final = 2**21
 
