@@ -170,8 +170,7 @@ def choose_caption(
         contents: the contents of these files.
         sources: the sources in use.
 
-    Raises:
-        BadClipError: there is no caption, or a file is damaged.
+    Raise BadClipError if there is no caption, or a file is damaged.
     """
     fields: dict[str, str | float] = {}
     origin = "tags"
