@@ -327,6 +327,16 @@ def progress(caplog):
     return lines
 
 
+@pytest.fixture(scope="session")
+def small_engine(tmp_path_factory):
+    """Return an engine folder of small graphs, which tests must not change."""
+    from small import write_engine
+
+    folder = tmp_path_factory.mktemp("small") / "engine"
+    write_engine(folder)
+    return folder
+
+
 @pytest.fixture
 def data(tmp_path):
     """Path for the clips of a test; it does not exist yet."""

@@ -66,6 +66,14 @@ def write_clip(path, samples, *, rate=RATE, channels=2, seed=0, level=0.1, capti
     return path
 
 
+def write_bad_clips(folder):
+    """Write clips that cannot be encoded: without a caption, silent, and no audio."""
+    write_clip(folder / "mute.wav", 100, caption=None)
+    write_clip(folder / "silent.wav", 100, level=1e-5)
+    (folder / "text.flac").write_text("no audio")
+    (folder / "text.txt").write_text("unreadable")
+
+
 def write_clips(folder, count, samples=100):
     """Write `count` short clips, all of them different."""
     for index in range(count):

@@ -19,8 +19,7 @@ import psutil
 import pytest
 from faults import KILLED, contents
 from helpers import assert_one_line
-from small import write_engine
-from test_dataset import command, encoded_lines, write_clip, write_clips
+from test_dataset import command, encoded_lines, write_bad_clips, write_clip, write_clips
 
 from samekit import AutoencoderModel
 from samekit.backends.base import count_gpus
@@ -101,27 +100,9 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr("samekit.dataset.devices.count_gpus", lambda: 2)
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    """An engine folder; do not change it."""
-    folder = tmp_path_factory.mktemp("written") / "engine"
-    write_engine(folder)
-    return folder
-
-
 @pytest.fixture
-def engine(written, tmp_path):
-    return Path(shutil.copytree(written, tmp_path / "engine"))
-
-
-@pytest.fixture
-def data(tmp_path):
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out"
+def engine(small_engine, tmp_path):
+    return Path(shutil.copytree(small_engine, tmp_path / "engine"))
 
 
 @pytest.fixture
@@ -154,10 +135,7 @@ def mixed_clips(folder):
     """Write clips of several lengths, and some that cannot be encoded."""
     for index in range(40):
         write_clip(folder / str(index % 3) / f"{index:02d}.wav", 30 + 613 * (index % 9), seed=index)
-    write_clip(folder / "mute.wav", 100, caption=None)
-    write_clip(folder / "silent.wav", 100, level=1e-5)
-    (folder / "text.flac").write_text("no audio")
-    (folder / "text.txt").write_text("unreadable")
+    write_bad_clips(folder)
 
 
 # --- The output ---------------------------------------------------------------------------------------------
@@ -336,7 +314,7 @@ def wait_for_the_end(engine):
         time.sleep(0.02)
 
 
-# Runs the command with two GPUs. It is a program of its own, so that it can be killed.
+# A program that runs the command with two GPUs. Tests start it as another process and kill that.
 COMMAND = """
 import samekit.dataset.devices
 from samekit.cli.main import main
@@ -537,3 +515,10 @@ def test_no_driver_is_no_gpu(monkeypatch):
 
 def mock_without_library(name):
     raise OSError(f"{name}: cannot open shared object file")
+
+
+def test_system_that_cannot_start_processes(engine, monkeypatch):
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    with pytest.raises(BackendUnavailableError, match="processes need POSIX and a Python command") as error:
+        DevicesExecutor(engine, backend="sums").__enter__()
+    assert_one_line(error.value)

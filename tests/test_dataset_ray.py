@@ -22,7 +22,7 @@ import pytest
 import torch
 from faults import KILLED, contents, dying_at, kill_this_process, mounted, remount
 from helpers import assert_one_line
-from test_dataset import command, encoded_lines, run, write_clip, write_clips
+from test_dataset import command, encoded_lines, run, write_bad_clips, write_clip, write_clips
 
 from samekit import AutoencoderModel
 from samekit.dataset.calls import Calls, batches_of
@@ -101,10 +101,7 @@ def mixed_clips(folder):
     for index in range(24):
         suffix, rate = (("wav", 44_100), ("flac", 48_000), ("ogg", 22_050))[index % 3]
         write_clip(folder / str(index % 2) / f"{index:02d}.{suffix}", 3000 + 20_000 * index, rate=rate, seed=index)
-    write_clip(folder / "mute.wav", 100, caption=None)
-    write_clip(folder / "silent.wav", 100, level=1e-5)
-    (folder / "text.flac").write_text("no audio")
-    (folder / "text.txt").write_text("unreadable")
+    write_bad_clips(folder)
 
 
 # --- On a cluster -------------------------------------------------------------------------------------------

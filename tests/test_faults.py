@@ -23,7 +23,7 @@ import soundfile as sf
 from click.testing import CliRunner
 from faults import KILLED, contents, fill, in_a_fork, kill_at_every_step, mounted, names, remount, together
 from helpers import RATE, FakeBackend, assert_one_line, noise, seeded
-from small import small_graph, write_engine
+from small import small_graph
 
 from samekit import AutoencoderModel
 from samekit.audio import read_audio
@@ -53,12 +53,9 @@ def samekit(*arguments):
     return result.output
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    """Return an engine folder of small graphs, which tests must not change."""
-    folder = tmp_path_factory.mktemp("small") / "engine"
-    write_engine(folder)
-    return folder
+@pytest.fixture
+def engine(small_engine):
+    return small_engine
 
 
 @pytest.fixture

@@ -23,16 +23,6 @@ LENGTHS = (1, 2, 3, 4, 5, 12, 13, 14, 15, 25, 26, 27, 28, 29, 38, 39, 40, 41, 50
 
 
 @pytest.fixture
-def data(tmp_path):
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out"
-
-
-@pytest.fixture
 def batches(monkeypatch):
     """Let every backend take windows of several lengths, as on a GPU; return the lengths in each batch, in latents."""
     found = []

@@ -18,6 +18,8 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Final
 
+from samekit.errors import BackendUnavailableError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -25,6 +27,11 @@ if TYPE_CHECKING:
 _PROGRAM: Final = "import sys; sys.path[:] = sys.argv[2:]; from {module} import serve; serve(int(sys.argv[1]))"
 _POLL_SECONDS: Final = 1
 _STANDARD_ERROR: Final = 2
+
+
+def can_start() -> bool:
+    """Return whether this system can start such a process."""
+    return os.name == "posix" and bool(sys.executable) and not getattr(sys, "frozen", False)
 
 
 def start_python(
@@ -38,8 +45,11 @@ def start_python(
         files: descriptors of open files that the process needs too, under the same numbers.
 
     Raises:
-        OSError: no process can be started.
+        BackendUnavailableError: this system cannot start such a process.
+        OSError: no process can be started now.
     """
+    if not can_start():
+        raise BackendUnavailableError("processes need POSIX and a Python command; use one GPU, and --worker-threads")
     ours, theirs = socket.socketpair()
     with ours, theirs:
         process = subprocess.Popen(
@@ -49,7 +59,7 @@ def start_python(
             stdout=_STANDARD_ERROR,
             pass_fds=(theirs.fileno(), *files),
             env=environment,
-            # In a group of its own, it does not receive the Ctrl-C that is meant for this process.
+            # A terminal sends Ctrl-C to all processes of a group, and only this process must receive it.
             process_group=0,
         )
         return process, Connection(ours.detach())

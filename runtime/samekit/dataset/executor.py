@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from samekit.backends.cpu import available_cpus
+from samekit.dataset.child_process import can_start
 from samekit.dataset.pipeline import Outcome, Pipeline
-from samekit.dataset.reader_process import ReaderProcesses, can_start
+from samekit.dataset.reader_process import ReaderProcesses
 from samekit.engine.spec import ENCODER
 from samekit.errors import InputError
 
@@ -68,9 +69,6 @@ class Executor(ABC):
             BackendError: the backend failed.
         """
 
-    def close(self) -> None:  # noqa: B027 most executors hold nothing
-        """End what the executor has started."""
-
 
 class LocalExecutor(Executor):
     """Encodes in this process. `cores` limits the number of readers; by default these are all its cores."""
@@ -105,6 +103,7 @@ class LocalExecutor(Executor):
         Pipeline(backend, self._backend_lock, job, readers, processes, finished).run(tasks)
 
     def close(self) -> None:
+        """End the reader processes."""
         if self._processes is not None:
             self._processes.close()
 

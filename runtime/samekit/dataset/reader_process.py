@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import weakref
 from collections import Counter
 from contextlib import contextmanager, suppress
@@ -63,11 +62,6 @@ class _Order:
 
 class _AbandonedError(Exception):
     """The clip is not needed any more."""
-
-
-def can_start() -> bool:
-    """Return whether this system can start reader processes."""
-    return os.name == "posix" and bool(sys.executable) and not getattr(sys, "frozen", False)
 
 
 class ReaderProcess:
