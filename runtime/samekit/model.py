@@ -218,7 +218,7 @@ class AutoencoderModel:
         """Do the work of `encode_file` with a file that `open_to_encode` has opened."""
         encoder = StreamEncoder(self.autoencoder.backend, self.autoencoder.windows(ENCODER), reader.info.sample_rate)
         with LatentsWriter(latents_path, self.latent_dim, follow_links=True) as writer:
-            for block in reader:
+            for block in reader.views():
                 writer.write(encoder.push_checked(block))
                 if progress:
                     progress(block.shape[-1])

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # Larger files are refused. This is enough for the manifest of ten million clips.
 _MOST_BYTES: Final = 2**32
-# Uploads at a time. Without an event loop, each needs a connection of its own, which servers limit.
+# Uploads at a time, with and without an event loop. Without one, each upload opens a connection, which servers limit.
 _UPLOADS, _CONNECTIONS = 32, 4
 
 
@@ -172,19 +172,22 @@ class FolderOutput(Output):
         return {below + name for below, files in self._folders() for name in files}
 
     def get(self, name: str, most: int | None = None) -> bytes:
-        path = self._folder / name
-        try:
+        with self._read_errors(name) as path:
             if most is None:
                 return read_regular(path, _MOST_BYTES)
             with open_regular(path) as file:
                 return file.read(most)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
 
     def size(self, name: str) -> int:
+        with self._read_errors(name) as path:
+            return path.stat().st_size
+
+    @contextmanager
+    def _read_errors(self, name: str) -> Iterator[Path]:
+        """Yield the path of a file, and raise errors of the operating system as InputError."""
         path = self._folder / name
         try:
-            return path.stat().st_size
+            yield path
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
 

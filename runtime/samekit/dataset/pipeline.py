@@ -332,8 +332,8 @@ class Pipeline:
             self._fail(work, f"{work.task.source.path}: a latent is too large for {dtype}; write float32 files")
             return
         work.windows[piece.index] = values
-        if len(work.windows) == work.pieces:
-            self._finish(work)
+        if work.outcome and len(work.windows) == work.pieces:
+            self._finish(work, work.outcome)
 
     def _end(self, end: _End) -> None:
         """Handle the end of a clip, which was read or could not be read."""
@@ -341,30 +341,24 @@ class Pipeline:
         if not work.failed:
             work.pieces, work.outcome, work.failed = end.pieces, end.outcome, end.outcome.bad is not None
             if work.failed or len(work.windows) == work.pieces:
-                self._finish(work)
+                self._finish(work, end.outcome)
 
     def _fail(self, work: _Work, reason: str) -> None:
-        work.outcome, work.failed = Outcome(work.task, None, BadClipError("failed", reason)), True
-        self._finish(work)
+        work.failed = True
+        self._finish(work, Outcome(work.task, None, BadClipError("failed", reason)))
 
-    def _finish(self, work: _Work) -> None:
+    def _finish(self, work: _Work, outcome: Outcome) -> None:
         """Pass a clip to the writer, or back to the readers if it has to be encoded with another gain."""
-        target, outcome = self.job.options.target_latent_rms, work.outcome
-        if target is not None and outcome and outcome.clip:
-            blocks = (latents for _, latents in sorted(work.windows.items()))
-            loudness = replace(work.task.loudness, rms=latent_rms(blocks, outcome.clip.extent.latents))
+        windows = [] if work.failed else [latents for _, latents in sorted(work.windows.items())]
+        target = self.job.options.target_latent_rms
+        if target is not None and outcome.clip:
+            loudness = replace(work.task.loudness, rms=latent_rms(windows, outcome.clip.extent.latents))
             if corrected := loudness.corrected(target):
                 self._tasks.put_back(replace(work.task, loudness=corrected))
                 return
-            work.outcome = replace(outcome, clip=replace(outcome.clip, loudness=loudness))
+            outcome = replace(outcome, clip=replace(outcome.clip, loudness=loudness))
         self._tasks.close()
-        self._put_complete(work)
-
-    def _put_complete(self, work: _Work) -> None:
-        """Pass a clip to the writer, with its windows in order."""
-        if work.outcome:
-            windows = [] if work.failed else [latents for _, latents in sorted(work.windows.items())]
-            self._complete.put(CompleteClip(work.outcome, windows))
+        self._complete.put(CompleteClip(outcome, windows))
 
     def _write_clips(self, write_pairs: Callable[[Sequence[Pair]], None]) -> None:
         """Write complete clips until there are no more. After an error of the writer, they are dropped."""
