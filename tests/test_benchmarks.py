@@ -111,8 +111,7 @@ def test_speed_of_the_pipeline_by_format_and_rate():
     assert kinds == list(itertools.product((1, 3), ("wav", "mp3"), (44_100, 48_000)))
     for row in results:
         assert row["audio_seconds_per_second"] > 0
-        # The system counts processor time of several processes in steps of 10 ms, so short work may count as none.
-        assert 0 <= row["bare_cpu_ms_per_clip"] <= row["cpu_ms_per_clip"]
+        assert 0 < row["bare_cpu_ms_per_clip"] < row["cpu_ms_per_clip"]
         assert row["parent_ms_per_clip"] > 0
         assert row["share_of_bare_decoding"] > 0
 
