@@ -11,7 +11,7 @@ TensorRT:
 The GPU:
 
 * Work on a stream runs after the work that was enqueued on it before, and after what the stream was told to wait for.
-  Otherwise it runs at any time until somebody waits for it: in a random order that a seed chooses.
+  It may run at any other moment before the program waits for it. A seed chooses the order at random.
 * New memory holds NaN. Freed memory becomes NaN when its stream could reuse it: after the work that was enqueued on the
   stream of its allocation, and on the streams that PyTorch's `record_stream` was called for.
 """

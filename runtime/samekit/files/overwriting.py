@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _SOURCE_FIELDS: Final = ("source", "path")
 """Fields of a `.json` that name the recording: `encode` writes the first, `pre-encode` the second.
 
-Both are checked, because the caption of a clip may have a field `source` of its own.
+Both are checked, because a field `source` may also come from the caption of a clip.
 """
 
 
