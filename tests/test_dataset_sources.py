@@ -237,7 +237,8 @@ def refuse_listing(monkeypatch, refused, error):
     scandir = os.scandir
 
     def scan(path="."):
-        if os.path.basename(os.fspath(path)) in refused:
+        # pytest lists the folder of the test by its descriptor when it removes it.
+        if not isinstance(path, int) and os.path.basename(os.fspath(path)) in refused:
             raise error
         return scandir(path)
 
