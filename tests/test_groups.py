@@ -214,8 +214,9 @@ def test_what_is_no_file_is_not_replaced(data, out):
     os.replace(out / "000000000004.npy.new", out / "000000000004.npy")
     (out / "000000000001.json").symlink_to(data / "clip00000.txt")
     (data / "clip00001.txt").write_text("another caption")
+    # One reader, so that clip 1 is complete before clip 4.
     with pytest.raises(OutputError, match=r"000000000004\.npy: is not a regular file"):
-        run(data, out)
+        run(data, out, readers=1)
     assert rows_of(out)["clip00001.wav"].captions == (("txt", *file_signature(data / "clip00001.txt")),)
     # The link was replaced, and its target was not changed.
     assert (data / "clip00000.txt").read_text() == "caption 0"
