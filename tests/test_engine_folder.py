@@ -240,7 +240,7 @@ DAMAGED = [
     {"graphs": REMOVED},
     {"graphs": []},
     {"graphs.fp32": "encoder.onnx"},
-    {"graphs.fp32.decoder": REMOVED},
+    {"graphs.fp32": {}},
     {FIRST: None},
     {f"{FIRST}.file": REMOVED},
     {f"{FIRST}.gizmo": 1},

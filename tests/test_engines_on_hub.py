@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import assert_one_line, noise
+from helpers import assert_one_line, noise, seeded
 from hub_server import OTHER
 from huggingface_hub import constants, scan_cache_dir
 
@@ -28,6 +28,7 @@ from samekit.engine.exchange import publish
 from samekit.engine.folder import Engine, find_engine
 from samekit.engine.model_card import licence_of, model_card, notice
 from samekit.errors import BackendUnavailableError, EngineError, EngineNotFoundError, HubError, InputError
+from samekit_export.export import export
 
 REPOSITORY = "someone/tiny"
 FIRST, SECOND = "1" * 40, "2" * 40
@@ -185,6 +186,18 @@ def test_precisions_that_a_repository_lacks(server, published):
     with pytest.raises(BackendUnavailableError, match=f"^{REPOSITORY}@{FIRST}: no int8 graph") as caught:
         open_cpu(precision="int8")
     assert_one_line(caught.value)
+
+
+@pytest.mark.parametrize("command", [["encode", "a.wav", "a.npy"], ["decode", "a.npy", "a.wav"], ["triton", "models"]])
+def test_no_command_has_a_default_model(command):
+    done = run(*command)
+    assert done.exit_code == 2
+    assert "Missing option '--model'" in done.stderr
+    done = run("pre-encode", "--data_dir", "clips", "--output_path", "latents")
+    assert done.exit_code == 2
+    assert done.stderr == (
+        "Error: pre-encode needs the model that you train with; pass --model (the reference takes same-l)\n"
+    )
 
 
 # --- Digests -----------------------------------------------------------------------------------------------
@@ -357,11 +370,13 @@ def test_pull_replaces_nothing(server, published, tmp_path):
     assert [path.name for path in (tmp_path / "used").iterdir()] == ["thesis.txt"]
 
 
-def test_half_an_engine_is_exported_again(own_engine, checkpoint_of, published, tmp_path):
+@pytest.mark.usefixtures("published", "ready_graphs")
+def test_half_an_engine_is_exported_again(tmp_path):
     done = run("pull", REPOSITORY, tmp_path / "tiny-s", "--only", "encoder")
     assert done.exit_code == 0, done.output
-    spec = Engine.load(tmp_path / "tiny-s").spec
-    assert set(spec.graphs["fp32"]) == {"encoder"}
+    engine = export(seeded("tiny-s"), tmp_path)
+    assert set(engine.spec.graphs["fp32"]) == {"encoder", "decoder"}
+    engine.check("fp32")
 
 
 # --- push --------------------------------------------------------------------------------------------------
