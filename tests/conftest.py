@@ -347,3 +347,28 @@ def data(tmp_path):
 def out(tmp_path):
     """Path for the latents of a test; it does not exist yet."""
     return tmp_path / "out"
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """Start a stand-in for the Hugging Face hub, and use an empty cache."""
+    from hub_server import serve
+
+    with serve(monkeypatch, tmp_path) as started:
+        yield started
+
+
+@pytest.fixture
+def _impatient(monkeypatch):
+    """Let the hub's client repeat requests without waiting, which would take half a minute in all."""
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """Use an empty cache of the hub and no network."""
+    from hub_server import use_cache
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    use_cache(monkeypatch, tmp_path)

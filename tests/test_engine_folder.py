@@ -65,12 +65,12 @@ def test_cache_may_lie_under_home(spec_text, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["nowhere", "no/where", "x" * 5000, "here"], ids=["name", "path", "long name", "empty"]
+    "name", ["nowhere", "here/where", "x" * 5000, "here"], ids=["name", "path", "long name", "empty"]
 )
 def test_not_found(name):
     Path("here").mkdir()
     cure = "check the path"
-    if name not in ("no/where", "here"):
+    if name not in ("here/where", "here"):
         known = ", ".join([*HUB_REPOSITORIES, *BUNDLED_FOLDERS])
         cure = f"check the name (these are known: {known}), or export the folder of a checkpoint: samekit export DIR"
     with pytest.raises(EngineNotFoundError, match=f"; {re.escape(cure)}$") as caught:
@@ -240,7 +240,7 @@ DAMAGED = [
     {"graphs": REMOVED},
     {"graphs": []},
     {"graphs.fp32": "encoder.onnx"},
-    {"graphs.fp32.decoder": REMOVED},
+    {"graphs.fp32": {}},
     {FIRST: None},
     {f"{FIRST}.file": REMOVED},
     {f"{FIRST}.gizmo": 1},

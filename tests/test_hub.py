@@ -7,8 +7,6 @@ import json
 import logging
 import shutil
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
 
@@ -16,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers import seeded
+from hub_server import OTHER, cache
 from huggingface_hub import constants
 from test_published import FILES as PUBLISHED_FILES
 from test_published import FOLDER, KIND, tensors, tiny
@@ -27,107 +26,6 @@ from samekit_export.checkpoint import load, load_source, save_folder
 
 SAME_S = "stabilityai/SAME-S"
 MUSIC, SFX_BASE = "stabilityai/stable-audio-3-small-music", "stabilityai/stable-audio-3-small-sfx-base"
-OTHER = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Server(ThreadingHTTPServer):
-    """Serves folders as repositories of the hub; `answers` maps a repository to a status and headers instead."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.repositories = {}
-        self.answers = {}
-        self.requests = []
-
-
-class Handler(BaseHTTPRequestHandler):
-    """The paths that `snapshot_download` asks for."""
-
-    def log_message(self, *_):
-        pass
-
-    def answer(self, status, headers=(), body=b""):
-        self.send_response(status)
-        for name, value in dict(headers).items():
-            self.send_header(name, value)
-        if "Content-Length" not in dict(headers):
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        path = self.path.split("?")[0].removeprefix("/api/models").strip("/").split("/")
-        if len(path) == 2:
-            # Information about a repository, for its default branch.
-            path += ["revision", "main"]
-        if len(path) < 4:
-            self.answer(404)
-            return
-        repository, kind, revision = "/".join(path[:2]), path[2], path[3]
-        self.server.requests.append((self.command, repository, kind, revision))
-        if repository in self.server.answers:
-            status, headers = self.server.answers[repository]
-            self.answer(status, headers, json.dumps({"error": headers.get("X-Error-Message", "")}).encode())
-            return
-        folders = self.server.repositories.get(repository)
-        if folders is None:
-            self.answer(404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
-            return
-        commit = next(iter(folders)) if revision == "main" else revision
-        if commit not in folders:
-            self.answer(404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": f"Invalid rev id: {revision}"})
-            return
-        files = {file.name: file.read_bytes() for file in folders[commit].iterdir()}
-        if kind == "revision":
-            self.answer(200, body=json.dumps({"id": repository, "sha": commit}).encode())
-        elif kind == "tree":
-            entries = [
-                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                for name, data in files.items()
-            ]
-            self.answer(200, {"Content-Type": "application/json"}, json.dumps(entries).encode())
-        else:
-            data = files[path[4]]
-            headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
-            self.answer(200, headers | {"Content-Length": str(len(data))}, data)
-
-
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    """Start a hub on the loopback interface, and use an empty cache."""
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-@pytest.fixture
-def _impatient(monkeypatch):
-    """Let the client repeat requests without waiting, which would take half a minute in all."""
-    monkeypatch.setattr("time.sleep", lambda _seconds: None)
-
-
-@pytest.fixture
-def offline(monkeypatch, tmp_path):
-    """Use an empty cache and no network."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
 
 
 @pytest.fixture(scope="module")
@@ -137,15 +35,6 @@ def checkpoints(tmp_path_factory):
     for file, folder in folders.items():
         save_folder(tiny(file), tensors(file), folder)
     return folders
-
-
-def cache(repository, commit, folder, main_is=True):
-    """Put a checkpoint into the hub's cache, in its documented structure."""
-    root = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}")
-    shutil.copytree(folder, root / "snapshots" / commit)
-    if main_is:
-        (root / "refs").mkdir(exist_ok=True)
-        (root / "refs" / "main").write_text(commit)
 
 
 def pin(repository):
@@ -203,7 +92,7 @@ def test_the_pinned_revision_is_fetched(server, checkpoints, monkeypatch, caplog
     expected = {"kind": "hub", "name": SAME_S, "revision": pin(SAME_S), "weights": "published weights"}
     assert loaded.source == expected
     # The client also asks about the default branch, but downloads nothing of it.
-    assert {revision for _, _, kind, revision in server.requests if kind in ("resolve", "tree")} == {pin(SAME_S)}
+    assert {revision for _, _, kind, revision, *_ in server.requests if kind in ("resolve", "tree")} == {pin(SAME_S)}
     assert "not the published weights" not in caplog.text
     # The second load, and a load by the source, use the cache.
     server.requests.clear()

@@ -1,6 +1,6 @@
 """Export `same-tiny`, encode and decode a piece of music with every backend, and write a report.
 
-Writes `demo/piece.flac`, `demo/engines/same-tiny` and `demo/report.html`.
+Writes `demo/piece.flac`, `engines/same-tiny` and `demo/report.html`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 import synthesis
 
 from samekit.audio import AudioWriter
+from samekit.engine.folder import ENGINES_FOLDER
 from samekit.engine.spec import PRECISIONS
 from samekit_export.checkpoint import load
 from samekit_export.cli import progress_on_stdout
@@ -36,7 +37,7 @@ def main() -> None:
     with AudioWriter(piece, synthesis.RATE, channels=2) as writer:
         writer.write(music * (PEAK / np.abs(music).max()))
     with progress_on_stdout():
-        engine = export(load(MODEL), FOLDER / "engines", PRECISIONS)
+        engine = export(load(MODEL), Path(ENGINES_FOLDER), PRECISIONS)
         add_engines(engine, PRECISIONS, AUTO)
         report = write_report(piece, engine, page)
     print(f"\n{piece} through {MODEL}:\n\n{report.table()}\n\nListen and look: {page.resolve().as_uri()}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from samekit.cli.group import UserPath, say
+from samekit.cli.model_options import ENGINE_HELP, model_option
 from samekit.errors import BackendUnavailableError, InputError
 from samekit.files.atomic import remove_abandoned
 from samekit.packages import INSTALL_EXPORT, import_package
@@ -103,7 +104,7 @@ def _need_export() -> None:
 
 @click.command()
 @click.argument("audio", metavar="IN", type=UserPath())
-@click.option("--model", required=True, help="A name or an engine folder.")
+@model_option(ENGINE_HELP)
 @click.option("--out", default="report.html", show_default=True, type=UserPath())
 @click.option("--seconds", default=60.0, show_default=True, help="How much of the file to take, from its start.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all cores]")

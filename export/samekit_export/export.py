@@ -180,7 +180,8 @@ def _is_whole(engine: Engine, precision: str) -> bool:
         engine.check(precision)
     except SamekitError:
         return False
-    return True
+    # A copy may hold one half only.
+    return set(engine.spec.graphs[precision]) == set(GRAPHS)
 
 
 def _add_precision(staging: Path, spec: EngineSpec, model: Same, precision: str, files: dict[str, str]) -> EngineSpec:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from samekit.engine.hub import explain
 from samekit.errors import CheckpointError
 from samekit_export.config import CONFIG_FILE
 
@@ -251,54 +252,18 @@ def _downloaded(repository: str, revision: str | None) -> Path:
 
 def _failure(repository: str, error: Exception) -> CheckpointError:
     """Describe an error of the hub's client in one line, with a cure that fits it."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError
 
-    # The client wraps errors of connections, and some answers of the hub, in an error about its cache.
-    while isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    said = str(error).strip() or type(error).__name__
-    # For too many requests (429), only the client's text contains the time to wait.
-    if status != 429:
-        said = getattr(error, "server_message", None) or said
-    said = " ".join(said.split())[:500]
+    said, cure = explain(repository, error)
+    # Those who train have the base models, which need no access.
+    if isinstance(error, GatedRepoError) and f"{repository}-base" in PUBLISHED:
+        cure += f", or take {repository}-base, which contains the same autoencoder"
     short = repository.rsplit("/", 1)[-1].lower()
     # Random weights have the sizes of published models.
     sized = "same-l" if short == "same-l" or "medium" in short else "same-s"
     return CheckpointError(
-        f"{repository} cannot be fetched from the hub ({said}); {_cure(repository, error, status)}, or export a folder "
+        f"{repository} cannot be fetched from the hub ({said}); {cure}, or export a folder "
         f"with its {CONFIG_FILE} and {WEIGHTS_FILE}: samekit export {short} --weights DIR (make export MODEL={short} "
         f"WEIGHTS=DIR), or random weights: samekit export {sized} --weights random (make export MODEL={sized} "
         "WEIGHTS=random)"
     )
-
-
-def _cure(repository: str, error: Exception, status: int | None) -> str:
-    """Return what helps against an error of the hub's client; `status` is the HTTP status of the hub's answer."""
-    from huggingface_hub import errors
-
-    log_in = "log in (hf auth login, or HF_TOKEN)"
-    # Those who train have the base models, which need no access.
-    base = f"{repository}-base"
-    alternative = f", or take {base}, which contains the same autoencoder" if base in PUBLISHED else ""
-    # The first that fits counts: GatedRepoError is a RepositoryNotFoundError too.
-    by_kind = (
-        (errors.GatedRepoError, f"ask for access at https://huggingface.co/{repository} and {log_in}{alternative}"),
-        (errors.RevisionNotFoundError, "check --revision"),
-        (errors.RepositoryNotFoundError, f"check the name, and if the repository is private, {log_in}"),
-        (errors.DisabledRepoError, "take another repository"),
-        (errors.OfflineModeIsEnabled, "unset HF_HUB_OFFLINE"),
-        (errors.HFValidationError, "check the name"),
-    )
-    for kind, cure in by_kind:
-        if isinstance(error, kind):
-            return cure
-    if status in (401, 403):
-        return "log in again with a token that may read this repository (hf auth login, or HF_TOKEN)"
-    if status == 429:
-        return "wait, and run the same command again (users who are logged in may send more requests)"
-    if status is not None and status >= 500:
-        return "the hub has an internal fault, so try again later"
-    if isinstance(error, OSError) and error.errno is not None:
-        return "check the folder of the hub's cache (HF_HOME) and its disk"
-    return "check the network and the proxy"

@@ -10,6 +10,7 @@ import os
 from typing import TYPE_CHECKING
 
 from samekit.engine.folder import Engine, search_path
+from samekit.engine.hub import split_revision
 from samekit.errors import BackendUnavailableError, CheckpointError, EngineNotFoundError
 from samekit.packages import INSTALL_EXPORT, import_package
 from samekit_export.checkpoint import BUNDLED_FOLDERS, HUB, hub_repository, known_name, load, load_source
@@ -30,7 +31,8 @@ def open_torch(model: Engine | str, options: BackendOptions) -> Backend:
         CheckpointError: the checkpoint cannot be loaded.
     """
     engine = model if isinstance(model, Engine) else None
-    on_hub = engine.spec.source.get("kind") == HUB if engine else _require_checkpoint(str(model))
+    name, revision = split_revision(str(model))
+    on_hub = engine.spec.source.get("kind") == HUB if engine else _require_checkpoint(name)
     for package in ("torch", "safetensors", *(("huggingface_hub",) if on_hub else ())):
         import_package(package, INSTALL_EXPORT)
 
@@ -41,9 +43,9 @@ def open_torch(model: Engine | str, options: BackendOptions) -> Backend:
     if engine is None:
         # Logged before the checkpoint is loaded, because a download can take minutes.
         logger.warning(
-            "no engine for %s: opening it in PyTorch, slower; for an engine run: samekit export %s", model, model
+            "no engine for %s: opening it in PyTorch, slower; for an engine run: samekit export %s", model, name
         )
-    checkpoint = load_source(engine.spec.source) if engine else load(str(model))
+    checkpoint = load_source(engine.spec.source) if engine else load(name, revision=revision)
     spec = spec_of(checkpoint)
     if engine and checkpoint.sha256 != engine.spec.source_sha256:
         raise BackendUnavailableError(

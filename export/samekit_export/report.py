@@ -150,9 +150,7 @@ def measure(
         for backend, precision in candidates:
             try:
                 opened = stack.enter_context(
-                    AutoencoderModel.from_pretrained(
-                        engine.folder, backend=backend, precision=precision, threads=threads
-                    )
+                    AutoencoderModel.from_pretrained(engine.name, backend=backend, precision=precision, threads=threads)
                 )
                 logger.info("running %s %s", backend, precision)
                 codec = opened.autoencoder

@@ -18,6 +18,7 @@ from samekit.backends.cpu import available_cpus
 from samekit.backends.onnxruntime import int8_saturates
 from samekit.engine.builds import describe_builds
 from samekit.engine.folder import Engine, engine_roots
+from samekit.engine.hub import INSTALL_HUB
 from samekit.engine.spec import SPEC_FILE
 from samekit.errors import SamekitError
 from samekit.packages import INSTALL_EXPORT, import_installed
@@ -48,7 +49,7 @@ PARTS = (
     Part("onnx", "exporting", INSTALL_EXPORT),
     Part("onnxscript", "exporting", INSTALL_EXPORT),
     Part("safetensors", "reading checkpoints", INSTALL_EXPORT),
-    Part("huggingface_hub", "published weights by name", INSTALL_EXPORT),
+    Part("huggingface_hub", "engines and published weights by name", INSTALL_HUB),
     Part("matplotlib", "pictures in reports", "pip install 'samekit[report]'"),
     Part("jinja2", "reports", "pip install 'samekit[report]'"),
     Part("ray", "datasets on a cluster", "pip install 'samekit[ray]'"),

@@ -9,6 +9,7 @@
     ├── EngineError            (RuntimeError)       an engine folder is damaged, incomplete or stale
     │   ├── EngineNotFoundError  (FileNotFoundError)  there is no engine folder of this name
     │   └── StaleEngineError                        a TensorRT engine is damaged or was built from something else
+    ├── HubError               (OSError)            the Hugging Face hub cannot be reached, or refuses
     ├── BuildError             (RuntimeError)       TensorRT cannot build an engine of a graph
     ├── BackendError           (RuntimeError)       a backend failed while it ran
     │   └── BackendUnavailableError (ImportError)   a backend cannot be used here: package, driver or graph missing
@@ -66,6 +67,10 @@ class EngineNotFoundError(EngineError, FileNotFoundError):
 
 class StaleEngineError(EngineError):
     """A TensorRT engine is damaged, or was built from another graph or for another machine."""
+
+
+class HubError(SamekitError, OSError):
+    """The Hugging Face hub cannot be reached, lacks what was asked for, or refuses."""
 
 
 class BuildError(SamekitError, RuntimeError):

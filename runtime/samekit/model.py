@@ -14,11 +14,12 @@ from samekit.audio import AudioReader, AudioWriter, checked_policy, format_of, w
 from samekit.backends.base import BackendOptions
 from samekit.backends.selection import AUTO, open_backend
 from samekit.batches import CHUNK_SIZE, OVERLAP, Autoencoder
+from samekit.engine.hub import with_revision
 from samekit.engine.spec import DECODER, ENCODER
 from samekit.errors import InputError, LatentsFileError
 from samekit.files.latents import MODEL_DIGEST, LatentsReader, LatentsWriter, require_replaceable
 from samekit.files.overwriting import require_no_recording, require_other_file
-from samekit.files.paths import expanded, expanded_text
+from samekit.files.paths import expanded
 from samekit.streaming import StreamDecoder, StreamEncoder
 from samekit.vae import Vae
 
@@ -82,32 +83,39 @@ class AutoencoderModel:
         backend: str = AUTO,
         precision: str = "fp32",
         window: int | None = None,
+        revision: str | None = None,
         **options: Any,
     ) -> Self:
         """Open a model.
 
         Args:
             model_name: a name (`same-s`, `same-l`, `same-tiny`, or a full model such as `medium-base`), looked up in
-                `./engines` and in the user's cache; an engine folder; or a checkpoint folder, which runs in PyTorch.
+                `./engines` and in the user's cache; an engine folder; a repository `owner/name` on the hub, from which
+                the graphs of the directions and the precision that are used are fetched; or a checkpoint folder, which
+                runs in PyTorch. A local folder is preferred to a repository.
             device: `cpu`, `cuda` or `cuda:N`, or a `torch.device` of these; by default the best that is available.
             backend: `auto`, `tensorrt`, `onnxruntime` or `torch`.
             precision: `fp32`, `fp16` (the reference's `.half()`) or `int8`.
             window: latents that are computed at once, which bounds the memory. It changes the numbers of `int8` only,
                 whose activation ranges are computed in each window.
+            revision: branch, tag or commit of a repository on the hub, which `owner/name@REVISION` gives too.
             options: further fields of `samekit.backends.base.BackendOptions`, such as `threads`.
 
         Raises:
             InputError: an unknown option or value.
             EngineNotFoundError: there is no engine of that name, and no checkpoint that can run instead.
             EngineError, CheckpointError: the engine folder is damaged, or the checkpoint cannot be loaded.
+            HubError: the repository on the hub cannot be reached, or refuses.
             BackendUnavailableError: the backend cannot be used here.
         """
         known = [field.name for field in dataclasses.fields(BackendOptions)]
         for option in options:
             if option not in known:
-                raise InputError(f"unknown option {option!r}; choose one of {', '.join(('backend', 'window', *known))}")
+                raise InputError(
+                    f"unknown option {option!r}; choose one of {', '.join(('backend', 'window', 'revision', *known))}"
+                )
         opening = BackendOptions(precision, **_device_options(device, options))
-        model = cls(open_backend(expanded_text(model_name), backend, opening), window)
+        model = cls(open_backend(with_revision(model_name, revision), backend, opening), window)
         if model.spec.is_random:
             _warn_of_random_weights(model.spec.name)
         return model

@@ -55,7 +55,7 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
     """Open a model.
 
     Args:
-        model: a name, an engine folder, or a checkpoint folder (run in PyTorch).
+        model: as `find_engine` takes it, or a checkpoint, which runs in PyTorch.
         backend: one of `BACKENDS`, or a name that another package has registered. "auto" tries its backends in order,
             logs every refusal and its choice. A named backend is opened or fails.
         options: how to open it.
@@ -64,6 +64,7 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
         InputError: unknown backend.
         EngineNotFoundError: there is no engine, and no checkpoint that the backend can run instead.
         EngineError: the engine folder is damaged, or has TensorRT engines of another version or GPU only.
+        HubError: the engine's repository on the hub cannot be reached, or refuses.
         BackendUnavailableError: the backend cannot be used here.
         CheckpointError: PyTorch was asked for, or there is no engine, and the checkpoint cannot be loaded.
     """
@@ -78,7 +79,7 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
     except EngineNotFoundError as error:
         return _open_without_engine(os.fspath(model), backend, options, error)
     if backend != AUTO:
-        return _reopenable(_opener(backend)(engine, options), engine.folder, options)
+        return _reopenable(_opener(backend)(engine, options), engine.name, options)
     refusals = []
     for_cpus = options.precision not in GPU_PRECISIONS
     for name in (_CPU_PRECISIONS_BACKEND,) if for_cpus else BACKENDS[1:]:
@@ -96,7 +97,7 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
         if name == "torch":
             reasons = "; ".join(refusals)
             logger.warning("running in PyTorch, slower than the engine %s, for: %s", engine.folder, reasons)
-        return _reopenable(opened, engine.folder, options)
+        return _reopenable(opened, engine.name, options)
     # Most people have no GPU and miss something else, so what needs a GPU comes last.
     refusals.sort(key=lambda refusal: refusal.startswith(_GPU_BACKEND))
     only = f" (only {_CPU_PRECISIONS_BACKEND} runs {options.precision})" if for_cpus else ""

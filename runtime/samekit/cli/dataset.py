@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from samekit.cli.group import STOPPED, say
-from samekit.cli.model_options import backend_options, open_model
+from samekit.cli.model_options import MODEL_HELP, backend_options, model_option, open_model
 from samekit.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ _MOST_BAD_SHOWN: Final = 10
 
 
 @click.command("pre-encode")
-@click.option("--model", default="same-l", show_default=True, help="A name, an engine folder or a checkpoint folder.")
+@model_option(MODEL_HELP, required=False)
 @click.option("--data_dir", "--data-dir", multiple=True, help="Folder with audio files and captions; repeatable.")
 @click.option("--output_path", "--output-path", help="Folder (or URL) for the latents.")
 @click.option("--batch_size", "--batch-size", default=1, show_default=True, help="Windows encoded at once.")
@@ -89,7 +89,7 @@ _MOST_BAD_SHOWN: Final = 10
 @click.option("--verify", "checked", metavar="FOLDER", help="The same as: samekit check-latents FOLDER")
 @backend_options
 def pre_encode(
-    model: str,
+    model: str | None,
     data_dir: tuple[str, ...],
     output_path: str | None,
     checked: str | None,
@@ -107,6 +107,9 @@ def pre_encode(
     # Empty paths, as an unset variable of a shell gives, would be the working folder.
     if not data_dir or not all(data_dir) or not output_path:
         raise InputError("pre-encode needs a dataset and a folder; pass --data_dir and --output_path")
+    if not model:
+        # Latents of another model look alike, and training on them fails late.
+        raise InputError("pre-encode needs the model that you train with; pass --model (the reference takes same-l)")
     from samekit.dataset.options import PreEncodeOptions, Shard
     from samekit.dataset.progress import Display
     from samekit.dataset.run import pre_encode as run

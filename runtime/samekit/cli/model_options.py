@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from samekit.engine.hub import with_revision
 from samekit.engine.spec import PRECISIONS
 
 if TYPE_CHECKING:
@@ -14,10 +16,30 @@ if TYPE_CHECKING:
     from samekit.model import AutoencoderModel
 
 
+MODEL_HELP = "A name, an engine folder, owner/name on the hub, or a checkpoint folder."
+"""Help of `--model` where a checkpoint can run in PyTorch."""
+ENGINE_HELP = "A name, an engine folder, or owner/name on the hub."
+"""Help of `--model` where only engines can be used."""
+
+
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add `--model` and the options of `backend_options` to a command."""
-    model = click.option("--model", required=True, help="A name, an engine folder or a checkpoint folder.")
-    return model(backend_options(command))
+    """Add `--model`, `--revision` and the options of `backend_options` to a command."""
+    return model_option(MODEL_HELP)(backend_options(command))
+
+
+def model_option(description: str, *, required: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add `--model`, which has no default in any command, and `--revision`; the command gets `NAME@REVISION`."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        @click.option("--model", required=required, help=description)
+        @click.option("--revision", help="Branch, tag or commit of owner/name.")
+        @functools.wraps(command)
+        def with_model(*args: Any, model: str | None, revision: str | None, **options: Any) -> Any:
+            return command(*args, model=with_revision(model, revision) if model else model, **options)
+
+        return with_model
+
+    return add
 
 
 def backend_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from samekit.cli.group import UserPath, say
+from samekit.cli.model_options import ENGINE_HELP, model_option
 from samekit.engine.spec import PRECISIONS
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("out", type=UserPath())
-@click.option("--model", required=True, help="A name or an engine folder.")
+@model_option(ENGINE_HELP)
 @click.option("--backend", default="onnxruntime", show_default=True, type=click.Choice(["onnxruntime", "tensorrt"]))
 @click.option("--precision", default="fp32", show_default=True, type=click.Choice(PRECISIONS))
 @click.option(

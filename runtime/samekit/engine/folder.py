@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import re
 import shlex
@@ -28,14 +29,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from samekit.engine import hub
 from samekit.engine.spec import DIRECTIONS, RANDOM, SPEC_FILE, Direction, EngineSpec, GraphFile
-from samekit.errors import BackendUnavailableError, EngineError, EngineNotFoundError
+from samekit.errors import BackendUnavailableError, EngineError, EngineNotFoundError, HubError
 from samekit.files.atomic import atomic_commit, temporary_target
 from samekit.files.locks import LOCK_FILE
 from samekit.files.paths import expanded_text, open_regular, remove
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+logger = logging.getLogger(__name__)
 
 ENGINES_FOLDER: Final = "engines"
 """Folder in which names are looked up first, and to which `samekit export` writes."""
@@ -58,6 +62,13 @@ class Engine:
 
     folder: Path
     spec: EngineSpec
+    snapshot: hub.Snapshot | None = None
+    """The commit on the hub from which graphs are fetched when they are first used; None for other folders."""
+
+    @property
+    def name(self) -> str:
+        """The name by which `find_engine` finds the same engine again, in any working folder."""
+        return self.snapshot.name if self.snapshot else os.path.abspath(self.folder)
 
     @classmethod
     def load(cls, folder: Path) -> Engine:
@@ -91,18 +102,21 @@ class Engine:
     def graph(self, direction: Direction, precision: str) -> Path:
         """Return the path of a graph, after checking that its files have their full size.
 
+        A graph on the hub is fetched first, and compared with its digest.
+
         Raises:
-            BackendUnavailableError: the folder has no graph of this precision.
+            BackendUnavailableError: the folder has no such graph.
             EngineError: a file is missing, cut off or not readable, or another export has replaced it.
+            HubError: a graph cannot be fetched from the hub.
         """
-        pair = self.spec.graphs.get(precision)
-        if pair is None:
-            have = ", ".join(self.spec.graphs) or "none"
+        graph = self._graphs(precision).get(direction)
+        if graph is None:
             raise BackendUnavailableError(
-                f"{self.folder}: no {precision} graph (there is: {have}); "
-                f"run: {self.export_command('--precision', precision)}"
+                f"{self.folder}: no {direction} of {precision}, because only the other half was copied here; "
+                "copy the whole engine"
             )
-        graph = pair[direction]
+        if self.snapshot:
+            self._fetch(self.snapshot, graph)
         for name, size in graph.sizes.items():
             path = self.folder / name
             found = None
@@ -119,16 +133,43 @@ class Engine:
                 raise EngineError(f"{path}: {state}; export the model again with --force")
         return self.folder / graph.file
 
+    def _graphs(self, precision: str) -> dict[Direction, GraphFile]:
+        """Return the graphs of a precision; raise BackendUnavailableError if there are none."""
+        graphs = self.spec.graphs.get(precision)
+        if graphs is None:
+            have = ", ".join(self.spec.graphs) or "none"
+            raise BackendUnavailableError(
+                f"{self.snapshot.name if self.snapshot else self.folder}: no {precision} graph (there is: {have}); "
+                f"run: {self.export_command('--precision', precision)}"
+            )
+        return graphs
+
+    def _fetch(self, snapshot: hub.Snapshot, graph: GraphFile) -> None:
+        """Fetch a graph unless it is in the cache; a graph without its digest is fetched again, once."""
+        for again in (False, True):
+            snapshot.fetch(graph, again=again)
+            if snapshot.is_verified(graph):
+                return
+            if describe_graph(self.folder, graph.file) == graph:
+                snapshot.remember_verified(graph)
+                return
+            logger.warning("%s of %s does not have its digest in %s", graph.file, snapshot.name, SPEC_FILE)
+        raise EngineError(
+            f"{snapshot.name}: {graph.file} does not have its digest in {SPEC_FILE}, also after another download; "
+            "choose another revision, or tell the owner of the repository"
+        )
+
     def check(self, precision: str) -> None:
-        """Check that both graphs of a precision have their full size; errors as of `graph`."""
-        for direction in DIRECTIONS:
+        """Check that the graphs of a precision have their full size; errors as of `graph`. The hub is not asked."""
+        graphs = self._graphs(precision)
+        for direction in () if self.snapshot else graphs:
             self.graph(direction, precision)
 
     def check_digests(self) -> None:
         """Compare the contents of every graph with its digest in `spec.json`; errors as of `graph`."""
         for precision, pair in self.spec.graphs.items():
-            self.check(precision)
-            for graph in pair.values():
+            for direction, graph in pair.items():
+                self.graph(direction, precision)
                 if describe_graph(self.folder, graph.file).sha256 != graph.sha256:
                     raise EngineError(
                         f"{self.folder / graph.file}: contents have changed since the export; export again with --force"
@@ -160,6 +201,11 @@ def graph_names(folder: Path, precision: str) -> dict[str, str]:
     ]
     suffix = ("" if precision == "fp32" else f".{precision}") + (f".{max(numbers) + 1}" if numbers else "")
     return {direction: f"{direction}{suffix}.onnx" for direction in DIRECTIONS}
+
+
+def is_graph_file(name: str) -> bool:
+    """Return whether an export gives graphs such a file name."""
+    return bool(_GRAPH_FILE.fullmatch(name))
 
 
 def is_engine_file(path: Path) -> bool:
@@ -241,34 +287,35 @@ def search_path() -> str:
 
 
 def find_engine(name: str | os.PathLike[str]) -> Engine:
-    """Return an engine folder, given by its path or by the name of its model.
+    """Return an engine, given by its folder, by the name of its model, or by its repository on the hub.
 
-    A name is looked up in `./engines` and in the user's cache: `~/.cache/samekit/engines`, or the folder that
-    SAMEKIT_CACHE names. Names of `KNOWN_MODELS` are looked up in lower case too, as `samekit export` writes them.
+    This is the order:
+
+    1. A folder of this path.
+    2. The folder of this name in `./engines`, to which `samekit export` writes.
+    3. The folder of this name in the user's cache: `~/.cache/samekit/engines`, or the folder that SAMEKIT_CACHE names.
+    4. For `owner/name`: the repository on the hub, unless a local folder is called `owner`. `owner/name@REVISION`
+       names a branch, tag or commit. The graphs are fetched when they are first used.
+
+    Names of `KNOWN_MODELS` are looked up in lower case too, as `samekit export` writes them.
 
     Raises:
-        EngineNotFoundError: no engine folder was found.
+        EngineNotFoundError: no engine was found.
         EngineError: the folder is incomplete or not readable, or it only contains engine folders.
+        HubError: the hub cannot be reached, has no such repository, or refuses.
     """
-    text = expanded_text(name)
+    text, revision = hub.split_revision(expanded_text(name))
     path = Path(text)
     names = [text, text.lower()] if text.lower() in KNOWN_MODELS else [text]
     candidates = [path, *(root / each for root in engine_roots() for each in names)]
     for folder in candidates:
         if _found(folder, SPEC_FILE):
+            if revision:
+                raise EngineError(f"{folder}: is a local folder, which has no revision {revision}; leave it out")
             return Engine.load(folder)
-    # The methods of Path raise for names that are too long for the file system.
-    for folder in candidates:
-        if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
-            raise EngineError(f"{folder}: cannot be read ({os.strerror(errno.EACCES)}); check its permissions")
-    for folder in candidates:
-        if _found(folder, "*.onnx"):
-            raise EngineError(
-                f"{folder}: no {SPEC_FILE}, so an export or a copy was cut short; {_export_again(folder)}"
-            )
-    if inside := _found(path, f"*/{SPEC_FILE}"):
-        engines = ", ".join(str(path.parent) for path in inside)
-        raise EngineError(f"{name}: is no engine folder, it holds some; pass one of these: {engines}")
+    _refuse_unfinished(text, candidates)
+    if hub.is_repository(text):
+        return engine_on_hub(text, revision)
     if text.lower() in KNOWN_MODELS or _found(path, "*.safetensors"):
         cure = f"run: samekit export {shlex.quote(text)}"
     elif os.path.basename(text) != text or os.path.isdir(text):
@@ -279,6 +326,36 @@ def find_engine(name: str | os.PathLike[str]) -> Engine:
             "samekit export DIR"
         )
     raise EngineNotFoundError(f"no engine for {text!r} in {search_path()}; {cure}")
+
+
+def _refuse_unfinished(name: str, candidates: Sequence[Path]) -> None:
+    """Raise EngineError if one of the folders that `find_engine` tries should be an engine and is none."""
+    # The methods of Path raise for names that are too long for the file system.
+    for folder in candidates:
+        if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+            raise EngineError(f"{folder}: cannot be read ({os.strerror(errno.EACCES)}); check its permissions")
+    for folder in candidates:
+        if _found(folder, "*.onnx"):
+            raise EngineError(
+                f"{folder}: no {SPEC_FILE}, so an export or a copy was cut short; {_export_again(folder)}"
+            )
+    if inside := _found(candidates[0], f"*/{SPEC_FILE}"):
+        engines = ", ".join(str(path.parent) for path in inside)
+        raise EngineError(f"{name}: is no engine folder, it holds some; pass one of these: {engines}")
+
+
+def engine_on_hub(repository: str, revision: str | None) -> Engine:
+    """Return the engine of a repository, from which `spec.json` alone is fetched now; errors as of `find_engine`."""
+    try:
+        snapshot = hub.open_snapshot(repository, revision)
+    except BackendUnavailableError as error:
+        raise HubError(
+            f"no engine for {repository!r} in {search_path()}, and the hub cannot be asked ({error.cause}); "
+            f"check the path, or run: {hub.INSTALL_HUB}"
+        ) from None
+    except HubError as error:
+        raise HubError(f"there is no folder {repository}, and {error}") from None
+    return Engine(snapshot.folder, EngineSpec.load(snapshot.folder), snapshot)
 
 
 def _export_again(folder: Path) -> str:

@@ -95,7 +95,7 @@ class EngineSpec:
     tools: dict[str, str] = field(default_factory=dict)
     """Versions of the packages that the last export ran with; for information only."""
     graphs: dict[str, dict[Direction, GraphFile]] = field(default_factory=dict)
-    """precision -> encoder / decoder -> graph."""
+    """precision -> encoder / decoder -> graph. A copy of one half of an engine has the graphs of one direction only."""
     verification: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """precision -> cases measured against eager PyTorch: direction, batch, latents, window, snr_db, max_error."""
 
@@ -180,9 +180,12 @@ class EngineSpec:
                 check_kind(f"verification.{precision}", case, dict)
                 check_kind("snr_db", case["snr_db"], (int, float))
         graphs = {
-            precision: {direction: _checked_graph(pair[direction]) for direction in DIRECTIONS}
+            precision: {direction: _checked_graph(pair[direction]) for direction in DIRECTIONS if direction in pair}
             for precision, pair in document.pop("graphs").items()
         }
+        for precision, pair in graphs.items():
+            if not pair:
+                raise ValueError(f"no graphs of {precision}")
         return cls(**document, graphs=graphs)
 
 

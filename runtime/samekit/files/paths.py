@@ -66,7 +66,8 @@ def read_regular(path: Path, most: int = _DOCUMENT_BYTES) -> bytes:
 def link_or_copy(source: str | Path, target: str | Path) -> None:
     """Create a hard link to a file, or a copy where the file system has no hard links; raise OSError if that fails."""
     try:
-        os.link(source, target)
+        # A link to a symbolic link, as the hub's cache has them, would point elsewhere.
+        os.link(os.path.realpath(source), target)
     except OSError:
         shutil.copyfile(source, target)
 
