@@ -101,8 +101,8 @@ lint: $(READY) ## check style, types, layers, and the spelling of the documents
 format: $(READY) ## bring the code into the project's format
 	$(BIN)/ruff format .
 
-docs: $(READY) ## write the API reference, from the docstrings, to build/docs
-	$(BIN)/python tools/reference.py
+docs: $(READY) ## write the documents and the API reference as a site to build/docs, and check its links
+	$(BIN)/python tools/build_docs.py
 
 wheel: $(READY) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel
