@@ -78,7 +78,7 @@ test-slow: $(READY) $(RTX) ## run the tests that need minutes or gigabytes
 # download.
 MIN := .venv-min
 TORCH_MIN ?= 2.9.0
-MIN_TOOLS := build hatchling pytest pytest-xdist hypothesis psutil pdoc
+MIN_TOOLS := build hatchling pytest pytest-xdist hypothesis psutil pdoc mkdocs mkdocs-material
 
 test-min: ## run every test but the slow ones with the lowest versions of the packages; TORCH_MIN=2.9.0
 	$(PYTHON) -m venv --clear $(MIN)
@@ -91,18 +91,21 @@ test-min: ## run every test but the slow ones with the lowest versions of the pa
 
 DOCUMENTS := $(wildcard *.md docs/*.md benchmarks/*.md)
 
-lint: $(READY) ## check style, types, layers, and the spelling of the documents
+lint: $(READY) ## check style, types, layers, the spelling of the documents, the workflow and the Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/codespell $(DOCUMENTS)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet .github/workflows
+	$(BIN)/hadolint Dockerfile
 
 format: $(READY) ## bring the code into the project's format
 	$(BIN)/ruff format .
 
-docs: $(READY) ## write the API reference, from the docstrings, to build/docs
-	$(BIN)/python tools/reference.py
+docs: $(READY) ## write the documents and the API reference as a site to build/docs, and check its links
+	$(BIN)/python tools/build_docs.py
 
 wheel: $(READY) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel

@@ -217,6 +217,16 @@ def test_what_is_being_written_is_not_deleted(tmp_path):
     assert names(tmp_path) == ["a.wav", "b"]
 
 
+def test_this_process_is_sent_no_signal(tmp_path, monkeypatch):
+    """On Windows, `os.kill(pid, 0)` sends Ctrl-C, see the documentation of `os.kill`."""
+    sent = []
+    monkeypatch.setattr("os.kill", lambda *arguments: sent.append(arguments))
+    with atomic_path(tmp_path / "song.wav") as temporary:
+        remove_abandoned(tmp_path, "song.wav")
+        assert temporary.exists()
+    assert sent == []
+
+
 def test_only_the_leftovers_of_one_output_are_deleted(tmp_path):
     mine = {".hidden.tmp", "song.wav", ".song.wav.12.tmp", ".git"}
     for name in mine:

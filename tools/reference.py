@@ -1,11 +1,11 @@
-"""Write the API reference to build/docs, as HTML that is made from the docstrings."""
+"""Write the API reference, as HTML that is made from the docstrings; build_docs.py makes it a part of the site."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pdoc
 
@@ -13,7 +13,9 @@ import samekit
 import samekit_export
 from samekit import dataset
 
-FOLDER = Path("build", "docs")
+if TYPE_CHECKING:
+    from pathlib import Path
+
 # The reference of the commands is `samekit COMMAND --help`.
 LEFT_OUT = "samekit.cli"
 
@@ -49,8 +51,3 @@ def _is_added_by_pdoc(name: str) -> bool:
     """Return whether pdoc adds a module together with its package."""
     package = name.rpartition(".")[0]
     return bool(package) and not hasattr(sys.modules[package], "__all__")
-
-
-if __name__ == "__main__":
-    write(FOLDER)
-    sys.stdout.write(f"{FOLDER / 'index.html'}\n")

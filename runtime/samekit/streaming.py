@@ -154,7 +154,7 @@ class WindowCutter:
         self._window[:, :, filled : self._filled] = values
 
 
-class _Stream:
+class Stream:
     """One direction of a model over a sequence that arrives in blocks."""
 
     def __init__(self, backend: Backend, direction: Direction, plan: ExactWindows) -> None:
@@ -183,7 +183,7 @@ class _Stream:
         return output
 
 
-class StreamEncoder(_Stream):
+class StreamEncoder(Stream):
     """Encode audio that arrives in blocks of any size. The latents equal those of one pass over everything.
 
     A latent is returned when the window that holds it is full, at the latest `latency` latents after its samples.
@@ -239,7 +239,7 @@ class StreamEncoder(_Stream):
         return self._advance(np.pad(audio, [(0, 0), (0, padding)]), final=True)
 
 
-class StreamDecoder(_Stream):
+class StreamDecoder(Stream):
     """Decode latents that arrive in blocks of any size. The audio equals that of one pass over everything.
 
     The audio of a latent is returned when the window that holds it is full, at the latest `latency` latents later.

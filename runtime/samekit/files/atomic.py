@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -249,8 +250,12 @@ def _has_ended(entry: os.DirEntry[str], match: re.Match[str]) -> bool:
     """Return whether the process that created a temporary file has ended."""
     if match["space"] != _process_space():
         return time.time() - entry.stat(follow_symlinks=False).st_mtime > _ABANDONED_SECONDS
+    pid = int(match["pid"])
+    # On Windows, only this process can have these digits, and `os.kill(pid, 0)` would send it Ctrl-C.
+    if pid == os.getpid():
+        return False
     try:
-        os.kill(int(match["pid"]), 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return True
     except PermissionError:
@@ -271,7 +276,7 @@ def _process_space() -> str:
     except OSError:
         return secrets.token_hex(4)
     # A sandbox may report the same boot and namespace to every container, but hardly the same host name.
-    return hashlib.sha256(os.fsencode(f"{boot} {namespace} {os.uname().nodename}")).hexdigest()[:8]
+    return hashlib.sha256(os.fsencode(f"{boot} {namespace} {platform.node()}")).hexdigest()[:8]
 
 
 def _temporary_path(path: Path) -> Path:
