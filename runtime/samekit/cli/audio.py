@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from samekit.cli.group import UserPath, say
+from samekit.cli.group import UserPath, json_option, say, say_json
 from samekit.cli.model_options import model_options, open_model
 from samekit.errors import InputError
 from samekit.files.atomic import remove_abandoned
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 @click.argument("audio", type=UserPath())
 @click.argument("latents", type=UserPath())
 @model_options
-def encode(audio: Path, latents: Path, **options: Any) -> None:
+@json_option("path of the latents, and the fields of the .json file")
+def encode(audio: Path, latents: Path, as_json: bool, **options: Any) -> None:
     """Encode an AUDIO file to a LATENTS.npy file and a .json beside it."""
     from samekit.dataset.progress import bar
     from samekit.model import open_to_encode
@@ -35,6 +36,9 @@ def encode(audio: Path, latents: Path, **options: Any) -> None:
             remove_abandoned(latents.parent, name)
         with open_model(**options) as model, bar(total=reader.info.frames, unit="frame", unit_scale=True) as shown:
             done = model.encode_reader(reader, latents, shown.update)
+    if as_json:
+        say_json({"path": str(latents), **done})
+        return
     seconds = done["samples"] / done["sample_rate"]
     say(f"{latents}: {done['latents']} latents of {model.latent_dim} from {seconds:.2f} s")
 
