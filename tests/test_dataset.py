@@ -1449,9 +1449,9 @@ def test_progress_tells_speed_time_left_and_failures(data, out):
     assert seen[-1].bad == 1
     line = seen[-1].describe()
     assert "3 of 3 clips" in line
-    assert line.endswith(" s/s, 1 bad")
+    assert line.endswith(" x real time, 1 bad")
     half_way = dataclasses.replace(seen[-1], done=2, elapsed=4.0, audio_seconds=8.0)
-    assert half_way.describe() == "2 of 3 clips, 8 s of audio at 2.0 s/s, 0:00:02 left, 1 bad"
+    assert half_way.describe() == "2 of 3 clips, 8 s of audio at 2.0 x real time, 0:00:02 left, 1 bad"
     # No estimate is possible yet.
     assert "left" not in dataclasses.replace(half_way, audio_seconds=0.0).describe()
 

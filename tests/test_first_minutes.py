@@ -17,6 +17,7 @@ from helpers import noise
 
 from samekit.cli.group import say_json
 from samekit.cli.main import main
+from samekit.packages import install_command
 
 SAMEKIT = [sys.executable, "-m", "samekit"]
 
@@ -143,3 +144,23 @@ def test_json_has_no_infinity(capsys):
     """RFC 8259, section 6: Infinity and NaN are not permitted."""
     say_json({"snr_db": float("inf"), "nested": [float("nan"), 1.5]})
     assert capsys.readouterr().out == '{"snr_db": null, "nested": [null, 1.5]}\n'
+
+
+# --- Options are checked before work -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("package", "options", "extra"),
+    [("tensorrt_rtx", ["--tensorrt", "rtx"], "rtx"), ("onnxruntime", [], "cpu")],
+)
+def test_export_checks_packages_before_it_begins(tmp_path, monkeypatch, package, options, extra):
+    monkeypatch.setitem(sys.modules, package, None)
+    out = tmp_path / "engines"
+    line = refused("export", "tiny-s", "--weights", "random", "--out", out, *options)
+    assert line == f"Error: {package} is not installed; run: {install_command(extra)}"
+    assert not out.exists()
+
+
+def test_install_commands_of_a_checkout_name_its_versions():
+    constraints = Path(__file__).parents[1] / "constraints.txt"
+    assert install_command("cpu", "report").endswith(f"pip install 'samekit[cpu,report]' -c {constraints}")

@@ -11,13 +11,13 @@ import click
 from samekit.cli.group import UserPath, json_option, say, say_json
 from samekit.errors import BackendUnavailableError, InputError
 from samekit.files.atomic import remove_abandoned
-from samekit.packages import INSTALL_EXPORT, import_package
+from samekit.packages import INSTALL_EXPORT, import_onnxruntime, import_package
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-PROGRESS = tuple(f"samekit_export.{module}" for module in ("export", "report", "to_tensorrt", "verify"))
+PROGRESS = tuple(f"samekit_export.{module}" for module in ("export", "progress", "report", "to_tensorrt", "verify"))
 """The loggers that report the steps of a command, at level INFO."""
 
 
@@ -76,13 +76,18 @@ def export(
     The full models small-music, small-sfx, medium, and each with -base, are known by name too.
     """
     _need_export()
+    from samekit.engine.fingerprint import TENSORRT_RTX
+    from samekit.tensorrt.flavours import import_flavour
     from samekit_export.checkpoint import load
     from samekit_export.export import check_precisions
     from samekit_export.export import export as run
     from samekit_export.hub import PUBLISHED_WEIGHTS
 
-    # Checked before gigabytes are downloaded.
+    # Everything that can be wrong is checked before gigabytes are downloaded and graphs are written.
     precisions = check_precisions(precision.split(","))
+    import_onnxruntime()
+    if tensorrt == "rtx":
+        import_flavour(TENSORRT_RTX)
     say(f"loading {model}")
     checkpoint = load(model, weights, revision)
     if checkpoint.source.get("weights") == PUBLISHED_WEIGHTS:

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from samekit.backends.cpu import available_cpus, processor
+from samekit_export.progress import logged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping
@@ -44,13 +45,13 @@ def interleaved(
     The order spreads changes of the machine's speed over all candidates. The first round is a warm-up and not counted.
     """
     times: dict[_Name, list[float]] = {name: [] for name in candidates}
-    for round_number in range(runs + 1):
-        for name, run in candidates.items():
-            start = clock()
-            run()
-            elapsed = clock() - start
-            if round_number:
-                times[name].append(elapsed)
+    calls = [(round_number, *candidate) for round_number in range(runs + 1) for candidate in candidates.items()]
+    for round_number, name, run in logged(calls, "measuring the speed, calls"):
+        start = clock()
+        run()
+        elapsed = clock() - start
+        if round_number:
+            times[name].append(elapsed)
     return times
 
 

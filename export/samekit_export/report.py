@@ -171,6 +171,7 @@ def measure(
         for name, codec in codecs.items():
             calls["encode", *name] = partial(codec.encode_audio, prepared)
             calls["decode", *name] = partial(codec.decode_audio, results[name][0])
+        logger.info("measuring the speed: %d calls, %d times each", len(calls), RUNS + 1)
         times = interleaved(calls, RUNS)
     true_latents, true_audio = results[EAGER, "fp32"]
     samples = resampled_length(clip.shape[-1], rate, engine.spec.sample_rate)

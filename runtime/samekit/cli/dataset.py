@@ -160,6 +160,7 @@ def _open_executor(
         raise InputError("--shard and --ray both split the work; pass one of them")
     from samekit.dataset.ray import RayExecutor, RayOptions
 
+    say("joining or starting a Ray cluster and opening the model there, which can take 15 s", err=True)
     return RayExecutor(model, RayOptions(address, **given), **backend)
 
 

@@ -23,25 +23,27 @@ class Progress:
     """The progress of a run."""
 
     done: int
-    """Clips that are encoded or could not be encoded."""
+    """Clips that are encoded or could not be encoded, with those of earlier runs."""
     total: int
-    """Clips of this run."""
+    """Clips of the dataset, or of the shard."""
     bad: int
-    """Clips that could not be encoded."""
+    """Clips that this run could not encode."""
     audio_seconds: float
-    """Seconds of encoded audio."""
+    """Seconds of audio that this run encoded."""
     elapsed: float
     """Seconds since the start of encoding."""
+    earlier: int = 0
+    """Clips of `done` that earlier runs have finished."""
 
     @property
     def speed(self) -> float:
-        """Seconds of audio per second."""
+        """Seconds of audio that are encoded in a second: a multiple of real time."""
         return self.audio_seconds / max(self.elapsed, 1e-9)
 
     @property
     def remaining(self) -> float:
         """Estimated seconds until the end."""
-        return self.elapsed / max(self.done, 1) * (self.total - self.done)
+        return self.elapsed / max(self.done - self.earlier, 1) * (self.total - self.done)
 
     def describe(self) -> str:
         """Return the progress as one line of text."""
@@ -52,7 +54,7 @@ class Progress:
         left = f"{hours}:{minutes:02d}:{seconds:02d} left, " if known else ""
         return (
             f"{self.done} of {self.total} clips, {self.audio_seconds:.0f} s of audio at "
-            f"{self.speed:.1f} s/s, {left}{self.bad} bad"
+            f"{self.speed:.1f} x real time, {left}{self.bad} bad"
         )
 
 
@@ -114,7 +116,7 @@ class PreEncodeReport:
         left_out = Found([], Counter(self.passed_over), self.unreadable_folders).describe_left_out("; ")
         return (
             f"{self.folder}: {self.clips} clips ({counts}){gone}; this run encoded {self.encoded}, "
-            f"{self.audio_seconds:.1f} s of audio in {self.elapsed:.1f} s ({speed:.1f} s/s)"
+            f"{self.audio_seconds:.1f} s of audio in {self.elapsed:.1f} s ({speed:.1f} x real time)"
             f"{self._describe_workers()}{left_out}"
         )
 

@@ -109,7 +109,7 @@ def pre_encode(
         with Manifest.open(output, shard, settings, sources, reencode=options.reencode) as manifest:
             run = _Run(model, options, manifest, output, progress)
             run.mark_gone(sources)
-            run.encode([source for source in sources.values() if run.is_due(source)])
+            run.encode([source for source in sources.values() if run.is_due(source)], len(sources))
         report = run.report(sources, found)
         output.put(f"{STATE_FOLDER}/{shard.report}", report.folder_json(manifest.settings))
     if options.strict and report.bad:
@@ -178,11 +178,12 @@ class _Run:
     def _has_files(self, row: Row) -> bool:
         return self._files.issuperset(row.files(self._layout))
 
-    def encode(self, due: list[Source]) -> None:
-        """Encode clips, and the silence if it is missing."""
+    def encode(self, due: list[Source], total: int) -> None:
+        """Encode those of `total` clips that are due, and the silence if it is missing."""
         options = self.options
         silence = self._silence(needed=options.pad and bool(due))
-        self._state = dataclasses.replace(self._state, total=len(due))
+        earlier = total - len(due)
+        self._state = dataclasses.replace(self._state, done=earlier, total=total, earlier=earlier)
         if options.batch_size > 1:
             due = self._sorted_by_length(due)
         tasks = [self._task(source) for source in due]
@@ -292,8 +293,8 @@ class _Run:
         return PreEncodeReport(
             folder=str(self.output),
             clips=len(rows),
-            encoded=state.done - state.bad,
-            unchanged=len(rows) - state.done,
+            encoded=state.done - state.earlier - state.bad,
+            unchanged=len(rows) - (state.done - state.earlier),
             statuses=dict(Counter(str(row.status) for row in rows)),
             bad=[{name: getattr(row, name) for name in ("number", "relpath", "status", "reason")} for row in bad],
             gone=sum(row.status == "encoded" and row.relpath not in sources for row in self.manifest.rows.values()),
@@ -302,5 +303,5 @@ class _Run:
             workers=dict(sorted(self._workers.items())),
             cut=sum(row.cut for row in rows),
             audio_seconds=round(state.audio_seconds, 3),
-            elapsed=round(time.perf_counter() - self._start, 3) if state.done else 0.0,
+            elapsed=round(time.perf_counter() - self._start, 3) if state.done > state.earlier else 0.0,
         )
