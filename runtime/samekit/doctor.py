@@ -225,14 +225,14 @@ def _describe_engines(engines: list[dict[str, Any]]) -> Iterator[str]:
 
 def _verdict(packages: Mapping[str, Mapping[str, Any]], engines: list[dict[str, Any]]) -> str:
     """Return one sentence about what can be done on this machine, and what to do next."""
-    has = {name for name, package in packages.items() if package["version"] is not None}
-    runtime, torch = packages["onnxruntime"]["notes"], packages["torch"]["notes"]
-    if not has & {"onnxruntime", "torch"}:
+    # Package -> what it can do here.
+    has = {name: package["notes"] for name, package in packages.items() if package["version"] is not None}
+    if not has.keys() & {"onnxruntime", "torch"}:
         return f"nothing can be run yet; run: {install_command('gpu' if has_driver() else 'cpu')}"
-    on_gpu = has_driver() and (torch == "CUDA" or CUDA_PROVIDER in runtime)
-    compiled = ", with TensorRT" * bool(on_gpu and has & set(FLAVOURS))
+    on_gpu = has_driver() and (has.get("torch") == "CUDA" or CUDA_PROVIDER in has.get("onnxruntime", ""))
+    compiled = ", with TensorRT" * bool(on_gpu and has.keys() & set(FLAVOURS))
     device = f"the GPU{compiled}" if on_gpu else "the CPU"
-    exports = has.issuperset((*_EXPORTING, "onnxruntime"))
+    exports = has.keys() >= {*_EXPORTING, "onnxruntime"}
     whole = [engine for engine in engines if not engine["damaged"]]
     names = [f"{Path(engine['folder']).name}{' (random weights)' * engine['random']}" for engine in whole]
     what = f"you can encode and decode on {device}{' and export models' * exports}"
