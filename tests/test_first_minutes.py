@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -164,3 +166,20 @@ def test_export_checks_packages_before_it_begins(tmp_path, monkeypatch, package,
 def test_install_commands_of_a_checkout_name_its_versions():
     constraints = Path(__file__).parents[1] / "constraints.txt"
     assert install_command("cpu", "report").endswith(f"pip install 'samekit[cpu,report]' -c {constraints}")
+
+
+# --- make ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_make_writes_no_picture_into_engines_and_says_what_it_cleans():
+    def make(*arguments):
+        root = Path(__file__).parents[1]
+        return subprocess.run(["make", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout
+
+    assert "--plot build/same-s-latency.png" in make("-n", "bench")
+    removed = make("-n", "clean").splitlines()[-1].split()[2:]
+    assert "engines" not in removed
+    # The demo's folder has engines too.
+    assert "demo" in removed
+    assert re.search(r"make clean +.*also demo/engines", make("help"))
