@@ -47,7 +47,10 @@ def refused(*arguments):
     result = run(*arguments)
     assert result.exit_code == 2, repr(result.exception)
     assert isinstance(result.exception, SystemExit)
-    (line,) = result.stderr.splitlines()
+    *progress, line = result.stderr.splitlines()
+    # Work that had begun announced itself in one line.
+    assert len(progress) <= 1
+    assert all(re.match("(en|de)coding ", text) for text in progress)
     assert line.startswith("Error: ")
     assert "; " in line
     return line
