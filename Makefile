@@ -51,8 +51,9 @@ YARDSTICKS := --yardstick 'compiled fp32' --yardstick 'torch bf16'
 
 bench: $(READY) ## measure against eager PyTorch: MODEL, WEIGHTS, PRECISION, OUT, LATENTS; ARGS for benchmarks/latency.py
 	$(BIN)/samekit export $(MODEL) --weights $(WEIGHTS) --precision $(PRECISION) --out $(OUT)
+	mkdir -p build
 	$(BIN)/python benchmarks/latency.py $(ENGINE) --precision $(PRECISION) --latents $(LATENTS) $(YARDSTICKS) \
-		--plot $(ENGINE)-latency.png $(ARGS)
+		--plot build/$(notdir $(ENGINE))-latency.png $(ARGS)
 	$(BIN)/python benchmarks/opening.py $(ENGINE) --precision $(firstword $(subst $(COMMA), ,$(PRECISION)))
 
 # Per cent of the lines of each package that the tests must run; without those that need a GPU, see pyproject.toml.
@@ -110,5 +111,5 @@ docs: $(READY) ## write the documents and the API reference as a site to build/d
 wheel: $(READY) ## build the wheel into dist/
 	$(BIN)/python -m build --wheel
 
-clean: ## remove what the other targets made, engines excepted
+clean: ## remove what the other targets made, also demo/engines, but not OUT
 	rm -rf $(VENV) $(MIN) dist build demo .mypy_cache .ruff_cache .pytest_cache .coverage

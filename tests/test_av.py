@@ -20,7 +20,7 @@ import soundfile as sf
 from helpers import RATE, FakeBackend, assert_close, assert_one_line, noise
 
 from samekit import AutoencoderModel
-from samekit.audio import AV_SUFFIXES, AudioReader, read_audio, readable_suffixes
+from samekit.audio import AV_SUFFIXES, INSTALL_AV, AudioReader, read_audio, readable_suffixes
 from samekit.dataset import sources
 from samekit.dataset.options import PreEncodeOptions
 from samekit.dataset.run import pre_encode
@@ -529,7 +529,7 @@ def without_av(monkeypatch):
 @pytest.mark.usefixtures("without_av")
 def test_files_name_the_missing_package(tmp_path):
     (tmp_path / "song.m4a").write_bytes(M4A)
-    cause = r"holds MP4, which libsndfile does not read, and av is not installed; run: pip install 'samekit\[av\]', or "
+    cause = r"holds MP4, which libsndfile does not read, and av is not installed; run: .*pip install 'samekit\[av\]'"
     refusal(tmp_path / "song.m4a", cause)
     # Other files need no package.
     sf.write(tmp_path / "song.wav", noise((100, 2)), RATE)
@@ -544,7 +544,7 @@ def test_datasets_count_the_files_that_need_the_package(tmp_path):
     for name in ("a.txt", "b.m4a", "c.MKV", "d.jpg"):
         (data / name).write_bytes(b"a caption")
     report = pre_encode(AutoencoderModel(FakeBackend()), data, tmp_path / "out", PreEncodeOptions(sample_size=800))
-    assert "2 of them can be read after pip install 'samekit[av]'" in report.summary()
+    assert f"2 of them can be read after {INSTALL_AV}" in report.summary()
 
 
 def test_suffixes(monkeypatch):

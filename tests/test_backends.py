@@ -45,6 +45,7 @@ from samekit.errors import (
     NonFiniteError,
     SamekitError,
 )
+from samekit.packages import install_command
 from samekit_export.backend import EagerBackend
 from samekit_export.verify import example_input
 
@@ -225,43 +226,46 @@ def test_auto_takes_the_first_that_works(engine_of, caplog):
     assert caplog.messages == ["backend onnxruntime on cpu, fp32"]
 
 
-def test_auto_passes_over_what_cannot_be_used(engine_of, caplog):
+def test_auto_passes_over_what_cannot_be_used(engine_of, caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     caplog.set_level(logging.INFO, "samekit")
-    backend = open_backend(engine_of("tiny-s").folder, AUTO, BackendOptions(precision="fp16", device="cpu"))
-    assert (backend.name, backend.precision) == ("torch", "fp16")
+    backend = open_backend(engine_of("tiny-s").folder, AUTO, BackendOptions(device="cpu"))
+    assert (backend.name, backend.precision) == ("torch", "fp32")
     refusal, choice, warning = caplog.messages
-    assert "onnxruntime passed over" in refusal
-    assert "--precision fp16" in refusal
-    assert choice == "backend torch on cpu, fp16"
+    assert refusal.startswith("backend onnxruntime passed over: onnxruntime is not installed; run: ")
+    assert choice == "backend torch on cpu, fp32"
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [warning]
     assert "running in PyTorch, slower than the engine" in warning
-    assert "--precision fp16" in warning
+    assert install_command("cpu") in warning
 
 
-def test_auto_lists_every_refusal(own_engine):
-    path = own_engine.folder / "spec.json"
-    document = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(document | {"source": {"kind": "unknown"}}), encoding="utf-8")
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+@pytest.mark.parametrize("backend", [AUTO, "onnxruntime"])
+def test_precision_that_was_not_exported_is_refused(engine_of, backend, precision):
+    """PyTorch would take its place at an eighth of the speed, so it has to be asked for."""
+    folder = engine_of("tiny-s").folder
     with pytest.raises(BackendUnavailableError) as caught:
-        open_backend(own_engine.folder, AUTO, BackendOptions(precision="fp16"))
-    assert_one_line(caught.value)
-    for name in BACKEND_NAMES:
-        assert f"; {name}: " in str(caught.value)
+        open_backend(folder, backend, BackendOptions(precision=precision))
+    message = str(caught.value)
+    assert message.startswith(f"{folder}: no {precision} graph (there is: fp32); run: samekit export ")
+    assert message.endswith(f" --precision {precision}")
 
 
-def test_auto_lists_a_checkpoint_that_has_moved(own_engine):
+def test_auto_names_one_cause_and_logs_all(own_engine, caplog, monkeypatch):
     path = own_engine.folder / "spec.json"
     document = json.loads(path.read_text(encoding="utf-8"))
     source = {"kind": "folder", "folder": str(own_engine.folder / "elsewhere"), "name": "tiny-s"}
     path.write_text(json.dumps(document | {"source": source}), encoding="utf-8")
-    options = BackendOptions(precision="fp16", device="cpu")
-    with pytest.raises(
-        BackendUnavailableError, match=r"; onnxruntime: .*--precision fp16.*; torch: .*elsewhere"
-    ) as caught:
-        open_backend(own_engine.folder, AUTO, options)
-    assert_one_line(caught.value)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr("samekit.backends.selection.has_driver", lambda: False)
+    caplog.set_level(logging.INFO, "samekit")
+    with pytest.raises(BackendUnavailableError) as caught:
+        open_backend(own_engine.folder, AUTO, BackendOptions())
+    told = f"{own_engine.folder} cannot be run: onnxruntime is not installed; run: {install_command('cpu')}"
+    assert str(caught.value) == told
+    assert [message.split()[1] for message in caplog.messages] == list(BACKEND_NAMES)
     with pytest.raises(CheckpointError, match="elsewhere"):
-        open_backend(own_engine.folder, "torch", options)
+        open_backend(own_engine.folder, "torch", BackendOptions(device="cpu"))
 
 
 def test_half_precision_in_pytorch(engine_of, eager_of, kind):
@@ -427,18 +431,16 @@ def test_path_of_nothing(name):
         open_backend(name, "torch", BackendOptions())
 
 
-def test_only_the_backend_that_can_serve_is_named(engine_of, monkeypatch):
-    folder = engine_of("tiny-s").folder
-    with pytest.raises(BackendUnavailableError) as caught:
-        open_backend(folder, AUTO, BackendOptions(precision="int8"))
-    message = str(caught.value)
-    told = f"no backend can open {folder} (only onnxruntime runs int8); onnxruntime: "
-    assert message.startswith(f"{told}{folder}: no int8 graph (there is: fp32); run: samekit export ")
-    assert message.endswith(" --precision int8")
+def test_only_the_backend_that_can_serve_is_named(own_engine, monkeypatch):
+    path = own_engine.folder / "spec.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    document["graphs"]["int8"] = document["graphs"]["fp32"]
+    path.write_text(json.dumps(document))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(BackendUnavailableError) as caught:
-        open_backend(folder, AUTO, BackendOptions(precision="int8"))
-    assert str(caught.value).startswith(f"{told}onnxruntime is not installed; run: pip install")
+        open_backend(own_engine.folder, AUTO, BackendOptions(precision="int8"))
+    told = f"{own_engine.folder} cannot be run: onnxruntime is not installed; run: {install_command('cpu')}"
+    assert str(caught.value) == told
 
 
 def test_gpu_without_a_driver(engine_of, checkpoint_of, monkeypatch):
@@ -453,7 +455,7 @@ def test_gpu_without_a_driver(engine_of, checkpoint_of, monkeypatch):
 def test_package_that_is_missing(engine_of, checkpoint_of, monkeypatch):
     engine = engine_of("tiny-s").folder
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(BackendUnavailableError, match=r"run: pip install 'samekit\[cpu\]'") as caught:
+    with pytest.raises(BackendUnavailableError, match=r"run: .*pip install 'samekit\[cpu\]'") as caught:
         open_backend(engine, "onnxruntime", BackendOptions())
     assert isinstance(caught.value, ImportError)
     assert open_backend(engine, AUTO, BackendOptions(device="cpu")).name == "torch"
@@ -467,7 +469,7 @@ def test_package_that_is_missing(engine_of, checkpoint_of, monkeypatch):
 @pytest.mark.parametrize("package", ["torch", "safetensors"])
 def test_packages_that_the_checkpoint_needs(engine_of, checkpoint_of, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    install = rf"{package}.*; run: pip install 'samekit\[export\]'"
+    install = rf"{package}.*; run: .*pip install 'samekit\[export\]'"
     with pytest.raises(BackendUnavailableError, match=install) as caught:
         open_backend(engine_of("tiny-s").folder, "torch", BackendOptions())
     assert_one_line(caught.value)

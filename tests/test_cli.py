@@ -47,7 +47,10 @@ def refused(*arguments):
     result = run(*arguments)
     assert result.exit_code == 2, repr(result.exception)
     assert isinstance(result.exception, SystemExit)
-    (line,) = result.stderr.splitlines()
+    *progress, line = result.stderr.splitlines()
+    # Work that had begun announced itself in one line.
+    assert len(progress) <= 1
+    assert all(re.match("(en|de)coding ", text) for text in progress)
     assert line.startswith("Error: ")
     assert "; " in line
     return line
@@ -613,7 +616,7 @@ def test_process_prints_one_line(song, own_engine, folder):
     graph.write_bytes(bytes(graph.stat().st_size))
     result = command_line("encode", song, folder / "a.npy", "--model", own_engine.folder)
     assert (result.returncode, result.stdout) == (2, "")
-    told, line = result.stderr.splitlines()
+    told, _, line = result.stderr.splitlines()
     assert "has random weights" in told
     assert line.startswith("Error: ")
     assert "cannot open it" in line
@@ -623,13 +626,14 @@ def test_process_prints_one_line(song, own_engine, folder):
 def test_process_says_what_it_chose(song, latents, folder, engine, checkpoint_of):
     told = "samekit: tiny-s has random weights: good for tests and speed only"
     quiet = command_line("encode", song, folder / "a.npy", "--model", engine)
-    assert (quiet.returncode, quiet.stderr.splitlines()) == (0, [told])
+    length = f"{SAMPLES / RATE:.0f} s of audio"
+    assert (quiet.returncode, quiet.stderr.splitlines()) == (0, [told, f"encoding song.wav: {length}"])
     verbose = command_line("-v", "encode", song, folder / "a.npy", "--model", engine)
-    assert verbose.stderr.splitlines()[-2:] == ["samekit: backend onnxruntime on cpu, fp32", told]
+    assert verbose.stderr.splitlines()[-3:-1] == ["samekit: backend onnxruntime on cpu, fp32", told]
     # Floats, because another line tells of integers beyond full scale.
     options = ("--bits", "float", "--model", checkpoint_of("tiny-s"))
     fallback = command_line("decode", latents, folder / "a.wav", *options)
-    (line,) = fallback.stderr.splitlines()
+    line, _ = fallback.stderr.splitlines()
     assert fallback.returncode == 0
     assert line.startswith("samekit: no engine for ")
     assert f"samekit export {checkpoint_of('tiny-s')}" in line

@@ -529,8 +529,9 @@ def test_second_run_encodes_only_what_is_new_or_changed(data, out):
     (data / "clip00003.wav").unlink()
     (out / f"{4:012d}.json").unlink()
     report = run(data, out)
-    assert (report.encoded, report.unchanged, report.gone) == (4, 2, 1)
-    assert ", and latents of 1 clips that are gone; this run encoded 4, " in report.summary()
+    assert (report.encoded, report.unchanged, report.gone) == (4, 2, ["clip00003.wav"])
+    named = ", and latents of 1 clip that left the dataset (clip00003.wav); --prune removes them; this run encoded 4, "
+    assert named in report.summary()
     assert pair(out, 6)[1]["relpath"] == "a first one.wav"
     assert pair(out, 2)[1]["prompt"] == "other words"
     assert pair(out, 1)[0].shape[1] == math.ceil(130 / FAKE_HOP)
@@ -643,10 +644,10 @@ def test_reencoding_removes_the_latents_of_clips_that_are_gone(data, out):
     run(data, out)
     for suffix in ("wav", "txt"):
         (data / f"clip00001.{suffix}").rename(out.with_name(f"away.{suffix}"))
-    assert run(data, out).gone == 1
+    assert len(run(data, out).gone) == 1
     assert pair(out, 1)[1]["prompt"] == "caption 1"
     report = run(data, out, float16=True, reencode=True)
-    assert (report.encoded, report.gone) == (2, 0)
+    assert (report.encoded, report.gone) == (2, [])
     assert not list(out.glob("000000000001.*"))
     assert verify(out) == []
     for suffix in ("wav", "txt"):
@@ -1220,7 +1221,7 @@ def test_what_verify_says_is_a_cure(data, out, clips):
     report = run(data, out, sample_size=800)
     assert verify(out) == []
     if clips == "gone":
-        assert (report.encoded, report.gone) == (0, 0)
+        assert (report.encoded, report.gone) == (0, [])
         assert {path.stem for path in out.glob("0*")} == {f"{len(damages):012d}"}
     else:
         assert report.encoded == len(damages)
@@ -1329,9 +1330,9 @@ def test_command(engine_of, data, out):
     options = ["--model", engine_of(KINDS[0]).folder, "--data_dir", data, "--output_path", out, "--threads", 1]
     result = command(*options)
     assert result.exit_code == 0
-    summary, last = result.stdout.splitlines()
+    (summary,) = result.stdout.splitlines()
     assert "3 clips (2 encoded, 1 no_caption)" in summary
-    assert json.loads(last)["encoded"] == 2
+    assert "this run encoded 2, " in summary
     assert "3 of 3 clips" in result.stderr
     assert "clip00001.txt" in result.stderr
     result = command(*options, "--strict")
@@ -1364,8 +1365,10 @@ def test_stop_ends_with_one_line_and_can_be_resumed(engine_of, data, tmp_path, s
     assert stderr.splitlines()[-1] == "stopped; run the same command again to go on"
     assert "Traceback" not in stderr
     assert "Aborted" not in stderr
-    result = command(*arguments[4:], tmp_path / "out")
-    assert 0 < json.loads(result.stdout.splitlines()[-1])["unchanged"] < 60
+    result = command(*arguments[4:], tmp_path / "out", "--json")
+    assert 0 < json.loads(result.stdout)["unchanged"] < 60
+    # After a run that was stopped, the total is that of the dataset.
+    assert "60 of 60 clips" in result.stderr
     command(*arguments[4:], tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -1449,9 +1452,9 @@ def test_progress_tells_speed_time_left_and_failures(data, out):
     assert seen[-1].bad == 1
     line = seen[-1].describe()
     assert "3 of 3 clips" in line
-    assert line.endswith(" s/s, 1 bad")
+    assert line.endswith(" x real time, 1 bad")
     half_way = dataclasses.replace(seen[-1], done=2, elapsed=4.0, audio_seconds=8.0)
-    assert half_way.describe() == "2 of 3 clips, 8 s of audio at 2.0 s/s, 0:00:02 left, 1 bad"
+    assert half_way.describe() == "2 of 3 clips, 8 s of audio at 2.0 x real time, 0:00:02 left, 1 bad"
     # No estimate is possible yet.
     assert "left" not in dataclasses.replace(half_way, audio_seconds=0.0).describe()
 

@@ -472,10 +472,10 @@ def test_machine_without_a_gpu(data, out, monkeypatch):
 def test_command(engine, data, out):
     write_clips(data, 5)
     result = command(
-        "--model", engine, "--backend", "sums", "--data_dir", data, "--output_path", out, "--devices", "1,0"
+        "--model", engine, "--backend", "sums", "--data_dir", data, "--output_path", out, "--devices", "1,0", "--json"
     )
     assert result.exit_code == 0, result.output
-    last = json.loads(result.stdout.splitlines()[-1])
+    last = json.loads(result.stdout)
     assert (last["encoded"], sum(last["workers"].values())) == (5, 5)
     assert "5 of 5 clips" in result.stderr
 

@@ -204,9 +204,9 @@ def test_killed_driver_is_followed_by_another(cluster, engine, work, out, faults
     driver.send_signal(signal.SIGKILL)
     assert driver.wait() == KILLED
     faults["processes killed"] += 1
-    result = command(*arguments, "--output_path", out, "--ray", cluster)
+    result = command(*arguments, "--output_path", out, "--ray", cluster, "--json")
     assert result.exit_code == 0, result.output
-    last = json.loads(result.stdout.splitlines()[-1])
+    last = json.loads(result.stdout)
     assert last["statuses"] == {"encoded": 48}
     assert 8 <= last["unchanged"] < 48
     assert contents(out) == alone

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import json
 import shutil
 import subprocess
 import sys
 import types
 
 import onnxruntime
+import psutil
 import pytest
 import torch
 from click.testing import CliRunner
 
 import samekit
 from samekit import doctor
+from samekit.backends.cpu import available_cpus
 from samekit.cli.main import main
 from samekit.errors import BackendUnavailableError
-from samekit.packages import import_package
+from samekit.packages import INSTALL_EXPORT, import_package, install_command
 
 
 @pytest.fixture
@@ -28,11 +31,67 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def lines():
+def lines(*options):
     """Return the lines that `samekit doctor` prints."""
-    result = CliRunner().invoke(main, ["doctor"])
+    result = CliRunner().invoke(main, ["doctor", *options])
     assert result.exit_code == 0, result.output
     return result.output.splitlines()
+
+
+def test_machine_and_verdict(home, engine_of):
+    """Linux and Python describe the machine in other ways than samekit, which must agree."""
+    assert lines()[-1].endswith("and export models; there is no engine yet, run: samekit export same-s")
+    shutil.copytree(engine_of("tiny-s").folder, home / "engines" / "tiny-s")
+    shown = lines()
+    assert shown[-1].startswith("verdict: you can encode and decode on ")
+    assert shown[-1].endswith("; ready to use: tiny-s (random weights)")
+    assert any(line.startswith("processor: ") and f"{available_cpus()} core" in line for line in shown)
+    (size,) = (float(line.split()[1]) for line in shown if line.startswith("memory: "))
+    assert 0 < size <= psutil.virtual_memory().total / 1e9 + 0.1
+    (free,) = (float(line.split()[1]) for line in shown if line.startswith("disk: "))
+    assert free == pytest.approx(shutil.disk_usage(home).free / 1e9, abs=2)
+
+
+def test_json(home, engine_of):
+    shutil.copytree(engine_of("tiny-s").folder, home / "engines" / "tiny-s")
+    (line,) = lines("--json")
+    found = json.loads(line)
+    names = ["versions", "processor", "memory", "disk", "packages", "gpus", "engines", "verdict"]
+    assert list(found) == names
+    assert found["packages"]["onnxruntime"]["version"] == onnxruntime.__version__
+    (engine,) = found["engines"]
+    assert engine == {
+        "folder": "engines/tiny-s",
+        "precisions": ["fp32"],
+        "random": True,
+        "damaged": None,
+        "tensorrt": [],
+    }
+
+
+@pytest.mark.usefixtures("home")
+def test_verdict_without_a_runtime(monkeypatch):
+    real = importlib.import_module
+
+    def without(name, *arguments):
+        if name in ("onnxruntime", "torch"):
+            raise ModuleNotFoundError(name, name=name)
+        return real(name, *arguments)
+
+    monkeypatch.setattr(importlib, "import_module", without)
+    monkeypatch.setattr(doctor, "has_driver", lambda: False)
+    assert lines()[-1] == f"verdict: nothing can be run yet; run: {install_command('cpu')}"
+
+
+def test_memory_of_a_container(tmp_path):
+    """`memory.max` holds a number of bytes or "max", see cgroup-v2.rst of Linux."""
+    whole = doctor.memory(tmp_path)
+    assert whole == pytest.approx(psutil.virtual_memory().total, rel=0.01)
+    folder = tmp_path / "sys" / "fs" / "cgroup"
+    folder.mkdir(parents=True)
+    for text, expected in (("max\n", whole), ("1073741824\n", 2**30)):
+        (folder / "memory.max").write_text(text)
+        assert doctor.memory(tmp_path) == expected
 
 
 def test_versions_and_providers(home):
@@ -68,10 +127,10 @@ def test_missing_parts_say_what_they_would_enable(monkeypatch):
     monkeypatch.setattr(importlib, "import_module", without)
     shown = "\n".join(lines())
     assert "no the " not in shown
-    assert "onnx is not installed: no exporting; run: pip install 'samekit[export]'" in shown
+    assert f"onnx is not installed: no exporting; run: {INSTALL_EXPORT}" in shown
     assert "onnxscript cannot be imported (No module named 'onnx_ir')" in shown
     assert "tensorrt cannot be imported (libnvinfer.so.11" in shown
-    assert "; reinstall it: pip install 'samekit[gpu]'" in shown
+    assert f"; reinstall it: {install_command('gpu')}" in shown
 
 
 def test_folder_that_has_the_name_of_a_package(home, monkeypatch):
@@ -100,14 +159,12 @@ def test_as_a_module_inside_an_engine_folder(own_engine):
 
 
 @pytest.mark.usefixtures("home")
-@pytest.mark.parametrize(
-    ("driver", "cure"), [(False, "it needs an NVIDIA GPU"), (True, "run: pip install 'samekit[gpu]'")]
-)
-def test_tensorrt_is_proposed_where_there_is_a_gpu(monkeypatch, driver, cure):
+@pytest.mark.parametrize("driver", [False, True])
+def test_tensorrt_is_proposed_where_there_is_a_gpu(monkeypatch, driver):
     real = importlib.import_module
 
     def without(name, *arguments):
-        if name in ("tensorrt", "matplotlib"):
+        if name in ("tensorrt", "tensorrt_rtx", "matplotlib"):
             raise ModuleNotFoundError(name, name=name)
         return real(name, *arguments)
 
@@ -115,8 +172,10 @@ def test_tensorrt_is_proposed_where_there_is_a_gpu(monkeypatch, driver, cure):
     monkeypatch.setattr(doctor, "has_driver", lambda: driver)
     monkeypatch.setattr(shutil, "which", lambda _: None)
     shown = lines()
-    assert f"  tensorrt is not installed: no engines compiled for the GPU at hand; {cure}" in shown
-    assert "  matplotlib is not installed: no pictures in reports; run: pip install 'samekit[report]'" in shown
+    proposal = f"  tensorrt is not installed: no engines compiled for the GPU at hand; run: {install_command('gpu')}"
+    assert (proposal in shown) == driver
+    assert any(line.startswith("  tensorrt") for line in shown) == driver
+    assert f"  matplotlib is not installed: no pictures in reports; run: {install_command('report')}" in shown
 
 
 def test_engines_whole_and_damaged(home, engine_of):

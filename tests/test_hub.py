@@ -21,6 +21,7 @@ from test_published import FOLDER, KIND, tensors, tiny
 
 from samekit.cli.main import main
 from samekit.errors import CheckpointError
+from samekit.packages import INSTALL_EXPORT
 from samekit_export import hub
 from samekit_export.checkpoint import load, load_source, save_folder
 
@@ -147,7 +148,7 @@ def test_without_the_hubs_client(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     done = CliRunner().invoke(main, ["export", "same-s"])
     assert done.exit_code == 2, done.exception
-    assert done.stderr == "Error: huggingface_hub is not installed; run: pip install 'samekit[export]'\n"
+    assert done.stderr == f"Error: huggingface_hub is not installed; run: {INSTALL_EXPORT}\n"
 
 
 def test_a_pinned_revision_that_is_gone(server, checkpoints, caplog):

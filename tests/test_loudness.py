@@ -269,7 +269,7 @@ def test_clips_that_were_cut_are_counted(engine_of, data, out):
         write_clip(data / f"{name}.wav", samples, seed=samples)
     arguments = ["--model", engine_of(KINDS[0]).folder, "--data_dir", data, "--output_path"]
     for _ in range(2):
-        result = command(*arguments, out, "--sample_size", RATE)
+        result = command(*arguments, out, "--sample_size", RATE, "--json")
         assert result.exit_code == 0
         (line,) = (line for line in result.stderr.splitlines() if "longer" in line)
         assert line.startswith(
@@ -278,7 +278,7 @@ def test_clips_that_were_cut_are_counted(engine_of, data, out):
         assert "--sample_size 16756736" in line
         assert '"cut": 2' in result.stdout
     for more in (["--full"], []):
-        result = command(*arguments, out.with_name(f"whole{len(more)}"), *more)
+        result = command(*arguments, out.with_name(f"whole{len(more)}"), "--json", *more)
         assert "longer than" not in result.stderr
         assert '"cut": 0' in result.stdout
 

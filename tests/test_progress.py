@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -12,15 +13,19 @@ import termios
 
 import pytest
 
+from samekit.dataset.progress import AudioDisplay
+from samekit.dataset.report import Progress
+from samekit_export.progress import logged
+
 PROGRAM = """
 import time
 from samekit.dataset.report import Progress
-from samekit.dataset.progress import Display, bar
+from samekit.dataset.progress import AudioDisplay, Display
 
-with bar(total=3, unit="frame") as shown:
+with AudioDisplay("encoding song.wav", 3.0) as shown:
     for _ in range(3):
         time.sleep(0.15)
-        shown.update(1)
+        shown.advance(1.0)
 with Display() as display:
     for done in range(1, 4):
         time.sleep(0.15)
@@ -79,5 +84,48 @@ def test_progress_is_not_printed_to_standard_output():
 def test_bar_is_shown_on_a_terminal():
     output, seen = shown_on_a_terminal({})
     assert output == "the work is done\n"
+    assert "encoding song.wav: |" in seen
+    assert re.search(r"3 of 3 s of audio \[00:00, \d\.\d x real time\]", seen)
     assert "3/3" in seen
-    assert "s of audio/s" in seen
+    assert "1.0 x real time, 0 bad" in seen
+
+
+def test_lines_in_a_log():
+    """Without a terminal, there is a line at the start and one every ten seconds."""
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=60)
+    first, second, third = done.stderr.splitlines()
+    assert first == "encoding song.wav: 3 s of audio"
+    assert second.startswith("1 of 3 clips, 1 s of audio at 1.0 x real time, ")
+    assert third.startswith("3 of 3 clips")
+
+
+def test_lines_come_every_ten_seconds(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("samekit.dataset.progress.time.monotonic", lambda: now[0])
+    with AudioDisplay("decoding a.npy", 100.0) as known, AudioDisplay("encoding b.mp3", None) as unknown:
+        for _ in range(5):
+            now[0] += 5.0
+            known.advance(20.0)
+            unknown.advance(20.0)
+    assert capsys.readouterr().err.splitlines() == [
+        "decoding a.npy: 100 s of audio",
+        "encoding b.mp3",
+        "decoding a.npy: 40 of 100 s of audio, 4.0 x real time",
+        "encoding b.mp3: 40 s of audio, 4.0 x real time",
+        "decoding a.npy: 80 of 100 s of audio, 4.0 x real time",
+        "encoding b.mp3: 80 s of audio, 4.0 x real time",
+    ]
+
+
+def test_progress_after_an_earlier_run():
+    progress = Progress(done=70, total=100, bad=0, audio_seconds=100.0, elapsed=10.0, earlier=60)
+    assert progress.describe() == "70 of 100 clips, 100 s of audio at 10.0 x real time, 0:00:30 left, 0 bad"
+
+
+def test_long_loops_log_how_far_they_are(monkeypatch, caplog):
+    now = [0.0]
+    monkeypatch.setattr("samekit_export.progress.time.monotonic", lambda: now[0])
+    caplog.set_level("INFO")
+    for _ in logged(["a", "b", "c"], "rounding"):
+        now[0] += 4.0
+    assert caplog.messages == ["rounding: 2 of 3 done"]

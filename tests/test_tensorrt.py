@@ -266,16 +266,20 @@ def nothing_builds(monkeypatch):
     return asked
 
 
-def test_nothing_is_installed(nothing_builds, engine_of, progress):
+def test_nothing_is_installed(nothing_builds, engine_of, progress, monkeypatch):
     engine = engine_of("tiny-s")
+    monkeypatch.setattr("samekit_export.to_tensorrt.has_driver", lambda: False)
     # The export writes lines too, if no earlier test needed this engine.
     progress()
     assert add_engines(engine, ["fp32"], "auto") == []
     (line,) = progress()
-    assert line.startswith("left out: TensorRT engines")
+    assert line.startswith("left out: TensorRT engines (no NVIDIA driver; ")
+    monkeypatch.setattr("samekit_export.to_tensorrt.has_driver", lambda: True)
+    assert add_engines(engine, ["fp32"], "auto") == []
+    (line,) = progress()
     assert "pip install 'samekit[gpu]'" in line
     assert "pip install 'samekit[rtx]'" in line
-    with pytest.raises(BackendUnavailableError, match=r"run: pip install 'samekit\[rtx\]'") as caught:
+    with pytest.raises(BackendUnavailableError, match=r"run: .*pip install 'samekit\[rtx\]'") as caught:
         add_engines(engine, ["fp32"], "rtx")
     assert_one_line(caught.value)
     assert add_engines(engine, ["fp32"], "off") == []
@@ -1110,7 +1114,7 @@ def test_no_gpu(own_engine, monkeypatch):
     with pytest.raises(BackendUnavailableError, match="on GPUs only; choose device cuda"):
         open_backend(own_engine.folder, "tensorrt", BackendOptions(device="cpu"))
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(BackendUnavailableError, match="torch is not installed; run: pip install"):
+    with pytest.raises(BackendUnavailableError, match=r"torch is not installed; run: .*pip install"):
         open_backend(own_engine.folder, "tensorrt", BackendOptions())
 
 
@@ -1149,7 +1153,7 @@ def test_auto_says_why_it_passed_over_a_stale_engine(own_engine, caplog):
 def test_no_flavour_is_installed(own_engine, monkeypatch):
     put_build(own_engine)
     monkeypatch.setattr("samekit.tensorrt.backend.installed_flavours", dict)
-    with pytest.raises(BackendUnavailableError, match=r"run: pip install 'samekit\[gpu\]' or pip") as caught:
+    with pytest.raises(BackendUnavailableError, match=r"pip install 'samekit\[gpu\]'.* or ") as caught:
         open_backend(own_engine.folder, "tensorrt", BackendOptions())
     assert_one_line(caught.value)
 

@@ -8,29 +8,33 @@ from typing import TYPE_CHECKING
 
 import click
 
-from samekit.cli.group import UserPath, say
+from samekit.cli.group import UserPath, json_option, say, say_json
 from samekit.cli.model_options import ENGINE_HELP, model_option
 from samekit.errors import BackendUnavailableError, InputError
 from samekit.files.atomic import remove_abandoned
-from samekit.packages import INSTALL_EXPORT, import_package
+from samekit.packages import INSTALL_EXPORT, import_onnxruntime, import_package
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-PROGRESS = tuple(f"samekit_export.{module}" for module in ("export", "report", "to_tensorrt", "verify"))
+PROGRESS = tuple(f"samekit_export.{module}" for module in ("export", "progress", "report", "to_tensorrt", "verify"))
 """The loggers that report the steps of a command, at level INFO."""
 
 
 class _SayHandler(logging.Handler):
+    def __init__(self, *, err: bool) -> None:
+        super().__init__()
+        self._err = err
+
     def emit(self, record: logging.LogRecord) -> None:
-        say(record.getMessage())
+        say(record.getMessage(), err=self._err)
 
 
 @contextmanager
-def progress_on_stdout() -> Iterator[None]:
-    """Print the records of the `PROGRESS` loggers as lines on standard output, and nowhere else."""
-    handler, loggers = _SayHandler(), [logging.getLogger(name) for name in PROGRESS]
+def progress_on_stdout(*, as_json: bool = False) -> Iterator[None]:
+    """Print the records of the `PROGRESS` loggers as lines; on standard error if standard output is for JSON."""
+    handler, loggers = _SayHandler(err=as_json), [logging.getLogger(name) for name in PROGRESS]
     before = [(logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:
         logger.addHandler(handler)
@@ -73,13 +77,18 @@ def export(
     The full models small-music, small-sfx, medium, and each with -base, are known by name too.
     """
     _need_export()
+    from samekit.engine.fingerprint import TENSORRT_RTX
+    from samekit.tensorrt.flavours import import_flavour
     from samekit_export.checkpoint import load
     from samekit_export.export import check_precisions
     from samekit_export.export import export as run
     from samekit_export.hub import PUBLISHED_WEIGHTS
 
-    # Checked before gigabytes are downloaded.
+    # Everything that can be wrong is checked before gigabytes are downloaded and graphs are written.
     precisions = check_precisions(precision.split(","))
+    import_onnxruntime()
+    if tensorrt == "rtx":
+        import_flavour(TENSORRT_RTX)
     say(f"loading {model}")
     checkpoint = load(model, weights, revision)
     if checkpoint.source.get("weights") == PUBLISHED_WEIGHTS:
@@ -126,8 +135,8 @@ def report(audio: Path, model: str, out: Path, seconds: float, threads: int | No
 
 @click.command()
 @click.argument("engine", type=UserPath())
-@progress_on_stdout()
-def verify(engine: Path) -> None:
+@json_option("engine, and in graphs the measured cases of each precision")
+def verify(engine: Path, as_json: bool) -> None:
     """Measure every graph of an ENGINE folder (or a model's name) against eager PyTorch again."""
     _need_export()
     from samekit.engine.folder import find_engine
@@ -140,14 +149,18 @@ def verify(engine: Path) -> None:
     checkpoint = load_source(found.spec.source)
     if checkpoint.sha256 != found.spec.source_sha256:
         raise InputError(f"{engine}: its checkpoint has changed since the export; export again")
-    model, unavailable = Same.from_checkpoint(checkpoint), None
+    model, unavailable, graphs = Same.from_checkpoint(checkpoint), None, {}
     for precision in found.spec.graphs:
         try:
-            measure(found, model, precision)
+            with progress_on_stdout(as_json=as_json):
+                graphs[precision] = measure(found, model, precision)
         except BackendUnavailableError as error:
             # The other precisions can still be measured.
             unavailable = error
             say(f"{precision}: not measured, {error}", err=True)
     if unavailable:
         raise InputError(f"{engine}: not every graph can be measured on this machine; verify it on another one")
+    if as_json:
+        say_json({"engine": str(found.folder), "graphs": graphs})
+        return
     say(f"{found.folder}: every graph computes what eager PyTorch does, within its precision's bounds")

@@ -33,6 +33,7 @@ from samekit_export.gptq import GptqRounder
 from samekit_export.graph import GraphDecoder, GraphEncoder
 from samekit_export.graph_layers import Branch, Linear
 from samekit_export.int8_layers import Int8Branch, Int8Linear, rotated, rotation_for
+from samekit_export.progress import logged
 from samekit_export.verify import snr_db
 
 if TYPE_CHECKING:
@@ -224,7 +225,7 @@ def prepare_(graph: GraphEncoder | GraphDecoder, model: Same) -> list[Product]:
         rotate_heads_(graph)
         moments = moments_of(graph, examples(graph, model, CALIBRATION_LATENTS, CALIBRATION_SEED))
         scale_features_(graph, moments)
-        return list(products(graph, moments))
+        return list(logged(products(graph, moments), "rounding the weights of products"))
 
 
 def select_int8_(graph: GraphEncoder | GraphDecoder, prepared: Iterable[Product], int8: Collection[Product]) -> None:
@@ -276,7 +277,8 @@ def quantize_(
 
         if reaches_target(prepared):
             return []
-        by_noise = sorted(prepared, key=noise_per_weight)
+        noises = [noise_per_weight(product) for product in logged(prepared, "measuring the noise of products")]
+        by_noise = [product for _, product in sorted(zip(noises, prepared, strict=True), key=lambda pair: pair[0])]
         enough, too_many = 0, len(by_noise)
         while too_many - enough > 1:
             middle = (enough + too_many) // 2

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import time
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from samekit.backends.cpu import available_cpus
+from samekit.backends.cpu import available_cpus, processor
+from samekit_export.progress import logged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping
@@ -23,13 +22,8 @@ _Name = TypeVar("_Name", bound="Hashable")
 
 def machine() -> dict[str, Any]:
     """Return the processor, the number of cores, the load, which Windows does not report, and versions of packages."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
     return {
-        "cpu": model,
+        "cpu": processor()[0],
         "cores": available_cpus(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "versions": {package: _version(package) for package in PACKAGES},
@@ -51,13 +45,13 @@ def interleaved(
     The order spreads changes of the machine's speed over all candidates. The first round is a warm-up and not counted.
     """
     times: dict[_Name, list[float]] = {name: [] for name in candidates}
-    for round_number in range(runs + 1):
-        for name, run in candidates.items():
-            start = clock()
-            run()
-            elapsed = clock() - start
-            if round_number:
-                times[name].append(elapsed)
+    calls = [(round_number, *candidate) for round_number in range(runs + 1) for candidate in candidates.items()]
+    for round_number, name, run in logged(calls, "measuring the speed, calls"):
+        start = clock()
+        run()
+        elapsed = clock() - start
+        if round_number:
+            times[name].append(elapsed)
     return times
 
 

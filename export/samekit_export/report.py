@@ -29,6 +29,7 @@ from samekit.engine.builds import Build, build_folders
 from samekit.errors import InputError, SamekitError, StaleEngineError
 from samekit.files.atomic import atomic_path, output_errors
 from samekit.files.paths import expanded
+from samekit.packages import install_command
 from samekit_export.checkpoint import BUNDLED
 from samekit_export.measure import interleaved, machine
 from samekit_export.verify import snr_db
@@ -168,6 +169,7 @@ def measure(
         for name, codec in codecs.items():
             calls["encode", *name] = partial(codec.encode_audio, prepared)
             calls["decode", *name] = partial(codec.decode_audio, results[name][0])
+        logger.info("measuring the speed: %d calls, %d times each", len(calls), RUNS + 1)
         times = interleaved(calls, RUNS)
     true_latents, true_audio = results[EAGER, "fp32"]
     samples = resampled_length(clip.shape[-1], rate, engine.spec.sample_rate)
@@ -261,7 +263,7 @@ def write_report(
         import matplotlib as mpl  # noqa: F401
     except ImportError as error:
         raise InputError(
-            f"a report needs packages that are missing ({error}); run: pip install 'samekit[cpu,export,report]'"
+            f"a report needs packages that are missing ({error}); run: {install_command('cpu', 'export', 'report')}"
         ) from None
     if Path(path).suffix.lower() not in (".html", ".htm"):
         raise InputError(f"{path}: a page is HTML; choose a name that ends in .html")

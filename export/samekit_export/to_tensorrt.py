@@ -17,6 +17,7 @@ from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from samekit.backends.base import has_driver
 from samekit.engine.builds import (
     BUILDS_FOLDER,
     FAILED_LOG_SUFFIX,
@@ -90,7 +91,8 @@ def _choose_flavour(mode: str) -> tuple[Any, str]:
         return import_flavour(TENSORRT_RTX), PORTABLE
     except BackendUnavailableError as error:
         reasons.append(str(error))
-    logger.info("left out: TensorRT engines (%s)", "; ".join(reasons))
+    why = "; ".join(reasons) if has_driver() else "no NVIDIA driver; for GPUs of other machines pass --tensorrt rtx"
+    logger.info("left out: TensorRT engines (%s)", why)
     return None, ""
 
 

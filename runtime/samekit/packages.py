@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samekit.errors import BackendError, BackendUnavailableError, first_line
@@ -10,7 +15,24 @@ from samekit.errors import BackendError, BackendUnavailableError, first_line
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-INSTALL_EXPORT = "pip install 'samekit[export]'"
+_CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
+"""The tested versions of all packages; only a checkout of the sources has this file."""
+
+
+def install_command(*extras: str) -> str:
+    """Return the command that installs extras of samekit into this environment.
+
+    In a checkout, it installs the versions of `constraints.txt`. pip takes the samekit that is installed already, so
+    the command needs no samekit on PyPI.
+    """
+    pip = shutil.which("pip")
+    is_ours = pip and os.path.dirname(pip) == os.path.dirname(sys.executable)
+    command = "pip" if is_ours else f"{shlex.quote(sys.executable)} -m pip"
+    versions = f" -c {shlex.quote(str(_CONSTRAINTS))}" if _CONSTRAINTS.is_file() else ""
+    return f"{command} install 'samekit[{','.join(extras)}]'{versions}"
+
+
+INSTALL_EXPORT = install_command("export")
 """The command that installs what `samekit_export` needs."""
 
 
@@ -56,7 +78,7 @@ def import_package(name: str, install: str) -> Any:
 
 def import_onnxruntime() -> Any:
     """Import ONNX Runtime; raises what `import_package` raises."""
-    return import_package("onnxruntime", "pip install 'samekit[cpu]' or 'samekit[gpu]'")
+    return import_package("onnxruntime", install_command("cpu"))
 
 
 def registered(group: str) -> dict[str, EntryPoint]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
+from samekit.packages import install_command
+
 if TYPE_CHECKING:
     from samekit.audio.source import Source
 
@@ -16,7 +18,7 @@ AV_SUFFIXES: Final = (
     *(".flv", ".mpg", ".mpeg", ".m2ts", ".mts", ".wv", ".ape", ".tta", ".tak", ".mpc", ".dsf", ".ac3", ".eac3", ".amr"),
 )
 """Suffixes of such files."""
-INSTALL_AV: Final = "pip install 'samekit[av]'"
+INSTALL_AV: Final = install_command("av")
 """The command that installs PyAV, through which FFmpeg reads them."""
 
 # Demuxer of FFmpeg -> name of the format in messages and in `AudioInfo`.

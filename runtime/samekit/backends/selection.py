@@ -20,6 +20,7 @@ from samekit.errors import (
     EngineError,
     EngineNotFoundError,
     InputError,
+    SamekitError,
     StaleEngineError,
 )
 from samekit.packages import load_registered, registered
@@ -65,7 +66,8 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
         EngineNotFoundError: there is no engine, and no checkpoint that the backend can run instead.
         EngineError: the engine folder is damaged, or has TensorRT engines of another version or GPU only.
         HubError: the engine's repository on the hub cannot be reached, or refuses.
-        BackendUnavailableError: the backend cannot be used here.
+        BackendUnavailableError: the backend cannot be used here, or the engine folder has no graphs of the precision,
+            which only the backend "torch" can do without.
         CheckpointError: PyTorch was asked for, or there is no engine, and the checkpoint cannot be loaded.
     """
     if backend not in BACKENDS and backend not in registered(GROUP):
@@ -80,7 +82,9 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
         return _open_without_engine(os.fspath(model), backend, options, error)
     if backend != AUTO:
         return _reopenable(_opener(backend)(engine, options), engine.name, options)
-    refusals = []
+    # PyTorch could compute any precision, but slowly. So this error comes first, and it says how to export the graphs.
+    engine.check(options.precision)
+    refusals: dict[str, SamekitError] = {}
     for_cpus = options.precision not in GPU_PRECISIONS
     for name in (_CPU_PRECISIONS_BACKEND,) if for_cpus else BACKENDS[1:]:
         if name == _GPU_BACKEND and options.device == "cpu":
@@ -91,17 +95,21 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
             # The user built the engine that cannot be used, so that is a warning. A missing backend is not.
             level = logging.WARNING if isinstance(error, StaleEngineError) else logging.INFO
             logger.log(level, "backend %s passed over: %s", name, error)
-            refusals.append(f"{name}: {error}")
+            refusals[name] = error
             continue
         logger.info("backend %s on %s, %s", name, opened.device, options.precision)
         if name == "torch":
-            reasons = "; ".join(refusals)
-            logger.warning("running in PyTorch, slower than the engine %s, for: %s", engine.folder, reasons)
+            reason = _first_to_cure(refusals)
+            logger.warning("running in PyTorch, slower than the engine %s, because %s", engine.folder, reason)
         return _reopenable(opened, engine.name, options)
-    # Most people have no GPU and miss something else, so what needs a GPU comes last.
-    refusals.sort(key=lambda refusal: refusal.startswith(_GPU_BACKEND))
-    only = f" (only {_CPU_PRECISIONS_BACKEND} runs {options.precision})" if for_cpus else ""
-    raise BackendUnavailableError(f"no backend can open {engine.folder}{only}; " + "; ".join(refusals))
+    raise BackendUnavailableError(f"{engine.folder} cannot be run: {_first_to_cure(refusals)}")
+
+
+def _first_to_cure(refusals: dict[str, SamekitError]) -> SamekitError:
+    """Return the refusal of the backend that should run on this machine. The log has the others."""
+    if not has_driver() and len(refusals) > 1:
+        refusals.pop(_GPU_BACKEND, None)
+    return next(iter(refusals.values()))
 
 
 def _opener(name: str) -> Any:

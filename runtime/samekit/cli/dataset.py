@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from samekit.cli.group import STOPPED, say
+from samekit.cli.group import STOPPED, json_option, say
 from samekit.cli.model_options import MODEL_HELP, backend_options, model_option, open_model
 from samekit.errors import InputError
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from samekit.dataset.devices import DevicesExecutor
     from samekit.dataset.options import PreEncodeOptions
     from samekit.dataset.ray import RayExecutor
+    from samekit.dataset.report import Plan, PreEncodeReport
     from samekit.model import AutoencoderModel
 
 _MOST_BAD_SHOWN: Final = 10
@@ -61,6 +62,8 @@ _MOST_BAD_SHOWN: Final = 10
     is_flag=True,
     help="If the folder holds latents of other settings, encode all clips again; delete those of clips that are gone.",
 )
+@click.option("--prune", is_flag=True, help="Delete the latents of clips that left the dataset.")
+@click.option("--dry-run", is_flag=True, help="Say how many clips and hours would be encoded, and in what time.")
 @click.option(
     "--workers", "readers", default=0, help="Number of readers. [default: one a core, at most 4, or 16 with a GPU]"
 )
@@ -87,6 +90,7 @@ _MOST_BAD_SHOWN: Final = 10
     "--gpus-per-actor", type=click.FloatRange(min=0), help="GPUs of each actor, or a share of one. [default: the CPU]"
 )
 @click.option("--verify", "checked", metavar="FOLDER", help="The same as: samekit check-latents FOLDER")
+@json_option("the counts of the run that .samekit/report.json lists, or the plan with --dry-run")
 @backend_options
 def pre_encode(
     model: str | None,
@@ -95,6 +99,8 @@ def pre_encode(
     checked: str | None,
     address: str | None,
     devices: str | None,
+    dry_run: bool,
+    as_json: bool,
     **options: Any,
 ) -> None:
     """Encode a dataset for training: a pair of .npy and .json for each audio file with a caption.
@@ -112,6 +118,7 @@ def pre_encode(
         raise InputError("pre-encode needs the model that you train with; pass --model (the reference takes same-l)")
     from samekit.dataset.options import PreEncodeOptions, Shard
     from samekit.dataset.progress import Display
+    from samekit.dataset.run import plan
     from samekit.dataset.run import pre_encode as run
     from samekit.dataset.sources import require_folders
 
@@ -125,17 +132,32 @@ def pre_encode(
     settings = PreEncodeOptions(shard=Shard.parse(options.pop("shard")), **options)
     # The folders are checked before the model is opened, which may have to be downloaded.
     require_folders(data_dir)
+    if dry_run:
+        with open_model(model, **backend) as opened:
+            planned = plan(opened, data_dir, output_path, settings)
+        _show_result(planned, as_json=as_json)
+        return
     click.get_current_context().meta[STOPPED] = "stopped; run the same command again to go on"
     with _open_executor(model, backend, settings, devices, address, actors) as executor, Display() as display:
         report = run(executor, data_dir, output_path, settings, display)
+    _show_notices(report, settings)
+    _show_result(report, as_json=as_json)
+
+
+def _show_result(result: PreEncodeReport | Plan, *, as_json: bool) -> None:
+    say(result.to_json() if as_json else result.summary())
+
+
+def _show_notices(report: PreEncodeReport, settings: PreEncodeOptions) -> None:
+    """Print bad clips and other notices on standard error."""
     for row in report.bad[:_MOST_BAD_SHOWN]:
         say(f"{row['status']}: {row['reason'] or row['relpath']}", err=True)
     if len(report.bad) > _MOST_BAD_SHOWN:
         say(f"{len(report.bad) - _MOST_BAD_SHOWN} more bad clips; all are in .samekit/report.json", err=True)
     if notice := report.cut_notice(settings.sample_size):
         say(notice, err=True)
-    say(report.summary())
-    say(report.to_json())
+    if settings.reencode and report.unchanged:
+        say("--reencode: the folder has latents of these settings; only new and changed clips were encoded", err=True)
 
 
 def _open_executor(
@@ -163,6 +185,7 @@ def _open_executor(
         raise InputError("--shard and --ray both split the work; pass one of them")
     from samekit.dataset.ray import RayExecutor, RayOptions
 
+    say("joining or starting a Ray cluster and opening the model there, which can take 15 s", err=True)
     return RayExecutor(model, RayOptions(address, **given), **backend)
 
 

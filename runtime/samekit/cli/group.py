@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import sys
 import threading
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ from samekit.errors import SamekitError
 from samekit.files.paths import expanded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 STOPPED = "samekit.stopped"
 """Key of `click.Context.meta` for the message that is shown when a command is stopped."""
@@ -43,6 +45,16 @@ def say(text: str, *, err: bool = False) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def say_json(fields: Mapping[str, Any]) -> None:
+    """Print one JSON object in one line of ASCII. JSON has no infinity and no NaN, so these become null."""
+    say(json.dumps(json.loads(json.dumps(fields), parse_constant=lambda _: None)))
+
+
+def json_option(fields: str) -> Callable[..., Any]:
+    """Add `--json` to a command; the help names the fields of the object that it prints in place of text."""
+    return click.option("--json", "as_json", is_flag=True, help=f"Print one JSON object: {fields}.")
+
+
 class EscapingFormatter(logging.Formatter):
     """Format log messages as `escape_control_characters` does."""
 
@@ -53,14 +65,19 @@ class EscapingFormatter(logging.Formatter):
 class Command(click.Command):
     """A command that prints errors and signals as one line.
 
-    The exit code is 2 after a `SamekitError` and, as in shells, 130 after Ctrl-C and 143 after SIGTERM. The signals
-    raise KeyboardInterrupt, so that unfinished files are deleted first.
+    The exit code is 2 after a `SamekitError` or wrong arguments and, as in shells, 130 after Ctrl-C and 143 after
+    SIGTERM. The signals raise KeyboardInterrupt, so that unfinished files are deleted first.
     """
+
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        with _usage_errors():
+            return super().make_context(*arguments, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
         with _catch_signals() as received:
             try:
-                result = super().invoke(ctx)
+                with _usage_errors():
+                    result = super().invoke(ctx)
                 # A library may have caught KeyboardInterrupt and continued.
                 if not received:
                     return result
@@ -94,6 +111,37 @@ class UserPath(click.Path):
 
 class _Failure(click.ClickException):
     exit_code = 2
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """Report wrong arguments in one line. click prints its usage line and a hint before the error."""
+    try:
+        yield
+    except click.UsageError as error:
+        # This one has the help as its message.
+        if error.ctx is None or isinstance(error, click.exceptions.NoArgsIsHelpError):
+            raise
+        cause = " ".join(error.format_message().split()).removesuffix(".")
+        text = f"{cause}; run: {error.ctx.command_path} --help"
+        raise _Failure(escape_control_characters(text)) from None
+
+
+def _set_verbose(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    """Show messages of level INFO until the command ends."""
+    if value:
+        logger = logging.getLogger()
+        ctx.call_on_close(partial(logger.setLevel, logger.level))
+        logger.setLevel(logging.INFO)
+
+
+def add_verbose(command: click.Command) -> None:
+    """Add `-v` and `--verbose` to a command, unless it has options of these names."""
+    names = ["-v", "--verbose"]
+    if not any(name in param.opts for param in command.params for name in names):
+        shown = "Say which backend was chosen, and why not another one."
+        option = click.Option(names, is_flag=True, expose_value=False, callback=_set_verbose, help=shown)
+        command.params.append(option)
 
 
 @contextmanager

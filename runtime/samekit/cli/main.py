@@ -10,7 +10,7 @@ from samekit import __version__
 from samekit.cli.audio import decode, encode
 from samekit.cli.dataset import check_latents, pre_encode
 from samekit.cli.engine import clean, info
-from samekit.cli.group import Command, EscapingFormatter, say
+from samekit.cli.group import Command, EscapingFormatter, add_verbose, json_option, say, say_json
 from samekit.cli.hub import pull, push
 from samekit.cli.serve import triton
 from samekit.errors import SamekitError
@@ -18,6 +18,19 @@ from samekit.packages import load_registered, registered
 
 GROUP = "samekit.commands"
 """The entry points that add commands; samekit_export registers `export`, `report` and `verify`."""
+
+_START = """samekit runs the SAME audio autoencoders of Stable Audio 3. To begin:
+
+  samekit demo                                        encode and decode a piece of music, and listen to it
+  samekit encode song.wav song.npy --model same-tiny  encode a file of yours
+  samekit doctor                                      see what works on this machine, and what to install
+
+All commands: samekit --help"""
+
+# click does not wrap a paragraph that begins with \b.
+_COMPLETION = """\b
+The Tab key completes commands and options after this line, in zsh with zsh_source:
+  eval "$(_SAMEKIT_COMPLETE=bash_source samekit)\""""
 
 
 class _Group(Command, click.Group):
@@ -36,6 +49,7 @@ class _Group(Command, click.Group):
             loaded: click.Command = load_registered(entry)
         except SamekitError as error:
             return _unavailable(cmd_name, error)
+        add_verbose(loaded)
         return loaded
 
 
@@ -49,26 +63,43 @@ def _unavailable(name: str, error: SamekitError) -> click.Command:
     return click.Command(name, anything, fail, help=f"Unavailable: {error}")
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Group,
+    invoke_without_command=True,
+    epilog=_COMPLETION,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__)
-@click.option("-v", "--verbose", is_flag=True, help="Say which backend was chosen, and why not another one.")
-def main(verbose: bool) -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Run and export the SAME audio autoencoders of Stable Audio 3."""
     handler = logging.StreamHandler()
     handler.setFormatter(EscapingFormatter("samekit: %(message)s"))
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
+    logging.basicConfig(handlers=[handler])
     # This library installs its own log handler, so each of its lines would be shown twice.
     logging.getLogger("huggingface_hub").propagate = False
+    if ctx.invoked_subcommand is None:
+        click.echo(_START)
 
 
 @click.command()
-def doctor() -> None:
-    """Show which parts of samekit work on this machine, and what to install for the others."""
-    from samekit.doctor import examine
+@json_option(
+    "versions, processor, memory (bytes), disk, packages (version, problem, install and notes of "
+    "each), gpus, engines and verdict"
+)
+def doctor(as_json: bool) -> None:
+    """Show which parts of samekit work on this machine, what to install for the others, and a verdict."""
+    from samekit.doctor import describe, examine
 
-    for line in examine():
-        say(line)
+    if as_json:
+        say_json(dict(examine()))
+        return
+    for section, value in examine():
+        for line in describe(section, value):
+            say(line)
 
 
 for command in (encode, decode, pre_encode, check_latents, info, doctor, triton, clean, pull, push):
+    add_verbose(command)
     main.add_command(command)
+add_verbose(main)

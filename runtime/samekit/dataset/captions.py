@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 from samekit.dataset.bad_clip import BadClipError
 from samekit.errors import InputError
 from samekit.files.paths import file_signature, open_regular
+from samekit.packages import install_command
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -263,7 +264,7 @@ def require_tag_reader() -> None:
     try:
         import tinytag  # noqa: F401
     except ImportError as error:
-        raise InputError(f"tags cannot be read ({error}); run: pip install 'samekit[tags]'") from None
+        raise InputError(f"tags cannot be read ({error}); run: {install_command('tags')}") from None
 
 
 def read_tags(path: str) -> dict[str, str | float]:

@@ -82,7 +82,9 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
     layout = manifests[0][0].layout
     rows = {row.name(layout): row for _, rows in manifests for row in rows if row.status != "gone"}
     names = sorted({*(output.names() if layout == "numbered" else output.tree()), *_state_files(output)})
+    is_empty = not any(row.status in (None, "encoded") for row in rows.values())
     return [
+        *([f"{folder}: holds no latents; see {STATE_FOLDER}/{Shard().report}, and run pre-encode again"] * is_empty),
         *_check_shards(folder, list(parts)),
         *_check_files(folder, names, rows, layout),
         *_check_manifests(folder, manifests),

@@ -260,7 +260,7 @@ class ClipReader:
         is_flipped = rules.cut.flip == "random" and self._random("flip").random() < _FLIP_PROBABILITY
         scale = np.float32(-self.gain if is_flipped else self.gain)
         with self._open() as reader:
-            expected = None if reader.info.frames is None else _expected_sequence(reader.info, rules, offset)
+            expected = None if reader.info.frames is None else _expected_extent(reader.info, rules, offset).sequence
             cutter = WindowCutter(rules.windows, spec.hop, expected, self.allocate)
             kept, silent = 0, True
             for block in self._kept_blocks(reader, offset):
@@ -381,16 +381,16 @@ def _is_silent(low: np.float32, high: np.float32) -> bool:
     return bool(max(-low, high) < _SILENCE_PEAK)
 
 
-def expected_latents(source: Source, rules: CuttingRules) -> int:
-    """Return the latents to encode for a clip according to its header, or 0 if that cannot be read."""
+def expected_extent(source: Source, rules: CuttingRules) -> Extent:
+    """Return the lengths of a clip according to its header, or zeros if that cannot be read."""
     try:
         with AudioReader(source.path) as reader:
-            return _expected_sequence(reader.info, rules)
+            return _expected_extent(reader.info, rules)
     except (SamekitError, OSError):
-        return 0
+        return Extent(0, 0, 0)
 
 
-def _expected_sequence(info: AudioInfo, rules: CuttingRules, offset: int = 0) -> int:
-    """Return the latents to encode for a clip, from `offset` samples on, according to its header."""
+def _expected_extent(info: AudioInfo, rules: CuttingRules, offset: int = 0) -> Extent:
+    """Return the lengths of a clip, from `offset` samples on, according to its header."""
     samples = resampled_length(info.frames or 0, info.sample_rate, rules.spec.sample_rate) - offset
-    return rules.extent(samples if rules.cut.full else min(samples, rules.cut.sample_size)).sequence
+    return rules.extent(samples if rules.cut.full else min(samples, rules.cut.sample_size))

@@ -122,7 +122,7 @@ def _parse_caption_stamp(value: Any) -> CaptionStamp:
 
 
 class Manifest:
-    """The rows of one shard. Use `Manifest.open` while the output is locked."""
+    """The rows of one shard. `read` returns it; `writing` is for a process that has locked the output."""
 
     def __init__(self, output: Output, shard: Shard, settings: Settings, rows: Iterable[Row]) -> None:
         self.settings = settings
@@ -131,25 +131,24 @@ class Manifest:
         self._output = output
         self._shard = shard
         self._changed = False
+        self._needs_rewriting = False
         # Lines that are not in the output yet, the time at which they must be written, and the part for them.
         self._lines: list[bytes] = []
         self._due = 0.0
         self._next_part = 2
 
     @classmethod
-    @contextmanager
-    def open(
+    def read(
         cls, output: Output, shard: Shard, settings: Settings, relpaths: Iterable[str], *, reencode: bool = False
-    ) -> Iterator[Self]:
-        """Yield the manifest of a shard, after the numbers of all clips were written to the output.
+    ) -> Self:
+        """Return the manifest of a shard with the numbers of all clips; write nothing.
 
         New clips get numbers in the order of `relpaths`. If the output holds latents of other settings, `reencode`
         keeps only the numbers.
 
         Raises:
-            OutputError: the output cannot be written.
-            InputError: it holds latents of other settings or of unknown origin, or files of the user that a new clip
-                would replace. Or its manifest is damaged.
+            InputError: the output holds latents of other settings or of unknown origin, or files of the user that a
+                new clip would replace. Or its manifest is damaged.
         """
         found = find_manifests(output)
         parts = found.pop(shard, [])
@@ -171,14 +170,24 @@ class Manifest:
             _require_free_names(output, rows, new)
         for relpath in new:
             manifest.rows[relpath] = Row(shard.number(len(manifest.rows)), relpath)
-        if len(parts) != 1 or len(rows) != len(manifest.rows):
-            manifest._rewrite()
+        manifest._needs_rewriting = len(parts) != 1 or len(rows) != len(manifest.rows)
+        return manifest
+
+    @contextmanager
+    def writing(self) -> Iterator[Self]:
+        """Yield the manifest, after the numbers of all clips were written to the output, which must be locked.
+
+        Raises:
+            OutputError: the output cannot be written.
+        """
+        if self._needs_rewriting:
+            self._rewrite()
         try:
-            yield manifest
-            if manifest._changed:
-                manifest._rewrite()
+            yield self
+            if self._changed:
+                self._rewrite()
         finally:
-            manifest._append()
+            self._append()
 
     def record(self, row: Row) -> None:
         """Record the result of a clip, whose files must be in the output already; `save` writes it."""

@@ -165,6 +165,8 @@ class PreEncodeOptions(CutOptions):
     reencode: bool = False
     """If the folder holds latents of other settings, encode everything again under the same numbers. Latents of clips
     that are no longer in the dataset are removed."""
+    prune: bool = False
+    """Remove the latents of clips that left the dataset. Their numbers stay reserved."""
     readers: int = 0
     """Threads or processes that read ahead; 0 uses one per core, at most 4, or at most 16 with a GPU."""
     reader_processes: bool | None = None
@@ -174,7 +176,7 @@ class PreEncodeOptions(CutOptions):
         super().__post_init__()
         check_whole("batch_size", self.batch_size, least=1)
         check_whole("readers (--workers)", self.readers, least=0, most=MOST_THREADS)
-        for name in ("float16", "checksum", "strict", "reencode"):
+        for name in ("float16", "checksum", "strict", "reencode", "prune"):
             check_flag(name, getattr(self, name))
         if self.reader_processes is not None:
             check_flag("reader_processes", self.reader_processes)

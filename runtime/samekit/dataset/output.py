@@ -155,7 +155,8 @@ class FolderOutput(Output):
         """Yield each folder of clips, as a prefix of paths below the output, and its files. Follow no links."""
 
         def fail(error: OSError) -> None:
-            raise error
+            if not isinstance(error, FileNotFoundError):
+                raise error
 
         with output_errors(self._folder, cause="cannot be listed", cure="check its permissions"):
             for folder, folders, files in os.walk(self._folder, onerror=fail):
@@ -165,8 +166,12 @@ class FolderOutput(Output):
                 yield "" if below == "." else f"{below}/", files
 
     def names(self, folder: str = "") -> set[str]:
+        """List a folder; a folder that does not exist is empty."""
         with output_errors(self._folder, cause="cannot be listed", cure="check its permissions"):
-            return set(os.listdir(self._folder / folder))
+            try:
+                return set(os.listdir(self._folder / folder))
+            except FileNotFoundError:
+                return set()
 
     def tree(self) -> set[str]:
         return {below + name for below, files in self._folders() for name in files}

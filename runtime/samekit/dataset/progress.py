@@ -8,11 +8,26 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from samekit.dataset.report import Progress
 
 _SECONDS_BETWEEN_LINES: Final = 10.0
+
+
+class _Lines:
+    """Prints lines on standard error: the first one at once, the others at intervals."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def show(self, describe: Callable[[], str], *, now: bool = False) -> None:
+        """Print a line if it is time for one, or `now`."""
+        if sys.stderr and (now or time.monotonic() >= self._next):
+            self._next = time.monotonic() + _SECONDS_BETWEEN_LINES
+            # If standard error cannot be written, the work continues.
+            with suppress(OSError):
+                print(describe(), file=sys.stderr, flush=True)  # noqa: T201 shown in logs
 
 
 class Display(ExitStack):
@@ -21,25 +36,65 @@ class Display(ExitStack):
     def __init__(self) -> None:
         super().__init__()
         self._bar: Bar | None = None
+        self._lines = _Lines()
         self._shown = 0
-        self._next_line = 0.0
 
     def __call__(self, progress: Progress) -> None:
         """Show the progress."""
-        # If standard error cannot be written, the run continues.
-        with suppress(OSError):
-            if _on_terminal():
-                self._advance_bar(progress)
-            elif sys.stderr and (time.monotonic() >= self._next_line or progress.done == progress.total):
-                self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
-                print(progress.describe(), file=sys.stderr, flush=True)  # noqa: T201 shown in logs
+        if _on_terminal():
+            self._advance_bar(progress)
+        else:
+            self._lines.show(progress.describe, now=progress.done == progress.total)
 
     def _advance_bar(self, progress: Progress) -> None:
         if self._bar is None:
-            self._bar = self.enter_context(bar(total=progress.total, unit="clip", dynamic_ncols=True))
-        note = f"{progress.speed:.1f} s of audio/s, {progress.bad} bad"
-        self._bar.update(progress.done - self._shown, note)
+            self._shown = progress.earlier
+            options = {"total": progress.total, "initial": progress.earlier, "unit": "clip", "dynamic_ncols": True}
+            self._bar = self.enter_context(Bar(**options))
+        self._bar.update(progress.done - self._shown, f"{progress.speed:.1f} x real time, {progress.bad} bad")
         self._shown = progress.done
+
+
+class AudioDisplay(ExitStack):
+    """Shows on standard error how much of one file is done, in seconds of audio and as a multiple of real time.
+
+    Args:
+        what: text before the figures, such as `encoding song.wav`.
+        seconds: length of the audio; None if it is unknown.
+    """
+
+    def __init__(self, what: str, seconds: float | None) -> None:
+        super().__init__()
+        self._what = what
+        self._total = seconds
+        self._done = 0.0
+        self._start = time.monotonic()
+        self._lines = _Lines()
+        self._bar: Bar | None = None
+        if _on_terminal():
+            length = (
+                "{desc}: {n:.0f} s of audio" if seconds is None else "{desc}: |{bar}| {n:.0f} of {total:.0f} s of audio"
+            )
+            style = f"{length} [{{elapsed}}{{postfix}}]"
+            self._bar = self.enter_context(Bar(desc=what, total=seconds, bar_format=style, dynamic_ncols=True))
+        else:
+            self._lines.show(lambda: what if seconds is None else f"{what}: {seconds:.0f} s of audio")
+
+    def advance(self, seconds: float) -> None:
+        """Show that this many more seconds of audio are done."""
+        self._done += seconds
+        if self._bar:
+            self._bar.update(seconds, f"{self._speed:.1f} x real time")
+        else:
+            self._lines.show(self._describe)
+
+    @property
+    def _speed(self) -> float:
+        return self._done / max(time.monotonic() - self._start, 1e-9)
+
+    def _describe(self) -> str:
+        done = f"{self._done:.0f}" if self._total is None else f"{self._done:.0f} of {self._total:.0f}"
+        return f"{self._what}: {done} s of audio, {self._speed:.1f} x real time"
 
 
 class Bar(AbstractContextManager["Bar"]):
@@ -59,7 +114,7 @@ class Bar(AbstractContextManager["Bar"]):
 
             self._bar = tqdm(**options)
 
-    def update(self, count: int, note: str | None = None) -> None:
+    def update(self, count: float, note: str | None = None) -> None:
         """Advance by `count` units, and show a note after the bar."""
         with self._attempt():
             if self._bar is not None:
@@ -84,12 +139,6 @@ class Bar(AbstractContextManager["Bar"]):
                 # Without this, tqdm's destructor draws the bar again.
                 self._bar.disable = True
             self._bar = None
-
-
-def bar(**options: Any) -> Bar:
-    """Return a bar that is shown on a terminal only. `TQDM_DISABLE` switches it off."""
-    # The argument disable=False would override the environment.
-    return Bar(**options) if _on_terminal() else Bar(disable=True, **options)
 
 
 def _on_terminal() -> bool:

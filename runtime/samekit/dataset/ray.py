@@ -25,6 +25,7 @@ from samekit.dataset.executor import Executor, ModelFacts
 from samekit.dataset.worker import Worker
 from samekit.errors import BackendError, InputError, SamekitError
 from samekit.files.paths import expanded_text
+from samekit.packages import install_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -240,7 +241,7 @@ def _import_ray() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise InputError(f"encoding on a cluster needs Ray ({error}); run: pip install 'samekit[ray]'") from None
+        raise InputError(f"encoding on a cluster needs Ray ({error}); run: {install_command('ray')}") from None
     return ray
 
 

@@ -12,9 +12,11 @@ from samekit.dataset.options import TRAINING_SAMPLES
 from samekit.dataset.sources import Found
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from samekit.dataset.options import Settings
 
-# Workers that the summary names.
+# Workers and clips that a sentence names.
 _MOST_NAMES: Final = 8
 
 
@@ -23,36 +25,91 @@ class Progress:
     """The progress of a run."""
 
     done: int
-    """Clips that are encoded or could not be encoded."""
+    """Clips that are encoded or could not be encoded, with those of earlier runs."""
     total: int
-    """Clips of this run."""
+    """Clips of the dataset, or of the shard."""
     bad: int
-    """Clips that could not be encoded."""
+    """Clips that this run could not encode."""
     audio_seconds: float
-    """Seconds of encoded audio."""
+    """Seconds of audio that this run encoded."""
     elapsed: float
     """Seconds since the start of encoding."""
+    earlier: int = 0
+    """Clips of `done` that earlier runs have finished."""
 
     @property
     def speed(self) -> float:
-        """Seconds of audio per second."""
+        """Seconds of audio that are encoded in a second: a multiple of real time."""
         return self.audio_seconds / max(self.elapsed, 1e-9)
 
     @property
     def remaining(self) -> float:
         """Estimated seconds until the end."""
-        return self.elapsed / max(self.done, 1) * (self.total - self.done)
+        return self.elapsed / max(self.done - self.earlier, 1) * (self.total - self.done)
 
     def describe(self) -> str:
         """Return the progress as one line of text."""
-        minutes, seconds = divmod(round(self.remaining), 60)
-        hours, minutes = divmod(minutes, 60)
         # Before the first clip is encoded, there is no estimate.
         known = self.audio_seconds > 0 and self.done < self.total
-        left = f"{hours}:{minutes:02d}:{seconds:02d} left, " if known else ""
+        left = f"{describe_seconds(self.remaining)} left, " if known else ""
         return (
             f"{self.done} of {self.total} clips, {self.audio_seconds:.0f} s of audio at "
-            f"{self.speed:.1f} s/s, {left}{self.bad} bad"
+            f"{self.speed:.1f} x real time, {left}{self.bad} bad"
+        )
+
+
+def describe_seconds(seconds: float) -> str:
+    """Return a time as hours, minutes and seconds, such as `0:00:02`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def _counted_json(result: Plan | PreEncodeReport) -> str:
+    """Return the fields as JSON in one line, with the length of each list instead of its items."""
+    fields = dataclasses.asdict(result)
+    return json.dumps({name: len(value) if isinstance(value, list) else value for name, value in fields.items()})
+
+
+def _clips_that_left(relpaths: Sequence[str]) -> str:
+    """Return the number and the first names of clips that left the dataset."""
+    shown = [*relpaths[:_MOST_NAMES], *["..."] * (len(relpaths) > _MOST_NAMES)]
+    return f"{len(relpaths)} clip{'s' * (len(relpaths) > 1)} that left the dataset ({', '.join(shown)})"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do."""
+
+    folder: str
+    """Folder or URL of the latents."""
+    clips: int
+    """Clips of the dataset, or of the shard."""
+    due: int
+    """Clips that would be encoded."""
+    unknown: int
+    """Clips of `due` whose headers give no length, or cannot be read."""
+    audio_seconds: float
+    """Seconds of audio that would be encoded, without clips of unknown length."""
+    estimated_seconds: float
+    """Time to encode them, according to the speed of one window on this machine."""
+    gone: list[str]
+    """Relpaths of clips that left the dataset and have latents."""
+    prune: bool
+    """Whether the latents of `gone` would be removed."""
+
+    def to_json(self) -> str:
+        """Return all fields as JSON in one line, with the number of clips in `gone`."""
+        return _counted_json(self)
+
+    def summary(self) -> str:
+        """Return one sentence for the terminal."""
+        unknown = f", and {self.unknown} of unknown length" if self.unknown else ""
+        fate = "would be removed" if self.prune else "would stay; --prune removes them"
+        gone = f"; latents of {_clips_that_left(self.gone)} {fate}" if self.gone else ""
+        return (
+            f"{self.folder}: {self.due} of {self.clips} clips would be encoded, {self.audio_seconds / 3600:.2f} hours "
+            f"of audio{unknown}, in about {describe_seconds(self.estimated_seconds)}{gone}; nothing was written"
         )
 
 
@@ -72,8 +129,10 @@ class PreEncodeReport:
     """Status -> number of clips, after this run."""
     bad: list[dict[str, Any]]
     """number, relpath, status and reason of each clip without latents of its present files."""
-    gone: int
-    """Clips that left the dataset and whose latents stay."""
+    gone: list[str]
+    """Relpaths of clips that left the dataset and whose latents stay."""
+    pruned: int
+    """Clips that left the dataset and whose latents this run removed."""
     passed_over: dict[str, int]
     """Suffix in lower case -> number of files that are neither audio nor a caption, in all shards together."""
     unreadable_folders: list[str]
@@ -89,8 +148,7 @@ class PreEncodeReport:
 
     def to_json(self) -> str:
         """Return all fields as JSON in one line, with the length of each list instead of its items."""
-        fields = dataclasses.asdict(self)
-        return json.dumps({name: len(value) if isinstance(value, list) else value for name, value in fields.items()})
+        return _counted_json(self)
 
     def folder_json(self, settings: Settings) -> bytes:
         """Return the contents of `report.json`: the fields that describe the folder, not this run."""
@@ -110,11 +168,13 @@ class PreEncodeReport:
         """Return one sentence for the terminal."""
         counts = ", ".join(f"{count} {status}" for status, count in sorted(self.statuses.items()))
         speed = self.audio_seconds / self.elapsed if self.elapsed else 0.0
-        gone = f", and latents of {self.gone} clips that are gone" if self.gone else ""
+        gone = f", and latents of {_clips_that_left(self.gone)}; --prune removes them" if self.gone else ""
+        if self.pruned:
+            gone = f"; removed the latents of {self.pruned} clip{'s' * (self.pruned > 1)} that left the dataset"
         left_out = Found([], Counter(self.passed_over), self.unreadable_folders).describe_left_out("; ")
         return (
             f"{self.folder}: {self.clips} clips ({counts}){gone}; this run encoded {self.encoded}, "
-            f"{self.audio_seconds:.1f} s of audio in {self.elapsed:.1f} s ({speed:.1f} s/s)"
+            f"{self.audio_seconds:.1f} s of audio in {self.elapsed:.1f} s ({speed:.1f} x real time)"
             f"{self._describe_workers()}{left_out}"
         )
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -19,27 +18,30 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from samekit.backends.cpu import available_cpus
-from samekit.dataset.captions import require_tag_reader
 from samekit.dataset.changes import unchanged_row
-from samekit.dataset.clip import CuttingRules, expected_latents
+from samekit.dataset.clip import CuttingRules, expected_extent
+from samekit.dataset.dataset import Dataset
 from samekit.dataset.executor import Executor, LocalExecutor, default_readers
-from samekit.dataset.file_names import SILENCE_FILE, STATE_FOLDER, mirrored_key, mirrored_name, require_distinct
+from samekit.dataset.file_names import SILENCE_FILE, STATE_FOLDER, mirrored_key, mirrored_name
 from samekit.dataset.manifest import Manifest, Row
-from samekit.dataset.options import PreEncodeOptions, Settings
-from samekit.dataset.output import find_output
+from samekit.dataset.options import PreEncodeOptions
 from samekit.dataset.pipeline import Job, Outcome, Task
-from samekit.dataset.report import PreEncodeReport, Progress
-from samekit.dataset.sources import Found, Source, find_sources
+from samekit.dataset.report import Plan, PreEncodeReport, Progress
+from samekit.engine.spec import ENCODER
 from samekit.errors import InputError
 from samekit.files.pairs import DTYPES, npy_header, stored_values
-from samekit.files.paths import expanded_text
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Sequence
 
     from samekit.arrays import Array
+    from samekit.dataset.clip import Extent
     from samekit.dataset.output import Output
+    from samekit.dataset.sources import Found, Source
     from samekit.model import AutoencoderModel
 
 # Clips with such a status are tried again, because they may succeed although their files have not changed.
@@ -84,33 +86,15 @@ def pre_encode(
         with closing(LocalExecutor(model.autoencoder)) as executor:
             return pre_encode(executor, data_dir, output_path, options, progress)
     options = options or PreEncodeOptions()
-    folders = [data_dir] if isinstance(data_dir, (str, os.PathLike)) else list(data_dir)
-    folders = [expanded_text(folder) for folder in folders]
-    if "tags" in options.captions:
-        require_tag_reader()
-    found = find_sources(folders, options.captions)
-    shard, layout = options.shard, options.layout
-    if layout == "mirror":
-        require_distinct(source.relpath for source in found.sources)
-    sources = {source.relpath: source for source in found.sources if shard.contains(source.relpath, layout)}
-    spec = model.facts.spec
-    settings = Settings(
-        model=spec.name,
-        model_sha256=spec.source_sha256,
-        precision=model.facts.precision,
-        dtype=options.dtype,
-        width=spec.latent_width,
-        sample_rate=spec.sample_rate,
-        cut=options.cut,
-        layout=layout,
-    )
-    output = find_output(output_path)
-    with output.locked(shard, folders, layout):
-        with Manifest.open(output, shard, settings, sources, reencode=options.reencode) as manifest:
+    dataset = Dataset.find(model.facts, data_dir, output_path, options)
+    sources, shard, output = dataset.sources, options.shard, dataset.output
+    with output.locked(shard, dataset.folders, options.layout):
+        found = Manifest.read(output, shard, dataset.settings, sources, reencode=options.reencode)
+        with found.writing() as manifest:
             run = _Run(model, options, manifest, output, progress)
             run.mark_gone(sources)
-            run.encode([source for source in sources.values() if run.is_due(source)])
-        report = run.report(sources, found)
+            run.encode([source for source in sources.values() if run.is_due(source)], len(sources))
+        report = run.report(sources, dataset.found)
         output.put(f"{STATE_FOLDER}/{shard.report}", report.folder_json(manifest.settings))
     if options.strict and report.bad:
         first = report.bad[0]["reason"]
@@ -120,6 +104,56 @@ def pre_encode(
             f"{output}/{STATE_FOLDER}/{shard.report} lists them"
         )
     return report
+
+
+def plan(
+    model: AutoencoderModel,
+    data_dir: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    output_path: str | os.PathLike[str],
+    options: PreEncodeOptions | None = None,
+) -> Plan:
+    """Return what `pre_encode` would do with the same arguments, without writing anything.
+
+    Lengths come from the headers of the audio files. The time is estimated from the speed of this model for one window.
+
+    Raises:
+        InputError: as `pre_encode`.
+        BackendError: the backend failed.
+    """
+    options = options or PreEncodeOptions()
+    with closing(LocalExecutor(model.autoencoder)) as executor:
+        dataset = Dataset.find(executor.facts, data_dir, output_path, options)
+        sources, output = dataset.sources, dataset.output
+        manifest = Manifest.read(output, options.shard, dataset.settings, sources, reencode=options.reencode)
+        run = _Run(executor, options, manifest, output, None)
+        due = [source for source in sources.values() if run.is_due(source)]
+        extents = run.expected_extents(due)
+        spec = dataset.spec
+        each = spec.hop / spec.sample_rate
+        sequences = sum(extent.sequence for extent in extents)
+        return Plan(
+            folder=str(output),
+            clips=len(sources),
+            due=len(due),
+            unknown=sum(not extent.latents for extent in extents),
+            audio_seconds=round(sum(extent.latents for extent in extents) * each, 1),
+            estimated_seconds=round(sequences * each / _encoder_speed(model), 3) if sequences else 0.0,
+            gone=run.left_with_latents(sources),
+            prune=options.prune,
+        )
+
+
+def _encoder_speed(model: AutoencoderModel) -> float:
+    """Return how many seconds of audio the encoder computes in a second, measured on one window."""
+    inner, spec = model.autoencoder, model.spec
+    window = np.zeros((1, spec.channels, spec.samples(inner.windows(ENCODER).size)), np.float32)
+    times = []
+    # The first call opens the graph.
+    for _ in range(2):
+        start = time.perf_counter()
+        inner.backend.encode(window)
+        times.append(time.perf_counter() - start)
+    return window.shape[-1] / spec.sample_rate / max(min(times), 1e-9)
 
 
 @dataclass
@@ -139,6 +173,8 @@ class _Run:
         self._files = self.output.names() if self._layout == "numbered" else self.output.tree()
         # Failed attempts to encode clips whose earlier latents stay.
         self._failed_attempts: list[Row] = []
+        # Clips that left the dataset and whose latents were removed.
+        self._pruned = 0
         self._workers: Counter[str] = Counter()
         self._start = time.perf_counter()
         self._state = Progress(0, 0, 0, 0.0, 0.0)
@@ -161,7 +197,7 @@ class _Run:
         return seen is None
 
     def mark_gone(self, sources: dict[str, Source]) -> None:
-        """Mark clips that left the dataset and have no complete pair of files of these settings."""
+        """Mark clips that left the dataset and have no complete pair of files of these settings; with `prune` all."""
         # In the mirror layout, a clip may have taken the names of one that left the dataset.
         taken = {mirrored_key(mirrored_name(relpath)) for relpath in sources} if self._layout == "mirror" else set()
         gone = []
@@ -169,8 +205,10 @@ class _Run:
             if row.relpath in sources or row.status == "gone":
                 continue
             has_name = self._layout == "numbered" or mirrored_key(mirrored_name(row.relpath)) not in taken
-            if row.status is None or (row.status == "encoded" and not (has_name and self._has_files(row))):
+            keeps_files = has_name and self._has_files(row) and not self.options.prune
+            if row.status is None or (row.status == "encoded" and not keeps_files):
                 gone.append(row)
+                self._pruned += self.options.prune and row.status == "encoded"
         self._remove_files(gone)
         for row in gone:
             self.manifest.record(dataclasses.replace(row, status="gone"))
@@ -178,11 +216,12 @@ class _Run:
     def _has_files(self, row: Row) -> bool:
         return self._files.issuperset(row.files(self._layout))
 
-    def encode(self, due: list[Source]) -> None:
-        """Encode clips, and the silence if it is missing."""
+    def encode(self, due: list[Source], total: int) -> None:
+        """Encode those of `total` clips that are due, and the silence if it is missing."""
         options = self.options
         silence = self._silence(needed=options.pad and bool(due))
-        self._state = dataclasses.replace(self._state, total=len(due))
+        earlier = total - len(due)
+        self._state = dataclasses.replace(self._state, done=earlier, total=total, earlier=earlier)
         if options.batch_size > 1:
             due = self._sorted_by_length(due)
         tasks = [self._task(source) for source in due]
@@ -194,11 +233,15 @@ class _Run:
         metadata, latents = self.manifest.rows[source.relpath].files(self._layout)
         return Task(source, latents, replaces=metadata in self._files)
 
+    def expected_extents(self, due: list[Source]) -> list[Extent]:
+        """Return the lengths of clips according to their headers."""
+        with ThreadPoolExecutor(self.options.readers or default_readers(available_cpus(), "cpu")) as pool:
+            return list(pool.map(partial(expected_extent, rules=self._rules), due))
+
     def _sorted_by_length(self, due: list[Source]) -> list[Source]:
         """Sort clips by length, so that clips of one length share a batch."""
-        with ThreadPoolExecutor(self.options.readers or default_readers(available_cpus(), "cpu")) as pool:
-            lengths = list(pool.map(partial(expected_latents, rules=self._rules), due))
-        return [source for _, source in sorted(zip(lengths, due, strict=True), key=lambda pair: pair[0])]
+        pairs = zip(self.expected_extents(due), due, strict=True)
+        return [source for _, source in sorted(pairs, key=lambda pair: pair[0].sequence)]
 
     def _silence(self, *, needed: bool) -> Array | None:
         """Write `silence.npy` if it is missing or wrong; return its latents if clips are padded with them."""
@@ -283,6 +326,11 @@ class _Run:
         for files in zip(*(row.files(self._layout) for row in rows), strict=True):
             self.output.remove(file for file in files if file in self._files)
 
+    def left_with_latents(self, sources: dict[str, Source]) -> list[str]:
+        """Return the relpaths of clips that left the dataset and whose latents stay."""
+        rows = self.manifest.rows.values()
+        return [row.relpath for row in rows if row.status == "encoded" and row.relpath not in sources]
+
     def report(self, sources: dict[str, Source], found: Found) -> PreEncodeReport:
         """Return the results after the end of the run."""
         rows = [self.manifest.rows[relpath] for relpath in sources]
@@ -292,15 +340,16 @@ class _Run:
         return PreEncodeReport(
             folder=str(self.output),
             clips=len(rows),
-            encoded=state.done - state.bad,
-            unchanged=len(rows) - state.done,
+            encoded=state.done - state.earlier - state.bad,
+            unchanged=len(rows) - (state.done - state.earlier),
             statuses=dict(Counter(str(row.status) for row in rows)),
             bad=[{name: getattr(row, name) for name in ("number", "relpath", "status", "reason")} for row in bad],
-            gone=sum(row.status == "encoded" and row.relpath not in sources for row in self.manifest.rows.values()),
+            gone=self.left_with_latents(sources),
+            pruned=self._pruned,
             passed_over=dict(sorted(found.passed_over.items())),
             unreadable_folders=sorted(found.unreadable_folders),
             workers=dict(sorted(self._workers.items())),
             cut=sum(row.cut for row in rows),
             audio_seconds=round(state.audio_seconds, 3),
-            elapsed=round(time.perf_counter() - self._start, 3) if state.done else 0.0,
+            elapsed=round(time.perf_counter() - self._start, 3) if state.done > state.earlier else 0.0,
         )

@@ -297,12 +297,12 @@ def remove_stale_builds(engine: Engine, versions: Mapping[str, str]) -> list[tup
 
 def _removable(engine: Engine, versions: Mapping[str, str]) -> list[Path]:
     """Return the paths that `remove_stale_builds` deletes, which include running builds."""
-    stale = [folder for folder, _, reason in _inspected(engine, versions) if reason]
+    stale = [folder for folder, _, reason in inspect_builds(engine, versions) if reason]
     logs = sorted((engine.folder / BUILDS_FOLDER).glob(f"*{FAILED_LOG_SUFFIX}"))
     return [*stale, *unfinished_builds(engine), *logs]
 
 
-def _inspected(
+def inspect_builds(
     engine: Engine, versions: Mapping[str, str]
 ) -> Iterator[tuple[Path, dict[Direction, BuiltEngine], str | None]]:
     """Yield the folder of each build, its engines, and why it is stale or damaged."""
@@ -317,6 +317,6 @@ def _inspected(
 
 def describe_builds(engine: Engine, versions: Mapping[str, str]) -> Iterator[str]:
     """Yield a line about each build: its name, layers and size, and whether it is current."""
-    for folder, engines, reason in _inspected(engine, versions):
+    for folder, engines, reason in inspect_builds(engine, versions):
         sizes = [f"{direction} {e.layers} layers, {e.size / 1e6:.0f} MB; " for direction, e in engines.items()]
         yield f"{folder.name}: {''.join(sizes)}{f'STALE: {reason}' if reason else 'current'}"

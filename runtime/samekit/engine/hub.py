@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, Final
 from samekit.engine.spec import SPEC_FILE, GraphFile
 from samekit.errors import EngineError, EngineNotFoundError, HubError
 from samekit.files.paths import expanded_text, file_signature
-from samekit.packages import import_package
+from samekit.packages import import_package, install_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 logger = logging.getLogger(__name__)
 
-INSTALL_HUB: Final = "pip install 'samekit[hub]'"
+INSTALL_HUB: Final = install_command("hub")
 """The command that installs the client of the hub."""
 
 SOURCE_KIND: Final = "hub"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from samekit.engine.fingerprint import TENSORRT, TENSORRT_RTX
 from samekit.errors import BackendError, BackendUnavailableError
-from samekit.packages import import_onnxruntime, import_package
+from samekit.packages import import_onnxruntime, import_package, install_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +19,7 @@ OLDEST: Final = {TENSORRT: (10, 15), TENSORRT_RTX: (1, 4)}
 FLAVOURS: Final = tuple(OLDEST)
 """Both flavours. TensorRT is preferred: it compiles for the GPU of the machine."""
 
-INSTALL: Final = {TENSORRT: "pip install 'samekit[gpu]'", TENSORRT_RTX: "pip install 'samekit[rtx]'"}
+INSTALL: Final = {TENSORRT: install_command("gpu"), TENSORRT_RTX: install_command("rtx")}
 """The command that installs each flavour."""
 
 

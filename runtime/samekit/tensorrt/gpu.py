@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from samekit.backends.base import has_driver
 from samekit.errors import BackendError, BackendUnavailableError, SamekitError, first_line
-from samekit.packages import import_package
+from samekit.packages import import_package, install_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +31,7 @@ class Gpu:
         # Checked before PyTorch is imported, which takes a second.
         if not has_driver():
             raise BackendUnavailableError("there is no NVIDIA driver, which TensorRT needs; use another backend")
-        torch = import_package("torch", "pip install 'samekit[gpu]'")
+        torch = import_package("torch", install_command("gpu"))
         if not torch.cuda.is_available():
             raise BackendUnavailableError("PyTorch finds no CUDA device, which TensorRT needs; use another backend")
         if device_id >= torch.cuda.device_count():
