@@ -159,8 +159,8 @@ def main(
     where = "processes" if reads_in_processes(options, cores, "cpu") else "threads"
     results = []
     print(f"{clips} clips of each kind, {options.readers} readers in {where}")
-    heads = ("audio s/s", "CPU ms/clip", "parent ms", "bare s/s", "bare CPU ms", "share of bare")
-    heads += ("tenth MiB", "peak MiB")
+    heads = ["audio s/s", "CPU ms/clip", "parent ms", "bare s/s", "bare CPU ms", "share of bare"]
+    heads += ["tenth MiB", "peak MiB"]
     print(" " * 20 + "".join(f"{head:>15}" for head in heads))
     for seconds, kind, rate in itertools.product(clip_seconds, kinds, rates):
         with tempfile.TemporaryDirectory(prefix="samekit-") as folder:
