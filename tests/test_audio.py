@@ -271,6 +271,14 @@ def test_reads_every_format_in_blocks_of_any_size(encoded, kind):
     assert np.array_equal(np.concatenate(blocks, axis=1), whole)
 
 
+@pytest.mark.parametrize("container", ["WAV", "WAVEX", "W64", "RF64", "AIFF", "FLAC"])
+def test_each_16_bit_sample_has_the_value_that_libsndfile_gives_it(tmp_path, container):
+    path = tmp_path / "song.wav"
+    samples = np.random.default_rng(0).permutation(np.arange(-(2**15), 2**15)).astype(np.int16)
+    sf.write(path, samples.reshape(-1, 2), 44_100, "PCM_16", format=container)
+    assert np.array_equal(read_audio(path)[0], sf.read(path, dtype="float32")[0].T)
+
+
 @each_format
 @pytest.mark.parametrize("kept", [0.5, 0.8])
 def test_file_that_was_cut_off(encoded, kind, kept):

@@ -28,6 +28,10 @@ _SYSTEM_ERROR: Final = 2
 _COPIED_BYTES: Final = 2**24
 # Fewer unread bytes may be an incomplete block of a codec.
 _BLOCK_BYTES: Final = 2048
+# Containers whose 16-bit samples libsndfile copies as they are. NumPy converts them to the same floats in less than a
+# tenth of the time that libsndfile takes.
+_COPIED: Final = ("WAV", "WAVEX", "W64", "RF64")
+_SCALE: Final = np.float32(2**-15)
 
 
 def _file_in_memory() -> int | None:
@@ -72,6 +76,9 @@ class Decoder:
         self.frames = None if self._file.frames >= _UNKNOWN_FRAMES else int(self._file.frames)
         self._frames_read = 0
         self._buffer: Audio = np.empty((0, self.layout[1]), np.float32)
+        is_copied = self.coding[0] in _COPIED and self.coding[1] == "PCM_16"
+        # 16-bit samples before their conversion; None if libsndfile returns floats.
+        self._integers = np.empty(self._buffer.shape, np.int16) if is_copied else None
 
     def _open(self, pieces: tuple[Piece, ...]) -> None:
         self._pieces = PieceFile(self._source, pieces)
@@ -106,8 +113,14 @@ class Decoder:
         cause = f"is damaged after {seconds:.1f} s, before {seconds + wanted / self.layout[0]:.1f} s"
         if len(self._buffer) < wanted:
             self._buffer = np.empty((wanted, self.layout[1]), np.float32)
+            if self._integers is not None:
+                self._integers = np.empty(self._buffer.shape, np.int16)
+        stored = self._buffer if self._integers is None else self._integers
         with self._decoding(cause, COPY):
-            frames: Audio = self._file.read(out=self._buffer[:wanted])
+            read = self._file.read(out=stored[:wanted])
+        frames = self._buffer[: len(read)]
+        if self._integers is not None:
+            np.multiply(read, _SCALE, out=frames)
         self._frames_read += len(frames)
         return frames
 

@@ -36,9 +36,10 @@ _LONGEST_FRAME: Final = 1729
 _LEAST_INFO: Final = 60
 # The least equal bytes between frames that count as padding.
 _LEAST_PADDING: Final = 16
-_WORD: Final = Struct(">I")
 # Bytes 6 to 12 of a frame that may carry a header about the stream: the side information of silence.
 _SILENT: Final = bytes(6)
+# A frame header, and as two numbers the bytes 6 to 12.
+_BEGINNING: Final = Struct(">IxxIH")
 # Bytes that are read at a time, and bytes in which the first frame is looked for.
 _BLOCK: Final = 2**17
 _SEARCH: Final = 2**16
@@ -107,6 +108,7 @@ class _Stream:
 
     header: _Header
     word: int  # the first frame header
+    start: int  # its offset
     info: _Info | None
     frames: int = 0
     bit_rate_changes: bool = False
@@ -198,7 +200,7 @@ def _find_streams(source: Source, position: int, end: int) -> list[_Stream]:
         # Frames with a header about the stream are silent: zeros follow the frame header and its checksum.
         info = _read_info(block[at : at + header.size]) if block[at + 6 : at + 12] == _SILENT else None
         if info or not streams or streams[-1].header.kind != header.kind:
-            streams.append(_Stream(header, word, info))
+            streams.append(_Stream(header, word, position, info))
             source.check_streams(len(streams))
         if not info:
             seconds += _add_frames(streams[-1], block, begin, position, end) * header.samples / header.rate
@@ -214,17 +216,26 @@ def _add_frames(stream: _Stream, block: bytes, begin: int, position: int, end: i
     `block` holds the bytes from `begin` on. A frame that may carry a header about the stream is left out.
     """
     kind, bit_rate = stream.header.kind, stream.header.bit_rate
-    at = position - begin
+    at = last = position - begin
     most = min(len(block), end - begin) - _LONGEST_FRAME
-    last, frames = at, 0
-    header = _header_in(block, at)
-    while header is not None and header.kind == kind:
-        stream.bit_rate_changes |= header.bit_rate != bit_rate
+    frames = 0
+    word = int.from_bytes(block[at : at + 4], "big")
+    # Few headers of a stream differ, and this loop takes most of the time of opening a file.
+    sizes: dict[int, int] = {}
+    while True:
+        if word not in sizes:
+            header = _header(word)
+            if header is None or header.kind != kind:
+                break
+            stream.bit_rate_changes |= header.bit_rate != bit_rate
+            sizes[word] = header.size
         frames += 1
-        last, at = at, at + header.size
-        if at > most or block[at + 6 : at + 12] == _SILENT:
+        last, at = at, at + sizes[word]
+        if at > most:
             break
-        header = _header(_WORD.unpack_from(block, at)[0])
+        word, silent, silent_too = _BEGINNING.unpack_from(block, at)
+        if not silent and not silent_too:
+            break
     stream.add(position, begin + at, begin + last, frames)
     return frames
 
@@ -272,6 +283,10 @@ def _part(source: Source, stream: _Stream) -> Part:
     count_frame = _with_count(stream) if header.layer == 3 else b""
     frames = stream.frames * header.samples - (info.trimmed if info else 0)
     slack = 2 * header.samples
+    if info and count_frame == info.frame and stream.start + len(count_frame) == stream.ranges[0][0]:
+        # Nothing is to be corrected, so libsndfile may read the file itself.
+        (_, stop), *others = stream.ranges
+        return Part(((stream.start, stop), *others), frames, slack)
     # libmpg123 reads a stream of one frame only if a Xing frame precedes it.
     if info or (count_frame and stream.frames == 1):
         return Part((count_frame, *stream.ranges), frames, slack)
