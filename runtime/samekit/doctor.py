@@ -17,7 +17,7 @@ from samekit.backends.base import has_driver
 from samekit.backends.cpu import available_cpus
 from samekit.backends.onnxruntime import int8_saturates
 from samekit.engine.builds import describe_builds
-from samekit.engine.folder import Engine, engine_roots
+from samekit.engine.folder import PACKAGED_ENGINES, Engine, engine_roots
 from samekit.engine.spec import SPEC_FILE
 from samekit.errors import SamekitError
 from samekit.packages import INSTALL_EXPORT, import_installed
@@ -73,7 +73,8 @@ def examine() -> Iterator[str]:
     yield from (f"  {line}" for line in _gpus())
     yield "engines"
     versions = builder_versions()
-    for root in engine_roots():
+    packaged = [PACKAGED_ENGINES] if PACKAGED_ENGINES.is_dir() else []
+    for root in (*engine_roots(), *packaged):
         yield from (f"  {line}" for line in _engines(root, versions))
 
 

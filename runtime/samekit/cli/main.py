@@ -9,6 +9,7 @@ import click
 from samekit import __version__
 from samekit.cli.audio import decode, encode
 from samekit.cli.dataset import check_latents, pre_encode
+from samekit.cli.demo import demo
 from samekit.cli.engine import clean, info
 from samekit.cli.group import Command, EscapingFormatter, say
 from samekit.cli.serve import triton
@@ -69,5 +70,5 @@ def doctor() -> None:
         say(line)
 
 
-for command in (encode, decode, pre_encode, check_latents, info, doctor, triton, clean):
+for command in (demo, encode, decode, pre_encode, check_latents, info, doctor, triton, clean):
     main.add_command(command)

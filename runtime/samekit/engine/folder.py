@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 ENGINES_FOLDER: Final = "engines"
 """Folder in which names are looked up first, and to which `samekit export` writes."""
 
+PACKAGED_ENGINES: Final = Path(__file__).parents[1] / ENGINES_FOLDER
+"""Folder in which names are looked up last. In wheels that `make wheel` builds, it holds `same-tiny`."""
+
 KNOWN_MODELS: Final = (
     *("same-s", "same-l"),
     *("small-music", "small-sfx", "small-music-base", "small-sfx-base", "medium", "medium-base"),
@@ -84,7 +87,7 @@ class Engine:
         elif str(source.get("name")).lower().endswith(f"/{self.spec.name}"):
             # A repository on the hub, which the name alone may not identify.
             words = [str(source["name"])]
-        if self.folder.parent != Path(ENGINES_FOLDER) and self.folder.name == self.spec.name:
+        if self.folder.parent not in (Path(ENGINES_FOLDER), PACKAGED_ENGINES) and self.folder.name == self.spec.name:
             words += ["--out", str(self.folder.parent)]
         return shlex.join(["samekit", "export", *words, *options])
 
@@ -243,8 +246,9 @@ def search_path() -> str:
 def find_engine(name: str | os.PathLike[str]) -> Engine:
     """Return an engine folder, given by its path or by the name of its model.
 
-    A name is looked up in `./engines` and in the user's cache: `~/.cache/samekit/engines`, or the folder that
-    SAMEKIT_CACHE names. Names of `KNOWN_MODELS` are looked up in lower case too, as `samekit export` writes them.
+    A name is looked up in `./engines`, in the user's cache (`~/.cache/samekit/engines`, or the folder that
+    SAMEKIT_CACHE names), and among the engines that come with samekit. Names of `KNOWN_MODELS` are looked up in lower
+    case too, as `samekit export` writes them.
 
     Raises:
         EngineNotFoundError: no engine folder was found.
@@ -253,7 +257,7 @@ def find_engine(name: str | os.PathLike[str]) -> Engine:
     text = expanded_text(name)
     path = Path(text)
     names = [text, text.lower()] if text.lower() in KNOWN_MODELS else [text]
-    candidates = [path, *(root / each for root in engine_roots() for each in names)]
+    candidates = [path, *(root / each for root in (*engine_roots(), PACKAGED_ENGINES) for each in names)]
     for folder in candidates:
         if _found(folder, SPEC_FILE):
             return Engine.load(folder)
