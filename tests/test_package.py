@@ -103,6 +103,12 @@ def test_wheel_holds_both_packages_the_engine_and_nothing_else(wheel, wheel_path
     assert {"samekit/py.typed", "samekit_export/py.typed", "samekit_export/same-tiny/model.safetensors"} <= expected
 
 
+def test_engine_names_no_file_of_the_machine_that_exported_it(wheel):
+    graph = wheel.read("samekit/engines/same-tiny/encoder.onnx")
+    assert b"RotaryEmbedding" in graph
+    assert b"graph.py" not in graph
+
+
 def test_wheel_of_the_tree_equals_that_of_the_sdist(tree, wheel_path, tmp_path):
     assert (build(tree, tmp_path, "--wheel") / wheel_path.name).read_bytes() == wheel_path.read_bytes()
 
