@@ -3,8 +3,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# One file for each group of packages; it is made when they are installed.
+DEMO := $(VENV)/.ready-demo
+RELEASE := $(VENV)/.ready-release
 READY := $(VENV)/.ready
 RTX := $(VENV)/.ready-rtx
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 # What `make export` and `make bench` work on.
 MODEL ?= same-s
@@ -15,6 +19,8 @@ OUT ?= engines
 COMMA := ,
 # Lengths that `make bench` measures, by commas.
 LATENTS ?= 32,128
+# Address of the repository that the links on PyPI lead to, such as https://github.com/OWNER/samekit.
+REPOSITORY ?=
 # Where an export of MODEL lies: folders keep their name, repositories of the hub are written small.
 NAME = $(notdir $(patsubst %/,%,$(MODEL)))
 ENGINE = $(OUT)/$(if $(wildcard $(MODEL)),$(NAME),$(shell echo '$(NAME)' | tr A-Z a-z))
@@ -24,32 +30,43 @@ ENGINE = $(OUT)/$(if $(wildcard $(MODEL)),$(NAME),$(shell echo '$(NAME)' | tr A-
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
-	@echo "  variables: MODEL=same-s|same-l|same-tiny|DIR  WEIGHTS=hub|random|DIR  PRECISION=fp32,...  TENSORRT=auto|rtx|off  OUT=engines  LATENTS=32,128  PYTHON=python3"
+	@echo "  variables: MODEL=same-s|same-l|same-tiny|DIR  WEIGHTS=hub|random|DIR  PRECISION=fp32,...  TENSORRT=auto|rtx|off  OUT=engines  LATENTS=32,128  REPOSITORY=URL  PYTHON=python3"
 
 setup: $(READY) ## make .venv with everything in it
 
-# PyPI's torch brings gigabytes of CUDA libraries on Linux; PIP_EXTRA_INDEX_URL can point at a CPU build instead.
-$(READY): pyproject.toml constraints.txt
+# What the demo, exports and `make bench` need. PyPI's torch brings gigabytes of CUDA libraries on Linux;
+# PIP_EXTRA_INDEX_URL can point at a CPU build instead.
+$(DEMO): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "samekit needs Python >= 3.11; pass PYTHON=..."; exit 2; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { echo "cannot make $(VENV); on Debian and Ubuntu: apt install python3-venv"; exit 2; }
-	@echo "installing into $(VENV): several GB, some minutes"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,export,report,ray,triton,av,dev]'
+	@echo "installing PyTorch and ONNX Runtime into $(VENV): 1.2 GB with a CPU build of PyTorch, else 4.9 GB; some minutes"
+	$(INSTALL) '.[cpu,export,report]'
+	@touch $@
+
+$(RELEASE): $(DEMO)
+	$(INSTALL) '.[release]'
+	@touch $@
+
+# What tests and checks need besides: Ray, clients, development tools.
+$(READY): $(DEMO)
+	@echo "installing Ray and development tools into $(VENV): 0.9 GB"
+	$(INSTALL) '.[ray,triton,av,dev,release]'
 	@touch $@
 
 # TensorRT's compiler, 320 MB: it builds engines without a GPU, so every test run puts the graphs through it.
 $(RTX): $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[rtx]'
+	$(INSTALL) '.[rtx]'
 	@touch $@
 
-demo: $(READY) ## export same-tiny, encode and decode music with it, write demo/report.html
+demo: $(DEMO) ## export same-tiny, encode and decode music with it, write demo/report.html
 	$(BIN)/python -u tools/demo.py
 
-export: $(READY) ## write an engine folder: MODEL, WEIGHTS, PRECISION, TENSORRT, OUT
+export: $(DEMO) ## write an engine folder: MODEL, WEIGHTS, PRECISION, TENSORRT, OUT
 	$(BIN)/samekit export $(MODEL) --weights $(WEIGHTS) --precision $(PRECISION) --tensorrt $(TENSORRT) --out $(OUT)
 
 YARDSTICKS := --yardstick 'compiled fp32' --yardstick 'torch bf16'
 
-bench: $(READY) ## measure against eager PyTorch: MODEL, WEIGHTS, PRECISION, OUT, LATENTS; ARGS for benchmarks/latency.py
+bench: $(DEMO) ## measure against eager PyTorch: MODEL, WEIGHTS, PRECISION, OUT, LATENTS; ARGS for benchmarks/latency.py
 	$(BIN)/samekit export $(MODEL) --weights $(WEIGHTS) --precision $(PRECISION) --out $(OUT)
 	mkdir -p build
 	$(BIN)/python benchmarks/latency.py $(ENGINE) --precision $(PRECISION) --latents $(LATENTS) $(YARDSTICKS) \
@@ -79,7 +96,7 @@ test-slow: $(READY) $(RTX) ## run the tests that need minutes or gigabytes
 # download.
 MIN := .venv-min
 TORCH_MIN ?= 2.9.0
-MIN_TOOLS := build hatchling pytest pytest-xdist hypothesis psutil pdoc mkdocs mkdocs-material
+MIN_TOOLS := build twine hatchling pytest pytest-xdist hypothesis psutil pdoc mkdocs mkdocs-material
 
 test-min: ## run every test but the slow ones with the lowest versions of the packages; TORCH_MIN=2.9.0
 	$(PYTHON) -m venv --clear $(MIN)
@@ -108,8 +125,11 @@ format: $(READY) ## bring the code into the project's format
 docs: $(READY) ## write the documents and the API reference as a site to build/docs, and check its links
 	$(BIN)/python tools/build_docs.py
 
-wheel: $(READY) ## build the wheel into dist/
-	$(BIN)/python -m build --wheel
+# The wheel holds the engine that lies in this folder, see pyproject.toml.
+wheel: $(RELEASE) ## export same-tiny, and build wheel and sdist with it into dist/; REPOSITORY
+	$(BIN)/samekit export same-tiny --out build/engines
+	SAMEKIT_REPOSITORY='$(REPOSITORY)' $(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
-clean: ## remove what the other targets made, also demo/engines, but not OUT
+clean: ## remove what the other targets made, except the engines in OUT
 	rm -rf $(VENV) $(MIN) dist build demo .mypy_cache .ruff_cache .pytest_cache .coverage

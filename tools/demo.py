@@ -8,10 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import numpy as np
-import synthesis
-
-from samekit.audio import AudioWriter
+from samekit.demo import MODEL, write_piece
 from samekit.engine.folder import ENGINES_FOLDER
 from samekit.engine.spec import PRECISIONS
 from samekit_export.checkpoint import load
@@ -22,20 +19,13 @@ from samekit_export.to_tensorrt import AUTO, add_engines
 from samekit_export.verify import FLOOR_DB
 
 FOLDER = Path("demo")
-MODEL = "same-tiny"
-SECONDS = 24.0
-# With this seed, the piece has bass, chords, melody and drums. Training used other seeds.
-SEED = 4
-PEAK = 0.7
 
 
 def main() -> None:
     """Run the demo; exit with an error if an engine differs from PyTorch."""
     piece, page = FOLDER / "piece.flac", FOLDER / "report.html"
     FOLDER.mkdir(exist_ok=True)
-    music = synthesis.clip(np.random.default_rng(SEED), SECONDS, music=True).T
-    with AudioWriter(piece, synthesis.RATE, channels=2) as writer:
-        writer.write(music * (PEAK / np.abs(music).max()))
+    write_piece(piece)
     with progress_on_stdout():
         engine = export(load(MODEL), Path(ENGINES_FOLDER), PRECISIONS)
         add_engines(engine, PRECISIONS, AUTO)

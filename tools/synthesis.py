@@ -6,11 +6,13 @@
     noise ──┤                      └─ reverb ─────┘
     chirps ─┘
 
-Every clip depends only on a `numpy.random.Generator`. Clips have 44,100 Hz and are float32.
+Every clip depends only on a `numpy.random.Generator`. Clips have 44,100 Hz and are float32. As a program, this module
+writes the piece of the demo.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -312,3 +314,16 @@ def clip(random: Generator, length: float, *, music: bool | None = None) -> Line
     mix = np.tanh(mix / level(mix) * random.uniform(0.15, 0.5))
     loudness = 10 ** (random.uniform(-34, -9) / 20)
     return (mix * min(loudness / level(mix), 1 / np.abs(mix).max())).astype(np.float32)
+
+
+def piece() -> Line:
+    """Return the piece of the demo, `[samples, 2]`: 24 s with bass, chords, melody and drums."""
+    # Training used other seeds.
+    music = clip(np.random.default_rng(4), 24.0, music=True)
+    return music * (0.7 / np.abs(music).max())
+
+
+if __name__ == "__main__":
+    import soundfile
+
+    soundfile.write(Path(__file__).parents[1] / "runtime" / "samekit" / "demo.ogg", piece(), RATE)

@@ -76,5 +76,8 @@ def write_onnx(graph: GraphEncoder | GraphDecoder, path: Path) -> None:
         if shape is None:
             raise RuntimeError("torch.onnx.export lost the output's shape")
         shape[2] = "latents" if isinstance(graph, GraphEncoder) else f"{config.hop}*latents"
+        for node in program.model.graph.all_nodes():
+            # It names files of this machine, and differs between machines.
+            node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
         size = sum(p.numel() * p.element_size() for p in graph.state_dict().values())
         program.save(path, external_data=size > EXTERNAL_DATA_ABOVE)

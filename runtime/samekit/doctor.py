@@ -20,7 +20,7 @@ from samekit.backends.base import has_driver
 from samekit.backends.cpu import available_cpus, processor
 from samekit.backends.onnxruntime import CUDA_PROVIDER, int8_saturates
 from samekit.engine.builds import describe_builds
-from samekit.engine.folder import Engine, engine_roots
+from samekit.engine.folder import PACKAGED_ENGINES, Engine, engine_roots
 from samekit.engine.hub import INSTALL_HUB
 from samekit.engine.spec import SPEC_FILE
 from samekit.errors import SamekitError
@@ -87,7 +87,8 @@ def examine() -> Iterator[tuple[str, Any]]:
     yield "packages", packages
     yield "gpus", list(_gpus())
     versions = builder_versions()
-    engines = [engine for root in engine_roots() for engine in _engines(root, versions)]
+    packaged = [PACKAGED_ENGINES] if PACKAGED_ENGINES.is_dir() else []
+    engines = [engine for root in (*engine_roots(), *packaged) for engine in _engines(root, versions)]
     yield "engines", engines
     yield "verdict", _verdict(packages, engines)
 

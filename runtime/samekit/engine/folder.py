@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 ENGINES_FOLDER: Final = "engines"
 """Folder in which names are looked up first, and to which `samekit export` writes."""
 
+PACKAGED_ENGINES: Final = Path(__file__).parents[1] / ENGINES_FOLDER
+"""Folder in which names are looked up last. In wheels that `make wheel` builds, it holds `same-tiny`."""
+
 KNOWN_MODELS: Final = (
     *("same-s", "same-l"),
     *("small-music", "small-sfx", "small-music-base", "small-sfx-base", "medium", "medium-base"),
@@ -95,7 +98,7 @@ class Engine:
         elif str(source.get("name")).lower().endswith(f"/{self.spec.name}"):
             # A repository on the hub, which the name alone may not identify.
             words = [str(source["name"])]
-        if self.folder.parent != Path(ENGINES_FOLDER) and self.folder.name == self.spec.name:
+        if self.folder.parent not in (Path(ENGINES_FOLDER), PACKAGED_ENGINES) and self.folder.name == self.spec.name:
             words += ["--out", str(self.folder.parent)]
         return shlex.join(["samekit", "export", *words, *options])
 
@@ -294,7 +297,8 @@ def find_engine(name: str | os.PathLike[str]) -> Engine:
     1. A folder of this path.
     2. The folder of this name in `./engines`, to which `samekit export` writes.
     3. The folder of this name in the user's cache: `~/.cache/samekit/engines`, or the folder that SAMEKIT_CACHE names.
-    4. For `owner/name`: the repository on the hub, unless a local folder is called `owner`. `owner/name@REVISION`
+    4. The engines that come with samekit.
+    5. For `owner/name`: the repository on the hub, unless a local folder is called `owner`. `owner/name@REVISION`
        names a branch, tag or commit. The graphs are fetched when they are first used.
 
     Names of `KNOWN_MODELS` are looked up in lower case too, as `samekit export` writes them.
@@ -307,7 +311,7 @@ def find_engine(name: str | os.PathLike[str]) -> Engine:
     text, revision = hub.split_revision(expanded_text(name))
     path = Path(text)
     names = [text, text.lower()] if text.lower() in KNOWN_MODELS else [text]
-    candidates = [path, *(root / each for root in engine_roots() for each in names)]
+    candidates = [path, *(root / each for root in (*engine_roots(), PACKAGED_ENGINES) for each in names)]
     for folder in candidates:
         if _found(folder, SPEC_FILE):
             if revision:
