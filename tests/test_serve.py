@@ -688,7 +688,7 @@ def test_server_that_cannot_start(small_engine, arguments, words):
 
 
 def test_application_for_configurations(small_engine):
-    """`serve run` passes arguments as text, `serve build` imports the function."""
+    """`serve run` passes arguments as text."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from ray.serve import Application
