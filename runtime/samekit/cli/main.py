@@ -13,7 +13,7 @@ from samekit.cli.demo import demo
 from samekit.cli.engine import clean, info
 from samekit.cli.group import Command, EscapingFormatter, add_verbose, json_option, say, say_json
 from samekit.cli.hub import pull, push
-from samekit.cli.serve import triton
+from samekit.cli.serve import serve, triton
 from samekit.errors import SamekitError
 from samekit.packages import load_registered, registered
 
@@ -100,7 +100,7 @@ def doctor(as_json: bool) -> None:
             say(line)
 
 
-for command in (demo, encode, decode, pre_encode, check_latents, info, doctor, triton, clean, pull, push):
+for command in (demo, encode, decode, pre_encode, check_latents, info, doctor, serve, triton, clean, pull, push):
     add_verbose(command)
     main.add_command(command)
 add_verbose(main)
