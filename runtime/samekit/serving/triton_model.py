@@ -106,7 +106,7 @@ class TritonPythonModel:
         given = self._utils.get_input_tensor_by_name(request, SAMPLE_RATE)
         rates: list[int] = [self._model.sample_rate] * len(array)
         if given is not None:
-            rates = np.from_dlpack(given).ravel().tolist()
+            rates = [int(rate) for rate in np.from_dlpack(given).ravel()]
         # The shorter clips are padded to the longest one.
         self._check_length(len(array) * array.shape[-1], min(rates, default=1))
         batch: Array = self._codec.preprocess_audio_list_for_encoder(list(array), rates)
