@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RTX := $(VENV)/.ready-rtx
+TRITON := $(VENV)/.ready-triton
 
 # What `make export` and `make bench` work on.
 MODEL ?= same-s
@@ -41,6 +42,12 @@ $(RTX): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[rtx]'
 	@touch $@
 
+# A real Triton server, 57 MB, for slow tests; it is installed alone, because the package asks for NumPy 1.
+$(TRITON): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps \
+		nvidia-pytriton || echo "no nvidia-pytriton for this machine: tests that need a real Triton server are skipped"
+	@touch $@
+
 demo: $(READY) ## export same-tiny, encode and decode music with it, write demo/report.html
 	$(BIN)/python -u tools/demo.py
 
@@ -70,7 +77,7 @@ else
 	$(BIN)/coverage report --include 'export/*' --fail-under $(COVERED)
 endif
 
-test-slow: $(READY) $(RTX) ## run the tests that need minutes or gigabytes
+test-slow: $(READY) $(RTX) $(TRITON) ## run the tests that need minutes or gigabytes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 # The lowest version of every package that pyproject.toml allows for these extras, and the tools of the tests as pinned.

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from contextlib import ExitStack
@@ -16,9 +15,10 @@ from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from importlib.util import find_spec
 from pathlib import Path
+from sysconfig import get_config_var
 from typing import TYPE_CHECKING, Final
 
-from samekit.errors import BackendError, BackendUnavailableError
+from samekit.errors import BackendError, BackendUnavailableError, first_line
 
 if TYPE_CHECKING:
     from typing import Self
@@ -28,9 +28,9 @@ _START_SECONDS: Final = 120
 _STOP_SECONDS: Final = 40
 _BINARY: Final = "tritonserver"
 _STUB: Final = "triton_python_backend_stub"
-# Where the package nvidia-pytriton has the server and the libraries.
+# The module of the package nvidia-pytriton, and the folder beside it that has the libraries of the server.
 _PYTRITON: Final = "pytriton"
-_PYTRITON_LIBRARIES: Final = "nvidia_pytriton.libs"
+_LIBRARIES: Final = "nvidia_pytriton.libs"
 
 
 @dataclass(frozen=True)
@@ -41,55 +41,68 @@ class FoundServer:
     package: Path | None = None
     """Folder of the package nvidia-pytriton if the server is a part of it."""
 
-    def backends(self, folder: Path) -> list[str]:
-        """Return the server's options for its backends, which are prepared in an empty folder if necessary.
+    @property
+    def stub(self) -> Path | None:
+        """The program that runs models in this version of Python. In the package, the server does not find it."""
+        version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        return self.package and self.package / _BINARY / "python_backend_stubs" / version / _STUB
 
-        Raises:
-            BackendUnavailableError: the package has no Python backend for this version of Python.
-        """
-        if self.package is None:
+    def backends(self, folder: Path) -> list[str]:
+        """Return the server's options for its backends, which are prepared in an empty folder if necessary."""
+        if self.package is None or self.stub is None:
             return []
-        # The package has one stub for each version of Python, in folders where the server does not look.
-        server, version = self.package / _BINARY, f"{sys.version_info[0]}.{sys.version_info[1]}"
-        stub = server / "python_backend_stubs" / version / _STUB
-        if not stub.exists():
-            raise BackendUnavailableError(
-                f"{self.package}: has no Python backend for Python {version}; use Python 3.11 to 3.13"
-            )
         (folder / "python").mkdir()
-        for path in (*(server / "backends" / "python").iterdir(), stub):
-            if path.name != _STUB or path == stub:
-                (folder / "python" / path.name).symlink_to(path)
+        files = {path.name: path for path in (self.package / _BINARY / "backends" / "python").iterdir()}
+        for name, path in (files | {_STUB: self.stub}).items():
+            (folder / "python" / name).symlink_to(path)
         return ["--backend-directory", str(folder)]
 
     def environment(self) -> dict[str, str]:
         """Return the environment in which the server and its Python backend find their libraries and this Python."""
-        environment = dict(os.environ)
-        if self.package is not None:
-            # The Python backend loads libpython, and uses the environment of the first python3 of PATH.
-            libraries = [self.package.parent / _PYTRITON_LIBRARIES, sysconfig.get_config_var("LIBDIR")]
-            environment |= {
-                "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)]),
-                "LD_LIBRARY_PATH": os.pathsep.join(
-                    [*filter(None, [os.environ.get("LD_LIBRARY_PATH")]), *map(str, filter(None, libraries))]
-                ),
-            }
-        return environment
+        if self.package is None:
+            return dict(os.environ)
+        # The Python backend loads libpython, and uses the environment of the first python3 of PATH.
+        libraries = (os.environ.get("LD_LIBRARY_PATH"), self.package.parent / _LIBRARIES, get_config_var("LIBDIR"))
+        programs = (os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath))
+        return os.environ | {
+            "PATH": os.pathsep.join(programs),
+            "LD_LIBRARY_PATH": os.pathsep.join(str(each) for each in libraries if each),
+        }
+
+    def check_stub(self) -> None:
+        """Raise BackendUnavailableError if the package cannot run models in this Python."""
+        if self.stub is None:
+            return
+        try:
+            # Without arguments it ends at once.
+            done = subprocess.run([self.stub], env=self.environment(), capture_output=True, text=True, check=False)
+        except OSError:
+            raise BackendUnavailableError(
+                f"nvidia-pytriton has no Python backend {self.stub.parent.name}; use Python 3.11, 3.12 or 3.13"
+            ) from None
+        # As shells, the loader of shared libraries ends with this code if it fails.
+        if done.returncode == 127:
+            raise BackendUnavailableError(
+                f"the Python backend of nvidia-pytriton does not start ({first_line(RuntimeError(done.stderr))}); "
+                f"on Debian and Ubuntu run: apt install libpython{self.stub.parent.name}"
+            )
 
 
 def find_server() -> FoundServer:
     """Return the server of this machine: `tritonserver` of PATH, else that of the package nvidia-pytriton.
 
     Raises:
-        BackendUnavailableError: there is none.
+        BackendUnavailableError: there is none, or it cannot run models in this version of Python.
     """
-    if binary := shutil.which(_BINARY):
-        return FoundServer(Path(binary))
+    if path := shutil.which(_BINARY):
+        return FoundServer(Path(path))
     # The package is not imported: it needs others that samekit does not need.
-    found = find_spec(_PYTRITON)
-    for package in map(Path, (found and found.submodule_search_locations) or ()):
-        if (binary := shutil.which(package / _BINARY / "bin" / _BINARY)) is not None:
-            return FoundServer(Path(binary), package)
+    package = find_spec(_PYTRITON)
+    for folder in (package and package.submodule_search_locations) or ():
+        if path := shutil.which(os.path.join(folder, _BINARY, "bin", _BINARY)):
+            server = FoundServer(Path(path), Path(folder))
+            server.check_stub()
+            return server
     raise BackendUnavailableError(
         "there is no tritonserver on this machine; run this in Triton's container, "
         "or on x86-64 Linux: pip install --no-deps nvidia-pytriton"
@@ -104,7 +117,7 @@ class TritonServer:
         server: the program; that of `find_server` by default.
 
     Raises:
-        BackendUnavailableError: there is no server, or it has no Python backend for this version of Python.
+        BackendUnavailableError: as `find_server`.
         BackendError: it ended, or was not ready in two minutes; the message has the first error of its log.
     """
 
