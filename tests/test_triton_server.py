@@ -5,9 +5,7 @@ That server is release 24.10 with the Python backend only. `make test-slow` inst
 
 from __future__ import annotations
 
-import os
 import queue
-import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -145,8 +143,8 @@ def test_bad_requests_do_not_stop_the_server(server, clips, name):
             with pytest.raises(protocol.InferenceServerException) as error:
                 ask(protocol, client, ENCODER, request.arrays)
             assert error.value.status() in ("400", "StatusCode.INVALID_ARGUMENT"), kind
-            # The server itself refuses a request of no clips.
-            if kind != "no clips":
+            # The server itself refuses these.
+            if kind not in ("no clips", "clips and rates"):
                 assert_one_line(error.value.message())
         audio, rate, latents = clips[0]
         assert np.array_equal(ask(protocol, client, ENCODER, to_encode(audio, rate)), latents)
@@ -225,18 +223,19 @@ def test_server_that_is_killed_and_started_again(start, bundled_engine, clips, f
             right[generation] += 1
         return right, refused
 
-    with ExitStack() as stack, ThreadPoolExecutor(8) as pool:
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(8))
+        # This must come before the pool waits for its threads.
         stack.callback(stop.set)
         servers.append(stack.enter_context(start(bundled_engine)))
         clients = [pool.submit(work, number) for number in range(8)]
         time.sleep(4)
-        process = psutil.Process(servers[0].process.pid)
-        children = process.children(recursive=True)
-        assert len(children) >= len(DIRECTIONS)
-        os.kill(process.pid, signal.SIGKILL)
+        models = psutil.Process(servers[0].process.pid).children()
+        servers[0].process.kill()
         faults["Triton servers killed"] += 1
-        # The processes of its models end too.
-        assert psutil.wait_procs(children, timeout=60)[1] == []
+        # A process of a model can wait for the dead server for ever.
+        servers[0].close()
+        assert psutil.wait_procs(models, timeout=60)[1] == []
         again = stack.enter_context(start(bundled_engine))
         with lock:
             servers.append(again)
@@ -259,8 +258,8 @@ def test_configurations_without_their_backend(start, own_engine, backend):
 def test_invalid_configuration_is_found(program, own_engine, tmp_path):
     """The server does check configurations: the test above could not fail otherwise."""
     write_repository(own_engine, tmp_path / "models", TritonOptions())
-    config = tmp_path / "models" / "tiny-s-encoder" / "config.pbtxt"
-    config.write_text(config.read_text().replace("max_batch_size", "most_at_once"))
+    for config in (tmp_path / "models").glob("*/config.pbtxt"):
+        config.write_text(config.read_text().replace("max_batch_size", "most_at_once"))
     with pytest.raises(BackendError, match="did not start") as error:
         TritonServer(tmp_path / "models", program)
     assert "unable to find backend library" not in str(error.value)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from importlib.util import find_spec
@@ -142,7 +142,9 @@ class TritonServer:
                 options += [f"--{name}-address", _HOST, f"--{name}-port", str(port)]
             command = [str(server.binary), "--model-repository", str(repository), *options]
             with self.log_path.open("wb") as log:
-                self.process = subprocess.Popen(command, stdout=log, stderr=log, env=server.environment())
+                self.process = subprocess.Popen(
+                    command, stdout=log, stderr=log, env=server.environment(), start_new_session=True
+                )
                 """The process of the server."""
             self._stack.callback(self._stop)
             self._wait_ready()
@@ -180,6 +182,9 @@ class TritonServer:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        # If the server was killed, processes of its models can wait for it for ever.
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """Stop the server."""
