@@ -9,6 +9,7 @@ RELEASE := $(VENV)/.ready-release
 READY := $(VENV)/.ready
 RTX := $(VENV)/.ready-rtx
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+TRITON := $(VENV)/.ready-triton
 
 # What `make export` and `make bench` work on.
 MODEL ?= same-s
@@ -50,12 +51,18 @@ $(RELEASE): $(DEMO)
 # What tests and checks need besides: Ray, clients, development tools.
 $(READY): $(DEMO)
 	@echo "installing Ray and development tools into $(VENV): 0.9 GB"
-	$(INSTALL) '.[ray,triton,av,dev,release]'
+	$(INSTALL) '.[ray,serve,triton,av,dev,release]'
 	@touch $@
 
 # TensorRT's compiler, 320 MB: it builds engines without a GPU, so every test run puts the graphs through it.
 $(RTX): $(READY)
 	$(INSTALL) '.[rtx]'
+	@touch $@
+
+# A real Triton server, 57 MB, for slow tests; it is installed alone, because the package asks for NumPy 1.
+$(TRITON): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps \
+		nvidia-pytriton || echo "no nvidia-pytriton for this machine: tests that need a real Triton server are skipped"
 	@touch $@
 
 demo: $(DEMO) ## export same-tiny, encode and decode music with it, write demo/report.html
@@ -88,7 +95,7 @@ else
 	$(BIN)/coverage report --include 'export/*' --fail-under $(COVERED)
 endif
 
-test-slow: $(READY) $(RTX) ## run the tests that need minutes or gigabytes
+test-slow: $(READY) $(RTX) $(TRITON) ## run the tests that need minutes or gigabytes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 # The lowest version of every package that pyproject.toml allows for these extras, and the tools of the tests as pinned.
@@ -104,7 +111,7 @@ test-min: ## run every test but the slow ones with the lowest versions of the pa
 		| sed -E 's/\[[a-z]+\]//; s/>=/==/; s/^torch==.*/torch==$(TORCH_MIN)/' > $(MIN)/constraints.txt
 	for tool in $(MIN_TOOLS); do grep "^$$tool==" constraints.txt; done >> $(MIN)/constraints.txt
 	$(MIN)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(MIN)/constraints.txt \
-		--editable '.[cpu,export,report,ray,triton,av,tags]' $(MIN_TOOLS)
+		--editable '.[cpu,export,report,ray,serve,triton,av,tags]' $(MIN_TOOLS)
 	$(MIN)/bin/python -m pytest -m "not slow" $(WORKERS) --ignore tests/test_diffusers.py $(ARGS)
 
 DOCUMENTS := $(wildcard *.md docs/*.md benchmarks/*.md)

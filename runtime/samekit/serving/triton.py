@@ -5,16 +5,22 @@
     OUT/same-l-encoder/1/encoder.onnx.data external data, whose name the graph contains
     OUT/same-l-decoder/...
 
+For the server's Python backend, a version folder holds the engine folder, and a `model.py` that runs this package:
+
+    OUT/same-l-encoder/1/model.py
+    OUT/same-l-encoder/1/engine/spec.json encoder.onnx decoder.onnx ...
+
 A server can load several such repositories.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
-from samekit.arguments import MOST_INT32, check_whole
+from samekit.arguments import MOST_INT32, check_flag, check_whole
+from samekit.backends.selection import AUTO, BACKENDS
 from samekit.engine.builds import Build, build_command, builds_of, why_stale
 from samekit.engine.fingerprint import NARROW, PROFILES, TENSORRT
 from samekit.engine.spec import (
@@ -23,6 +29,7 @@ from samekit.engine.spec import (
     ENCODER,
     GPU_PRECISIONS,
     INPUT_NAMES,
+    SPEC_FILE,
     Direction,
     Precision,
     opposite,
@@ -47,9 +54,21 @@ _SPEC_FACTS: Final[dict[str, Kind]] = {
     "contexts": dict,
 }
 _FACTS: Final[dict[str, Kind]] = {**_SPEC_FACTS, "precision": str, "longest_window": (int, type(None))}
+SAMPLE_RATE: Final = "sample_rate"
+"""Name of the encoder's second input with the Python backend: Hz; the model's rate if it is left out."""
+MODEL_BACKEND: Final = "model_backend"
+"""Name of the parameter that holds `TritonOptions.model_backend` for the Python backend."""
+MAX_SECONDS: Final = "max_seconds"
+"""Name of the parameter that holds `TritonOptions.max_seconds` for the Python backend."""
+ENGINE_FOLDER: Final = "engine"
+"""Name of the engine folder in a version folder, for the Python backend."""
 _VERSION: Final = "1"
+_MODEL_FILE: Final = "model.py"
+_MODEL: Final = 'from samekit.serving.triton_model import TritonPythonModel\n\n__all__ = ["TritonPythonModel"]\n'
 
-ServerBackend = Literal["onnxruntime", "tensorrt"]
+PYTHON: Final = "python"
+"""The server's backend that runs this package."""
+ServerBackend = Literal["onnxruntime", "tensorrt", "python"]
 InstanceKind = Literal["auto", "gpu", "cpu"]
 # The file name that each backend of the server looks for.
 _FILES: Final[dict[str, str]] = {"onnxruntime": "model.onnx", "tensorrt": "model.plan"}
@@ -70,25 +89,36 @@ class TritonOptions:
     """Instances of encoder and decoder on each GPU."""
     kind: InstanceKind = "auto"
     """The device of the instances; `auto` uses GPUs if there are any."""
+    model_backend: str = AUTO
+    """samekit's own backend in the server's Python backend, one of `samekit.backends.selection.BACKENDS`."""
+    streaming: bool = False
+    """Answer in parts as windows are computed (a decoupled model, gRPC streams only); for the Python backend."""
+    max_seconds: int = 600
+    """Most seconds of audio in a request to the Python backend, all of its clips together. This bounds the memory."""
 
     def __post_init__(self) -> None:
         for name, kind in (("backend", ServerBackend), ("precision", Precision), ("kind", InstanceKind)):
             known = get_args(kind)
             if getattr(self, name) not in known:
                 raise InputError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}")
-        for name, least in (("max_batch", 1), ("queue_delay", 0), ("instances", 1)):
+        for name, least in (("max_batch", 1), ("queue_delay", 0), ("instances", 1), ("max_seconds", 1)):
             check_whole(name, getattr(self, name), least, MOST_INT32)
-        if self.precision not in GPU_PRECISIONS and (self.backend == "tensorrt" or self.kind == "gpu"):
+        if self.model_backend not in BACKENDS:
+            raise InputError(f"unknown model_backend {self.model_backend!r}; choose one of {', '.join(BACKENDS)}")
+        check_flag("streaming", self.streaming)
+        if self.backend != PYTHON and (self.streaming or self.model_backend != AUTO):
+            raise InputError("streaming and model_backend are for the Python backend; pass backend python")
+        runs_tensorrt = "tensorrt" in (self.backend, self.model_backend)
+        if self.precision not in GPU_PRECISIONS and (runs_tensorrt or self.kind == "gpu"):
             raise InputError(
                 f"{self.precision} graphs are for CPUs; pass backend onnxruntime and kind cpu, or precision fp16"
             )
-        if self.backend == "tensorrt":
-            if self.max_batch > NARROW.batch[2]:
-                raise InputError(
-                    f"max_batch is {self.max_batch}; pass 1 to {NARROW.batch[2]}, the batch sizes of the engines"
-                )
-            if self.kind == "cpu":
-                raise InputError("TensorRT needs a GPU; pass kind gpu, or backend onnxruntime")
+        if self.backend == "tensorrt" and self.max_batch > NARROW.batch[2]:
+            raise InputError(
+                f"max_batch is {self.max_batch}; pass 1 to {NARROW.batch[2]}, the batch sizes of the engines"
+            )
+        if runs_tensorrt and self.kind == "cpu":
+            raise InputError("TensorRT needs a GPU; pass kind gpu, or backend onnxruntime")
 
 
 def write_repository(engine: Engine, out: Path, options: TritonOptions | None = None) -> list[Path]:
@@ -116,9 +146,15 @@ def write_repository(engine: Engine, out: Path, options: TritonOptions | None = 
             version = model / _VERSION
             version.mkdir(parents=True)
             for name, source in _files(engine, direction, options).items():
+                (version / name).parent.mkdir(parents=True, exist_ok=True)
                 link_or_copy(source, version / name)
             try:
                 (model / "config.pbtxt").write_text(config_text(engine.spec, direction, options), "utf-8", newline="")
+                if options.backend == PYTHON:
+                    (version / _MODEL_FILE).write_text(_MODEL, "utf-8", newline="")
+                    pair = engine.spec.graphs[options.precision]
+                    spec = replace(engine.spec, graphs={options.precision: pair})
+                    (version / ENGINE_FOLDER / SPEC_FILE).write_text(spec.to_json(), "utf-8", newline="")
             except UnicodeEncodeError:
                 raise InputError(
                     f"{engine.folder}: the model's name is not valid UTF-8; export it under another name"
@@ -145,14 +181,25 @@ def config_text(spec: EngineSpec, direction: Direction, options: TritonOptions) 
         kind, batch, batching = "cpu", 1, ""
     facts = {name: getattr(spec, name) for name in _SPEC_FACTS}
     facts |= {"precision": options.precision, "longest_window": longest}
+    ragged, rate, more = "", "", ""
+    if options.backend == PYTHON:
+        # Requests of different lengths can be joined, because each arrives as a tensor of its own.
+        ragged = " allow_ragged_batch: true"
+        if direction == ENCODER:
+            before = [-1, -1]
+            rate = f',\n        {{ name: "{SAMPLE_RATE}" data_type: TYPE_INT32 dims: [ 1 ] optional: true }}'
+        for name in (MODEL_BACKEND, MAX_SECONDS):
+            more += f'parameters {{ key: "{name}" value {{ string_value: "{getattr(options, name)}" }} }}\n'
+        if options.streaming:
+            more += "model_transaction_policy { decoupled: true }\n"
     return f"""name: {_quoted(model_name(spec.name, direction))}
 backend: "{options.backend}"
 max_batch_size: {batch}
-input [ {{ name: "{INPUT_NAMES[direction]}" data_type: TYPE_FP32 dims: {before} }} ]
+input [ {{ name: "{INPUT_NAMES[direction]}" data_type: TYPE_FP32 dims: {before}{ragged} }}{rate} ]
 output [ {{ name: "{INPUT_NAMES[opposite(direction)]}" data_type: TYPE_FP32 dims: {after} }} ]
 {batching}instance_group [ {{ kind: KIND_{kind.upper()} count: {options.instances}{profile} }} ]
 parameters {{ key: "{FACTS}" value {{ string_value: {_quoted(json.dumps(facts))} }} }}
-"""
+{more}"""
 
 
 def _quoted(text: str) -> str:
@@ -162,6 +209,8 @@ def _quoted(text: str) -> str:
 
 def _files(engine: Engine, direction: Direction, options: TritonOptions) -> dict[str, Path]:
     """Return the files of a model: name in the repository -> file of the engine folder."""
+    if options.backend == PYTHON:
+        return {f"{ENGINE_FOLDER}/{path.relative_to(engine.folder)}": path for path in _engine_files(engine, options)}
     model = _FILES[options.backend]
     if options.backend == "tensorrt":
         build = _build(engine, options.precision)
@@ -171,6 +220,17 @@ def _files(engine: Engine, direction: Direction, options: TritonOptions) -> dict
     graph = engine.graph(direction, options.precision)
     sizes = engine.spec.graphs[options.precision][direction].sizes
     return {model if name == graph.name else name: engine.folder / name for name in sizes}
+
+
+def _engine_files(engine: Engine, options: TritonOptions) -> list[Path]:
+    """Return the graphs of a precision and the files of its TensorRT builds."""
+    engine.check(options.precision)
+    graphs = engine.spec.graphs[options.precision].values()
+    builds, _ = builds_of(engine, options.precision)
+    return [
+        *(engine.folder / name for graph in graphs for name in graph.sizes),
+        *(path for build in builds for path in build.folder.iterdir() if path.is_file()),
+    ]
 
 
 def _build(engine: Engine, precision: str) -> Build:
