@@ -11,7 +11,7 @@ from samekit.cli.audio import decode, encode
 from samekit.cli.dataset import check_latents, pre_encode
 from samekit.cli.engine import clean, info
 from samekit.cli.group import Command, EscapingFormatter, say
-from samekit.cli.serve import triton
+from samekit.cli.serve import serve, triton
 from samekit.errors import SamekitError
 from samekit.packages import load_registered, registered
 
@@ -69,5 +69,5 @@ def doctor() -> None:
         say(line)
 
 
-for command in (encode, decode, pre_encode, check_latents, info, doctor, triton, clean):
+for command in (encode, decode, pre_encode, check_latents, info, doctor, triton, serve, clean):
     main.add_command(command)

@@ -1,4 +1,4 @@
-"""`samekit triton`."""
+"""`samekit triton` and `samekit serve`."""
 
 from __future__ import annotations
 
@@ -33,3 +33,31 @@ def triton(out: Path, model: str, **options: Any) -> None:
 
     for folder in write_repository(find_engine(model), out, TritonOptions(**options)):
         say(str(folder))
+
+
+@click.command()
+@click.argument("model")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
+@click.option("--backend", default="auto", show_default=True, help="auto, tensorrt, onnxruntime or torch.")
+@click.option("--precision", default="fp32", show_default=True, type=click.Choice(PRECISIONS))
+@click.option("--replicas", default=1, show_default=True, type=click.IntRange(min=1), help="Processes with a model.")
+@click.option("--cpus-per-replica", type=click.IntRange(min=1), help="[default: all cores, divided by the replicas]")
+@click.option("--gpus-per-replica", default=0.0, show_default=True, help="1, or a share of one GPU.")
+@click.option("--max-batch", default=8, show_default=True, type=click.IntRange(min=1), help="Windows in a GPU batch.")
+@click.option("--max-wait-ms", default=5, show_default=True, type=click.IntRange(min=0), help="Wait for such a batch.")
+@click.option("--max-queue", default=64, show_default=True, type=click.IntRange(min=1), help="Requests of a replica.")
+@click.option("--max-seconds", default=600, show_default=True, type=click.IntRange(min=1), help="Audio of a request.")
+@click.option("--max-bytes", default=2**28, show_default=True, type=click.IntRange(min=1), help="Body of a request.")
+def serve(model: str, host: str, port: int, **options: Any) -> None:
+    """Serve MODEL over HTTP with Ray Serve."""
+    import time
+
+    from samekit.serving.options import ServeOptions
+    from samekit.serving.server import free_port, run
+
+    port = port or free_port(host)
+    with run(ServeOptions(model, **options), host, port):
+        say(f"samekit serves {model} on http://{host}:{port}")
+        while True:
+            time.sleep(3600)
