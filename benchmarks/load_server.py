@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import click
+import httpx
 import psutil
 
 if TYPE_CHECKING:
+    import random
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-START_SECONDS, STOP_SECONDS = 180, 60
+START_SECONDS, REPLACE_SECONDS, STOP_SECONDS = 180, 60, 60
 REPLICA = "ray::ServeReplica"
 """How the command line of a replica begins."""
 MIB = 1 << 20
@@ -101,8 +101,8 @@ class Server:
 
     def is_ready(self) -> bool:
         """Return whether the server says that it is ready."""
-        with suppress(OSError), urllib.request.urlopen(f"{self.url}/readyz", timeout=5) as answer:
-            return bool(answer.status == 200)
+        with suppress(httpx.HTTPError):
+            return httpx.get(f"{self.url}/readyz", timeout=5, trust_env=False).is_success
         return False
 
     def processes(self) -> list[psutil.Process]:
@@ -118,6 +118,13 @@ class Server:
     def replicas(self) -> list[psutil.Process]:
         """Return the processes that run replicas of deployments."""
         return [process for process in self.processes() if _title(process).startswith(REPLICA)]
+
+    def wait_for_replicas(self, count: int) -> list[psutil.Process]:
+        """Wait until so many replicas run, at most `REPLACE_SECONDS`, and return them."""
+        end = time.perf_counter() + REPLACE_SECONDS
+        while len(found := self.replicas()) < count and time.perf_counter() < end:
+            time.sleep(0.5)
+        return found
 
     def kill_replica(self, chance: random.Random) -> str | None:
         """Kill a replica by SIGKILL and return its title, or None if there is none at the moment."""

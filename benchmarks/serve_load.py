@@ -13,43 +13,29 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import io
 import itertools
-import multiprocessing
 import random
 import shlex
 import tempfile
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 import httpx
 import numpy as np
-import soundfile as sf
-from common import engine_argument, finish, open_codec, plot_lines, plot_option, question
+from common import engine_argument, finish, plot_lines, plot_option, question
 from hostile_requests import Hostile, send
+from load_clips import Clip, Task, alone, bare_speed, outcome_of, read_clips, write_clips
 from load_server import Sample, Server
-
-from samekit import AutoencoderModel
-from samekit.backends.cpu import available_cpus
-from samekit.engine.spec import DECODER, ENCODER
-from samekit_export.verify import snr_db
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
     from samekit.engine.folder import Engine
 
-Task = Literal["encode", "decode"]
-DIRECTIONS = {"encode": ENCODER, "decode": DECODER}
-CLIPS = 8
-"""Different clips that are sent."""
-LEAST_SNR_DB = 90
-"""What an answer must reach that is not equal byte for byte."""
 ANSWER_SECONDS = 120
 LONGEST_RETRY = 5.0
 HOSTILE_AT_ONCE = 16
@@ -80,91 +66,6 @@ class Tally:
     killed: Counter[str] = field(default_factory=Counter)
 
 
-@dataclass(frozen=True)
-class Clip:
-    """The body of a request, and the library's answer to it."""
-
-    body: bytes
-    expected: bytes
-
-
-def write_clips(engine: Path, precision: str, task: Task, seconds: float, folder: Path) -> None:
-    """Write bodies of requests and the library's answers to a folder."""
-    model = AutoencoderModel.from_pretrained(engine, "cpu", precision=precision)
-    with model:
-        for direction in DIRECTIONS.values():
-            model.autoencoder.backend.use_packed_weights(direction)
-        for number in range(CLIPS):
-            chance = np.random.default_rng(number)
-            audio = chance.standard_normal((round(seconds * model.sample_rate), model.spec.channels)) * 0.1
-            wav, latents = folder / f"{number}.wav", folder / f"{number}.npy"
-            sf.write(wav, audio.clip(-1, 1), model.sample_rate, "PCM_16")
-            model.encode_file(wav, latents)
-            if task == "decode":
-                # The server gets the latents alone.
-                latents.with_suffix(".json").unlink()
-                model.decode_file(latents, wav)
-
-
-def read_clips(task: Task, folder: Path) -> list[Clip]:
-    """Return what `write_clips` wrote."""
-    bodies, answers = (".wav", ".npy") if task == "encode" else (".npy", ".wav")
-    return [
-        Clip((folder / f"{number}{bodies}").read_bytes(), (folder / f"{number}{answers}").read_bytes())
-        for number in range(CLIPS)
-    ]
-
-
-def bare_speed(engine: Path, precision: str, task: Task, clip_seconds: float, seconds: float) -> tuple[float, float]:
-    """Encode arrays for some seconds; return seconds of audio per second, and per second of processor time."""
-    direction = DIRECTIONS[task]
-    codec = open_codec(engine, "onnxruntime", precision, available_cpus())
-    codec.backend.use_packed_weights(direction)
-    spec = codec.spec
-    samples = round(clip_seconds * spec.sample_rate)
-    shape = (1, spec.channels, samples) if task == "encode" else (1, spec.latent_width, spec.latents(samples))
-    array = np.random.default_rng(0).standard_normal(shape).astype(np.float32) * np.float32(0.1)
-    run = codec.encode_audio if task == "encode" else codec.decode_audio
-    run(array)
-    begin, cpu, count = time.perf_counter(), time.process_time(), 0
-    while count == 0 or time.perf_counter() - begin < seconds:
-        run(array)
-        count += 1
-    audio = count * clip_seconds
-    return audio / (time.perf_counter() - begin), audio / (time.process_time() - cpu)
-
-
-def alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Run a function in a new process, whose memory and threads end with it."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def outcome_of(task: Task, answer: httpx.Response, expected: bytes) -> str:
-    """Return how an answer compares with the library's."""
-    if answer.status_code in (429, 503):
-        try:
-            announced = isinstance(answer.json()["error"], str)
-        except (ValueError, KeyError, TypeError):
-            announced = False
-        return f"{answer.status_code}" if announced else f"{answer.status_code} without a line of error"
-    if answer.status_code != 200:
-        return f"status {answer.status_code}: {answer.text[:200]}"
-    if answer.content == expected:
-        return "equal"
-    try:
-        ours, theirs = (array_of(task, data) for data in (expected, answer.content))
-    except (ValueError, sf.LibsndfileError):
-        return "wrong"
-    return "close" if ours.shape == theirs.shape and snr_db(ours, theirs) >= LEAST_SNR_DB else "wrong"
-
-
-def array_of(task: Task, data: bytes) -> np.ndarray:
-    """Return the array in an answer."""
-    file = io.BytesIO(data)
-    return np.load(file, allow_pickle=False) if task == "encode" else sf.read(file, always_2d=True)[0]
-
-
 class Load:
     """Clients, hostile clients and a killer of replicas, that work on one server for some seconds."""
 
@@ -174,12 +75,14 @@ class Load:
         self.begin = time.perf_counter()
         self.end = self.begin + seconds
         self._starts = itertools.count()
-        self._hostile_left = False
+        self._chance = random.Random(0)
 
     async def run(self, clients: int, kill_every: float | None, hostile: Iterator[Any]) -> None:
         """Load the server until the time is over and all hostile requests are sent."""
         limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
-        async with httpx.AsyncClient(base_url=self._server.url, timeout=ANSWER_SECONDS, limits=limits, trust_env=False) as http:
+        async with httpx.AsyncClient(
+            base_url=self._server.url, timeout=ANSWER_SECONDS, limits=limits, trust_env=False
+        ) as http:
             rest = [asyncio.create_task(self._every(max(1.0, (self.end - self.begin) / SAMPLES), self._sample))]
             if kill_every:
                 rest.append(asyncio.create_task(self._every(kill_every, self._kill)))
@@ -234,7 +137,7 @@ class Load:
         self.tally.samples.append(self._server.sample())
 
     def _kill(self) -> None:
-        if title := self._server.kill_replica(random.Random(len(self.tally.killed))):
+        if title := self._server.kill_replica(self._chance):
             self.tally.killed[title] += 1
 
 
@@ -281,7 +184,7 @@ def memory_of(samples: list[Sample]) -> dict[str, Any]:
     early, late = samples[quarter : 2 * quarter] or samples, samples[-quarter:]
 
     def mean(part: list[Sample], name: str) -> float:
-        return round(sum(getattr(sample, name) for sample in part) / len(part), 1)
+        return round(float(np.mean([getattr(sample, name) for sample in part])), 1)
 
     names = ("mib", "replica_mib", "processes", "descriptors", "files")
     return {name: [mean(early, name), mean(late, name)] for name in names}
@@ -289,9 +192,10 @@ def memory_of(samples: list[Sample]) -> dict[str, Any]:
 
 def points_of(load: Load, clip_seconds: float) -> Iterator[tuple[str, str, float, float]]:
     """Yield the points of the picture: memory, latency and throughput over time."""
+    first = load.tally.samples[0].seconds
     for sample in load.tally.samples:
-        yield "memory in MiB", "all processes", sample.seconds, sample.mib
-        yield "memory in MiB", "replicas", sample.seconds, sample.replica_mib
+        yield "memory in MiB", "all processes", sample.seconds - first, sample.mib
+        yield "memory in MiB", "replicas", sample.seconds - first, sample.replica_mib
     duration = load.end - load.begin
     step = duration / min(30, max(1, duration))
     done: dict[int, list[float]] = {}
@@ -355,7 +259,8 @@ def main(
 
             opened = asyncio.run(with_trap(loaded))
             cpu = server.cpu_seconds() - cpu
-            crashed = 0 if kill_every else len(set(before) - set(server.replicas()))
+            after = server.wait_for_replicas(len(before))
+            crashed = 0 if kill_every else len(set(before) - set(after))
             left_files = server.temporary_files()
         finally:
             stopped = server.stop()
@@ -364,6 +269,7 @@ def main(
         results |= {
             "first_answer": {"outcome": outcome_of(task, first, clips[0].expected), "seconds": first_seconds},
             "start_seconds": server.start_seconds,
+            "replicas": [len(before), len(after)],
             "crashed_replicas": crashed,
             "left_files": left_files,
             "opened_addresses": opened,
@@ -386,7 +292,8 @@ def show(name: str, results: dict[str, Any]) -> None:
         f"{results['share_of_bare']:.0%} of the bare model ({results['share_of_bare_by_cpu']:.0%} by processor time)",
         "latency": ", ".join(f"{share} {value:.2f} s" for share, value in latency.items()),
         "answers": ", ".join(f"{count} {outcome}" for outcome, count in results["outcomes"].items()),
-        "replicas killed, crashed": f"{sum(results['killed'].values())}, {results['crashed_replicas']}",
+        "replicas": f"{results['replicas'][0]} before, {results['replicas'][1]} after; "
+        f"{sum(results['killed'].values())} killed, {results['crashed_replicas']} crashed",
         "hostile requests": f"{sum(results['hostile'].values())}",
         "memory": f"{memory['mib'][0]} MiB early, {memory['mib'][1]} MiB late "
         f"(replicas {memory['replica_mib'][0]}, {memory['replica_mib'][1]})",

@@ -1,7 +1,7 @@
 """Encode a file to latents on a server that `samekit serve` started, then decode them again.
 
-    samekit serve same-s --port 8000
-    python examples/serve_client.py song.flac http://127.0.0.1:8000
+samekit serve same-s --port 8000
+python examples/serve_client.py song.flac http://127.0.0.1:8000
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from importlib import resources
 import numpy as np
 import pytest
 import soundfile as sf
-from helpers import HOP, noise
+from helpers import FakeBackend, noise
 from load_server import Server
 from test_report import Page
 
@@ -49,12 +49,12 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def serve(bundled_engine, tmp_path_factory):
-    """Return a function that starts a server of same-tiny with other environment variables: name=value -> Server."""
+def serve(small_engine, tmp_path_factory):
+    """Return a function that starts a server with further environment variables: name=value -> Server."""
     servers = []
 
     def start(**environment):
-        servers.append(Server(bundled_engine.folder, tmp_path_factory.mktemp("server"), environment=environment))
+        servers.append(Server(small_engine, tmp_path_factory.mktemp("server"), environment=environment))
         return servers[-1]
 
     yield start
@@ -88,17 +88,18 @@ def wait(tab, status):
 
 
 @pytest.mark.slow
-def test_file_is_encoded_decoded_and_played(tab, server, song, bundled_engine):
+def test_file_is_encoded_decoded_and_played(tab, server, song):
     tab.set_input_files("#file", song)
     wait(tab, "Done.")
-    latents = -(-int(SECONDS * bundled_engine.spec.sample_rate) // bundled_engine.spec.hop)
+    spec = FakeBackend().spec
+    latents = spec.latents(round(SECONDS * spec.sample_rate))
     shown = texts(tab)
     assert shown["name"] == song.name
     assert shown["duration"] == "1.50 s"
-    assert shown["latents"] == f"{bundled_engine.spec.latent_width} × {latents}"
+    assert shown["latents"] == f"{spec.latent_width} \N{MULTIPLICATION SIGN} {latents}"
     assert shown["time"].count(" s to ") == 2
     durations = tab.evaluate("[...document.querySelectorAll('audio')].map(a => a.duration)")
-    assert durations == pytest.approx([SECONDS, latents * HOP / bundled_engine.spec.sample_rate], abs=0.01)
+    assert durations == pytest.approx([SECONDS, latents * spec.hop / spec.sample_rate], abs=0.01)
     # Both recordings are played, not only loaded, and the button continues at the same position.
     positions = tab.evaluate(
         "(async () => { const [a, b] = document.querySelectorAll('audio'); a.muted = b.muted = true; await a.play();"
@@ -146,7 +147,7 @@ def test_field_for_a_token_appears_where_the_server_asks_for_one(browser, serve,
     wait(tab, "This server needs an access token.")
     tab.get_by_label("Access token").fill(TOKEN)
     tab.get_by_label("Access token").blur()
-    tab.wait_for_function("document.getElementById('model').textContent.includes('same-tiny')")
+    tab.wait_for_selector("#model:has-text('with fake')")
     tab.set_input_files("#file", song)
     wait(tab, "Done.")
     assert np.isfinite(tab.evaluate("document.getElementById('decoded').duration"))
@@ -155,5 +156,5 @@ def test_field_for_a_token_appears_where_the_server_asks_for_one(browser, serve,
 
 @pytest.mark.slow
 def test_no_field_for_a_token_where_none_is_asked_for(tab):
-    tab.wait_for_function("document.getElementById('model').textContent.includes('same-tiny')")
+    tab.wait_for_selector("#model:has-text('with fake')")
     assert tab.is_hidden("#token")
