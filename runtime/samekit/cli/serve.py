@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from samekit.cli.group import UserPath, say
+from samekit.cli.group import STOPPED, UserPath, say
 from samekit.engine.spec import PRECISIONS
 
 if TYPE_CHECKING:
@@ -50,14 +50,13 @@ def triton(out: Path, model: str, **options: Any) -> None:
 @click.option("--max-seconds", default=600, show_default=True, type=click.IntRange(min=1), help="Audio of a request.")
 @click.option("--max-bytes", default=2**28, show_default=True, type=click.IntRange(min=1), help="Body of a request.")
 def serve(model: str, host: str, port: int, **options: Any) -> None:
-    """Serve MODEL over HTTP with Ray Serve."""
-    import time
+    """Serve MODEL over HTTP with Ray Serve, until Ctrl-C or SIGTERM."""
+    import threading
 
     from samekit.serving.options import ServeOptions
-    from samekit.serving.server import free_port, run
+    from samekit.serving.server import run
 
-    port = port or free_port(host)
-    with run(ServeOptions(model, **options), host, port):
-        say(f"samekit serves {model} on http://{host}:{port}")
-        while True:
-            time.sleep(3600)
+    click.get_current_context().meta[STOPPED] = "stopped"
+    with run(ServeOptions(model, **options), host, port) as url:
+        say(f"samekit serves {model} on {url}")
+        threading.Event().wait()

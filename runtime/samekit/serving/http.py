@@ -2,128 +2,234 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import os
-import shutil
-import tempfile
-import threading
+import hashlib
+import hmac
+import io
+import mimetypes
+import time
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Final, Literal
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
 
 from samekit import __version__
-from samekit.errors import AudioFileError, InputError, LatentsFileError, NonFiniteError, SamekitError
-from samekit.serving.service import RefusedError, Service
+from samekit.audio import readable_suffixes
+from samekit.errors import (
+    AudioFileError,
+    InputError,
+    LatentsFileError,
+    NonFiniteError,
+    OutputError,
+    SamekitError,
+)
+from samekit.serving import metrics
+from samekit.serving import service as services
+from samekit.serving.flow import ReplicaFlow
+from samekit.serving.service import DecodedAudio, RefusedError, Service
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Mapping
 
-NPY = "application/x-npy"
-_CLIENT_ERRORS = (AudioFileError, LatentsFileError, InputError, NonFiniteError)
-_CHUNK = 2**18
-PAGE = Path(__file__).with_name("page.html")
+    from samekit.serving.flow import App, Message, Receive, Send
+
+NPY: Final = "application/x-npy"
+"""Media type of latents."""
+WITHOUT_TOKEN: Final = ("/", "/healthz", "/readyz")
+"""Paths that need no token: probes, and the page, in which a person enters the token."""
+_CLIENT_ERRORS: Final = (AudioFileError, LatentsFileError, InputError, NonFiniteError)
+_CHUNK: Final = 2**18
+_PAGE: Final = Path(__file__).with_name("page.html")
+_RAW_BODY: Final = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
 
 
-def create_app(service: Service) -> FastAPI:
-    """Return the application that answers requests with a service."""
-    app = FastAPI(title="samekit", version=__version__, docs_url=None, redoc_url=None)
+def create_app(service: Service, token_sha256: str | None = None) -> FastAPI:
+    """Return the application that answers requests with a service, which it closes at its end.
 
-    @app.exception_handler(SamekitError)
-    async def refuse(_request: Request, error: SamekitError) -> JSONResponse:
-        status = 500
-        if isinstance(error, RefusedError):
-            status = error.status
-        elif isinstance(error, _CLIENT_ERRORS):
-            status = 422
-        return JSONResponse({"error": str(error)}, status)
+    Args:
+        service: does the work.
+        token_sha256: SHA-256 of the bearer token that requests need; None for no token.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.close()
+
+    # The pages for people would load scripts from the internet.
+    app = FastAPI(title="samekit", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.add_middleware(_Measured)
+    app.add_middleware(_Guarded, token_sha256=token_sha256)
+    app.add_middleware(ReplicaFlow)
+    app.add_exception_handler(SamekitError, _refuse)
+    app.add_exception_handler(HTTPException, _refuse)
+    app.add_exception_handler(RequestValidationError, _refuse)
+    app.add_exception_handler(Exception, _refuse)
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
-        return FileResponse(PAGE)
+        return FileResponse(_PAGE)
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
+        """Say that the server runs."""
         return {"status": "ok"}
 
     @app.get("/readyz")
-    async def readyz() -> dict[str, str]:
-        return {"status": "ok"}
+    async def readyz() -> JSONResponse:
+        """Say whether this replica takes requests now."""
+        full = service.in_work >= service.options.max_queue
+        return JSONResponse({"status": "busy" if full else "ok"}, 503 if full else 200)
 
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response("", media_type="text/plain")
+    @app.get("/metrics", response_class=Response)
+    async def show_metrics() -> Response:
+        """Return the metrics of the replicas on this machine, for Prometheus."""
+        return Response(metrics.page(), media_type=metrics.CONTENT_TYPE)
 
     @app.get("/v1/model")
     async def model() -> dict[str, Any]:
+        """Return facts about the model, and the limits of a request."""
         return service.facts()
 
-    async def answer(request: Request, name: str, work: Callable[[Path, threading.Event], Awaitable[Response]]) -> Any:
-        """Receive a body in a folder of its own and do the work."""
-        with service.admitted():
-            folder, stop = Path(tempfile.mkdtemp(prefix="samekit-")), threading.Event()
-            try:
-                await _receive(request, folder / name, service.options.max_bytes)
-                return await work(folder, stop)
-            finally:
-                stop.set()
-                shutil.rmtree(folder)
-
-    @app.post("/v1/encode")
+    @app.post("/v1/encode", openapi_extra=_RAW_BODY, response_class=Response)
     async def encode(request: Request) -> Response:
-        async def work(folder: Path, stop: threading.Event) -> Response:
-            npy, metadata = await asyncio.wrap_future(service.encode(folder / "audio", stop))
-            if "application/json" in request.headers.get("accept", ""):
-                return JSONResponse({**metadata, "npy": base64.b64encode(npy).decode()})
-            headers = {f"x-samekit-{key.replace('_', '-')}": str(value) for key, value in metadata.items()}
-            return Response(npy, media_type=NPY, headers=headers)
+        """Encode the audio file in the body; the answer is `.npy`, or JSON if `Accept` is `application/json`."""
+        _check_content(request)
+        async with services.Request(service) as work:
+            path = await work.receive(request.stream(), _announced(request), f"body{_suffix(request)}")
+            npy, metadata = await work.run(service.encode, path)
+        metrics.AUDIO.labels("encode").inc(metadata["samples"] / metadata["sample_rate"])
+        if "application/json" in request.headers.get("accept", ""):
+            return JSONResponse({**metadata, "npy": base64.b64encode(npy).decode("ascii")})
+        headers = {f"x-samekit-{name.replace('_', '-')}": str(value) for name, value in metadata.items()}
+        return _streamed(io.BytesIO(npy), len(npy), NPY, headers)
 
-        return await answer(request, "audio", work)
-
-    @app.post("/v1/decode")
+    @app.post("/v1/decode", openapi_extra=_RAW_BODY, response_class=Response)
     async def decode(
         request: Request,
-        format: Literal["wav", "flac"] | None = None,  # noqa: A002 the name of the parameter in the URL
+        kind: Annotated[Literal["wav", "flac"] | None, Query(alias="format")] = None,
         bits: Literal["16", "24", "32", "float"] = "16",
         peak: Literal["attenuate", "limit", "clip", "raw"] | None = None,
-        samples: int | None = None,
+        samples: Annotated[int | None, Query(ge=1)] = None,
     ) -> Response:
-        kind = format or ("flac" if "audio/flac" in request.headers.get("accept", "") else "wav")
-        subtype = "FLOAT" if bits == "float" else f"PCM_{bits}"
-
-        async def work(folder: Path, stop: threading.Event) -> Response:
-            audio = folder / f"audio.{kind}"
-            done = service.decode(folder / "latents.npy", audio, subtype, peak, samples, stop)
-            await asyncio.wrap_future(done)
+        """Decode the `.npy` latents in the body to WAV, or to FLAC by `format` or `Accept`."""
+        _check_content(request)
+        kind = kind or ("flac" if "audio/flac" in request.headers.get("accept", "") else "wav")
+        wanted = DecodedAudio(kind, "FLOAT" if bits == "float" else f"PCM_{bits}", peak, samples)
+        async with services.Request(service) as work:
+            path = await work.receive(request.stream(), _announced(request), "body.npy")
+            audio, written = await work.run(service.decode, path, wanted)
             size = audio.stat().st_size
-            # The open file outlives its name.
-            chunks = _chunks(os.open(audio, os.O_RDONLY))
-            return StreamingResponse(chunks, media_type=f"audio/{kind}", headers={"content-length": str(size)})
-
-        return await answer(request, "latents.npy", work)
+            # The open file outlives its folder.
+            file = audio.open("rb")
+        metrics.AUDIO.labels("decode").inc(written / service.model.sample_rate)
+        return _streamed(file, size, f"audio/{kind}", {"x-samekit-samples": str(written)})
 
     return app
 
 
-async def _receive(request: Request, path: Path, most: int) -> None:
-    """Write a body to a file; raise RefusedError if it is too long."""
-    too_long = RefusedError(413, f"the body is longer than {most} bytes; send the audio in parts, or compressed")
-    if int(request.headers.get("content-length", 0)) > most:
-        raise too_long
-    size = 0
-    with path.open("wb") as file:
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > most:
-                raise too_long
-            file.write(chunk)
-    if not size:
-        raise RefusedError(400, "the body is empty; send the file itself as body")
+async def _refuse(_request: Request, error: Exception) -> JSONResponse:
+    """Answer a request that failed: one line of JSON."""
+    status, message, headers = 500, "the server failed; see its log", None
+    if isinstance(error, HTTPException):
+        status, message, headers = error.status_code, error.detail, error.headers
+    elif isinstance(error, RequestValidationError):
+        problem = error.errors()[0]
+        status, message = 400, f"{problem['loc'][-1]}: {problem['msg']}"
+    elif isinstance(error, SamekitError):
+        status, message = 500, str(error)
+        if isinstance(error, RefusedError):
+            status = error.status
+        elif isinstance(error, _CLIENT_ERRORS):
+            status = 422
+        elif isinstance(error, OutputError):
+            status = 503
+    if status in (429, 503):
+        headers = {"retry-after": "1"}
+    return JSONResponse({"error": " ".join(message.split())}, status, headers)
 
 
-async def _chunks(descriptor: int) -> AsyncIterator[bytes]:
-    with open(descriptor, "rb") as file:  # noqa: ASYNC230 the file is in the system's cache
-        while chunk := file.read(_CHUNK):
-            yield chunk
+def _check_content(request: Request) -> None:
+    """Refuse bodies that are no plain file."""
+    content = request.headers.get("content-type", "")
+    if content.startswith("multipart/"):
+        raise RefusedError(415, f"the body is {content.partition(';')[0]}; send the file itself as the body")
+    if coding := request.headers.get("content-encoding"):
+        raise RefusedError(415, f"the content encoding {coding[:20]!r} is not supported; send the file as it is")
+
+
+def _announced(request: Request) -> int:
+    """Return the length of the body if the client announces it, else 0. The server has checked that it is a number."""
+    return int(request.headers.get("content-length", 0))
+
+
+def _suffix(request: Request) -> str:
+    """Return the suffix for a media type; a few formats are recognised by their names only."""
+    suffix = mimetypes.guess_extension(request.headers.get("content-type", "").partition(";")[0]) or ""
+    return suffix if suffix in readable_suffixes() else ""
+
+
+def _streamed(file: BinaryIO, size: int, media_type: str, headers: Mapping[str, str]) -> StreamingResponse:
+    """Answer with the contents of a file. The announced length shows the client when the answer is cut off."""
+
+    async def chunks() -> AsyncIterator[bytes]:
+        with file:
+            while chunk := file.read(_CHUNK):
+                yield chunk
+
+    return StreamingResponse(chunks(), headers={"content-length": str(size), **headers}, media_type=media_type)
+
+
+class _Guarded:
+    """Middleware that refuses requests without the bearer token."""
+
+    def __init__(self, app: App, token_sha256: str | None) -> None:
+        self._app, self._token_sha256 = app, token_sha256
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        app = self._app
+        if scope["type"] == "http" and self._token_sha256 and scope["path"] not in WITHOUT_TOKEN:
+            given = Request(scope).headers.get("authorization", "")
+            scheme, _, token = given.partition(" ")
+            digest = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).hexdigest()
+            if not hmac.compare_digest(digest, self._token_sha256) or scheme.lower() != "bearer":
+                message = "this server needs a token; send the header Authorization: Bearer TOKEN"
+                app = JSONResponse({"error": message}, 401, {"www-authenticate": "Bearer"})
+        await app(scope, receive, send)
+
+
+class _Measured:
+    """Middleware that counts requests and measures their time."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        # 499 stands for a client that has gone, as in the logs of nginx.
+        begin, status = time.monotonic(), 499
+        metrics.IN_WORK.inc()
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            metrics.ended(route, status, time.monotonic() - begin)
+            metrics.IN_WORK.dec()

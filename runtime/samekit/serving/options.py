@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from samekit.arguments import MOST_INT32, MOST_THREADS, check_whole
@@ -54,4 +53,4 @@ class ServeOptions:
     @property
     def cpus(self) -> int:
         """Cores of a replica."""
-        return self.cpus_per_replica or max(1, math.floor(available_cpus() / self.replicas))
+        return self.cpus_per_replica or max(1, available_cpus() // self.replicas)

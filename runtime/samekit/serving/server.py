@@ -1,66 +1,202 @@
-"""Serve a model over HTTP with Ray Serve."""
+"""Serve a model over HTTP with Ray Serve: on this machine, or as an application for a cluster.
+
+`run` starts Ray and Serve on this machine. On a cluster, `serve run samekit.serving.server:app model=same-s` starts the
+same application, and so does a configuration with `import_path: samekit.serving.server:app` and the fields of
+`ServeOptions` as `args`.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import secrets
+import signal
 import socket
-from typing import TYPE_CHECKING, Any
+import tempfile
+import threading
+import uuid
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 from samekit.backends.cpu import available_cpus
+from samekit.engine.folder import find_engine
+from samekit.errors import BackendError, InputError
+from samekit.packages import import_package
+from samekit.serving.flow import IMPORT_PATH
 from samekit.serving.options import ServeOptions
+from samekit.serving.service import open_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fastapi import FastAPI
-    from ray.serve import Application
 
-from contextlib import contextmanager
+TOKEN_VARIABLE: Final = "SAMEKIT_TOKEN"  # noqa: S105 a name
+"""Environment variable with the token that clients must send."""
+INSTALL: Final = "pip install 'samekit[serve]'"
+_NAME: Final = "samekit"
+# Requests that a replica takes beyond `max_queue`, so that it can refuse them at once and answer probes.
+_SPARE_REQUESTS: Final = 32
+_DRAIN_SECONDS: Final = 60
+_OBJECT_STORE_BYTES: Final = 200 * 2**20
+# Set before Ray starts; its processes inherit them. No statistics are sent, and bodies do not fill the memory.
+_ENVIRONMENT: Final = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": IMPORT_PATH,
+}
 
 
-def deployment(options: ServeOptions) -> Application:
-    """Return the application of Ray Serve that serves a model, for `serve.run`."""
-    from ray import serve
+def app(arguments: dict[str, Any]) -> Any:
+    """Return the application for `serve run` and configurations: `arguments` are fields of `ServeOptions`.
+
+    Raises:
+        ValueError: an unknown field or value, as pydantic reports it.
+    """
+    from pydantic import TypeAdapter, with_config
+
+    return deployment(TypeAdapter(with_config(extra="forbid")(ServeOptions)).validate_python(arguments))
+
+
+def deployment(options: ServeOptions, folder: Path | None = None) -> Any:
+    """Return the application of Ray Serve that serves a model, for `serve.run`.
+
+    If the environment variable SAMEKIT_TOKEN is set now, requests need this token.
+
+    Args:
+        options: which model, replicas, batches and limits.
+        folder: folder for the files of requests, on each machine; by default a new one in the folder for temporary
+            files.
+
+    Raises:
+        BackendUnavailableError: Ray Serve is not installed.
+    """
+    serve = import_package("ray.serve", INSTALL)
+    token = os.environ.get(TOKEN_VARIABLE)
+    digest = hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest() if token else None
+    folder = folder or Path(tempfile.gettempdir(), f"samekit-serve-{uuid.uuid4().hex}")
 
     def build_app() -> FastAPI:
-        from samekit.serving.http import create_app
-        from samekit.serving.service import Service
-
-        return create_app(Service(options))
+        return _replica(options, folder, digest)
 
     return serve.deployment(
-        name="samekit",
+        name=_NAME,
         num_replicas=options.replicas,
         ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus_per_replica},
-        max_ongoing_requests=options.max_queue + 32,
-        max_queued_requests=options.max_queue,
-        graceful_shutdown_timeout_s=60,
+        max_ongoing_requests=options.max_queue + _SPARE_REQUESTS,
+        max_queued_requests=options.max_queue + _SPARE_REQUESTS,
+        graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=_DRAIN_SECONDS,
     )(serve.ingress(build_app)()).bind()
 
 
-@contextmanager
-def run(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) -> Iterator[None]:
-    """Start Ray Serve on this machine and serve a model while the `with` block runs."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-    from ray import serve
+def _replica(options: ServeOptions, folder: Path, token_sha256: str | None) -> FastAPI:
+    """Return the application of a replica, in its process."""
+    counts = folder / "metrics"
+    for each in (folder, counts):
+        each.mkdir(mode=0o700, exist_ok=True)
+    # prometheus_client reads it when it is imported.
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(counts)
+    from samekit.serving import metrics
+    from samekit.serving.http import create_app
+    from samekit.serving.service import Service
 
+    return create_app(Service(options, folder, metrics.batch_ran), token_sha256)
+
+
+@contextmanager
+def run(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) -> Iterator[str]:
+    """Start Ray Serve on this machine and serve a model while the `with` block runs; yield the URL.
+
+    At the end, requests in work are completed first, for up to a minute; new ones are refused with status 503.
+
+    Args:
+        options: which model, replicas, batches and limits.
+        host: the address to listen on.
+        port: the TCP port; 0 takes a free one.
+
+    Raises:
+        BackendUnavailableError: Ray Serve is not installed.
+        InputError: nothing can listen on the address, or the replicas do not fit on this machine.
+        BackendError: Ray or a replica does not start.
+    """
+    if options.replicas * options.cpus > available_cpus() and options.cpus_per_replica:
+        raise InputError(
+            f"{options.replicas} replicas of {options.cpus} cores do not fit on the {available_cpus()} cores of this "
+            "machine; pass less"
+        )
+    _check_model(options)
+    port = _checked_port(host, port)
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if "RAY_AUTH_MODE" not in os.environ:
+        # Ray's own ports are open on every interface. Its processes inherit this token, which no file holds.
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    ray, serve = import_package("ray", INSTALL), import_package("ray.serve", INSTALL)
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     cores = max(available_cpus(), options.replicas * options.cpus)
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    ray.init("local", num_cpus=cores, include_dashboard=False, object_store_memory=200 * 2**20, **quiet)
+    with ExitStack() as stack:
+        folder = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="samekit-serve-", ignore_cleanup_errors=True))
+        )
+        try:
+            stack.callback(ray.shutdown)
+            with _kept_signal_handlers():
+                ray.init(
+                    "local",
+                    num_cpus=cores,
+                    include_dashboard=False,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    **quiet,
+                )
+            logging.getLogger("ray.serve").setLevel(logging.ERROR)
+            serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+            serve.run(deployment(options, folder), name=_NAME, route_prefix="/")
+            stack.callback(serve.delete, _NAME)
+        except RuntimeError as error:
+            raise BackendError(
+                f"the server does not start ({_cause(error)}); see /tmp/ray/session_latest/logs"
+            ) from None
+        yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _check_model(options: ServeOptions) -> None:
+    """Raise the error of a model that does not open, before Ray starts. Opening it on a GPU is left to the replicas."""
+    if options.gpus_per_replica:
+        find_engine(options.model).check(options.precision)
+    else:
+        open_model(options).close()
+
+
+def _cause(error: Exception) -> str:
+    """Return the line of Ray's message that names the error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if "Error: " in line]
+    return (named or lines or [type(error).__name__])[-1]
+
+
+def _checked_port(host: str, port: int) -> int:
+    """Return the port, or a free one for 0; raise InputError if nothing can listen there. Ray would report it late."""
     try:
-        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
-        serve.run(deployment(options), name="samekit", route_prefix="/")
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+            free: int = listener.getsockname()[1]
+            return free
+    except OSError as error:
+        raise InputError(
+            f"{host}:{port} cannot be used ({error.strerror or error}); pass another --host or --port"
+        ) from None
+
+
+@contextmanager
+def _kept_signal_handlers() -> Iterator[None]:
+    """Keep Python's signal handlers, which Ray replaces by some that print a stack or change the exit code."""
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
         yield
     finally:
-        serve.shutdown()
-        ray.shutdown()
-
-
-def free_port(host: str) -> int:
-    """Return a TCP port that is free now."""
-    with socket.socket() as listener:
-        listener.bind((host, 0))
-        port: int = listener.getsockname()[1]
-        return port
+        for number, handler in before.items():
+            signal.signal(number, handler)
