@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-START_SECONDS, REPLACE_SECONDS, STOP_SECONDS = 180, 60, 60
+START_SECONDS, REPLACE_SECONDS, FILES_SECONDS, STOP_SECONDS = 180, 60, 20, 90
 REPLICA = "ray::ServeReplica"
 """How the command line of a replica begins."""
 MIB = 1 << 20
@@ -165,6 +165,13 @@ class Server:
             folders[:] = [name for name in folders if not (name == "ray" or name.startswith("session_"))]
             found += [os.path.join(folder, name) for name in files]
         return sorted(found)
+
+    def wait_for_new_files(self, before: list[str]) -> list[str]:
+        """Wait until the files of the last requests are deleted, at most `FILES_SECONDS`; return the other new ones."""
+        end = time.perf_counter() + FILES_SECONDS
+        while (new := sorted(set(self.temporary_files()) - set(before))) and time.perf_counter() < end:
+            time.sleep(0.5)
+        return new
 
     def stop(self) -> dict[str, Any]:
         """End the server by SIGTERM; return its exit code, the seconds it took, and which processes it left."""

@@ -250,7 +250,7 @@ def main(
         try:
             first = httpx.post(f"{server.url}/v1/{task}", content=clips[0].body, timeout=ANSWER_SECONDS)
             first_seconds = time.perf_counter() - server.started
-            before, cpu = server.replicas(), server.cpu_seconds()
+            before, files, cpu = server.replicas(), server.temporary_files(), server.cpu_seconds()
             load = Load(server, task, clips, seconds, rate)
 
             async def loaded(trap: str) -> None:
@@ -261,9 +261,10 @@ def main(
             cpu = server.cpu_seconds() - cpu
             after = server.wait_for_replicas(len(before))
             crashed = 0 if kill_every else len(set(before) - set(after))
-            left_files = server.temporary_files()
+            new_files = server.wait_for_new_files(files)
         finally:
             stopped = server.stop()
+        left_files = server.temporary_files()
         bare.append(alone(bare_speed, *bare_arguments))
         results = results_of(load, clip_seconds, bare, cpu)
         results |= {
@@ -271,6 +272,7 @@ def main(
             "start_seconds": server.start_seconds,
             "replicas": [len(before), len(after)],
             "crashed_replicas": crashed,
+            "new_files": new_files,
             "left_files": left_files,
             "opened_addresses": opened,
             "unpickled": canary.exists(),
@@ -298,7 +300,8 @@ def show(name: str, results: dict[str, Any]) -> None:
         "memory": f"{memory['mib'][0]} MiB early, {memory['mib'][1]} MiB late "
         f"(replicas {memory['replica_mib'][0]}, {memory['replica_mib'][1]})",
         "open files": f"{memory['descriptors'][0]} early, {memory['descriptors'][1]} late",
-        "files left": f"{len(results['left_files'])}",
+        "temporary files": f"{len(results['new_files'])} more after the load, "
+        f"{len(results['left_files'])} after the stop",
         "stop": f"{results['stop']['seconds']} s, exit code {results['stop']['exit_code']}, "
         f"{len(results['stop']['left_processes'])} processes left",
     }
