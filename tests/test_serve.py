@@ -11,10 +11,13 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -582,12 +585,11 @@ def test_broken_requests_leave_the_server_alone(server):
         begin + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
         begin + b"X: " + b"y" * 200_000 + b"\r\n\r\n",
     ):
-        with socket.create_connection(address, 30) as connection:
-            # The server may close the connection before it has read everything.
-            with suppress(ConnectionError):
-                connection.sendall(text)
-                answer = connection.recv(2**16)
-                assert answer[9:12] in (b"400", b"413", b"431"), text[:80]
+        # The server may close the connection before it has read everything.
+        with socket.create_connection(address, 30) as connection, suppress(ConnectionError):
+            connection.sendall(text)
+            answer = connection.recv(2**16)
+            assert answer[9:12] in (b"400", b"413", b"431"), text[:80]
     with socket.create_connection(address, 30) as connection:
         connection.sendall(begin + b"Content-Length: 1000\r\n\r\nbegun")
     assert client.post("/v1/encode", content=audio_file()).status_code == 200
@@ -639,15 +641,22 @@ def test_replica_that_is_killed(server, model, tmp_path, faults):
     assert "samekit_requests_in_work 1.0" in client.get("/metrics").text
 
 
-def test_sigterm_completes_what_is_in_work(small_engine, model, tmp_path, faults):
+@pytest.fixture
+def short_folder():
+    """An empty folder with a short name, below which Ray can create sockets."""
+    with tempfile.TemporaryDirectory(prefix="s-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def test_sigterm_completes_what_is_in_work(small_engine, model, tmp_path, short_folder, faults):
     clip = audio_file(60 * RATE)
     expected, _ = encoded(model, tmp_path, clip)
     log = tmp_path / "log"
-    with served(small_engine, log, "--cpus-per-replica", "1", SAMEKIT_TOKEN="secret", TMPDIR=str(tmp_path)) as both:
+    with served(small_engine, log, "--cpus-per-replica", "1", SAMEKIT_TOKEN="secret", TMPDIR=str(short_folder)) as both:
         process, client = both
         refused(client.post("/v1/encode", content=clip), 401)
         client.headers["authorization"] = "Bearer secret"
-        (folder,) = tmp_path.glob("samekit-serve-*")
+        (folder,) = short_folder.glob("samekit-serve-*")
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(client.post, "/v1/encode", content=clip)
             while not any(each.name.partition("-")[0].isdecimal() for each in folder.iterdir()):
@@ -657,7 +666,7 @@ def test_sigterm_completes_what_is_in_work(small_engine, model, tmp_path, faults
             assert answer.result().content == expected
         assert process.wait(60) == 143
     assert not folder.exists()
-    assert log.read_text().splitlines()[1:] == ["stopped"]
+    assert log.read_text().splitlines()[-2:] == [f"samekit serves {small_engine} on {client.base_url}", "stopped"]
 
 
 @pytest.mark.parametrize(
@@ -679,8 +688,10 @@ def test_server_that_cannot_start(small_engine, arguments, words):
 
 
 def test_application_for_configurations(small_engine):
-    """`serve run` passes arguments as text, `serve build` imports the function."""
-    from ray.serve import Application
+    """`serve run` passes arguments as text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from ray.serve import Application
 
     assert isinstance(app({"model": str(small_engine), "max_queue": "5", "gpus_per_replica": "0.5"}), Application)
     with pytest.raises(ValueError, match="max_queues"):

@@ -126,8 +126,8 @@ def run(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) -> Ite
             f"{options.replicas} replicas of {options.cpus} cores do not fit on the {available_cpus()} cores of this "
             "machine; pass less"
         )
-    _check_model(options)
     port = _checked_port(host, port)
+    _check_model(options)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if "RAY_AUTH_MODE" not in os.environ:
@@ -154,7 +154,7 @@ def run(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) -> Ite
             serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
             serve.run(deployment(options, folder), name=_NAME, route_prefix="/")
             stack.callback(serve.delete, _NAME)
-        except RuntimeError as error:
+        except Exception as error:  # noqa: BLE001 Ray has no error class for this
             raise BackendError(
                 f"the server does not start ({_cause(error)}); see /tmp/ray/session_latest/logs"
             ) from None
