@@ -1,4 +1,4 @@
-"""The page at `/` of `samekit serve`: that it is one file, and how a browser encodes, plays and reports errors."""
+"""The page at `/` of `samekit serve`, in a browser, and the example client."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from importlib import resources
 
 import numpy as np
 import pytest
+import serve_client
 import soundfile as sf
 from helpers import FakeBackend, noise
 from load_server import Server
@@ -158,3 +159,10 @@ def test_field_for_a_token_appears_where_the_server_asks_for_one(browser, serve,
 def test_no_field_for_a_token_where_none_is_asked_for(tab):
     tab.wait_for_selector("#model:has-text('with fake')")
     assert tab.is_hidden("#token")
+
+
+@pytest.mark.slow
+def test_example_client(server, song):
+    serve_client.main(str(song), server.url)
+    latents = np.load(f"{song}.npy")
+    assert sf.info(f"{song}.decoded.wav").frames == latents.shape[1] * FakeBackend().spec.hop
