@@ -116,7 +116,9 @@ def child(*command: str | Path) -> str:
     return done.stdout
 
 
-def plot_lines(path: Path, points: Iterable[tuple[str, str, float, float]], x: str, y: str) -> None:
+def plot_lines(
+    path: Path, points: Iterable[tuple[str, str, float, float]], x: str, y: str, xscale: str = "log"
+) -> None:
     """Write a picture of lines through points; each point is a panel, a line, x and y."""
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for panel, line, x_value, y_value in points:
@@ -125,7 +127,7 @@ def plot_lines(path: Path, points: Iterable[tuple[str, str, float, float]], x: s
     def draw(axes: Any, title: str) -> None:
         for name, line_points in panels[title].items():
             axes.plot(*zip(*line_points, strict=True), marker="o", label=name)
-        axes.set(xlabel=x, xscale="log", ylabel=y)
+        axes.set(xlabel=x, xscale=xscale, ylabel=y)
         axes.set_ylim(bottom=0)
         axes.legend()
 
