@@ -403,9 +403,8 @@ def test_push_and_use(server, own_engine):
     assert "samekit encode song.wav song.npy --model me/engine" in card
     least = min(case["snr_db"] for case in own_engine.spec.verification["fp32"])
     assert f" {least:.1f} dB |" in card
-    with open_cpu("me/engine") as model:
-        with open_cpu(own_engine.folder) as local:
-            np.testing.assert_array_equal(encode(model), encode(local))
+    with open_cpu("me/engine") as model, open_cpu(own_engine.folder) as local:
+        np.testing.assert_array_equal(encode(model), encode(local))
 
 
 @pytest.mark.usefixtures("token")
