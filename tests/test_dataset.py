@@ -1406,14 +1406,13 @@ def test_second_ctrl_c_ends_the_process(data, out):
 def test_command_has_the_flags_and_defaults_of_the_reference():
     options = {option.opts[0]: option for option in main.commands["pre-encode"].params}
     defaults = {
-        "--model": "same-l",
         "--batch_size": 1,
         "--sample_size": 12582912,
         "--model_half": False,
         "--pad": False,
     }
     assert {name: options[name].get_default(click.Context(main)) for name in defaults} == defaults
-    assert {"--data_dir", "--output_path"} <= set(options)
+    assert {"--model", "--data_dir", "--output_path"} <= set(options)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from test_triton import stand_in
 from samekit.cli.main import main
 from samekit.dataset.manifest import Status
 from samekit.engine.spec import EngineSpec
+from samekit.serving.options import ServeOptions
 from samekit_export import checkpoint, hub
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +39,7 @@ OTHERS = ("ARCHITECTURE.md", "SECURITY.md", "CHANGELOG.md", "benchmarks/README.m
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in (*DOCUMENTS, *OTHERS)}
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+ENGINES_IN_CONTAINER = re.search(r"SAMEKIT_CACHE=(\S+)", (ROOT / "Dockerfile").read_text(encoding="utf-8"))[1]
 EXTRAS = set(
     re.findall(r"^(\w+) = \[", PYPROJECT.split("[project.optional-dependencies]")[1].split("\n[")[0], re.MULTILINE)
 )
@@ -101,7 +103,7 @@ def command_names():
 
 def test_every_block_is_known():
     languages = {language for name in DOCUMENTS for _, language, _ in blocks(name)}
-    assert languages <= {"sh", "console", "python", "pycon", "dockerfile", "text"}
+    assert languages <= {"sh", "console", "python", "pycon", "yaml", "text"}
     for name in DOCUMENTS:
         assert len(re.findall(r"^\s*```", TEXTS[name], re.MULTILINE)) == 2 * len(list(blocks(name))), name
 
@@ -131,7 +133,6 @@ def prepare(folder, engine_of, tiny, *, exports):
         source = {"kind": "hub", "name": hub.HUB_REPOSITORIES[name]}
         spec = dataclasses.replace(EngineSpec.load(engine), name=name, source=source)
         (engine / "spec.json").write_text(spec.to_json(), encoding="utf-8")
-    shutil.copytree(tiny, folder / "demo" / "engines" / "same-tiny")
     # The guide to exports exports it.
     if not exports:
         shutil.copytree(tiny, folder / "engines" / "same-tiny")
@@ -161,8 +162,8 @@ def assert_shown(step, output):
 
 def run_samekit(step):
     arguments = step.words[1:]
-    if "--ray" in arguments or any(word.startswith("me/") for word in arguments):
-        # There is no such cluster and no such repository here, so only the options are checked.
+    if arguments[0] == "serve" or "--ray" in arguments or any(word.startswith("me/") for word in arguments):
+        # There is no such cluster or repository here, and a server would not end, so only the options are checked.
         assert command_named(arguments[0]).make_context(arguments[0], arguments[1:])
         return
     with mock.patch("samekit_export.checkpoint.load", load_small_checkpoint):
@@ -206,9 +207,24 @@ def run_python_program(step):
         assert done.returncode == 0, done.stderr
 
 
+def run_curl(step):
+    """Check that the server has this route. `test_serve.py` sends such requests."""
+    (url,) = [word for word in step.words if word.startswith("http:")]
+    route = url.removeprefix("http://127.0.0.1:8000")
+    assert f'.post("{route}",' in (ROOT / "runtime/samekit/serving/http.py").read_text(encoding="utf-8")
+
+
 def run_docker(step):
-    """Check that the container would serve the models that an earlier step wrote."""
+    """Check the options of samekit in a container, or that Triton would serve the models that an earlier step wrote."""
+    if step.words[1] == "build":
+        assert step.words[2:] == ["--tag", "samekit", "."]
+        return
     assert step.words[:3] == ["docker", "run", "--rm"]
+    if "samekit" in step.words:
+        assert f"$PWD/engines:{ENGINES_IN_CONTAINER}:ro" in step.words
+        command, *arguments = step.words[step.words.index("samekit") + 1 :]
+        assert command_named(command).make_context(command, arguments)
+        return
     assert step.words[step.words.index("--model-repository") + 1] == "/models"
     assert "$PWD/models:/models" in step.words
     assert sorted(path.name for path in Path("models").iterdir()) == ["same-l-decoder", "same-l-encoder"]
@@ -229,6 +245,7 @@ def run_session(step):
 
 LANGUAGE_RUNNERS = {"python": run_snippet, "pycon": run_session}
 PROGRAM_RUNNERS = {
+    "curl": run_curl,
     "samekit": run_samekit,
     "make": run_make,
     "pip": run_pip,
@@ -291,18 +308,26 @@ def test_options_exist():
         for each in command_named(name).params
         for option in (*each.opts, *each.secondary_opts)
     }
-    others = {"--encoded_dir", "--cpuset-cpus", "--cpus", "--gpus", "--help"}
+    others = {"--encoded_dir", "--cpuset-cpus", "--cpus", "--gpus", "--help", "--build-arg", "--shm-size", "--publish"}
+    others |= {"--no-deps"}
     for name in DOCUMENTS:
         assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", prose_of(name))) <= options | others, name
 
 
-def test_container_file():
-    (text,) = [text for name in DOCUMENTS for _, language, text in blocks(name) if language == "dockerfile"]
-    assert set(re.findall(r"\.whl\)\[(\w+)\]", text)) <= EXTRAS
-    assert 'ENTRYPOINT ["samekit"]' in text
-    assert 'samekit = "samekit.cli.main:main"' in PYPROJECT
-    (variable,) = re.findall(r"^ENV (\w+)=/engines$", text, re.MULTILINE)
-    assert f'environ.get("{variable}")' in (ROOT / "runtime/samekit/engine/folder.py").read_text(encoding="utf-8")
+def test_extras_of_containers_exist():
+    found = re.findall(r"EXTRAS=([\w,]+)", "".join(TEXTS.values()))
+    assert found
+    assert {extra for extras in found for extra in extras.split(",")} <= EXTRAS
+
+
+def test_file_for_a_cluster():
+    """Ray Serve would find the application, and `ServeOptions` has every argument."""
+    yaml = pytest.importorskip("yaml")
+    (text,) = [text for name in DOCUMENTS for _, language, text in blocks(name) if language == "yaml"]
+    (application,) = yaml.safe_load(text)["applications"]
+    module, function = application["import_path"].split(":")
+    assert f"\ndef {function}(" in (ROOT / "runtime" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+    assert application["args"].keys() <= {field.name for field in dataclasses.fields(ServeOptions)}
 
 
 def test_tree_of_the_code_names_every_module_once():

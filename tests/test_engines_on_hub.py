@@ -28,6 +28,7 @@ from samekit.engine.exchange import publish
 from samekit.engine.folder import Engine, find_engine
 from samekit.engine.model_card import licence_of, model_card, notice
 from samekit.errors import BackendUnavailableError, EngineError, EngineNotFoundError, HubError, InputError
+from samekit.packages import install_command
 from samekit_export.export import export
 
 REPOSITORY = "someone/tiny"
@@ -71,12 +72,13 @@ def run(*arguments, stdin=None):
 # --- Fetching ----------------------------------------------------------------------------------------------
 
 
-def test_only_the_used_half_is_fetched(server, published, model_of):
+def test_only_the_used_half_is_fetched(server, published):
     with open_cpu() as model:
         assert server.downloads() == ["spec.json"]
         latents = encode(model)
         assert [name for name in server.downloads() if "decoder" in name] == []
-        np.testing.assert_array_equal(latents, encode(model_of("tiny-s", "onnxruntime")))
+        with open_cpu(published) as local:
+            np.testing.assert_array_equal(latents, encode(local))
         model.decode(latents)
     assert sorted(server.downloads()) == sorted(["spec.json", *graph_files(published)])
 
@@ -169,7 +171,7 @@ def test_without_the_extra(monkeypatch):
     assert done.stderr == (
         "Error: no engine for 'someone/tiny' in . or engines or "
         f"{Path.home()}/.cache/samekit/engines, and the hub cannot be asked (huggingface_hub is not installed); "
-        "check the path, or run: pip install 'samekit[hub]'\n"
+        f"check the path, or run: {install_command('hub')}\n"
     )
 
 
@@ -388,7 +390,7 @@ def token(monkeypatch):
 
 
 @pytest.mark.usefixtures("token")
-def test_push_and_use(server, own_engine, model_of):
+def test_push_and_use(server, own_engine):
     done = run("push", own_engine.folder, "me/engine", "--private")
     assert done.exit_code == 0, done.output
     (commit, folder), *_ = server.repositories["me/engine"].items()
@@ -401,8 +403,8 @@ def test_push_and_use(server, own_engine, model_of):
     assert "samekit encode song.wav song.npy --model me/engine" in card
     least = min(case["snr_db"] for case in own_engine.spec.verification["fp32"])
     assert f" {least:.1f} dB |" in card
-    with open_cpu("me/engine") as model:
-        np.testing.assert_array_equal(encode(model), encode(model_of("tiny-s", "onnxruntime")))
+    with open_cpu("me/engine") as model, open_cpu(own_engine.folder) as local:
+        np.testing.assert_array_equal(encode(model), encode(local))
 
 
 @pytest.mark.usefixtures("token")

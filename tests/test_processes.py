@@ -244,7 +244,7 @@ def test_module_is_the_command(home):
     assert python(home, "-m", "samekit", "--version").stdout == f"samekit, version {samekit.__version__}\n"
     shown = python(home, "-m", "samekit", "--help")
     assert shown.returncode == 0
-    assert shown.stdout.startswith("Usage: samekit [OPTIONS] COMMAND")
+    assert shown.stdout.startswith("Usage: samekit [OPTIONS] [COMMAND]")
     assert python(home, "-m", "samekit", "no-such-command").returncode == 2
 
 

@@ -54,7 +54,7 @@ class EncodedAudio(NamedTuple):
     """The answer to a request that encodes."""
 
     npy: bytes
-    metadata: dict[str, Any]
+    metadata: dict[str, object]
 
 
 class DecodedAudio(NamedTuple):
