@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 RETRY_SECONDS = 0.1
 """Pause of a client after an error."""
+ANSWER_SECONDS = 120
 
 
 def memory(server: TritonServer) -> float:
@@ -72,7 +73,7 @@ def ask(client: grpc.InferenceServerClient, model: str, clips: list[tuple[Array,
         tensor.set_data_from_numpy(audio)
         start = time.perf_counter()
         try:
-            answer = client.infer(model, [tensor]).as_numpy("latents")
+            answer = client.infer(model, [tensor], client_timeout=ANSWER_SECONDS).as_numpy("latents")
         except grpc.InferenceServerException as error:
             found.errors[first_line(error)] += 1
             time.sleep(RETRY_SECONDS)

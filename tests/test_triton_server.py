@@ -264,27 +264,6 @@ def test_server_that_is_killed_and_started_again(start, bundled_engine, clips, f
     assert sum(refused for _, refused in results)
 
 
-def test_process_of_a_model_that_is_killed(start, bundled_engine, clips, faults):
-    """The server starts the process again, and answers the request in work with an error."""
-    from tritonclient import grpc
-
-    audio, rate, latents = clips[0]
-    with start(bundled_engine) as server, grpc.InferenceServerClient(server.grpc) as client:
-        processes = psutil.Process(server.process.pid).children()
-        (process,) = (each for each in processes if f"{MODEL}-{ENCODER}" in " ".join(each.cmdline()))
-        process.kill()
-        faults["processes of Triton models killed"] += 1
-        refused = 0
-        while refused < 60:
-            try:
-                answer = ask(grpc, client, ENCODER, to_encode(audio, rate))
-                break
-            except grpc.InferenceServerException:
-                refused += 1
-                time.sleep(1)
-        assert np.array_equal(answer, latents)
-
-
 @pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt"])
 def test_configurations_without_their_backend(start, own_engine, backend):
     """This server has none of these backends. It looks for them after it has checked the configuration."""

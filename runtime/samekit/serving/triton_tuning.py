@@ -28,6 +28,8 @@ _VALUES: Final = {"instances": (1, 2, 4), "max_batch": (1, 4, 8), "queue_delay":
 # Latents of a request, 6 s of audio at 44.1 kHz. Every server takes a window of this length.
 _LATENTS: Final = 64
 _SECONDS: Final = 4.0
+# If the process of a model dies, for example for want of memory, the server never answers its requests.
+_ANSWER_SECONDS: Final = 300
 _LEAST_CLIENTS: Final = 4
 _MOST_CLIENTS: Final = 32
 
@@ -113,6 +115,6 @@ class _Job:
 
     def _ask(self, client: Any) -> None:
         try:
-            client.infer(self._model, [self._input])
+            client.infer(self._model, [self._input], client_timeout=_ANSWER_SECONDS)
         except self._client.InferenceServerException as error:
             raise BackendError(f"{self._model}: {first_line(error)}; check the engine with: samekit verify") from None
