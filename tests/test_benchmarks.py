@@ -122,7 +122,7 @@ def test_format_that_the_pipeline_does_not_measure():
     assert "'wav,aac' is no list of wav, flac, mp3" in done.stderr
 
 
-@pytest.mark.parametrize("name", [*OF_ENGINES, "ray_overhead"])
+@pytest.mark.parametrize("name", [*OF_ENGINES, "ray_overhead", "serve_load", "triton_load"])
 @pytest.mark.parametrize("folder", ["not there", "empty"])
 def test_what_is_no_engine_folder(tmp_path, name, folder):
     (tmp_path / "empty").mkdir()

@@ -25,13 +25,17 @@ import pytest
 import soundfile as sf
 from click.testing import CliRunner
 from helpers import RATE, noise, seeded
-from test_triton import stand_in
+from test_triton_client import stand_in
 
 from samekit.cli.main import main
 from samekit.dataset.manifest import Status
 from samekit.engine.spec import EngineSpec
+<<<<<<< HEAD
 from samekit.serving.options import ServeOptions
 from samekit_export import checkpoint, hub
+=======
+from samekit_export import checkpoint, hub, open_backend
+>>>>>>> eye3
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")))
@@ -145,7 +149,7 @@ def prepare(folder, engine_of, tiny, *, exports):
         (folder / "clips" / f"{index}.txt").write_text(f"caption {index}")
 
 
-def load_small_checkpoint(model, *_):
+def load_small_checkpoint(model, *_, **__):
     """Load a small checkpoint instead of a published one."""
     if model in checkpoint.BUNDLED_FOLDERS:
         return checkpoint.load_bundled(model)
@@ -166,7 +170,10 @@ def run_samekit(step):
         # There is no such cluster or repository here, and a server would not end, so only the options are checked.
         assert command_named(arguments[0]).make_context(arguments[0], arguments[1:])
         return
-    with mock.patch("samekit_export.checkpoint.load", load_small_checkpoint):
+    with contextlib.ExitStack() as stack:
+        # Modules that import this function have a name of their own for it, which stays after the patch has ended.
+        for module in (checkpoint, open_backend):
+            stack.enter_context(mock.patch.object(module, "load", load_small_checkpoint))
         result = CliRunner().invoke(main, arguments)
     assert result.exit_code == (2 if (step.output or "").startswith("Error: ") else 0), result.output
     if step.output is not None:

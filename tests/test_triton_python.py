@@ -10,25 +10,20 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from fake_triton import Request, TritonError
-from google.protobuf import json_format, text_format
+from google.protobuf import json_format
 from helpers import DIRECTIONS, RATE, assert_one_line, each_direction, noise
-from tritonclient.grpc.model_config_pb2 import ModelConfig
+from test_triton import parsed
 
 from samekit import AutoencoderModel
 from samekit.cli.main import main
 from samekit.engine.folder import Engine
 from samekit.engine.spec import ENCODER, INPUT_NAMES, opposite
-from samekit.errors import BackendUnavailableError, InputError
+from samekit.errors import BackendUnavailableError, InputError, SamekitError
 from samekit.serving.triton import TritonOptions, write_repository
 from samekit.serving.triton_model import TritonPythonModel
 from samekit.serving.triton_server import find_server
 
 PYTHON = TritonOptions(backend="python")
-
-
-def config_of(folder):
-    """Parse a model's configuration as the server does."""
-    return text_format.Parse((folder / "config.pbtxt").read_text(encoding="utf-8"), ModelConfig())
 
 
 @pytest.fixture
@@ -42,10 +37,12 @@ def serve(small_engine, out, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", fake_triton)
     opened = []
 
-    def open_model(direction=ENCODER, **options):
+    def open_model(direction=ENCODER, edit=None, **options):
         write_repository(Engine.load(small_engine), out, TritonOptions(backend="python", **options))
         folder = out / f"fake-{direction}"
-        config = json_format.MessageToDict(config_of(folder), preserving_proto_field_name=True)
+        if edit:
+            edit(folder / "1" / "engine")
+        config = json_format.MessageToDict(parsed(folder), preserving_proto_field_name=True)
         model = TritonPythonModel()
         model.initialize(
             {
@@ -86,10 +83,24 @@ def output(response, name="latents"):
 
 
 @each_direction
+def test_damaged_graph_is_found_before_the_first_request(serve, direction):
+    def damage(engine):
+        graph = engine / f"{direction}.onnx"
+        size = graph.stat().st_size
+        # The file is a second name of one that other tests use.
+        graph.unlink()
+        graph.write_bytes(bytes(size))
+
+    with pytest.raises(SamekitError, match=f"{direction}.onnx: ") as error:
+        serve(direction, damage)
+    assert_one_line(error.value)
+
+
+@each_direction
 def test_configuration(small_engine, out, direction):
     write_repository(Engine.load(small_engine), out, PYTHON)
     folder = out / f"fake-{direction}"
-    config = config_of(folder)
+    config = parsed(folder)
     assert (config.name, config.backend, config.max_batch_size) == (folder.name, "python", 8)
     array, *rates = config.input
     assert (array.name, array.data_type, array.allow_ragged_batch) == (INPUT_NAMES[direction], 11, True)
@@ -102,9 +113,17 @@ def test_configuration(small_engine, out, direction):
     assert (folder / "1" / "model.py").read_text().startswith("from samekit.serving.triton_model import")
 
 
+@pytest.mark.parametrize(("kind", "joins"), [("auto", True), ("gpu", True), ("cpu", False)])
+def test_requests_are_not_joined_on_cpus(small_engine, out, kind, joins):
+    """A request can have several clips all the same."""
+    write_repository(Engine.load(small_engine), out, TritonOptions(backend="python", kind=kind, max_batch=4))
+    config = parsed(out / "fake-encoder")
+    assert (config.HasField("dynamic_batching"), config.max_batch_size) == (joins, 4)
+
+
 def test_streaming_models_are_decoupled(small_engine, out):
     write_repository(Engine.load(small_engine), out, TritonOptions(backend="python", streaming=True))
-    assert config_of(out / "fake-encoder").model_transaction_policy.decoupled
+    assert parsed(out / "fake-encoder").model_transaction_policy.decoupled
 
 
 def test_repository_has_only_the_graphs_of_its_precision(half_engine, out):
@@ -197,6 +216,16 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize(
+    ("shape", "value", "message"),
+    [((1, 4, 0), 0, "is empty"), ((0, 4, 5), 0, "is empty"), ((1, 4, 5), np.nan, "holds NaN")],
+)
+def test_bad_latents(serve, shape, value, message):
+    (response,) = serve("decoder").execute([Request({"latents": np.full(shape, value, np.float32)})])
+    assert message in response.error().message()
+    assert response.error().code() == TritonError.INVALID_ARG
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_bad_requests_are_answered_alone(serve, library, streaming):
     model, good = serve(streaming=streaming), noise((1, 2, 5000))
@@ -243,3 +272,10 @@ def test_server_that_is_missing(tmp_path, monkeypatch, small_engine, out):
     result = CliRunner().invoke(main, ["triton", str(out), "--model", str(small_engine), "--tune"])
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert not out.exists()
+
+
+def test_tuning_looks_for_the_output_first(small_engine, out):
+    out.mkdir()
+    result = CliRunner().invoke(main, ["triton", str(out), "--model", str(small_engine), "--tune"])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert f"{out}: exists; " in result.stderr

@@ -5,17 +5,24 @@ That server is release 24.10 with the Python backend only. `make test-slow` inst
 
 from __future__ import annotations
 
+import json
 import queue
+import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import soundfile as sf
+import triton_load
+from click.testing import CliRunner
 from helpers import RATE, assert_one_line, noise
 from test_triton import add_build
 from test_triton_python import BAD
@@ -34,7 +41,7 @@ pytestmark = pytest.mark.slow
 MODEL = "same-tiny"
 CLIENTS = 32
 SECONDS = 15
-PYTHON = TritonOptions(backend="python", kind="cpu")
+PYTHON = TritonOptions(backend="python")
 
 # Samples, channels and sample rate of clips.
 CLIPS = ((1, 2, RATE), (5 * RATE, 2, RATE), (16_000, 1, 16_000), (70_001, 2, 48_000), (2000, 6, 22_050))
@@ -58,14 +65,18 @@ def start(program, tmp_path_factory):
     def started(engine, options=PYTHON):
         repository = tmp_path_factory.mktemp("models") / "models"
         write_repository(engine, repository, options)
+        for config in repository.glob("*/config.pbtxt"):
+            # Answers of a GPU would differ from the library's in their last bits.
+            config.write_text(config.read_text().replace("KIND_AUTO", "KIND_CPU"))
         return TritonServer(repository, program)
 
     return started
 
 
-@pytest.fixture(scope="module")
-def server(start, bundled_engine):
-    with start(bundled_engine) as running:
+@pytest.fixture(scope="module", params=["auto", "cpu"])
+def server(start, bundled_engine, request):
+    """A server that joins requests, and one that does not."""
+    with start(bundled_engine, replace(PYTHON, kind=request.param)) as running:
         yield running
 
 
@@ -112,6 +123,11 @@ def ask(protocol, client, direction, arrays):
     """Send a request and return its output."""
     answer = client.infer(f"{MODEL}-{direction}", inputs_of(protocol, arrays))
     return answer.as_numpy(INPUT_NAMES[opposite(direction)])
+
+
+def regions():
+    """Return the names of shared memory that Triton servers of samekit use."""
+    return {path.name for path in Path("/dev/shm").glob("*") if path.name.startswith(("samekit-", "triton_"))}
 
 
 @pytest.mark.parametrize("name", ["grpc", "http"])
@@ -227,6 +243,7 @@ def test_server_that_is_killed_and_started_again(start, bundled_engine, clips, f
         pool = stack.enter_context(ThreadPoolExecutor(8))
         # This must come before the pool waits for its threads.
         stack.callback(stop.set)
+        others = regions()
         servers.append(stack.enter_context(start(bundled_engine)))
         clients = [pool.submit(work, number) for number in range(8)]
         time.sleep(4)
@@ -236,6 +253,7 @@ def test_server_that_is_killed_and_started_again(start, bundled_engine, clips, f
         # A process of a model can wait for the dead server for ever.
         servers[0].close()
         assert psutil.wait_procs(models, timeout=60)[1] == []
+        assert regions() == others
         again = stack.enter_context(start(bundled_engine))
         with lock:
             servers.append(again)
@@ -266,8 +284,48 @@ def test_invalid_configuration_is_found(program, own_engine, tmp_path):
 
 
 def test_sweep_measures_on_the_server(program, small_engine):
-    options = TritonOptions(backend="python", streaming=True, kind="cpu")
+    options = replace(PYTHON, streaming=True)
     measured = dict(sweep(Engine.load(small_engine), options))
     assert min(measured.values()) > 0
     assert {each.max_batch for each in measured} == {1, 4, 8}
     assert all(each.streaming for each in measured)
+
+
+@pytest.mark.usefixtures("program")
+def test_benchmark(bundled_engine):
+    options = ["--clients", "4", "--seconds", "4", "--clip", "2"]
+    done = CliRunner().invoke(triton_load.main, [str(bundled_engine.folder), *options])
+    assert done.exit_code == 0, done.output
+    results = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert results["answers"] > 4
+    assert (results["wrong"], results["errors"]) == (0, {})
+    assert 0 < results["latency"]["p50"] <= results["latency"]["p99"] < 10
+    assert results["share"] > 0
+
+
+@pytest.mark.usefixtures("program")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_benchmark_that_is_stopped(bundled_engine, tmp_path, number):
+    """Many requests wait in the server when the signal comes."""
+    options = ["--clients", "16", "--clip", "60", "--seconds", "40"]
+    command = [sys.executable, triton_load.__file__, str(bundled_engine.folder), *options]
+    others = regions()
+    with (tmp_path / "log").open("wb") as log:
+        benchmark = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        until = time.monotonic() + 120
+        processes = []
+        # The server, and a process each for encoder and decoder.
+        while len(processes) < 3 and benchmark.poll() is None and time.monotonic() < until:
+            time.sleep(0.5)
+            processes = psutil.Process(benchmark.pid).children(recursive=True)
+        assert len(processes) == 3, (tmp_path / "log").read_text()
+        # The encoder alone is measured for 10 s before the load begins.
+        time.sleep(20)
+        benchmark.send_signal(number)
+        assert benchmark.wait(timeout=30) == 128 + number
+    finally:
+        benchmark.kill()
+    assert psutil.wait_procs(processes, timeout=10)[1] == []
+    assert regions() == others
+    assert (tmp_path / "log").read_text() == "stopped; run the same command again\n"

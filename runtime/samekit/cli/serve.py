@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 )
 @click.option("--precision", default="fp32", show_default=True, type=click.Choice(PRECISIONS))
 @click.option(
-    "--max-batch", default=8, show_default=True, type=click.IntRange(min=1), help="Requests of one length run at once."
+    "--max-batch",
+    default=8,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Clips of a request, and of requests run at once.",
 )
 @click.option(
     "--queue-delay", default=2000, show_default=True, type=click.IntRange(min=0), help="Microseconds to wait for more."
@@ -43,10 +47,13 @@ if TYPE_CHECKING:
 def triton(out: Path, model: str, tune: bool, **options: Any) -> None:
     """Write a model repository OUT for the Triton Inference Server."""
     from samekit.engine.folder import find_engine
+    from samekit.files.atomic import require_absent
     from samekit.serving.triton import TritonOptions, write_repository
 
     engine, chosen = find_engine(model), TritonOptions(**options)
     if tune:
+        # Before the minutes that the measurement takes.
+        require_absent(out)
         chosen = _tuned(engine, chosen)
     for folder in write_repository(engine, out, chosen):
         say(str(folder))

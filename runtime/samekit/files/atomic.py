@@ -154,6 +154,16 @@ def sync_folders(paths: Iterable[str]) -> None:
             _sync(folder)
 
 
+def require_absent(folder: Path) -> None:
+    """Raise InputError if a folder, a file or a link has this name."""
+    if os.path.lexists(folder):
+        raise _exists(folder)
+
+
+def _exists(folder: Path) -> InputError:
+    return InputError(f"{folder}: exists; remove it, or choose another name")
+
+
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty temporary folder, which becomes `folder` when the `with` block ends without an error.
@@ -164,9 +174,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         InputError: `folder` exists.
         OutputError: the folder cannot be written; errors of the operating system in the block count too.
     """
-    exists = InputError(f"{folder}: exists; remove it, or choose another name")
-    if os.path.lexists(folder):
-        raise exists
+    require_absent(folder)
     with output_errors(folder):
         temporary = _temporary_path(folder)
         temporary.mkdir(parents=True)
@@ -179,7 +187,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             except OSError as error:
                 # Another process has created `folder` meanwhile.
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise exists from None
+                    raise _exists(folder) from None
                 raise
             _sync(folder.parent)
         finally:

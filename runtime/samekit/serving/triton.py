@@ -82,7 +82,7 @@ class TritonOptions:
     precision: Precision = "fp32"
     """Precision of the graphs or engines. int8 runs on CPUs, one request at a time, and ignores `max_batch`."""
     max_batch: int = NARROW.batch[2]
-    """Requests of one length that the server may run at once."""
+    """Most clips of a request, and of requests that the server runs at once; see `joins_requests`."""
     queue_delay: int = 2000
     """Microseconds that a request may wait for others."""
     instances: int = 1
@@ -119,6 +119,13 @@ class TritonOptions:
             )
         if runs_tensorrt and self.kind == "cpu":
             raise InputError("TensorRT needs a GPU; pass kind gpu, or backend onnxruntime")
+
+    @property
+    def joins_requests(self) -> bool:
+        """Whether the server may run several requests at once."""
+        # int8 computes ranges on each call. In a batch with a loud request, a quiet one would lose accuracy.
+        # On CPUs, this package runs one window at a time, so a request would only wait for the others of its batch.
+        return self.precision in GPU_PRECISIONS and not (self.backend == PYTHON and self.kind == "cpu")
 
 
 def write_repository(engine: Engine, out: Path, options: TritonOptions | None = None) -> list[Path]:
@@ -170,15 +177,15 @@ def model_name(name: str, direction: Direction) -> str:
 def config_text(spec: EngineSpec, direction: Direction, options: TritonOptions) -> str:
     """Return the `config.pbtxt` of encoder or decoder; its dimensions do not include the batch."""
     before, after = ([spec.layout(side)[0], -1] for side in (direction, opposite(direction)))
-    kind, batch = options.kind, options.max_batch
-    batching = f"dynamic_batching {{ max_queue_delay_microseconds: {options.queue_delay} }}\n"
+    kind, batch, batching = options.kind, options.max_batch, ""
+    if options.joins_requests:
+        batching = f"dynamic_batching {{ max_queue_delay_microseconds: {options.queue_delay} }}\n"
     profile, longest = "", None
     if options.backend == "tensorrt":
         # The profile for batches of windows.
         kind, profile, longest = "gpu", f' profile: [ "{PROFILES.index(NARROW)}" ]', NARROW.latents[2]
     if options.precision not in GPU_PRECISIONS:
-        # int8 computes ranges on each call. In a batch with a loud request, a quiet one would lose accuracy.
-        kind, batch, batching = "cpu", 1, ""
+        kind, batch = "cpu", 1
     facts = {name: getattr(spec, name) for name in _SPEC_FACTS}
     facts |= {"precision": options.precision, "longest_window": longest}
     ragged, rate, more = "", "", ""

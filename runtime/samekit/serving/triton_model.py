@@ -72,7 +72,10 @@ class TritonPythonModel:
             threads=max(1, available_cpus() // instances),
         )
         self._codec = self._model.autoencoder
-        self._codec.backend.use_packed_weights(self._direction)
+        backend = self._codec.backend
+        backend.use_packed_weights(self._direction)
+        # Backends open their files at the first call. The server must not report a model as ready before that.
+        backend.run(self._direction, np.zeros(backend.spec.input_shape(self._direction, 1, 1), np.float32))
 
     def execute(self, requests: Sequence[Any]) -> list[Any] | None:
         """Answer requests that the server has joined. An unusable request does not affect the others."""

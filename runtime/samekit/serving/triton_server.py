@@ -31,6 +31,7 @@ _STUB: Final = "triton_python_backend_stub"
 # The module of the package nvidia-pytriton, and the folder beside it that has the libraries of the server.
 _PYTRITON: Final = "pytriton"
 _LIBRARIES: Final = "nvidia_pytriton.libs"
+_SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 the folder in which Linux shows shared memory
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,10 @@ class TritonServer:
             self.log_path = scratch / "log"
             """The log of the server."""
             (scratch / "backends").mkdir()
+            # The server exchanges tensors with its models in shared memory, which it leaves behind if it is killed.
+            self._regions = f"{scratch.name}-"
             options = server.backends(scratch / "backends")
+            options += ["--backend-config", f"python,shm-region-prefix-name={self._regions}"]
             for name, port in (("http", http), ("grpc", grpc), ("metrics", metrics)):
                 options += [f"--{name}-address", _HOST, f"--{name}-port", str(port)]
             command = [str(server.binary), "--model-repository", str(repository), *options]
@@ -174,17 +178,19 @@ class TritonServer:
             connection.close()
 
     def _stop(self) -> None:
-        """End the process: it finishes the requests in work first."""
+        """End the process: it finishes the requests in work first, unless this wait is interrupted."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
-            self.process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(_STOP_SECONDS)
+        finally:
+            # If the server was killed, processes of its models can wait for it for ever.
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-        # If the server was killed, processes of its models can wait for it for ever.
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+            for region in _SHARED_MEMORY.glob(f"{self._regions}*"):
+                region.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Stop the server."""

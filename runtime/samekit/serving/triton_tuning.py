@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from samekit.backends.cpu import available_cpus
-from samekit.engine.spec import DIRECTIONS, GPU_PRECISIONS, INPUT_NAMES, Direction
+from samekit.engine.spec import DIRECTIONS, INPUT_NAMES, Direction
 from samekit.errors import BackendError, first_line
 from samekit.packages import import_package
 from samekit.serving.triton import TritonOptions, model_name, write_repository
@@ -28,6 +28,8 @@ _VALUES: Final = {"instances": (1, 2, 4), "max_batch": (1, 4, 8), "queue_delay":
 # Latents of a request, 6 s of audio at 44.1 kHz. Every server takes a window of this length.
 _LATENTS: Final = 64
 _SECONDS: Final = 4.0
+# If the process of a model dies, for example for want of memory, the server never answers its requests.
+_ANSWER_SECONDS: Final = 300
 _LEAST_CLIENTS: Final = 4
 _MOST_CLIENTS: Final = 32
 
@@ -42,8 +44,8 @@ def sweep(engine: Engine, options: TritonOptions) -> Iterator[tuple[TritonOption
         options: the options that are not measured.
 
     Yields:
-        Options and what they gave: seconds of audio that are encoded or decoded in a second, with as many requests for
-        the encoder as for the decoder. It is 0 if the server did not start or failed.
+        Options and what they gave: seconds of audio that are encoded or decoded in a second, with as many clients of
+        the encoder as of the decoder. It is 0 if the server did not start or failed.
 
     Raises:
         BackendUnavailableError: there is no server, or tritonclient is not installed.
@@ -67,8 +69,8 @@ def sweep(engine: Engine, options: TritonOptions) -> Iterator[tuple[TritonOption
                 measured[candidate] = 0.0
             yield candidate, measured[candidate]
         best = max(measured, key=lambda each: measured[each])
-        if options.precision not in GPU_PRECISIONS or (field == "max_batch" and best.max_batch == 1):
-            # Requests are not joined, so the other fields have no effect.
+        if not options.joins_requests or (field == "max_batch" and best.max_batch == 1):
+            # The other fields have no effect.
             return
 
 
@@ -78,15 +80,15 @@ def _throughput(engine: Engine, options: TritonOptions) -> float:
         repository = Path(scratch, "models")
         # Parts of an answer come from the same windows, so a streaming model has the same throughput.
         write_repository(engine, repository, replace(options, streaming=False))
-        with TritonServer(repository) as server:
+        clients = min(max(_LEAST_CLIENTS, 2 * options.max_batch * options.instances), _MOST_CLIENTS)
+        # After an error or Ctrl-C the server is stopped first. That ends the requests for which the pool waits.
+        with ThreadPoolExecutor(clients) as pool, TritonServer(repository) as server:
             jobs = [_Job(server.grpc, engine, direction) for direction in DIRECTIONS]
             for job in jobs:
                 job.run(until=0.0)
-            clients = min(max(_LEAST_CLIENTS, 2 * options.max_batch * options.instances), _MOST_CLIENTS)
+            turns = [jobs[client % len(jobs)] for client in range(clients)]
             start = time.monotonic()
-            with ThreadPoolExecutor(clients) as pool:
-                turns = [jobs[client % len(jobs)] for client in range(clients)]
-                requests: int = sum(pool.map(lambda job: job.run(start + _SECONDS), turns))
+            requests: int = sum(pool.map(lambda job: job.run(start + _SECONDS), turns))
             seconds = time.monotonic() - start
     return requests * engine.spec.samples(_LATENTS) / engine.spec.sample_rate / seconds
 
@@ -113,6 +115,6 @@ class _Job:
 
     def _ask(self, client: Any) -> None:
         try:
-            client.infer(self._model, [self._input])
+            client.infer(self._model, [self._input], client_timeout=_ANSWER_SECONDS)
         except self._client.InferenceServerException as error:
             raise BackendError(f"{self._model}: {first_line(error)}; check the engine with: samekit verify") from None
