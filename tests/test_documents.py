@@ -30,12 +30,8 @@ from test_triton_client import stand_in
 from samekit.cli.main import main
 from samekit.dataset.manifest import Status
 from samekit.engine.spec import EngineSpec
-<<<<<<< HEAD
 from samekit.serving.options import ServeOptions
-from samekit_export import checkpoint, hub
-=======
 from samekit_export import checkpoint, hub, open_backend
->>>>>>> eye3
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")))
