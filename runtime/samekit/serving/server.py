@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from samekit.backends.base import count_gpus
 from samekit.backends.cpu import available_cpus
 from samekit.engine.folder import find_engine
 from samekit.errors import BackendError, InputError
@@ -71,10 +72,10 @@ def deployment(options: ServeOptions, folder: Path | None = None) -> Any:
 
     Raises:
         BackendUnavailableError: Ray Serve is not installed.
+        InputError: the token is blank.
     """
     serve = import_package("ray.serve", INSTALL)
-    token = os.environ.get(TOKEN_VARIABLE)
-    digest = hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest() if token else None
+    digest = _token_sha256()
     folder = folder or Path(tempfile.gettempdir(), f"samekit-serve-{uuid.uuid4().hex}")
 
     def build_app() -> FastAPI:
@@ -89,6 +90,17 @@ def deployment(options: ServeOptions, folder: Path | None = None) -> Any:
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=_DRAIN_SECONDS,
     )(serve.ingress(build_app)()).bind()
+
+
+def _token_sha256() -> str | None:
+    """Return the SHA-256 of the token that requests need; None if the environment names none."""
+    token = os.environ.get(TOKEN_VARIABLE)
+    if not token:
+        return None
+    # A token that was read from a file can end with a line break, which no header can hold.
+    if not (token := token.strip()):
+        raise InputError(f"{TOKEN_VARIABLE} is blank; unset it, or set it to the token that clients must send")
+    return hashlib.sha256(os.fsencode(token)).hexdigest()
 
 
 def _replica(options: ServeOptions, folder: Path, token_sha256: str | None) -> FastAPI:
@@ -118,7 +130,7 @@ def run(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) -> Ite
 
     Raises:
         BackendUnavailableError: Ray Serve is not installed.
-        InputError: nothing can listen on the address, or the replicas do not fit on this machine.
+        InputError: nothing can listen on the address, the replicas do not fit on this machine, or the token is blank.
         BackendError: Ray or a replica does not start.
     """
     if options.replicas * options.cpus > available_cpus() and options.cpus_per_replica:
@@ -126,6 +138,12 @@ def run(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) -> Ite
             f"{options.replicas} replicas of {options.cpus} cores do not fit on the {available_cpus()} cores of this "
             "machine; pass less"
         )
+    # A replica cannot have shares of several GPUs. Floor division would be wrong: 1 // 0.1 is 9.
+    if (share := options.gpus_per_replica) and options.replicas > (gpus := count_gpus()) * int(1 / share):
+        raise InputError(
+            f"{options.replicas} replicas of {share:g} GPUs do not fit on the {gpus} GPUs of this machine; pass less"
+        )
+    _token_sha256()
     port = _checked_port(host, port)
     _check_model(options)
     for name, value in _ENVIRONMENT.items():
