@@ -722,7 +722,9 @@ def test_sigterm_completes_what_is_in_work(server, small_engine, model, tmp_path
     assert process.wait(60) == 143
     assert not folder.exists()
     lines = (short_folder / "log").read_text().splitlines()
-    assert lines[-2:] == [f"samekit serves {small_engine} on {client.base_url}", "stopped"]
+    # Ray adds its own lines if a test before this one killed a replica.
+    assert f"samekit serves {small_engine} on {client.base_url}" in lines
+    assert lines[-1] == "stopped"
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,6 @@ def create_app(service: Service, token_sha256: str | None = None) -> FastAPI:
         service: does the work.
         token_sha256: SHA-256 of the bearer token that requests need; None for no token.
     """
-
     html = _PAGE.read_bytes()
 
     @asynccontextmanager
