@@ -24,10 +24,12 @@ import numpy as np
 import psutil
 import pytest
 import soundfile as sf
+from click.testing import CliRunner
 from helpers import FakeBackend, assert_one_line, noise
 
 from samekit import AutoencoderModel
 from samekit.backends.shared import SharedBackend
+from samekit.cli.main import main
 from samekit.engine.spec import DECODER, ENCODER
 from samekit.errors import InputError, NonFiniteError
 from samekit.serving import flow
@@ -74,9 +76,10 @@ async def client_of(engine, folder, token_sha256=None, **limits):
     folder.mkdir(exist_ok=True)
     options = ServeOptions(str(engine), cpus_per_replica=1, backend="onnxruntime", **limits)
     service = Service(options, folder, lambda *_: None)
-    transport = httpx.ASGITransport(create_app(service, token_sha256), raise_app_exceptions=False)
+    app = create_app(service, token_sha256)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        client.service = service
+        client.app, client.service = app, service
         yield client
     service.close()
     assert service.in_work == 0
@@ -161,7 +164,10 @@ def test_audio_is_that_of_the_library(small_engine, model, tmp_path, query, head
 def test_facts_probes_page_and_description(small_engine, model, tmp_path):
     async def visit():
         async with client_of(small_engine, tmp_path / "work", max_seconds=7) as client:
-            return {path: await client.get(path) for path in ("/v1/model", "/healthz", "/readyz", "/", "/openapi.json")}
+            # A range that does not exist: no answer is served in parts.
+            headers = {"range": "bytes=99999999-"}
+            paths = ("/v1/model", "/healthz", "/readyz", "/", "/openapi.json")
+            return {path: await client.get(path, headers=headers) for path in paths}
 
     answers = asyncio.run(visit())
     assert {path: answer.status_code for path, answer in answers.items()} == dict.fromkeys(answers, 200)
@@ -181,7 +187,7 @@ def test_facts_probes_page_and_description(small_engine, model, tmp_path):
         ("encode", b"", {}, 400, "empty"),
         ("encode", b"no audio", {}, 422, "body"),
         ("encode", audio_file()[:5000], {}, 422, "cut off"),
-        ("encode", audio_file(), {"content-type": "multipart/form-data; boundary=x"}, 415, "multipart"),
+        ("encode", audio_file(), {"content-type": "Multipart/form-data; boundary=x"}, 415, "send the file itself"),
         ("encode", audio_file(), {"content-encoding": "gzip"}, 415, "gzip"),
         ("encode", audio_file(3 * RATE), {}, 413, "longer than 2 s"),
         ("encode", bytes(300_001 * 4), {}, 413, "longer than 1000000 bytes"),
@@ -195,6 +201,7 @@ def test_facts_probes_page_and_description(small_engine, model, tmp_path):
         ("decode?samples=5", npy_file(np.zeros((4, 9), np.float32)), {}, 422, "do not stand for 5 samples"),
         ("decode?format=flac&bits=32", npy_file(np.zeros((4, 9), np.float32)), {}, 422, "PCM_32"),
         ("nothing", b"", {}, 404, "Not Found"),
+        ("encode/", b"", {"host": "elsewhere"}, 404, "Not Found"),
     ],
 )
 def test_refusals_are_one_line_of_json(small_engine, tmp_path, path, body, headers, status, words):
@@ -258,19 +265,56 @@ def test_client_that_has_gone_frees_its_work(small_engine, tmp_path):
     asyncio.run(leave())
 
 
+def test_client_that_leaves_while_it_sends(small_engine, tmp_path):
+    scope = {"type": "http", "method": "POST", "path": "/v1/encode", "query_string": b"", "headers": []}
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    async def leave():
+        async with client_of(small_engine, tmp_path / "work") as client:
+            messages = iter([{"type": "http.request", "body": b"RIFF", "more_body": True}, {"type": "http.disconnect"}])
+
+            async def receive():
+                return next(messages)
+
+            await client.app(scope, receive, send)
+
+    # The application raises nothing, so nothing is logged.
+    asyncio.run(leave())
+    assert sent[0]["status"] == 499
+
+
+def test_folder_of_requests_that_cannot_be_written(small_engine, tmp_path):
+    folder = tmp_path / "work"
+
+    async def send():
+        async with client_of(small_engine, folder, max_queue=1) as client:
+            folder.rename(tmp_path / "away")
+            failed = [await client.post("/v1/encode", content=audio_file()) for _ in range(2)]
+            (tmp_path / "away").rename(folder)
+            return failed, await client.post("/v1/encode", content=audio_file())
+
+    failed, last = asyncio.run(send())
+    for answer in failed:
+        assert "disk" in refused(answer, 503)
+    assert last.status_code == 200
+
+
 def test_token(small_engine, tmp_path):
-    digest = hashlib.sha256(b"secret").hexdigest()
+    digest = hashlib.sha256("s\u00e9cret".encode()).hexdigest()
     for path, given, status in (
         ("/v1/model", None, 401),
         ("/v1/model", "Bearer wrong", 401),
-        ("/v1/model", "Basic secret", 401),
+        ("/v1/model", "Basic s\u00e9cret", 401),
         ("/openapi.json", None, 401),
         ("/metrics", None, 401),
-        ("/v1/model", "Bearer secret", 200),
+        ("/v1/model", "Bearer s\u00e9cret", 200),
         ("/healthz", None, 200),
         ("/", None, 200),
     ):
-        headers = {"authorization": given} if given else {}
+        headers = {"authorization": given.encode()} if given else {}
         answer = ask(small_engine, tmp_path / "work", "GET", path, headers=headers, token_sha256=digest)
         assert answer.status_code == status, path
 
@@ -413,6 +457,16 @@ class Relay:
             task.cancel()
 
 
+OF_SERVE = [
+    (b"x-samekit-flow", b"0"),
+    (b"x-request-disconnect-disabled", b"?1"),
+    (b"x-request-id", b"\xff"),
+    (b"serve_multiplexed_model_id", b"\xff"),
+    (b"x-session-id", b"\xff"),
+]
+"""Headers that a client must not set for Serve."""
+
+
 def exchange(app, body=b"", chunk=2**16, slow_client=0.0):
     """Send a request through both middlewares; return the messages of the answer and the relay."""
     relay, messages, left = Relay(app), [], memoryview(body)
@@ -431,7 +485,7 @@ def exchange(app, body=b"", chunk=2**16, slow_client=0.0):
         messages.append(message)
 
     async def run():
-        scope = {"type": "http", "headers": [(b"x-samekit-flow", b"0"), (b"x-request-disconnect-disabled", b"?1")]}
+        scope = {"type": "http", "headers": OF_SERVE}
         await asyncio.wait_for(flow.ProxyFlow(relay)(scope, receive, send), 60)
         done.set()
 
@@ -532,12 +586,21 @@ def served(engine, log, *options, **environment):
 
 
 @pytest.fixture(scope="module")
-def server(small_engine, tmp_path_factory):
-    """A server with one replica, and a client."""
-    log = tmp_path_factory.mktemp("server") / "log"
+def short_folder():
+    """An empty folder with a short name, below which Ray can create sockets."""
+    with tempfile.TemporaryDirectory(prefix="s-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def server(small_engine, short_folder):
+    """A server with one replica, and a client with its token."""
     options = ("--cpus-per-replica", "1", "--max-bytes", "30000000", "--backend", "onnxruntime")
-    with served(small_engine, log, *options, SAMEKIT_TOKEN="") as both:
-        yield both
+    # As read from a file, with its line break.
+    environment = {"SAMEKIT_TOKEN": "secret\n", "TMPDIR": str(short_folder)}
+    with served(small_engine, short_folder / "log", *options, **environment) as (process, client):
+        client.headers["authorization"] = "Bearer secret"
+        yield process, client
 
 
 def workers(process, name):
@@ -577,7 +640,9 @@ def test_bodies_are_bounded_by_ray_serve_too(server):
 def test_broken_requests_leave_the_server_alone(server):
     _, client = server
     address = (client.base_url.host, client.base_url.port)
-    begin = b"POST /v1/encode HTTP/1.1\r\nHost: x\r\n"
+    begin = b"POST /v1/encode HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\n"
+    plain = {"x-request-id": b"\xff", "serve-multiplexed-model-id": b"\xff", "x-session-id": b"\xff"}
+    assert client.get("/healthz", headers=plain).status_code == 200
     for text in (
         b"\x16\x03\x01\x02\x00",
         begin + b"Content-Length: -1\r\n\r\n",
@@ -641,32 +706,25 @@ def test_replica_that_is_killed(server, model, tmp_path, faults):
     assert "samekit_requests_in_work 1.0" in client.get("/metrics").text
 
 
-@pytest.fixture
-def short_folder():
-    """An empty folder with a short name, below which Ray can create sockets."""
-    with tempfile.TemporaryDirectory(prefix="s-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
-
-
-def test_sigterm_completes_what_is_in_work(small_engine, model, tmp_path, short_folder, faults):
+def test_sigterm_completes_what_is_in_work(server, small_engine, model, tmp_path, short_folder, faults):
+    """It ends the server, so it is the last test with this server."""
+    process, client = server
     clip = audio_file(60 * RATE)
     expected, _ = encoded(model, tmp_path, clip)
-    log = tmp_path / "log"
-    with served(small_engine, log, "--cpus-per-replica", "1", SAMEKIT_TOKEN="secret", TMPDIR=str(short_folder)) as both:
-        process, client = both
-        refused(client.post("/v1/encode", content=clip), 401)
-        client.headers["authorization"] = "Bearer secret"
-        (folder,) = short_folder.glob("samekit-serve-*")
-        with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(client.post, "/v1/encode", content=clip)
-            while not any(each.name.partition("-")[0].isdecimal() for each in folder.iterdir()):
-                assert not answer.done()
-            process.terminate()
-            faults["servers stopped"] += 1
-            assert answer.result().content == expected
-        assert process.wait(60) == 143
+    (folder,) = short_folder.glob("samekit-serve-*")
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(client.post, "/v1/encode", content=clip)
+        while not any(each.name.partition("-")[0].isdecimal() for each in folder.iterdir()):
+            assert not answer.done()
+        process.terminate()
+        faults["servers stopped"] += 1
+        assert answer.result().content == expected
+    assert process.wait(60) == 143
     assert not folder.exists()
-    assert log.read_text().splitlines()[-2:] == [f"samekit serves {small_engine} on {client.base_url}", "stopped"]
+    lines = (short_folder / "log").read_text().splitlines()
+    # Ray adds its own lines if a test before this one killed a replica.
+    assert f"samekit serves {small_engine} on {client.base_url}" in lines
+    assert lines[-1] == "stopped"
 
 
 @pytest.mark.parametrize(
@@ -675,14 +733,18 @@ def test_sigterm_completes_what_is_in_work(small_engine, model, tmp_path, short_
         (["missing"], "missing"),
         (["ENGINE", "--port", "TAKEN"], "cannot be used"),
         (["ENGINE", "--backend", "x"], "backend"),
+        (["ENGINE", "--gpus-per-replica", "0.5", "--replicas", "99"], "99 replicas"),
+        (["ENGINE", "--cpus-per-replica", "999"], "cores"),
+        (["ENGINE"], "SAMEKIT_TOKEN is blank"),
     ],
 )
-def test_server_that_cannot_start(small_engine, arguments, words):
+def test_server_that_cannot_start(small_engine, monkeypatch, arguments, words):
+    if "blank" in words:
+        monkeypatch.setenv("SAMEKIT_TOKEN", " ")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         real = {"ENGINE": str(small_engine), "TAKEN": str(taken.getsockname()[1])}
-        command = [sys.executable, "-m", "samekit", "serve", *(real.get(each, each) for each in arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SERVER_SECONDS, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
+        done = CliRunner().invoke(main, ["serve", *(real.get(each, each) for each in arguments)])
+    assert (done.exit_code, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert words in line
 

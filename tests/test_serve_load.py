@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import signal
+import tempfile
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -13,6 +15,7 @@ from click.testing import CliRunner
 from helpers import noise
 from hostile_requests import Hostile, Request, judged
 from load_clips import outcome_of
+from load_server import Server
 from serve_load import main
 
 GIVEN = {"equal", "429", "503"}
@@ -57,7 +60,7 @@ def load(engine, *arguments):
     results = json.loads(done.stdout.splitlines()[-1])["results"]
     assert results["faults"] == {}
     assert set(results["outcomes"]) <= GIVEN
-    assert results["outcomes"]["equal"] > 20
+    assert results["outcomes"]["equal"] >= 10
     assert results["first_answer"]["outcome"] == "equal"
     assert results["crashed_replicas"] == 0
     assert results["left_files"] == []
@@ -86,6 +89,22 @@ def test_replicas_that_are_killed(small_engine, faults):
     assert killed >= 2
     assert results["replicas"] == [2, 2]
     faults["replicas killed"] += killed
+
+
+@pytest.mark.slow
+def test_server_ends_if_ray_dies(small_engine, faults):
+    """A supervisor can then start it again."""
+    with tempfile.TemporaryDirectory(prefix="s-", dir="/tmp") as folder:
+        server = Server(small_engine, Path(folder))
+        try:
+            (raylet,) = [process for process in server.processes() if process.name() == "raylet"]
+            raylet.kill()
+            faults["Rays killed"] += 1
+            assert server.process.wait(180) == 2
+        finally:
+            server.stop()
+        assert server.temporary_files() == []
+        assert "Ray's process on this machine died; start it again" in server.log.read_text().splitlines()[-1]
 
 
 @pytest.mark.slow

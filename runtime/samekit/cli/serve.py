@@ -90,12 +90,10 @@ def _tuned(engine: Engine, options: TritonOptions) -> TritonOptions:
 @click.option("--max-bytes", default=2**28, show_default=True, type=click.IntRange(min=1), help="Body of a request.")
 def serve(model: str, host: str, port: int, **options: Any) -> None:
     """Serve MODEL over HTTP with Ray Serve, until Ctrl-C or SIGTERM."""
-    import threading
-
     from samekit.serving.options import ServeOptions
-    from samekit.serving.server import run
+    from samekit.serving.server import run, watch
 
     click.get_current_context().meta[STOPPED] = "stopped"
     with run(ServeOptions(model, **options), host, port) as url:
         say(f"samekit serves {model} on {url}")
-        threading.Event().wait()
+        watch()

@@ -34,8 +34,15 @@ WINDOW: Final = 2**20
 _HEADER: Final = b"x-samekit-flow"
 _TAKEN: Final = "samekit.taken"
 _DISCONNECT: Final = "http.disconnect"
-# Headers by which any client could tell Serve's proxy how to treat its request.
-_SERVE_HEADERS: Final = {b"x-request-timeout-seconds", b"x-request-disconnect-disabled"}
+# Headers by which any client could tell Serve's proxy how to treat its request, with hyphens for underscores. Serve
+# answers with a plain status 500 if their values are not UTF-8.
+_SERVE_HEADERS: Final = {
+    b"x-request-timeout-seconds",
+    b"x-request-disconnect-disabled",
+    b"x-request-id",
+    b"x-session-id",
+    b"serve-multiplexed-model-id",
+}
 # A client that takes less than half a window in so many seconds is given up.
 _STALLED_SECONDS: Final = 60
 _PROXY_STATUSES: Final = {
@@ -93,7 +100,8 @@ class ProxyFlow:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        kept = [(name, value) for name, value in scope["headers"] if name not in _SERVE_HEADERS | {_HEADER}]
+        dropped = _SERVE_HEADERS | {_HEADER}
+        kept = [(name, value) for name, value in scope["headers"] if name.replace(b"_", b"-") not in dropped]
         exchange = _Exchange(receive, send)
         try:
             await self._app({**scope, "headers": [*kept, (_HEADER, b"1")]}, exchange.receive, exchange.send)

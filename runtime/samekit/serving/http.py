@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Final, Literal
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from samekit import __version__
 from samekit.audio import readable_suffixes
@@ -43,6 +44,8 @@ WITHOUT_TOKEN: Final = ("/", "/healthz", "/readyz")
 """Paths that need no token: probes, and the page, in which a person enters the token."""
 _CLIENT_ERRORS: Final = (AudioFileError, LatentsFileError, InputError, NonFiniteError)
 _CHUNK: Final = 2**18
+# The status that logs of nginx give to a request whose client has gone.
+_GONE: Final = 499
 _PAGE: Final = Path(__file__).with_name("page.html")
 _RAW_BODY: Final = {
     "requestBody": {
@@ -59,25 +62,35 @@ def create_app(service: Service, token_sha256: str | None = None) -> FastAPI:
         service: does the work.
         token_sha256: SHA-256 of the bearer token that requests need; None for no token.
     """
+    html = _PAGE.read_bytes()
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         yield
         service.close()
 
-    # The pages for people would load scripts from the internet.
-    app = FastAPI(title="samekit", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    # The pages for people would load scripts from the internet. A redirection would lead to the host that the client
+    # names.
+    app = FastAPI(
+        title="samekit",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
     app.add_middleware(_Measured)
     app.add_middleware(_Guarded, token_sha256=token_sha256)
     app.add_middleware(ReplicaFlow)
     app.add_exception_handler(SamekitError, _refuse)
     app.add_exception_handler(HTTPException, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse)
+    app.add_exception_handler(ClientDisconnect, _refuse)
     app.add_exception_handler(Exception, _refuse)
 
     @app.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(_PAGE)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(html)
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -140,7 +153,9 @@ def create_app(service: Service, token_sha256: str | None = None) -> FastAPI:
 async def _refuse(_request: Request, error: Exception) -> JSONResponse:
     """Answer a request that failed: one line of JSON."""
     status, message, headers = 500, "the server failed; see its log", None
-    if isinstance(error, HTTPException):
+    if isinstance(error, ClientDisconnect):
+        status, message = _GONE, "the client has gone"
+    elif isinstance(error, HTTPException):
         status, message, headers = error.status_code, error.detail, error.headers
     elif isinstance(error, RequestValidationError):
         problem = error.errors()[0]
@@ -161,7 +176,7 @@ async def _refuse(_request: Request, error: Exception) -> JSONResponse:
 def _check_content(request: Request) -> None:
     """Refuse bodies that are no plain file."""
     content = request.headers.get("content-type", "")
-    if content.startswith("multipart/"):
+    if content.lower().startswith("multipart/"):
         raise RefusedError(415, f"the body is {content.partition(';')[0]}; send the file itself as the body")
     if coding := request.headers.get("content-encoding"):
         raise RefusedError(415, f"the content encoding {coding[:20]!r} is not supported; send the file as it is")
@@ -200,7 +215,8 @@ class _Guarded:
         if scope["type"] == "http" and self._token_sha256 and scope["path"] not in WITHOUT_TOKEN:
             given = Request(scope).headers.get("authorization", "")
             scheme, _, token = given.partition(" ")
-            digest = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).hexdigest()
+            # Starlette decodes headers as Latin-1, whatever the client's encoding is.
+            digest = hashlib.sha256(token.strip().encode("latin-1")).hexdigest()
             if not hmac.compare_digest(digest, self._token_sha256) or scheme.lower() != "bearer":
                 message = "this server needs a token; send the header Authorization: Bearer TOKEN"
                 app = JSONResponse({"error": message}, 401, {"www-authenticate": "Bearer"})
@@ -217,8 +233,7 @@ class _Measured:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        # 499 stands for a client that has gone, as in the logs of nginx.
-        begin, status = time.monotonic(), 499
+        begin, status = time.monotonic(), _GONE
         metrics.IN_WORK.inc()
 
         async def noting(message: Message) -> None:

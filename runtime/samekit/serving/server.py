@@ -15,14 +15,17 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
+from samekit.backends.base import count_gpus
 from samekit.backends.cpu import available_cpus
 from samekit.engine.folder import find_engine
-from samekit.errors import BackendError, InputError
+from samekit.errors import BackendError, InputError, SamekitError
 from samekit.packages import import_package
 from samekit.serving.flow import IMPORT_PATH
 from samekit.serving.options import ServeOptions
@@ -40,6 +43,9 @@ _NAME: Final = "samekit"
 # Requests that a replica takes beyond `max_queue`, so that it can refuse them at once and answer probes.
 _SPARE_REQUESTS: Final = 32
 _DRAIN_SECONDS: Final = 60
+# A busy machine can make one check fail.
+_WATCH_SECONDS: Final = 5
+_WATCH_FAILURES: Final = 3
 _OBJECT_STORE_BYTES: Final = 200 * 2**20
 # Set before Ray starts; its processes inherit them. No statistics are sent, and bodies do not fill the memory.
 _ENVIRONMENT: Final = {
@@ -71,10 +77,10 @@ def deployment(options: ServeOptions, folder: Path | None = None) -> Any:
 
     Raises:
         BackendUnavailableError: Ray Serve is not installed.
+        InputError: the token is blank.
     """
     serve = import_package("ray.serve", INSTALL)
-    token = os.environ.get(TOKEN_VARIABLE)
-    digest = hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest() if token else None
+    digest = _token_sha256()
     folder = folder or Path(tempfile.gettempdir(), f"samekit-serve-{uuid.uuid4().hex}")
 
     def build_app() -> FastAPI:
@@ -89,6 +95,17 @@ def deployment(options: ServeOptions, folder: Path | None = None) -> Any:
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=_DRAIN_SECONDS,
     )(serve.ingress(build_app)()).bind()
+
+
+def _token_sha256() -> str | None:
+    """Return the SHA-256 of the token that requests need; None if the environment names none."""
+    token = os.environ.get(TOKEN_VARIABLE)
+    if not token:
+        return None
+    # A token that was read from a file can end with a line break, which no header can hold.
+    if not (token := token.strip()):
+        raise InputError(f"{TOKEN_VARIABLE} is blank; unset it, or set it to the token that clients must send")
+    return hashlib.sha256(os.fsencode(token)).hexdigest()
 
 
 def _replica(options: ServeOptions, folder: Path, token_sha256: str | None) -> FastAPI:
@@ -118,7 +135,7 @@ def run(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) -> Ite
 
     Raises:
         BackendUnavailableError: Ray Serve is not installed.
-        InputError: nothing can listen on the address, or the replicas do not fit on this machine.
+        InputError: nothing can listen on the address, the replicas do not fit on this machine, or the token is blank.
         BackendError: Ray or a replica does not start.
     """
     if options.replicas * options.cpus > available_cpus() and options.cpus_per_replica:
@@ -126,6 +143,12 @@ def run(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) -> Ite
             f"{options.replicas} replicas of {options.cpus} cores do not fit on the {available_cpus()} cores of this "
             "machine; pass less"
         )
+    # A replica cannot have shares of several GPUs. Floor division would be wrong: 1 // 0.1 is 9.
+    if (share := options.gpus_per_replica) and options.replicas > (gpus := count_gpus()) * int(1 / share):
+        raise InputError(
+            f"{options.replicas} replicas of {share:g} GPUs do not fit on the {gpus} GPUs of this machine; pass less"
+        )
+    _token_sha256()
     port = _checked_port(host, port)
     _check_model(options)
     for name, value in _ENVIRONMENT.items():
@@ -133,7 +156,7 @@ def run(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) -> Ite
     if "RAY_AUTH_MODE" not in os.environ:
         # Ray's own ports are open on every interface. Its processes inherit this token, which no file holds.
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-    ray, serve = import_package("ray", INSTALL), import_package("ray.serve", INSTALL)
+    ray = import_package("ray", INSTALL)
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     cores = max(available_cpus(), options.replicas * options.cpus)
     with ExitStack() as stack:
@@ -142,7 +165,9 @@ def run(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) -> Ite
         )
         try:
             stack.callback(ray.shutdown)
-            with _kept_signal_handlers():
+            # Ray's processes need seconds to start. The import of Serve takes one second, beside them.
+            with _kept_signal_handlers(), ThreadPoolExecutor(1) as beside:
+                imported = beside.submit(import_package, "ray.serve", INSTALL)
                 ray.init(
                     "local",
                     num_cpus=cores,
@@ -150,15 +175,42 @@ def run(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) -> Ite
                     object_store_memory=_OBJECT_STORE_BYTES,
                     **quiet,
                 )
+            serve = imported.result()
             logging.getLogger("ray.serve").setLevel(logging.ERROR)
             serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
             serve.run(deployment(options, folder), name=_NAME, route_prefix="/")
-            stack.callback(serve.delete, _NAME)
+        except SamekitError:
+            raise
         except Exception as error:  # noqa: BLE001 Ray has no error class for this
             raise BackendError(
                 f"the server does not start ({_cause(error)}); see /tmp/ray/session_latest/logs"
             ) from None
-        yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        try:
+            yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        finally:
+            # If Ray has died, there is nothing to drain, and Serve would wait for it.
+            if _ray_lives():
+                serve.delete(_NAME)
+
+
+def watch() -> NoReturn:
+    """Wait until an exception, such as that of a signal, ends the block of `run`.
+
+    Raises:
+        BackendError: Ray's own process on this machine died. Serve replaces replicas and proxies, but not this one.
+    """
+    failed = 0
+    while failed < _WATCH_FAILURES:
+        failed = 0 if _ray_lives() else failed + 1
+        time.sleep(_WATCH_SECONDS)
+    raise BackendError("the server ended, because Ray's process on this machine died; start it again")
+
+
+def _ray_lives() -> bool:
+    try:
+        return any(node["Alive"] for node in import_package("ray", INSTALL).nodes())
+    except Exception:  # noqa: BLE001 Ray has no error class for this
+        return False
 
 
 def _check_model(options: ServeOptions) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import json
 import os
 import shutil
 import tempfile
@@ -167,12 +166,13 @@ class Service:
             SamekitError: as `AutoencoderModel.decode_file`.
         """
         spec, audio = self.model.spec, path.with_name(f"answer.{wanted.format}")
-        if wanted.samples is not None:
-            path.with_suffix(".json").write_text(json.dumps({"samples": wanted.samples}))
         reader = open_to_decode(path, audio, wanted.subtype, wanted.peak)
         self._check_seconds(spec.samples(reader.latents) / spec.sample_rate)
-        if wanted.samples is not None and spec.latents(wanted.samples) != reader.latents:
-            raise InputError(f"{reader.latents} latents do not stand for {wanted.samples} samples; leave out samples")
+        if wanted.samples is not None:
+            if spec.latents(wanted.samples) != reader.latents:
+                cause = f"{reader.latents} latents do not stand for {wanted.samples} samples"
+                raise InputError(f"{cause}; leave out samples")
+            reader.metadata["samples"] = wanted.samples
         peak, check = wanted.peak, lambda _done: _check_going(stop)
         return audio, self.model.decode_reader(reader, path, audio, wanted.subtype, peak, check)
 
@@ -208,8 +208,11 @@ class Request:
         self._job: Future[Any] | None = None
 
     async def __aenter__(self) -> Self:
+        try:
+            self._folder = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=self._service.folder))
+        except OSError as error:
+            raise disk_error(error) from error
         self._service.in_work += 1
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=self._service.folder))
         return self
 
     async def __aexit__(self, *_: object) -> None:
