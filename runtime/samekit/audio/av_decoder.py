@@ -50,6 +50,8 @@ class AvDecoder:
         AudioFileError: PyAV is not installed, the file holds no sound, or FFmpeg cannot read it.
     """
 
+    is_integer = False
+
     def __init__(self, source: Source, part: Part) -> None:
         self._source = source
         self._name = NAMES[part.demuxer]

@@ -77,6 +77,8 @@ class Decoder:
         self._frames_read = 0
         self._buffer: Audio = np.empty((0, self.layout[1]), np.float32)
         is_copied = self.coding[0] in _COPIED and self.coding[1] == "PCM_16"
+        self.is_integer = is_copied
+        """Whether the samples are 16-bit integers, so that none exceeds full scale."""
         # 16-bit samples before their conversion; None if libsndfile returns floats.
         self._integers = np.empty(self._buffer.shape, np.int16) if is_copied else None
 

@@ -90,6 +90,8 @@ class AudioReader:
                 raise self._empty()
             self._stack = stack.pop_all()
         self._block = max(1, min(block, _BLOCK_VALUES // self.info.channels))
+        self.exceeds_full_scale = False
+        """Whether the last block may hold samples beyond full scale."""
 
     def __enter__(self) -> Self:
         return self
@@ -117,9 +119,12 @@ class AudioReader:
             order = [*front, *(channel for channel in range(channels) if channel not in front)]
             while len(frames := self._decoder.read(self._block, self._seconds)):
                 self._frames_read += len(frames)
-                # Comparisons with NaN are false.
-                if not (-np.inf < frames.min() and frames.max() < np.inf):
-                    raise self._source.error("holds NaN or infinity", "render it again without them")
+                if not self._decoder.is_integer:
+                    low, high = frames.min(), frames.max()
+                    # Comparisons with NaN are false.
+                    if not (-np.inf < low and high < np.inf):
+                        raise self._source.error("holds NaN or infinity", "render it again without them")
+                    self.exceeds_full_scale = bool(low < -1 or high > 1)
                 yield frames.T if front == (0, 1) else frames.T[order]
             if file_signature(self.path) != self._signature:
                 raise self._source.error("was changed while it was read", "read it again")
@@ -175,6 +180,9 @@ class PreparedReader(AudioReader):
         """Yield `[channels, samples]` at the rate wanted, in blocks of varying length; the next is written over it."""
         for block in self._resampled():
             self.samples += block.shape[1]
+            if self._resampler.changes_rate:
+                # Resampling can exceed the peaks of its input. Comparisons with NaN are false.
+                self.exceeds_full_scale = not (block.min() >= -1 and block.max() <= 1)
             yield block
 
     def _resampled(self) -> Iterator[Audio]:

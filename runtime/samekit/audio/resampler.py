@@ -74,14 +74,16 @@ class StreamResampler:
     def __init__(self, rate_in: int, rate_out: int, channels: int) -> None:
         self._rate_in = _checked_rate(rate_in)
         self._rate_out = _checked_rate(rate_out)
+        self.changes_rate = rate_in != rate_out
+        """Whether outputs differ from inputs."""
         self._filter = _polyphase_filter(self._rate_in, self._rate_out)
-        self._span = np.empty((channels, self._filter.span), np.float32)
+        self._space = _Workspace(self._filter, channels)
         self._reset()
 
     def _reset(self) -> None:
         """Begin at the first sample, with zeros before it."""
         self._filled = self._filter.before
-        self._span[:, : self._filled] = 0
+        self._space.span[:, : self._filled] = 0
         self._received = 0
         self._produced = 0
 
@@ -91,7 +93,7 @@ class StreamResampler:
         Raises:
             InputError: the block has another shape.
         """
-        if self._rate_in == self._rate_out:
+        if not self.changes_rate:
             return next(self.outputs(block))
         return self._joined(self.outputs(block))
 
@@ -101,16 +103,16 @@ class StreamResampler:
         Raises:
             InputError: as `push`.
         """
-        channels, capacity = self._span.shape
+        channels, capacity = self._space.span.shape
         if block.ndim != 2 or block.shape[0] != channels:
             raise InputError(f"block of shape {block.shape} does not fit; give [{channels}, samples]")
-        if self._rate_in == self._rate_out:
+        if not self.changes_rate:
             yield block
             return
         self._received += block.shape[1]
         while block.shape[1]:
             taken = min(block.shape[1], capacity - self._filled)
-            self._span[:, self._filled : self._filled + taken] = block[:, :taken]
+            self._space.span[:, self._filled : self._filled + taken] = block[:, :taken]
             self._filled += taken
             block = block[:, taken:]
             if self._filled == capacity:
@@ -125,20 +127,20 @@ class StreamResampler:
         total = resampled_length(self._received, self._rate_in, self._rate_out)
         while (left := total - self._produced) > 0:
             # A full span, because a matrix product of another shape may round differently.
-            self._span[:, self._filled :] = 0
-            self._filled = self._span.shape[1]
+            self._space.span[:, self._filled :] = 0
+            self._filled = self._space.span.shape[1]
             yield self._next_outputs()[:, :left]
         self._reset()
 
     def _joined(self, outputs: Iterator[Audio]) -> Audio:
-        return np.concatenate([np.empty((self._span.shape[0], 0), np.float32), *outputs], axis=1)
+        return np.concatenate([np.empty((self._space.span.shape[0], 0), np.float32), *outputs], axis=1)
 
     def _next_outputs(self) -> Audio:
         """Filter the full span, and keep what the next one shares with it."""
-        outputs = self._filter.apply(self._span)
+        outputs = self._filter.apply(self._space)
         self._produced += outputs.shape[1]
         self._filled -= self._filter.step
-        self._span[:, : self._filled] = self._span[:, self._filter.step :].copy()
+        self._space.span[:, : self._filled] = self._space.span[:, self._filter.step :].copy()
         return outputs
 
 
@@ -161,23 +163,37 @@ class _PolyphaseFilter:
     span: int  # inputs of a span
     outputs: int  # outputs of a period; the blocks may hold a few more, which are dropped
 
-    def apply(self, span: Audio) -> Audio:
-        """Filter `[channels, span]` to `[channels, periods * outputs]`."""
+    def apply(self, space: _Workspace) -> Audio:
+        """Filter the span of a workspace to `[channels, periods * outputs]`."""
         blocks, taps, size = self.weights.shape
-        channels, periods = span.shape[0], self.starts.shape[1]
-        windows = sliding_window_view(span, taps, axis=1).swapaxes(0, 1)
+        channels, periods = len(space.span), self.starts.shape[1]
         if blocks <= periods:
             # This is twice as fast as an index for each window.
             inputs = self.step // periods
-            windows = np.stack([windows[start::inputs][:periods] for start in self.starts[:, 0]])
+            for gathered, start in zip(space.gathered, self.starts[:, 0], strict=True):
+                gathered[...] = space.windows[start::inputs][:periods]
         else:
-            windows = windows[self.starts]
+            space.gathered[...] = space.windows[self.starts]
         # Samples beyond float32 become infinite, which later checks report.
         with np.errstate(over="ignore", invalid="ignore"):
-            products = windows.reshape(blocks, periods * channels, taps) @ self.weights
-        ordered = products.reshape(blocks, periods, channels, size).transpose(2, 1, 0, 3)
+            np.matmul(space.gathered.reshape(blocks, -1, taps), self.weights, out=space.products)
+        ordered = np.empty((channels, periods, blocks, size), np.float32)
+        ordered[...] = space.products.reshape(blocks, periods, channels, size).transpose(2, 1, 0, 3)
         kept = ordered.reshape(channels, periods, blocks * size)[:, :, : self.outputs]
         return kept.reshape(channels, periods * self.outputs)
+
+
+class _Workspace:
+    """Arrays that the filter of a stream uses for each span: new memory is cleared page by page, which takes long."""
+
+    def __init__(self, polyphase: _PolyphaseFilter, channels: int) -> None:
+        blocks, taps, size = polyphase.weights.shape
+        periods = polyphase.starts.shape[1]
+        self.span: Audio = np.empty((channels, polyphase.span), np.float32)
+        # The windows that begin at each input, as views `[inputs, channels, taps]`.
+        self.windows = sliding_window_view(self.span, taps, axis=1).swapaxes(0, 1)
+        self.gathered: Audio = np.empty((blocks, periods, channels, taps), np.float32)
+        self.products: Audio = np.empty((blocks, periods * channels, size), np.float32)
 
 
 @lru_cache(maxsize=4)

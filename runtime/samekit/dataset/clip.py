@@ -264,9 +264,8 @@ class ClipReader:
             cutter = WindowCutter(rules.windows, spec.hop, expected, self.allocate)
             kept, silent = 0, True
             for block in self._kept_blocks(reader, offset):
-                low, high = block.min(), block.max()
-                silent = silent and _is_silent(low, high)
-                if not (low >= -1 and high <= 1):
+                silent = silent and _is_silent(block)
+                if reader.exceeds_full_scale:
                     np.clip(block, -1, 1, out=block)
                 kept += block.shape[1]
                 if scale != 1:
@@ -306,7 +305,7 @@ class ClipReader:
     def _require_sound(self, offset: int) -> None:
         """Raise BadClipError if the whole kept part is silent, after reading it once."""
         with self._open() as reader:
-            if all(_is_silent(block.min(), block.max()) for block in self._kept_blocks(reader, offset)):
+            if all(_is_silent(block) for block in self._kept_blocks(reader, offset)):
                 raise self._silence()
 
     def _silence(self) -> BadClipError:
@@ -377,8 +376,8 @@ def _can_be_opened(path: Path) -> bool:
     return False
 
 
-def _is_silent(low: np.float32, high: np.float32) -> bool:
-    return bool(max(-low, high) < _SILENCE_PEAK)
+def _is_silent(block: Array) -> bool:
+    return bool(max(-block.min(), block.max()) < _SILENCE_PEAK)
 
 
 def expected_extent(source: Source, rules: CuttingRules) -> Extent:
