@@ -183,8 +183,9 @@ class TritonServer:
             self.process.kill()
             self.process.wait()
         # If the server was killed, processes of its models can wait for it for ever.
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        if sys.platform != "win32":
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """Stop the server."""
