@@ -10,8 +10,8 @@ machine only adds time. The files lie in TMPDIR; a folder in memory leaves out t
 from __future__ import annotations
 
 import itertools
+import math
 import os
-import resource
 import shutil
 import sys
 import tempfile
@@ -133,6 +133,10 @@ def measure(paths: list[Path], out: Path, options: PreEncodeOptions, rounds: int
 
 def peak_mib() -> float:
     """Return the most memory that this process has had so far, in MiB."""
+    if sys.platform == "win32":
+        return math.nan
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 

@@ -18,13 +18,16 @@ from pathlib import Path
 from huggingface_hub import constants
 
 OTHER = "0123456789abcdef0123456789abcdef01234567"
+# Seconds after which a test that waits for an answer fails.
+_LONGEST_SILENCE = 20
 
 
 class Server(ThreadingHTTPServer):
     """Serves folders as repositories: `repositories[name][commit]`; the first commit is that of the default branch.
 
     `answers` maps a repository to a status and headers that each request gets instead. `once` maps a method and a file
-    to a status and headers, or to a number of bytes after which the transfer breaks; it is used once.
+    to a status and headers, or to a number of bytes after which the transfer breaks; it is used once. Requests for
+    repositories in `silent` get no answer while the server runs.
     """
 
     def __init__(self, uploads):
@@ -34,6 +37,8 @@ class Server(ThreadingHTTPServer):
         self.private = {}
         self.answers = {}
         self.once = {}
+        self.silent = set()
+        self.ended = threading.Event()
         self.requests = []
 
     def downloads(self):
@@ -71,6 +76,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         repository, kind, revision = "/".join(path[:2]), path[2], path[3]
         self.server.requests.append((self.command, repository, kind, revision, *path[4:5]))
+        if repository in self.server.silent:
+            self.server.ended.wait(_LONGEST_SILENCE)
+            self.close_connection = True
+            return
         if repository in self.server.answers:
             status, headers = self.server.answers[repository]
             self.answer(status, headers, json.dumps({"error": headers.get("X-Error-Message", "")}).encode())
@@ -184,6 +193,7 @@ def serve(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
     yield server
+    server.ended.set()
     server.shutdown()
     server.server_close()
     thread.join()

@@ -10,10 +10,12 @@ import shutil
 import subprocess
 import sys
 import threading
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from test_package import build
 
 ROOT = Path(__file__).parents[1]
 # The instructions, each with its continued lines in one.
@@ -41,6 +43,7 @@ def copy_context(folder):
     assert "*" in lines
     for name in (line[1:] for line in lines if line.startswith("!")):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        (folder / name).parent.mkdir(exist_ok=True)
         copy(ROOT / name, folder / name)
 
 
@@ -90,6 +93,14 @@ def test_commands_run_as_a_user_who_may_write_only_to_tmp():
     assert re.fullmatch(r"[1-9]\d+:[1-9]\d+", only("USER"))
     assert VARIABLES["HOME"] == "/tmp"
     assert json.loads(only("ENTRYPOINT")) == ["samekit"]
+
+
+def test_context_holds_what_a_wheel_is_built_from(tmp_path):
+    (tmp_path / "src").mkdir()
+    copy_context(tmp_path / "src")
+    (wheel,) = build(tmp_path / "src", tmp_path / "dist", "--wheel").iterdir()
+    with zipfile.ZipFile(wheel) as file:
+        assert {"samekit/serving/page.html", "samekit_export/cli.py"} <= set(file.namelist())
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import json
 import pickle
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -258,6 +259,17 @@ def test_digests_are_computed_once(server, published, monkeypatch):
         encode(model)
 
 
+def test_weights_stay_mapped_if_the_cache_is_deleted(server, published, monkeypatch, caplog):
+    """The third call would open the graph again, to pack its weights."""
+    with open_cpu() as model:
+        latents = encode(model)
+        shutil.rmtree(constants.HF_HUB_CACHE)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        for _ in range(3):
+            np.testing.assert_array_equal(encode(model), latents)
+    assert "weights of the encoder are not packed" in caplog.text
+
+
 # --- Faults of the hub -------------------------------------------------------------------------------------
 
 
@@ -298,6 +310,16 @@ def test_refusals(server, status, code, sentence, cure):
     assert done.exit_code == 2, done.exception
     assert f"; {cure}" in done.stderr
     assert done.stderr.startswith(f"Error: there is no folder {REPOSITORY}, and {REPOSITORY} cannot be fetched from")
+
+
+def test_a_hub_that_does_not_answer(server, published, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
+    server.silent.add(REPOSITORY)
+    start = time.monotonic()
+    with pytest.raises(HubError, match=r"cannot be fetched from the hub \(.*timed out.*\); check the network") as error:
+        find_engine(REPOSITORY)
+    assert time.monotonic() - start < 10
+    assert_one_line(error.value)
 
 
 def test_a_revision_that_is_not_there(server, published):
@@ -370,6 +392,61 @@ def test_pull_replaces_nothing(server, published, tmp_path):
     assert done.exit_code == 2
     assert done.stderr.splitlines()[-1] == f"Error: {tmp_path}/used: holds other files; pass a new folder"
     assert [path.name for path in (tmp_path / "used").iterdir()] == ["thesis.txt"]
+
+
+def test_pull_checks_its_arguments_before_it_fetches(server, published, tmp_path):
+    (tmp_path / "thesis.txt").touch()
+    assert "holds other files" in run("pull", REPOSITORY, tmp_path).stderr
+    assert "no int8 graph (there is: fp32)" in run("pull", REPOSITORY, tmp_path / "new", "--precision", "int8").stderr
+    assert server.downloads() == ["spec.json"]
+    server.requests.clear()
+    for given in ("fp8", "fp32,", ""):
+        done = run("pull", REPOSITORY, "--precision", given)
+        assert done.exit_code == 2
+        assert done.stderr.endswith(" is not known; pass some of fp32, fp16, int8\n")
+    assert server.requests == []
+
+
+@pytest.mark.usefixtures("published")
+def test_pull_completes_a_folder_whose_graph_is_damaged(server, tmp_path, name):
+    folder = tmp_path / "pulled"
+    assert run("pull", REPOSITORY, folder).exit_code == 0
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for damage in (Path.unlink, lambda path: path.write_bytes(b"")):
+        damage(folder / name)
+        assert run("pull", REPOSITORY, folder).exit_code == 0
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_pull_of_another_engine_replaces_nothing(server, published, tmp_path):
+    folder = tmp_path / "pulled"
+    assert run("pull", REPOSITORY, folder).exit_code == 0
+    newer(server, published, name="moved")
+    done = run("pull", REPOSITORY, folder)
+    assert done.exit_code == 2
+    assert done.stderr == f"Error: {folder}: holds another engine; pass a new folder\n"
+    assert Engine.load(folder).spec.name != "moved"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"../../stolen.onnx": 1},
+        {"/etc/passwd": 1},
+        {"encoder.onnx": 2**64},
+        {"encoder.onnx": 1, "encoder.onnx.data": 1, ".bashrc": 1},
+        {"encoder.onnx": 1, **{f"{index}.bin": 1 for index in range(1000)}},
+    ],
+)
+def test_a_hostile_spec_makes_nothing_be_fetched(server, published, tmp_path, files):
+    graphs = json.loads((published / "spec.json").read_text())["graphs"]
+    graphs["fp32"]["encoder"] |= {"file": next(iter(files)), "sizes": files}
+    change_spec(published, graphs=graphs)
+    done = run("pull", REPOSITORY, tmp_path / "pulled")
+    assert done.exit_code == 2
+    assert "spec.json: damaged (" in done.stderr
+    assert server.downloads() == ["spec.json"]
+    assert not (tmp_path / "pulled").exists()
 
 
 @pytest.mark.usefixtures("published", "ready_graphs")
@@ -538,6 +615,17 @@ def test_a_licence_that_cannot_be_fetched_stops_the_upload(server, own_engine, t
     with pytest.raises(EngineError, match=r"does not hold the known text; put the licence there$"):
         publish(engine, "me/engine")
     assert "me/engine" not in server.repositories
+
+
+@pytest.mark.usefixtures("token")
+def test_a_linked_licence_is_not_published(server, own_engine, tmp_path):
+    """An engine folder that was downloaded may hold a link to any file of the user."""
+    engine = of_source(own_engine, STABILITY)
+    (tmp_path / "secret").write_text("a private key")
+    (engine.folder / "LICENSE.md").symlink_to(tmp_path / "secret")
+    with pytest.raises(EngineError, match=r"LICENSE\.md: is a link; put the licence itself there$"):
+        publish(engine, "me/engine")
+    assert server.requests == []
 
 
 def test_licences(own_engine):

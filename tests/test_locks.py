@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -153,3 +155,53 @@ def test_lock_file_with_another_text(folder, caplog):
             pass
         timer.join()
     assert caplog.messages == [f"{folder}: another process is writing there; waiting until it has ended"]
+
+
+# `msvcrt.locking` locks bytes from the position of the file on, which may be behind its end. It raises PermissionError
+# if another process has locked them: https://docs.python.org/3/library/msvcrt.html. Locks of POSIX do the same.
+AS_ON_WINDOWS = """
+import errno, fcntl, os, sys, types
+from pathlib import Path
+
+# Modules of Python choose by the platform too when they are imported, so these come first.
+import samekit.files.atomic
+
+def locking(descriptor, mode, count):
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, count, os.lseek(descriptor, 0, os.SEEK_CUR))
+    except BlockingIOError:
+        raise PermissionError(errno.EACCES, "Permission denied") from None
+
+sys.modules["msvcrt"] = types.SimpleNamespace(LK_NBLCK=2, locking=locking)
+sys.platform = "win32"
+
+from samekit.errors import OutputError
+from samekit.files.atomic import atomic_path
+from samekit.files.locks import folder_lock
+
+folder = Path(sys.argv[1])
+try:
+    with folder_lock(folder, wait=False):
+        with atomic_path(folder / "spec.json") as temporary:
+            temporary.write_text("written")
+        print(os.getpid(), flush=True)
+        sys.stdin.read()
+except OutputError as error:
+    print(error)
+"""
+
+
+def test_lock_on_windows(folder):
+    program = [sys.executable, "-c", AS_ON_WINDOWS, folder]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(program, stdin=pipe, stdout=pipe, text=True) as first:
+        holder = first.stdout.readline().strip()
+        assert (folder / LOCK_FILE).read_text() == f"process {holder}"
+        second = subprocess.run(
+            program, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=60
+        )
+        assert second.stderr == ""
+        assert second.stdout == f"{folder}: process {holder} is writing there; wait for it, or pass another folder\n"
+    third = subprocess.run(program, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=60)
+    assert third.stdout.strip().isdecimal()
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("spec.json", "written")]

@@ -121,10 +121,40 @@ def test_prune_is_refused_where_a_folder_cannot_be_read(data, out, monkeypatch):
     run(data, out)
     before = contents(out)
     refuse_listing(monkeypatch, {"deep"}, PermissionError(13, "Permission denied"))
-    with pytest.raises(InputError, match="deep: cannot be read, so its clips would count as gone; ") as error:
+    with pytest.raises(
+        InputError, match=r"deep/x\.wav: its folder cannot be read, so it would count as gone; "
+    ) as error:
         run(data, out, prune=True)
     assert_one_line(error.value)
     assert contents(out) == before
+
+
+def test_prune_works_beside_a_folder_that_never_could_be_read(data, out, monkeypatch):
+    """Such as `lost+found` at the root of a disk."""
+    from test_dataset_sources import refuse_listing
+
+    write_clips(data, 2)
+    (data / "lost+found").mkdir()
+    refuse_listing(monkeypatch, {"lost+found"}, PermissionError(13, "Permission denied"))
+    run(data, out)
+    (data / "clip00000.wav").unlink()
+    assert run(data, out, prune=True).pruned == 1
+
+
+def test_prune_is_refused_where_a_folder_is_empty(data, out):
+    """The folder of a disk that is not mounted is empty."""
+    disk = data.with_name("disk")
+    write_clips(data, 1)
+    write_clip(disk / "b.wav", 100)
+    run([data, disk], out)
+    before = contents(out)
+    for path in disk.iterdir():
+        path.unlink()
+    for start in (run, planned):
+        with pytest.raises(InputError, match="disk: holds no audio, so its clips would count as gone; mount it, or"):
+            start([data, disk], out, prune=True)
+    assert contents(out) == before
+    assert run(data, out, prune=True).pruned == 1
 
 
 # --- A dry run ---------------------------------------------------------------------------------------------
@@ -155,19 +185,52 @@ def test_dry_run_says_what_would_be_done_and_writes_nothing(arguments, data, out
     assert contents(out) == before
 
 
+def planned(data, out, **options):
+    return plan(fake_model(), data, out, PreEncodeOptions(**options))
+
+
+def test_dry_run_into_a_data_folder_is_refused_too(data):
+    write_clips(data, 1)
+    for start in (planned, run):
+        with pytest.raises(InputError, match="is a --data_dir too; pass another --output_path"):
+            start(data, data)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("fate", ["stay", "prune", "reencode"])
+def test_plan_and_report_agree_on_clips_that_left(data, out, layout, fate):
+    write_clips(data, 4)
+    run(data, out, layout=layout)
+    for index in (1, 2):
+        (data / f"clip0000{index}.wav").unlink()
+    # A clip that left and whose latents have gone has none that could stay or be removed.
+    lost = "clip00002" if layout == "mirror" else f"{2:012d}"
+    for suffix in ("npy", "json"):
+        (out / f"{lost}.{suffix}").unlink()
+    options = {"layout": layout, "prune": fate == "prune"}
+    if fate == "reencode":
+        options |= {"sample_size": 400, "reencode": True}
+    expected = planned(data, out, **options)
+    assert (expected.gone, expected.pruned)[fate != "stay"] == ["clip00001.wav"]
+    assert (expected.gone, expected.pruned)[fate == "stay"] == []
+    report = run(data, out, **options)
+    assert (report.gone, report.pruned) == (expected.gone, len(expected.pruned))
+    assert ("removed the latents of 1 clip that left the dataset" in report.summary()) == (fate != "stay")
+
+
 def test_plan_agrees_with_the_run(data, out):
     write_clips(data, 4)
     (data / "clip00002.wav").write_bytes(b"no audio")
-    planned = plan(fake_model(), data, out, PreEncodeOptions(sample_size=800))
-    assert (planned.clips, planned.due, planned.unknown) == (4, 4, 1)
+    first = planned(data, out, sample_size=800)
+    assert (first.clips, first.due, first.unknown) == (4, 4, 1)
     report = run(data, out, sample_size=800)
     assert report.statuses == {"encoded": 3, "unreadable": 1}
-    assert planned.audio_seconds == pytest.approx(report.audio_seconds, abs=0.05)
-    again = plan(fake_model(), data, out, PreEncodeOptions(sample_size=800))
+    assert first.audio_seconds == pytest.approx(report.audio_seconds, abs=0.05)
+    again = planned(data, out, sample_size=800)
     # A clip that could not be read is tried again.
     assert (again.due, again.unknown, again.estimated_seconds) == (1, 1, 0.0)
     with pytest.raises(InputError, match="holds latents of other settings"):
-        plan(fake_model(), data, out, PreEncodeOptions(sample_size=400))
+        planned(data, out, sample_size=400)
 
 
 # --- Folders without latents, and settings that are equal ---------------------------------------------------

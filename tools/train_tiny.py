@@ -18,7 +18,6 @@ import copy
 import json
 import math
 import multiprocessing
-import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -29,6 +28,7 @@ import synthesis
 import torch
 from torch import Tensor, nn
 
+from samekit.backends.cpu import available_cpus
 from samekit_export.checkpoint import save_folder
 from samekit_export.config import parse_config, rotary_frequencies
 from samekit_export.model import Same, Trunk, WeightNormConv
@@ -342,7 +342,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("build/same-tiny"), help="folder of the checkpoint")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=available_cpus())
     arguments = parser.parse_args()
     train(arguments.out, arguments.steps, arguments.threads)
 

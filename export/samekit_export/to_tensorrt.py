@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import shutil
 import sys
 import time
@@ -314,9 +313,9 @@ def _parser_line(error: Any) -> str:
 
 def peak_memory() -> int | None:
     """Return the most bytes of memory that this process has held, or None if the system does not report it."""
-    if os.name != "posix":
+    if sys.platform == "win32":
         return None
-    import resource  # not on Windows
+    import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak

@@ -7,13 +7,13 @@ import html
 import platform
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from samekit import __version__
 from samekit.audio import AudioWriter, read_audio
 from samekit.backends.cpu import available_cpus
 from samekit.errors import InputError
@@ -92,7 +92,7 @@ def run_demo(folder: str | os.PathLike[str]) -> Demo:
             "Signal-to-noise ratio of the decoded audio": f"{_snr_db(piece, decoded):.1f} dB",
             "Model": f"{model.spec.name}, {backend.precision}, {backend.name} on {model.device}",
             "Machine": f"{available_cpus()} cores, {platform.platform()}",
-            "Versions": f"samekit {version('samekit')}, Python {platform.python_version()}, NumPy {np.__version__}",
+            "Versions": f"samekit {__version__}, Python {platform.python_version()}, NumPy {np.__version__}",
         }
     page = folder / PAGE
     text = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -120,9 +121,11 @@ def describe(section: str, value: Any) -> Iterator[str]:
 
 def memory(root: Path = Path("/")) -> int | None:
     """Return the bytes of memory that this machine or container has; None if the system does not tell."""
+    if sys.platform == "win32":
+        return None
     try:
         found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
+    except (ValueError, OSError):
         return None
     for name in _MEMORY_LIMITS:
         # A file that is missing or holds "max" limits nothing.

@@ -38,7 +38,8 @@ def _file_in_memory() -> int | None:
     """Return the descriptor of a new file in memory; None where the system has or allows none."""
     if hasattr(os, "memfd_create"):
         with suppress(OSError):
-            return os.memfd_create("samekit")
+            descriptor: int = os.memfd_create("samekit")
+            return descriptor
     return None
 
 

@@ -16,7 +16,7 @@ from samekit.files.atomic import output_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from io import FileIO
+    from typing import IO
 
     from samekit.audio.channels import Audio
     from samekit.audio.writer import AudioWriter
@@ -99,7 +99,7 @@ def _attenuated(blocks: Iterable[Audio], writer: AudioWriter) -> Iterator[Audio]
             yield samples if peak <= 1 else (samples.astype(np.float64) * (writer.highest / peak)).astype(np.float32)
 
 
-def _temporary_file(writer: AudioWriter) -> FileIO:
+def _temporary_file(writer: AudioWriter) -> IO[bytes]:
     """Open a file without a name in the folder of the output."""
     folder = os.path.dirname(os.path.realpath(writer.path))
     with output_errors(writer.path):

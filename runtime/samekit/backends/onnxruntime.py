@@ -15,7 +15,7 @@ from samekit.backends.cpu import available_cpus
 from samekit.engine.builds import open_cache
 from samekit.engine.fingerprint import NARROW
 from samekit.engine.spec import DECODER, GPU_PRECISIONS, INPUT_NAMES, Direction
-from samekit.errors import BackendError, BackendUnavailableError, EngineError, OutputError, first_line
+from samekit.errors import BackendError, BackendUnavailableError, EngineError, HubError, OutputError, first_line
 from samekit.files.paths import utf8_path
 from samekit.packages import import_onnxruntime
 
@@ -153,7 +153,7 @@ class OnnxRuntimeBackend(Backend):
         """Open a session again with packed weights, or keep the mapped ones if the file has gone."""
         try:
             path = self._graph(direction)
-        except EngineError as error:
+        except (EngineError, HubError) as error:
             logger.warning("weights of the %s are not packed, which costs a tenth of the speed: %s", direction, error)
             return
         # The old session is freed first, because both together would hold the weights twice.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from samekit.dataset.captions import require_tag_reader
@@ -15,7 +16,7 @@ from samekit.errors import InputError
 from samekit.files.paths import expanded_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from typing import Self
 
     from samekit.dataset.executor import ModelFacts
@@ -51,11 +52,6 @@ class Dataset:
         if "tags" in options.captions:
             require_tag_reader()
         found = find_sources(folders, options.captions)
-        if options.prune and found.unreadable_folders:
-            raise InputError(
-                f"{found.unreadable_folders[0]}: cannot be read, so its clips would count as gone; check its "
-                "permissions, or leave out --prune"
-            )
         shard, layout, spec = options.shard, options.layout, facts.spec
         if layout == "mirror":
             require_distinct(source.relpath for source in found.sources)
@@ -70,4 +66,22 @@ class Dataset:
             cut=options.cut,
             layout=layout,
         )
-        return cls(folders, found, sources, find_output(output_path), settings, spec)
+        output = find_output(output_path)
+        if any(map(output.is_at, folders)):
+            raise InputError(f"{output}: is a --data_dir too; pass another --output_path")
+        return cls(folders, found, sources, output, settings, spec)
+
+    def require_visible(self, relpaths: Iterable[str]) -> None:
+        """Raise InputError if clips of these relpaths can look gone because a folder is not mounted or not readable."""
+        for folder in self.folders:
+            if not any(Path(source.path).is_relative_to(folder) for source in self.found.sources):
+                raise InputError(
+                    f"{folder}: holds no audio, so its clips would count as gone; mount it, or leave it out of "
+                    "--data_dir"
+                )
+        unreadable = tuple(f"{folder}{os.sep}" for folder in self.found.unreadable_folders)
+        if hidden := next((relpath for relpath in relpaths if relpath.startswith(unreadable)), None):
+            raise InputError(
+                f"{hidden}: its folder cannot be read, so it would count as gone; check the permissions, or leave out "
+                "--prune"
+            )

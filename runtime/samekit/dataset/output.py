@@ -59,11 +59,13 @@ class Output(ABC):
     seconds_between_appends: float = 0.0
     """How long the caller should collect lines before it appends them to a file."""
 
+    def is_at(self, folder: str | os.PathLike[str]) -> bool:
+        """Return whether this place is a folder of this machine."""
+        return False
+
     @abstractmethod
-    def locked(
-        self, shard: Shard, data_folders: Iterable[str | os.PathLike[str]], layout: Layout = "numbered"
-    ) -> AbstractContextManager[None]:
-        """Create the place, and lock it for a shard if it has locks; raises InputError if it is a data folder."""
+    def locked(self, shard: Shard, layout: Layout = "numbered") -> AbstractContextManager[None]:
+        """Create the place, and lock it for a shard if it has locks."""
 
     @abstractmethod
     def names(self, folder: str = "") -> set[str]:
@@ -120,16 +122,15 @@ class FolderOutput(Output):
     def __str__(self) -> str:
         return str(self._folder)
 
+    def is_at(self, folder: str | os.PathLike[str]) -> bool:
+        # A folder that does not exist yet raises OSError.
+        with suppress(OSError):
+            return self._folder.samefile(folder)
+        return False
+
     @contextmanager
-    def locked(
-        self, shard: Shard, data_folders: Iterable[str | os.PathLike[str]], layout: Layout = "numbered"
-    ) -> Iterator[None]:
+    def locked(self, shard: Shard, layout: Layout = "numbered") -> Iterator[None]:
         """Create the folder and hold its lock. Delete unfinished files of this shard before and after the block."""
-        for data_folder in data_folders:
-            # A folder that does not exist yet is not a data folder.
-            with suppress(OSError):
-                if self._folder.samefile(data_folder):
-                    raise InputError(f"{self}: is a --data_dir too; pass another --output_path")
         state = self._folder / STATE_FOLDER
         with output_errors(self._folder):
             state.mkdir(parents=True, exist_ok=True)
@@ -252,9 +253,7 @@ class UrlOutput(Output):
         return self._url
 
     @contextmanager
-    def locked(
-        self, shard: Shard, data_folders: Iterable[str | os.PathLike[str]], layout: Layout = "numbered"
-    ) -> Iterator[None]:
+    def locked(self, shard: Shard, layout: Layout = "numbered") -> Iterator[None]:
         """Create the folder of the manifest."""
         with self._write_errors():
             self._fs.makedirs(f"{self._root}/{STATE_FOLDER}", exist_ok=True)

@@ -94,19 +94,20 @@ class Plan:
     estimated_seconds: float
     """Time to encode them, according to the speed of one window on this machine."""
     gone: list[str]
-    """Relpaths of clips that left the dataset and have latents."""
-    prune: bool
-    """Whether the latents of `gone` would be removed."""
+    """Relpaths of clips that left the dataset and whose latents would stay."""
+    pruned: list[str]
+    """Relpaths of clips that left the dataset and whose latents would be removed."""
 
     def to_json(self) -> str:
-        """Return all fields as JSON in one line, with the number of clips in `gone`."""
+        """Return all fields as JSON in one line, with the length of each list instead of its items."""
         return _counted_json(self)
 
     def summary(self) -> str:
         """Return one sentence for the terminal."""
         unknown = f", and {self.unknown} of unknown length" if self.unknown else ""
-        fate = "would be removed" if self.prune else "would stay; --prune removes them"
-        gone = f"; latents of {_clips_that_left(self.gone)} {fate}" if self.gone else ""
+        gone = f"; latents of {_clips_that_left(self.gone)} would stay; --prune removes them" if self.gone else ""
+        if self.pruned:
+            gone += f"; latents of {_clips_that_left(self.pruned)} would be removed"
         return (
             f"{self.folder}: {self.due} of {self.clips} clips would be encoded, {self.audio_seconds / 3600:.2f} hours "
             f"of audio{unknown}, in about {describe_seconds(self.estimated_seconds)}{gone}; nothing was written"
@@ -170,7 +171,7 @@ class PreEncodeReport:
         speed = self.audio_seconds / self.elapsed if self.elapsed else 0.0
         gone = f", and latents of {_clips_that_left(self.gone)}; --prune removes them" if self.gone else ""
         if self.pruned:
-            gone = f"; removed the latents of {self.pruned} clip{'s' * (self.pruned > 1)} that left the dataset"
+            gone += f"; removed the latents of {self.pruned} clip{'s' * (self.pruned > 1)} that left the dataset"
         left_out = Found([], Counter(self.passed_over), self.unreadable_folders).describe_left_out("; ")
         return (
             f"{self.folder}: {self.clips} clips ({counts}){gone}; this run encoded {self.encoded}, "

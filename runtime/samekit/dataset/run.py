@@ -37,11 +37,11 @@ from samekit.files.pairs import DTYPES, npy_header, stored_values
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
+    from typing import Self
 
     from samekit.arrays import Array
     from samekit.dataset.clip import Extent
-    from samekit.dataset.output import Output
-    from samekit.dataset.sources import Found, Source
+    from samekit.dataset.sources import Source
     from samekit.model import AutoencoderModel
 
 # Clips with such a status are tried again, because they may succeed although their files have not changed.
@@ -88,13 +88,12 @@ def pre_encode(
     options = options or PreEncodeOptions()
     dataset = Dataset.find(model.facts, data_dir, output_path, options)
     sources, shard, output = dataset.sources, options.shard, dataset.output
-    with output.locked(shard, dataset.folders, options.layout):
-        found = Manifest.read(output, shard, dataset.settings, sources, reencode=options.reencode)
-        with found.writing() as manifest:
-            run = _Run(model, options, manifest, output, progress)
-            run.mark_gone(sources)
-            run.encode([source for source in sources.values() if run.is_due(source)], len(sources))
-        report = run.report(sources, dataset.found)
+    with output.locked(shard, options.layout):
+        run = _Run.read(model, options, dataset, progress)
+        with run.manifest.writing() as manifest:
+            run.mark_gone()
+            run.encode([source for source in sources.values() if run.is_due(source)])
+        report = run.report()
         output.put(f"{STATE_FOLDER}/{shard.report}", report.folder_json(manifest.settings))
     if options.strict and report.bad:
         first = report.bad[0]["reason"]
@@ -123,23 +122,23 @@ def plan(
     options = options or PreEncodeOptions()
     with closing(LocalExecutor(model.autoencoder)) as executor:
         dataset = Dataset.find(executor.facts, data_dir, output_path, options)
-        sources, output = dataset.sources, dataset.output
-        manifest = Manifest.read(output, options.shard, dataset.settings, sources, reencode=options.reencode)
-        run = _Run(executor, options, manifest, output, None)
+        sources = dataset.sources
+        run = _Run.read(executor, options, dataset)
         due = [source for source in sources.values() if run.is_due(source)]
         extents = run.expected_extents(due)
+        kept, gone = run.left()
         spec = dataset.spec
         each = spec.hop / spec.sample_rate
         sequences = sum(extent.sequence for extent in extents)
         return Plan(
-            folder=str(output),
+            folder=str(dataset.output),
             clips=len(sources),
             due=len(due),
             unknown=sum(not extent.latents for extent in extents),
             audio_seconds=round(sum(extent.latents for extent in extents) * each, 1),
             estimated_seconds=round(sequences * each / _encoder_speed(model), 3) if sequences else 0.0,
-            gone=run.left_with_latents(sources),
-            prune=options.prune,
+            gone=[row.relpath for row in kept],
+            pruned=[row.relpath for row in gone if run.has_latents(row)],
         )
 
 
@@ -158,19 +157,37 @@ def _encoder_speed(model: AutoencoderModel) -> float:
 
 @dataclass
 class _Run:
-    """One run over a dataset while its output is locked."""
+    """One run over a dataset while its output is locked, or the plan of one."""
 
     executor: Executor
     options: PreEncodeOptions
+    dataset: Dataset
     manifest: Manifest
-    output: Output
     progress: Callable[[Progress], None] | None
+
+    @classmethod
+    def read(
+        cls,
+        executor: Executor,
+        options: PreEncodeOptions,
+        dataset: Dataset,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Self:
+        """Read the manifest; raises InputError as `pre_encode`."""
+        output, settings, sources = dataset.output, dataset.settings, dataset.sources
+        manifest = Manifest.read(output, options.shard, settings, sources, reencode=options.reencode)
+        if options.prune:
+            dataset.require_visible(relpath for relpath, row in manifest.rows.items() if row.status == "encoded")
+        return cls(executor, options, dataset, manifest, progress)
 
     def __post_init__(self) -> None:
         facts = self.executor.facts
         self._layout = self.options.layout
+        self._output = self.dataset.output
         self._rules = CuttingRules(facts.spec, facts.windows, self.options.cut, self._layout)
-        self._files = self.output.names() if self._layout == "numbered" else self.output.tree()
+        self._files = self._output.names() if self._layout == "numbered" else self._output.tree()
+        names = map(mirrored_name, self.dataset.sources) if self._layout == "mirror" else ()
+        self._taken = set(map(mirrored_key, names))
         # Failed attempts to encode clips whose earlier latents stay.
         self._failed_attempts: list[Row] = []
         # Clips that left the dataset and whose latents were removed.
@@ -196,19 +213,28 @@ class _Run:
             self.manifest.record(seen)
         return seen is None
 
-    def mark_gone(self, sources: dict[str, Source]) -> None:
-        """Mark clips that left the dataset and have no complete pair of files of these settings; with `prune` all."""
-        # In the mirror layout, a clip may have taken the names of one that left the dataset.
-        taken = {mirrored_key(mirrored_name(relpath)) for relpath in sources} if self._layout == "mirror" else set()
-        gone = []
+    def left(self) -> tuple[list[Row], list[Row]]:
+        """Return the rows of clips that left the dataset: those that keep their latents, and those that do not.
+
+        A clip keeps them if both files are there, of these settings, and it is not pruned.
+        """
+        kept: list[Row] = []
+        gone: list[Row] = []
         for row in self.manifest.rows.values():
-            if row.relpath in sources or row.status == "gone":
-                continue
-            has_name = self._layout == "numbered" or mirrored_key(mirrored_name(row.relpath)) not in taken
-            keeps_files = has_name and self._has_files(row) and not self.options.prune
-            if row.status is None or (row.status == "encoded" and not keeps_files):
-                gone.append(row)
-                self._pruned += self.options.prune and row.status == "encoded"
+            if row.relpath not in self.dataset.sources and row.status in (None, "encoded"):
+                keeps = row.status == "encoded" and not self.options.prune and self._has_files(row)
+                (kept if keeps and self.has_latents(row) else gone).append(row)
+        return kept, gone
+
+    def has_latents(self, row: Row) -> bool:
+        """Return whether there are latents of a clip that left the dataset."""
+        # In the mirror layout, another clip may have taken its name.
+        return row.files(self._layout)[1] in self._files and mirrored_key(row.name(self._layout)) not in self._taken
+
+    def mark_gone(self) -> None:
+        """Remove the latents of clips that left the dataset and do not keep them."""
+        _, gone = self.left()
+        self._pruned = sum(map(self.has_latents, gone))
         self._remove_files(gone)
         for row in gone:
             self.manifest.record(dataclasses.replace(row, status="gone"))
@@ -216,9 +242,9 @@ class _Run:
     def _has_files(self, row: Row) -> bool:
         return self._files.issuperset(row.files(self._layout))
 
-    def encode(self, due: list[Source], total: int) -> None:
-        """Encode those of `total` clips that are due, and the silence if it is missing."""
-        options = self.options
+    def encode(self, due: list[Source]) -> None:
+        """Encode the clips that are due, and the silence if it is missing."""
+        options, total = self.options, len(self.dataset.sources)
         silence = self._silence(needed=options.pad and bool(due))
         earlier = total - len(due)
         self._state = dataclasses.replace(self._state, done=earlier, total=total, earlier=earlier)
@@ -227,7 +253,7 @@ class _Run:
         tasks = [self._task(source) for source in due]
         if tasks:
             self._start = time.perf_counter()
-            self.executor.encode(Job(self._rules, options, silence, self.output), tasks, self._finished)
+            self.executor.encode(Job(self._rules, options, silence, self._output), tasks, self._finished)
 
     def _task(self, source: Source) -> Task:
         metadata, latents = self.manifest.rows[source.relpath].files(self._layout)
@@ -253,8 +279,8 @@ class _Run:
             return None
         latents = self.executor.silence(self._rules.limit)
         if missing:
-            data = stored_values(f"{self.output}/{SILENCE_FILE}", latents, dtype)
-            self.output.put(SILENCE_FILE, header + data.tobytes())
+            data = stored_values(f"{self._output}/{SILENCE_FILE}", latents, dtype)
+            self._output.put(SILENCE_FILE, header + data.tobytes())
         return latents if needed else None
 
     def _has_silence(self, header: bytes, size: int) -> bool:
@@ -265,8 +291,8 @@ class _Run:
         try:
             return (
                 SILENCE_FILE in self._files
-                and self.output.size(SILENCE_FILE) == size
-                and self.output.get(SILENCE_FILE, len(header)) == header
+                and self._output.size(SILENCE_FILE) == size
+                and self._output.get(SILENCE_FILE, len(header)) == header
             )
         except InputError:
             return False
@@ -324,27 +350,23 @@ class _Run:
         """Remove the files of clips that were there when the run began."""
         # All .json files first, because each call waits for the disk: a .json file never remains without its .npy file.
         for files in zip(*(row.files(self._layout) for row in rows), strict=True):
-            self.output.remove(file for file in files if file in self._files)
+            self._output.remove(file for file in files if file in self._files)
 
-    def left_with_latents(self, sources: dict[str, Source]) -> list[str]:
-        """Return the relpaths of clips that left the dataset and whose latents stay."""
-        rows = self.manifest.rows.values()
-        return [row.relpath for row in rows if row.status == "encoded" and row.relpath not in sources]
-
-    def report(self, sources: dict[str, Source], found: Found) -> PreEncodeReport:
+    def report(self) -> PreEncodeReport:
         """Return the results after the end of the run."""
-        rows = [self.manifest.rows[relpath] for relpath in sources]
+        found, rows = self.dataset.found, [self.manifest.rows[relpath] for relpath in self.dataset.sources]
+        kept, _ = self.left()
         bad = [*(row for row in rows if row.status != "encoded"), *self._failed_attempts]
         bad.sort(key=lambda row: row.number)
         state = self._state
         return PreEncodeReport(
-            folder=str(self.output),
+            folder=str(self._output),
             clips=len(rows),
             encoded=state.done - state.earlier - state.bad,
             unchanged=len(rows) - (state.done - state.earlier),
             statuses=dict(Counter(str(row.status) for row in rows)),
             bad=[{name: getattr(row, name) for name in ("number", "relpath", "status", "reason")} for row in bad],
-            gone=self.left_with_latents(sources),
+            gone=[row.relpath for row in kept],
             pruned=self._pruned,
             passed_over=dict(sorted(found.passed_over.items())),
             unreadable_folders=sorted(found.unreadable_folders),

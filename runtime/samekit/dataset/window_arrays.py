@@ -108,7 +108,7 @@ def _shown(
 def _unnamed_file(size: int) -> int:
     """Return the descriptor of a file without a name, in memory where the system has such files."""
     if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("samekit")
+        descriptor: int = os.memfd_create("samekit")
     else:
         with tempfile.TemporaryFile() as file:
             descriptor = os.dup(file.fileno())

@@ -87,6 +87,9 @@ def _without_paths(spec: EngineSpec) -> EngineSpec:
 def _licence_text(engine: Engine) -> bytes:
     """Return the Stability AI Community License, from the engine folder or from the hub."""
     local = engine.folder / model_card.LICENSE_FILE
+    if local.is_symlink():
+        # A folder that was downloaded may hold a link to any file of the user, which must not be published.
+        raise EngineError(f"{local}: is a link; put the licence itself there")
     if local.is_file():
         return local.read_bytes()
     repository, commit = _LICENSE_SOURCE
@@ -115,21 +118,36 @@ def copy_engine(engine: Engine, folder: Path, precisions: Sequence[str], directi
         BackendUnavailableError, EngineError, HubError: as `Engine.graph`.
         OutputError: the folder holds something else, or cannot be written.
     """
-    fetch(engine, precisions, directions)
-    chosen = {p: {d: engine.spec.graphs[p][d] for d in directions} for p in precisions}
+    chosen = {p: {d: engine.graph_file(d, p) for d in directions} for p in precisions}
     verification = {p: engine.spec.verification.get(p, []) for p in precisions}
     spec = dataclasses.replace(engine.spec, graphs=chosen, verification=verification)
     with output_errors(folder):
-        if (folder / SPEC_FILE).exists():
-            if Engine.load(folder).spec == spec:
-                return
-            raise OutputError(f"{folder}: holds another engine; pass a new folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        if not all(map(is_engine_file, folder.iterdir())):
-            raise OutputError(f"{folder}: holds other files; pass a new folder")
+        # The folder is checked before gigabytes are fetched, and again while no other process can write there.
+        if _holds(folder, spec):
+            return
+        fetch(engine, precisions, directions)
         with folder_lock(folder):
+            if _holds(folder, spec):
+                return
             remove_leftovers(folder)
             with staging_folder(folder) as staging:
                 for name in (name for pair in chosen.values() for graph in pair.values() for name in graph.sizes):
                     shutil.copyfile(engine.folder / name, staging / name)
                 commit_export(folder, staging, spec)
+
+
+def _holds(folder: Path, spec: EngineSpec) -> bool:
+    """Return whether a folder holds all files of an engine; raise OutputError if it holds something else."""
+    if not (folder / SPEC_FILE).exists():
+        if folder.exists() and not all(map(is_engine_file, folder.iterdir())):
+            raise OutputError(f"{folder}: holds other files; pass a new folder")
+        return False
+    found = Engine.load(folder)
+    if found.spec != spec:
+        raise OutputError(f"{folder}: holds another engine; pass a new folder")
+    try:
+        for precision in spec.graphs:
+            found.check(precision)
+    except EngineError:
+        return False
+    return True

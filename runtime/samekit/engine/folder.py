@@ -112,12 +112,7 @@ class Engine:
             EngineError: a file is missing, cut off or not readable, or another export has replaced it.
             HubError: a graph cannot be fetched from the hub.
         """
-        graph = self._graphs(precision).get(direction)
-        if graph is None:
-            raise BackendUnavailableError(
-                f"{self.folder}: no {direction} of {precision}, because only the other half was copied here; "
-                "copy the whole engine"
-            )
+        graph = self.graph_file(direction, precision)
         if self.snapshot:
             self._fetch(self.snapshot, graph)
         for name, size in graph.sizes.items():
@@ -136,13 +131,28 @@ class Engine:
                 raise EngineError(f"{path}: {state}; export the model again with --force")
         return self.folder / graph.file
 
+    def graph_file(self, direction: Direction, precision: str) -> GraphFile:
+        """Return what `spec.json` says about a graph; raise BackendUnavailableError if there is no such graph."""
+        graph = self._graphs(precision).get(direction)
+        if graph is None:
+            raise BackendUnavailableError(
+                f"{self._shown}: no {direction} of {precision}, because only the other half was copied there; "
+                "copy the whole engine"
+            )
+        return graph
+
+    @property
+    def _shown(self) -> str:
+        """The folder, or the commit on the hub, for messages."""
+        return self.snapshot.name if self.snapshot else str(self.folder)
+
     def _graphs(self, precision: str) -> dict[Direction, GraphFile]:
         """Return the graphs of a precision; raise BackendUnavailableError if there are none."""
         graphs = self.spec.graphs.get(precision)
         if graphs is None:
             have = ", ".join(self.spec.graphs) or "none"
             raise BackendUnavailableError(
-                f"{self.snapshot.name if self.snapshot else self.folder}: no {precision} graph (there is: {have}); "
+                f"{self._shown}: no {precision} graph (there is: {have}); "
                 f"run: {self.export_command('--precision', precision)}"
             )
         return graphs

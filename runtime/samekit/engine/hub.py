@@ -153,25 +153,30 @@ def open_snapshot(repository: str, revision: str | None = None) -> Snapshot:
 
 def _require_reachable(repository: str, revision: str | None) -> None:
     """Raise an error of the client at once if there is no network; it would repeat a download for 23 s."""
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        HfApi().model_info(repository, revision=revision)
+        _information(repository, revision)
     except HfHubHTTPError as error:
         if error.response.status_code not in _REPEATED:
             raise
 
 
+def _information(repository: str, revision: str | None) -> Any:
+    """Return the `ModelInfo` of a repository; raise errors of the client, also if the hub does not answer in time."""
+    from huggingface_hub import HfApi, constants
+
+    # By default, this request has no time limit.
+    return HfApi().model_info(repository, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+
+
 def _without_engine(repository: str, revision: str | None) -> str:
     """Return the message about a repository that has no `spec.json`."""
-    from huggingface_hub import HfApi
-
     try:
-        files = HfApi().list_repo_files(repository, revision=revision)
+        files = _information(repository, revision).siblings or ()
     except Exception as error:  # noqa: BLE001 the client raises errors of several libraries
         return str(failure(repository, error))
-    if any(file.endswith(_CHECKPOINT_SUFFIX) for file in files):
+    if any(file.rfilename.endswith(_CHECKPOINT_SUFFIX) for file in files):
         options = f" --revision {revision}" if revision else ""
         return f"{repository} holds a checkpoint and no engine; run: samekit export {repository}{options}"
     return f"{repository} holds neither an engine ({SPEC_FILE}) nor a checkpoint; check the name"
@@ -211,7 +216,7 @@ def create_repository(repository: str, branch: str | None, *, private: bool) -> 
         api.create_repo(repository, private=private or None, exist_ok=True)
         if branch:
             api.create_branch(repository, branch=branch, exist_ok=True)
-        is_private = api.model_info(repository).private
+        is_private = _information(repository, None).private
     except Exception as error:  # noqa: BLE001 the client raises errors of several libraries
         raise failure(repository, error, writing=True) from None
     if private and not is_private:

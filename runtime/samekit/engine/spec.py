@@ -207,6 +207,8 @@ def _checked_graph(fields: dict[str, Any]) -> GraphFile:
         check_file_name("graph file name", name)
     if graph.file not in graph.sizes:
         raise ValueError(f"no size for {graph.file!r}")
+    if others := graph.sizes.keys() - {graph.file, f"{graph.file}.data"}:
+        raise ValueError(f"{min(others)!r} does not belong to {graph.file!r}")
     return graph
 
 

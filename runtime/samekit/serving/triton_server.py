@@ -186,8 +186,9 @@ class TritonServer:
                 self.process.wait(_STOP_SECONDS)
         finally:
             # If the server was killed, processes of its models can wait for it for ever.
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+            if sys.platform != "win32":
+                with suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             for region in _SHARED_MEMORY.glob(f"{self._regions}*"):
                 region.unlink(missing_ok=True)
