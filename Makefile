@@ -27,10 +27,10 @@ NAME = $(notdir $(patsubst %/,%,$(MODEL)))
 ENGINE = $(OUT)/$(if $(wildcard $(MODEL)),$(NAME),$(shell echo '$(NAME)' | tr A-Z a-z))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo export bench test test-slow test-min lint format docs wheel clean
+.PHONY: help setup demo export bench test test-slow test-min test-webgpu lint format docs wheel clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 	@echo "  variables: MODEL=same-s|same-l|same-tiny|DIR  WEIGHTS=hub|random|DIR  PRECISION=fp32,...  TENSORRT=auto|rtx|off  OUT=engines  LATENTS=32,128  REPOSITORY=URL  PYTHON=python3"
 
 setup: $(READY) ## make .venv with everything in it
@@ -112,6 +112,22 @@ test-min: ## run every test but the slow ones with the lowest versions of the pa
 	$(MIN)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(MIN)/constraints.txt \
 		--editable '.[cpu,export,report,ray,serve,triton,av,tags]' $(MIN_TOOLS)
 	$(MIN)/bin/python -m pytest -m "not slow" $(WORKERS) --ignore tests/test_diffusers.py $(ARGS)
+
+# Packages that are put before those of .venv: WebGPU as a plugin of ONNX Runtime, and a build of ONNX Runtime with it.
+WEBGPU := build/webgpu
+WITH_WEBGPU = PYTHONPATH=$(CURDIR)/$(WEBGPU)
+WEBGPU_TEST = $(BIN)/python tools/with_vulkan.py $(WEBGPU)/driver $(BIN)/python -m pytest -m "webgpu and not slow"
+
+$(WEBGPU)/.ready: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps \
+		--upgrade --target $(WEBGPU)/plugin onnxruntime-ep-webgpu
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps \
+		--upgrade --target $(WEBGPU)/build onnxruntime-webgpu
+	@touch $@
+
+test-webgpu: $(WEBGPU)/.ready ## run the contract of backends and the golden cases in WebGPU, without a GPU if there is none
+	$(WITH_WEBGPU)/plugin $(WEBGPU_TEST) tests/test_golden.py tests/test_backends.py tests/test_webgpu.py $(ARGS)
+	$(WITH_WEBGPU)/build $(WEBGPU_TEST) tests/test_webgpu.py $(ARGS)
 
 DOCUMENTS := $(wildcard *.md docs/*.md benchmarks/*.md)
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from samekit import AutoencoderModel
-from samekit.backends.onnxruntime import CPU_PROVIDER, session_options
+from samekit.backends.onnxruntime import session_options
+from samekit.backends.providers import CPU_PROVIDER
 from samekit.cli.group import Command
 from samekit.engine.folder import Engine, find_engine
 from samekit.engine.spec import ENCODER, Direction

@@ -17,9 +17,10 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from helpers import EACH_BACKEND, FAILED, FAULTS, INPUTS, KINDS, SUMMARY, seeded
+from helpers import EACH_BACKEND, FAILED, FAULTS, INPUTS, KINDS, SUMMARY, WEBGPU, seeded
 
 from samekit import AutoencoderModel
+from samekit.backends.providers import WEBGPU_PROVIDER, installed_plugins, is_built_in
 from samekit.engine.folder import Engine
 from samekit_export.checkpoint import load, save_folder
 from samekit_export.cli import PROGRESS
@@ -41,6 +42,10 @@ torch.set_warn_always(True)
 # More threads do not make such small models faster, and are much slower when other processes use the cores.
 THREADS = 1
 torch.set_num_threads(THREADS)
+
+
+# A software driver of WebGPU is slow, and the golden cases are longer.
+MOST_WEBGPU_LATENTS = 4
 
 
 def pytest_report_header():
@@ -114,11 +119,21 @@ def faults(request):
 
 
 def pytest_collection_modifyitems(items):
+    import onnxruntime
+
+    missing = {}
     if not torch.cuda.is_available():
-        skip = pytest.mark.skip(reason="needs an NVIDIA GPU, and PyTorch finds none")
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(skip)
+        missing["gpu"] = "needs an NVIDIA GPU, and PyTorch finds none"
+    if not is_built_in(onnxruntime, WEBGPU_PROVIDER) and not any(
+        "webgpu" in each.package for each in installed_plugins()
+    ):
+        missing["webgpu"] = "needs ONNX Runtime's WebGPU provider; run: make test-webgpu"
+    for item in items:
+        for marker in missing.keys() & set(item.keywords):
+            item.add_marker(pytest.mark.skip(reason=missing[marker]))
+        sizes = item.callspec.params if hasattr(item, "callspec") else {}
+        if "webgpu" in item.keywords and sizes.get("batch", 1) * sizes.get("latents", 1) > MOST_WEBGPU_LATENTS:
+            item.add_marker(pytest.mark.skip(reason="WebGPU without a GPU takes 0.2 s for each latent"))
 
 
 @pytest.fixture(autouse=True)
@@ -247,7 +262,9 @@ def place_of(engine_of, built_of):
     """Return a function that selects what to open: model name and backend name -> engine folder and device."""
 
     def folder_and_device(name, backend):
-        return (built_of(name).folder, "cuda") if backend == "tensorrt" else (engine_of(name).folder, "cpu")
+        if backend == "tensorrt":
+            return built_of(name).folder, "cuda"
+        return engine_of(name).folder, WEBGPU if backend == WEBGPU else "cpu"
 
     return folder_and_device
 
@@ -258,7 +275,8 @@ def model_of(place_of):
 
     def open_model(name, backend):
         folder, device = place_of(name, backend)
-        return AutoencoderModel.from_pretrained(folder, device, backend=backend, threads=THREADS)
+        name = "auto" if backend == WEBGPU else backend
+        return AutoencoderModel.from_pretrained(folder, device, backend=name, threads=THREADS)
 
     return functools.cache(open_model)
 

@@ -23,7 +23,12 @@ KINDS = ("tiny-s", "tiny-l")
 DIRECTIONS = (ENCODER, DECODER)
 # Every backend except "auto". A test compares this list with `samekit.backends.BACKENDS`.
 BACKEND_NAMES = ("tensorrt", "onnxruntime", "torch")
-EACH_BACKEND = [pytest.param(name, marks=pytest.mark.gpu) if name == "tensorrt" else name for name in BACKEND_NAMES]
+# The backend "onnxruntime" on another device. It is tested like a backend of its own.
+WEBGPU = "webgpu"
+EACH_BACKEND = [
+    *(pytest.param(name, marks=pytest.mark.gpu) if name == "tensorrt" else name for name in BACKEND_NAMES),
+    pytest.param(WEBGPU, marks=pytest.mark.webgpu),
+]
 RATE = 44_100
 HOP = 4096
 

@@ -21,6 +21,7 @@ from helpers import (
     BACKEND_NAMES,
     HOP,
     RATE,
+    WEBGPU,
     FakeBackend,
     assert_close,
     assert_one_line,
@@ -58,7 +59,9 @@ def test_every_backend_is_held_to_the_contract():
 def opened(place_of, kind, backend_name):
     """Open a backend for one test, which may close it."""
     folder, device = place_of(kind, backend_name)
-    return open_backend(folder, backend_name, BackendOptions(device=device, threads=1))
+    return open_backend(
+        folder, AUTO if backend_name == WEBGPU else backend_name, BackendOptions(device=device, threads=1)
+    )
 
 
 # Inputs that are refused: the cause, and how to make such an array from a valid one.

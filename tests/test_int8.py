@@ -33,7 +33,8 @@ from onnx import TensorProto, helper
 
 from samekit.backends import onnxruntime as ort
 from samekit.backends.base import BackendOptions
-from samekit.backends.onnxruntime import CPU_PROVIDER, OnnxRuntimeBackend, session_options
+from samekit.backends.onnxruntime import OnnxRuntimeBackend, session_options
+from samekit.backends.providers import CPU_PROVIDER
 from samekit.batches import Autoencoder
 from samekit.cli.main import main
 from samekit.engine.folder import Engine

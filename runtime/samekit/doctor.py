@@ -19,13 +19,14 @@ from samekit import __version__
 from samekit.audio import INSTALL_AV
 from samekit.backends.base import has_driver
 from samekit.backends.cpu import available_cpus, processor
-from samekit.backends.onnxruntime import CUDA_PROVIDER, int8_saturates
+from samekit.backends.onnxruntime import int8_saturates
+from samekit.backends.providers import CUDA_PROVIDER, describe_device, installed_plugins
 from samekit.engine.builds import describe_builds
 from samekit.engine.folder import PACKAGED_ENGINES, Engine, engine_roots
 from samekit.engine.hub import INSTALL_HUB
 from samekit.engine.spec import SPEC_FILE
 from samekit.errors import SamekitError
-from samekit.packages import INSTALL_EXPORT, import_installed, install_command
+from samekit.packages import INSTALL_EXPORT, import_installed, import_onnxruntime, install_command
 from samekit.tensorrt.flavours import FLAVOURS, INSTALL, builder_versions
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def examine() -> Iterator[tuple[str, Any]]:
     packages = {name: _package(version(name), "") for name in ("numpy", "soundfile")}
     packages["soundfile"]["notes"] = f"libsndfile {soundfile.__libsndfile_version__}"
     packages |= {part.module: _examine(part) for part in PARTS}
+    packages |= dict(_plugins())
     yield "packages", packages
     yield "gpus", list(_gpus())
     versions = builder_versions()
@@ -159,6 +161,27 @@ def _examine(part: Part) -> dict[str, Any]:
     else:
         return _package(_version(module), _capabilities(part.module, module))
     return _package(None, cure, f"{problem}: no {part.enables}", part.install)
+
+
+def _plugins() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the packages with plugins of ONNX Runtime: their providers, and the devices that these offer here."""
+    try:
+        runtime = import_onnxruntime()
+    except SamekitError:
+        return
+    for plugin in installed_plugins():
+        try:
+            names, devices = plugin.names(), plugin.devices(runtime)
+        except SamekitError as error:
+            problem, _, cure = str(error).partition("; ")
+            problem = problem.removeprefix(f"{plugin.package} ")
+            yield plugin.package, _package(None, cure, problem, f"pip install --upgrade {plugin.package}")
+            continue
+        listed = ", ".join(f"{number}: {describe_device(device)}" for number, device in enumerate(devices))
+        yield (
+            plugin.package,
+            _package(plugin.version, f"{', '.join(names)}; devices {listed or 'none on this machine'}"),
+        )
 
 
 def _capabilities(name: str, module: Any) -> str:

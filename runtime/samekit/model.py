@@ -94,6 +94,7 @@ class AutoencoderModel:
                 the graphs of the directions and the precision that are used are fetched; or a checkpoint folder, which
                 runs in PyTorch. A local folder is preferred to a repository.
             device: `cpu`, `cuda` or `cuda:N`, or a `torch.device` of these; by default the best that is available.
+                `webgpu` is any GPU with Vulkan, Metal or Direct3D 12.
             backend: `auto`, `tensorrt`, `onnxruntime` or `torch`.
             precision: `fp32`, `fp16` (the reference's `.half()`) or `int8`.
             window: latents that are computed at once, which bounds the memory. It changes the numbers of `int8` only,

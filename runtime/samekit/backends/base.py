@@ -11,6 +11,7 @@ import ctypes
 import os
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +21,7 @@ import numpy as np
 
 from samekit.arguments import MOST_THREADS, check_flag, check_whole
 from samekit.arrays import as_one_batch, batch_shape, is_tensor
-from samekit.engine.spec import DECODER, ENCODER, PRECISIONS, Direction, EngineSpec, opposite
+from samekit.engine.spec import DECODER, DEVICES, ENCODER, PRECISIONS, Direction, EngineSpec, opposite
 from samekit.errors import BackendError, BackendUnavailableError, InputError, NonFiniteError
 
 if TYPE_CHECKING:
@@ -43,13 +44,16 @@ class BackendOptions:
     precision: str = "fp32"
     """One of `spec.PRECISIONS`."""
     device: str | None = None
-    """`cpu` or `cuda`; None takes the best that is available."""
+    """One of `spec.DEVICES`; None takes the best of `cpu` and `cuda` that is available."""
     device_id: int = 0
-    """The number of the GPU."""
+    """The number of the GPU, or of the device of a plugin's provider."""
     threads: int | None = None
     """CPU threads; None takes every core that this process may use. PyTorch has one setting for the whole process."""
     providers: tuple[str, ...] | None = None
-    """ONNX Runtime's execution providers, the preferred one first; None chooses by `device`."""
+    """ONNX Runtime's execution providers, the preferred one first; None chooses by `device`. Those of installed
+    packages `onnxruntime-ep-*` can be named too."""
+    provider_options: Mapping[str, str] | None = None
+    """Options of the first provider, as its documentation names them."""
     window_batch: int | None = None
     """Most windows that run as one batch, which bounds the memory. None takes 1 on CPUs, where more is no faster, and
     4 on GPUs."""
@@ -59,8 +63,10 @@ class BackendOptions:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise InputError(f"unknown precision {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
-        if self.device not in (None, "cpu", "cuda"):
-            raise InputError(f"device {self.device!r} is not supported; choose cpu or cuda, and which GPU by device_id")
+        if self.device not in (None, *DEVICES):
+            raise InputError(
+                f"device {self.device!r} is not supported; choose {', '.join(DEVICES)}, and which GPU by device_id"
+            )
         check_whole("device_id", self.device_id, least=0)
         if self.threads is not None:
             check_whole("threads", self.threads, least=1, most=MOST_THREADS)
@@ -71,6 +77,11 @@ class BackendOptions:
             if not (is_list and all(isinstance(name, str) for name in self.providers)):
                 raise InputError(f"providers is {self.providers!r}; pass a tuple of names, or None to choose by device")
             object.__setattr__(self, "providers", tuple(self.providers))
+        if self.provider_options is not None:
+            options = self.provider_options
+            if not (isinstance(options, Mapping) and all(isinstance(x, str) for pair in options.items() for x in pair)):
+                raise InputError(f"provider_options is {options!r}; pass a dict of texts, such as {{'device_id': '0'}}")
+            object.__setattr__(self, "provider_options", dict(options))
         check_flag("cuda_graph", self.cuda_graph)
 
 
@@ -137,7 +148,7 @@ class Backend(ABC):
     name: ClassVar[str]
     """The name that users pass as `backend=`."""
     device: str = "cpu"
-    """Where it computes: `cpu` or `cuda`."""
+    """Where it computes: one of `spec.DEVICES`, or `gpu` or `npu` of a plugin of ONNX Runtime."""
     device_id: int = 0
     """The number of the GPU."""
     longest_window: int | None = None
@@ -174,7 +185,7 @@ class Backend(ABC):
     @property
     def torch_device(self) -> str:
         """Where returned tensors lie, as PyTorch names it: `cpu`, or `cuda:N`."""
-        return "cpu" if self.device == "cpu" else f"cuda:{self.device_id}"
+        return f"cuda:{self.device_id}" if self.device == "cuda" else "cpu"
 
     def encode(self, audio: Array) -> Array:
         """Encode audio `[batch, channels, latents * hop]` to latents `[batch, latent_width, latents]`; see `run`."""
@@ -325,7 +336,7 @@ class Backend(ABC):
             raise BackendError(f"this {self.name} backend is closed; open the model again")
         if self._lost_to_fork:
             raise BackendError(
-                f"this {self.name} backend was opened on a GPU before this process was forked, and CUDA does not work "
+                f"this {self.name} backend was opened on a GPU before this process was forked, and GPUs do not work "
                 "in forked processes; start them by spawn, or open the model in each of them"
             )
 

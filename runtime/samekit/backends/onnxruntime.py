@@ -1,4 +1,4 @@
-"""Run engine folders in ONNX Runtime: on CPUs, and on NVIDIA GPUs through its CUDA and TensorRT providers."""
+"""Run engine folders in ONNX Runtime: on CPUs, on NVIDIA GPUs (CUDA, TensorRT), on any GPU (WebGPU), and by plugins."""
 
 from __future__ import annotations
 
@@ -6,16 +6,35 @@ import functools
 import logging
 import shlex
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from samekit.backends.base import Backend, BackendOptions, has_driver, keep_for_ever
 from samekit.backends.cpu import available_cpus
+from samekit.backends.providers import (
+    CPU_PROVIDER,
+    CUDA_PROVIDER,
+    TENSORRT_PROVIDER,
+    WEBGPU_PROVIDER,
+    describe_device,
+    is_built_in,
+    plugin_device,
+)
+from samekit.backends.webgpu import check_adapter, check_results, with_portable_sine
 from samekit.engine.builds import open_cache
 from samekit.engine.fingerprint import NARROW
 from samekit.engine.spec import DECODER, GPU_PRECISIONS, INPUT_NAMES, Direction
-from samekit.errors import BackendError, BackendUnavailableError, EngineError, HubError, OutputError, first_line
+from samekit.errors import (
+    BackendError,
+    BackendUnavailableError,
+    EngineError,
+    HubError,
+    OutputError,
+    SamekitError,
+    first_line,
+)
 from samekit.files.paths import utf8_path
 from samekit.packages import import_onnxruntime
 
@@ -28,21 +47,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CPU_PROVIDER = "CPUExecutionProvider"
-"""ONNX Runtime's name for the CPU."""
-CUDA_PROVIDER = "CUDAExecutionProvider"
-"""Its name for NVIDIA GPUs."""
-TENSORRT_PROVIDER = "TensorrtExecutionProvider"
-"""Its name for TensorRT, which compiles engines when a graph is first run."""
-
 # Packing SAME-L's weights for the CPU takes seconds. A session that maps the file instead opens in 0.1 s, but packs in
 # every call, which costs a tenth of the call's time. So the first calls run on the mapped file, and a direction that is
 # called more often gets packed weights.
 MAPPED_CALLS = 2
 """Calls of a direction that run on the mapped file, before its weights are packed."""
 
-# Severity in ONNX Runtime's log.
+# Severities in ONNX Runtime's log.
+_ERROR = 3
 _FATAL = 4
+
+# WebGPU sessions share one device, and ONNX Runtime does not say that several may use it at a time.
+_webgpu_is_busy = threading.Lock()
 
 # A graph of one MatMulInteger: `x`, uint8 [1, 4], times a column of four 127, int8. A test builds the same graph.
 _PROBE = (
@@ -63,12 +79,21 @@ class OnnxRuntimeBackend(Backend):
         self._threads = options.threads or available_cpus()
         # A missing precision or a damaged folder is an error of opening, not of the first call.
         engine.check(options.precision)
-        self._gpu_was_requested = options.device == "cuda" or options.providers is not None
+        self._gpu_was_requested = options.device not in (None, "cpu") or options.providers is not None
+        # Devices of the providers that come from plugins, by the name of the provider.
+        self._plugin_devices: dict[str, Any] = {}
         self._providers = self._choose_providers(options)
         self.device_id = options.device_id
-        self.device = "cpu" if self._providers[0][0] == CPU_PROVIDER else "cuda"
-        if self._providers[0][0] == TENSORRT_PROVIDER:
+        first = self._providers[0][0]
+        self.device = self._device_of(first)
+        if first in (TENSORRT_PROVIDER, WEBGPU_PROVIDER):
+            # The fast profile of TensorRT ends here, and many GPUs allow only small buffers in WebGPU.
             self.longest_window = NARROW.latents[2]
+        self._busy: AbstractContextManager[object] = nullcontext()
+        if self.device == "webgpu":
+            self._busy = _webgpu_is_busy
+            with self._busy:
+                check_adapter(lambda graph: self._new_session(graph, self._new_options()), options.precision)
         self._sessions: dict[str, Any] = {}
         self._calls: dict[str, int] = {}
         self._opening = threading.Lock()
@@ -77,28 +102,43 @@ class OnnxRuntimeBackend(Backend):
         """Return providers and their settings; this build of ONNX Runtime has all of them."""
         known = self._runtime.get_available_providers()
         if options.precision not in GPU_PRECISIONS:
-            if options.device == "cuda" or options.providers not in (None, (CPU_PROVIDER,)):
+            if options.device not in (None, "cpu") or options.providers not in (None, (CPU_PROVIDER,)):
                 raise BackendUnavailableError(
                     f"{options.precision} graphs are for CPUs; choose precision fp16, or device cpu and no providers"
                 )
-            return [(CPU_PROVIDER, {})]
+            return [(CPU_PROVIDER, dict(options.provider_options or {}))]
         if options.providers is not None:
             wanted = options.providers
+        elif options.device == "webgpu":
+            if options.device_id:
+                raise BackendUnavailableError(
+                    f"device_id is {options.device_id}, and WebGPU chooses the GPU itself; leave out device_id"
+                )
+            wanted = (WEBGPU_PROVIDER, CPU_PROVIDER)
         elif options.device == "cuda" or (options.device is None and _finds_cuda(known)):
             wanted = (CUDA_PROVIDER, CPU_PROVIDER)
         else:
             wanted = (CPU_PROVIDER,)
         for provider in wanted:
-            if provider not in known:
-                raise BackendUnavailableError(
-                    f"this onnxruntime has no {provider} (it has {', '.join(known)}); run: pip uninstall onnxruntime, "
-                    "then pip install onnxruntime-gpu, or choose another provider"
-                )
+            if not is_built_in(self._runtime, provider):
+                self._plugin_devices[provider] = plugin_device(self._runtime, provider, options.device_id)
         # TF32 is on by default and has 10 bits of mantissa.
         settings: dict[str, dict[str, Any]] = {CUDA_PROVIDER: {"device_id": options.device_id, "use_tf32": "0"}}
         if TENSORRT_PROVIDER in wanted:
             settings[TENSORRT_PROVIDER] = {"device_id": options.device_id, **self._engine_cache()}
-        return [(provider, settings.get(provider, {})) for provider in wanted]
+        chosen = [(provider, settings.get(provider, {})) for provider in wanted]
+        chosen[0][1].update(options.provider_options or {})
+        return chosen
+
+    def _device_of(self, provider: str) -> str:
+        """Return where a provider computes: `cpu`, `cuda`, `webgpu`, or `gpu` or `npu` of a plugin."""
+        if provider == WEBGPU_PROVIDER:
+            return "webgpu"
+        if provider in self._plugin_devices:
+            device = self._plugin_devices[provider]
+            logger.info("%s on %s", provider, describe_device(device))
+            return str(device.device.type.name).lower()
+        return "cpu" if provider == CPU_PROVIDER else "cuda"
 
     def _engine_cache(self) -> dict[str, Any]:
         """Return where the TensorRT provider keeps engines, whose names include the compute capability."""
@@ -166,25 +206,29 @@ class OnnxRuntimeBackend(Backend):
             raise BackendUnavailableError(
                 "int8 decoding needs a processor with VNNI instructions, and this one has none; choose precision fp32"
             )
-        options = session_options(self._runtime, self._threads, self.precision)
-        if self.device == "cpu":
-            # Errors are raised too, so the log adds nothing. On GPUs it says more than the error.
-            options.log_severity_level = _FATAL
+        options = self._new_options()
         if not packed:
             options.add_session_config_entry("session.disable_prepacking", "1")
         path = utf8_path(graph)
         try:
-            session = self._runtime.InferenceSession(path, options, providers=self._providers_of(direction))
+            if self.device == "webgpu":
+                return self._open_on_webgpu(graph, direction, options)
+            session = self._new_session(path, options, self._providers_of(direction))
+        except SamekitError:
+            raise
         except Exception as error:  # noqa: BLE001 the runtime's exceptions share no base class
             self._engine.check_not_replaced(self.precision)
+            cure = "export it again, or update ONNX Runtime if it is older than 1.24"
+            if self._plugin_devices:
+                cure = f"check the options of {self._providers[0][0]} and its plugin, or choose device cpu"
             raise BackendError(
                 self._refused_link(graph, direction, str(error))
-                or f"{path}: ONNX Runtime {self._runtime.__version__} cannot open it ({first_line(error)}); "
-                "export it again, or update ONNX Runtime if it is older than 1.24"
+                or f"{path}: ONNX Runtime {self._runtime.__version__} cannot open it ({first_line(error)}); {cure}"
             ) from None
         # If a provider cannot start, ONNX Runtime only warns and uses the CPU.
         wanted = self._providers[0][0]
-        if wanted not in session.get_providers():
+        name = self._plugin_devices[wanted].ep_name if wanted in self._plugin_devices else wanted
+        if name not in session.get_providers():
             if not self._gpu_was_requested:
                 logger.warning("%s did not start, see ONNX Runtime's log: running on the CPU", wanted)
                 self._providers = [(CPU_PROVIDER, {})]
@@ -194,6 +238,42 @@ class OnnxRuntimeBackend(Backend):
                 f"{wanted} did not start, see ONNX Runtime's log; install CUDA and cuDNN as its documentation says, "
                 "or choose device cpu"
             )
+        return session
+
+    def _new_options(self) -> Any:
+        options = session_options(self._runtime, self._threads, self.precision)
+        # Errors are raised too, so the log adds nothing. With CUDA and TensorRT it says more than the error.
+        if self.device != "cuda":
+            options.log_severity_level = _FATAL if self.device == "cpu" else _ERROR
+        return options
+
+    def _new_session(
+        self, graph: str | bytes, options: Any, providers: Sequence[tuple[str, dict[str, Any]]] | None = None
+    ) -> Any:
+        """Open a graph on `providers`, by default those of this backend; raises the runtime's exceptions."""
+        providers = self._providers if providers is None else providers
+        if self._plugin_devices:
+            for name, settings in providers:
+                if name in self._plugin_devices:
+                    options.add_provider_for_devices([self._plugin_devices[name]], settings)
+                elif name != CPU_PROVIDER:
+                    options.add_provider(name, {key: str(value) for key, value in settings.items()})
+            return self._runtime.InferenceSession(graph, options)
+        # Otherwise a failing WebGPU provider would give way to the CPU unnoticed, when it opens or runs a graph.
+        strict = {"enable_fallback": 0} if self.device == "webgpu" else {}
+        return self._runtime.InferenceSession(graph, options, providers=providers, **strict)
+
+    def _open_on_webgpu(self, path: Path, direction: Direction, options: Any) -> Any:
+        """Open a graph that the GPU runs as a whole, and compare its results with those of the CPU."""
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", utf8_path(path.parent))
+        with self._busy:
+            session = self._new_session(with_portable_sine(path.read_bytes()), options)
+            on_cpu = session_options(self._runtime, self._threads, self.precision)
+            on_cpu.log_severity_level = _FATAL
+            on_cpu.add_session_config_entry("session.disable_prepacking", "1")
+            reference = self._runtime.InferenceSession(utf8_path(path), on_cpu, providers=[CPU_PROVIDER])
+            gpu, cpu = (functools.partial(run_session, each) for each in (session, reference))
+            check_results(self.spec, direction, self.precision, gpu, cpu)
         return session
 
     def _refused_link(self, graph: Path, direction: Direction, error: str) -> str | None:
@@ -221,14 +301,8 @@ class OnnxRuntimeBackend(Backend):
 
     def _run(self, direction: Direction, array: Array) -> Array:
         session = self._session(direction)
-        try:
-            (result,) = session.run(None, {session.get_inputs()[0].name: array})
-        except Exception as error:  # noqa: BLE001 the runtime's exceptions share no base class
-            raise BackendError(
-                f"ONNX Runtime failed on {list(array.shape)} ({first_line(error)}); try a smaller window"
-            ) from None
-        output: Array = result
-        return output
+        with self._busy:
+            return run_session(session, array)
 
     def after_fork(self) -> None:
         """Drop the sessions, whose threads exist in the parent only; the next call opens new ones."""
@@ -244,6 +318,18 @@ class OnnxRuntimeBackend(Backend):
         with self._opening:
             super().close()
             self._sessions.clear()
+
+
+def run_session(session: Any, array: Array) -> Array:
+    """Return the output of a graph with one input and one output; raises BackendError."""
+    try:
+        (result,) = session.run(None, {session.get_inputs()[0].name: array})
+    except Exception as error:  # noqa: BLE001 the runtime's exceptions share no base class
+        raise BackendError(
+            f"ONNX Runtime failed on {list(array.shape)} ({first_line(error)}); try a smaller window"
+        ) from None
+    output: Array = result
+    return output
 
 
 def _finds_cuda(known: Sequence[str]) -> bool:

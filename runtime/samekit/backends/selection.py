@@ -48,6 +48,9 @@ _BUILT_IN = {
 # The backend that "auto" does not try if the CPU was asked for.
 _GPU_BACKEND = "tensorrt"
 
+# The only backend of a device that the others do not support.
+_BACKEND_OF_DEVICE = {"webgpu": "onnxruntime"}
+
 # The only backend that "auto" tries for a precision that does not run on GPUs.
 _CPU_PRECISIONS_BACKEND = "onnxruntime"
 
@@ -73,6 +76,10 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
     if backend not in BACKENDS and backend not in registered(GROUP):
         known = dict.fromkeys([*BACKENDS, *registered(GROUP)])
         raise InputError(f"unknown backend {backend!r}; choose one of {', '.join(known)}")
+    only = _BACKEND_OF_DEVICE.get(options.device or "")
+    if only and backend not in (AUTO, only):
+        raise BackendUnavailableError(f"device {options.device} runs in the backend {only} only; choose backend {only}")
+    backend = only or backend
     if backend == AUTO and options.device == "cuda" and not has_driver():
         # Each backend would name a package to install, which does not help.
         raise BackendUnavailableError("device cuda needs an NVIDIA driver, and there is none; choose device cpu")

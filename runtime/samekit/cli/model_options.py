@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from samekit.engine.hub import with_revision
-from samekit.engine.spec import PRECISIONS
+from samekit.engine.spec import DEVICES, PRECISIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,13 +48,37 @@ def backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
         (
             click.option("--backend", default="auto", show_default=True, help="auto, tensorrt, onnxruntime or torch."),
             click.option("--precision", default="fp32", show_default=True, type=click.Choice(PRECISIONS)),
-            click.option("--device", type=click.Choice(["cpu", "cuda"]), help="The best there is, unless given."),
+            click.option("--device", type=click.Choice(DEVICES), help="cpu or cuda, unless given."),
             click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all cores]"),
+            click.option(
+                "--provider",
+                "providers",
+                metavar="NAME",
+                multiple=True,
+                callback=lambda _ctx, _parameter, names: names or None,
+                help="ONNX Runtime's execution provider, also of an installed plugin; repeat it for the next best.",
+            ),
+            click.option(
+                "--provider-option",
+                "provider_options",
+                metavar="NAME=VALUE",
+                multiple=True,
+                callback=_as_mapping,
+                help="Option of ONNX Runtime's provider; can be repeated.",
+            ),
             click.option("--window", type=click.IntRange(min=1), help="Latents computed at once; bounds the memory."),
         )
     ):
         command = option(command)
     return command
+
+
+def _as_mapping(_ctx: click.Context, _parameter: click.Parameter, pairs: tuple[str, ...]) -> dict[str, str] | None:
+    """Return the values of `--provider-option` by name, None if there are none."""
+    for pair in pairs:
+        if not pair.partition("=")[0].strip() or "=" not in pair:
+            raise click.BadParameter(f"{pair!r} is not of the form NAME=VALUE.")
+    return dict(pair.split("=", 1) for pair in pairs) or None
 
 
 def open_model(model: str, **options: Any) -> AutoencoderModel:

@@ -43,6 +43,9 @@ GPU_PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "fp16")
 RANDOM: Final = "random"
 """The `kind` of a source of seeded random weights."""
 
+DEVICES: Final = ("cpu", "cuda", "webgpu")
+"""What users pass as `device=`. `webgpu` is any GPU with Vulkan, Metal or Direct3D 12."""
+
 # Larger values are damage, and could ask for any amount of memory.
 _LIMITS: Final = {"sample_rate": 768_000, "channels": 64, "hop": 2**20, "latent_width": 2**16, "alignment": 2**16}
 # Samples of all channels per latent.
