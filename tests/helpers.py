@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -22,8 +23,10 @@ GOLDEN = Path(__file__).parent / "golden"
 KINDS = ("tiny-s", "tiny-l")
 DIRECTIONS = (ENCODER, DECODER)
 # Every backend except "auto". A test compares this list with `samekit.backends.BACKENDS`.
-BACKEND_NAMES = ("tensorrt", "onnxruntime", "torch")
-EACH_BACKEND = [pytest.param(name, marks=pytest.mark.gpu) if name == "tensorrt" else name for name in BACKEND_NAMES]
+BACKEND_NAMES = ("tensorrt", "onnxruntime", "openvino", "torch")
+needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="needs the package openvino")
+_MARKS = {"tensorrt": [pytest.mark.gpu], "openvino": [needs_openvino]}
+EACH_BACKEND = [pytest.param(name, marks=_MARKS.get(name, [])) for name in BACKEND_NAMES]
 RATE = 44_100
 HOP = 4096
 

@@ -81,6 +81,11 @@ def import_onnxruntime() -> Any:
     return import_package("onnxruntime", install_command("cpu"))
 
 
+def import_openvino() -> Any:
+    """Import OpenVINO; raises what `import_package` raises."""
+    return import_package("openvino", install_command("openvino"))
+
+
 def registered(group: str) -> dict[str, EntryPoint]:
     """Return the entry points of a group by name. Other packages add to those of samekit, but cannot replace them."""
     # This import takes longer than the others of `samekit`, and most commands do not need it.

@@ -20,7 +20,7 @@ import numpy as np
 
 from samekit.arguments import MOST_THREADS, check_flag, check_whole
 from samekit.arrays import as_one_batch, batch_shape, is_tensor
-from samekit.engine.spec import DECODER, ENCODER, PRECISIONS, Direction, EngineSpec, opposite
+from samekit.engine.spec import DECODER, ENCODER, RUN_PRECISIONS, Direction, EngineSpec, opposite
 from samekit.errors import BackendError, BackendUnavailableError, InputError, NonFiniteError
 
 if TYPE_CHECKING:
@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from typing import Self
 
     from samekit.arrays import Array
+
+OPENVINO_DEVICES: Final = ("intel-gpu", "npu")
+"""Devices that only the openvino backend runs on."""
+
+DEVICES: Final = ("cpu", "cuda", *OPENVINO_DEVICES)
+"""Every value of `BackendOptions.device` except None."""
 
 _CUDA_ERROR_NO_DEVICE: Final = 100
 
@@ -41,9 +47,9 @@ class BackendOptions:
     """
 
     precision: str = "fp32"
-    """One of `spec.PRECISIONS`."""
+    """One of `spec.RUN_PRECISIONS`."""
     device: str | None = None
-    """`cpu` or `cuda`; None takes the best that is available."""
+    """One of `DEVICES`; None takes the best that is available, but no device of `OPENVINO_DEVICES`."""
     device_id: int = 0
     """The number of the GPU."""
     threads: int | None = None
@@ -57,10 +63,13 @@ class BackendOptions:
     """TensorRT only: run a shape that repeats as one CUDA graph, whose memory stays allocated."""
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise InputError(f"unknown precision {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
-        if self.device not in (None, "cpu", "cuda"):
-            raise InputError(f"device {self.device!r} is not supported; choose cpu or cuda, and which GPU by device_id")
+        if self.precision not in RUN_PRECISIONS:
+            raise InputError(f"unknown precision {self.precision!r}; choose one of {', '.join(RUN_PRECISIONS)}")
+        if self.device is not None and self.device not in DEVICES:
+            raise InputError(
+                f"device {self.device!r} is not supported; choose one of {', '.join(DEVICES)}, "
+                "and which GPU by device_id"
+            )
         check_whole("device_id", self.device_id, least=0)
         if self.threads is not None:
             check_whole("threads", self.threads, least=1, most=MOST_THREADS)
@@ -137,7 +146,7 @@ class Backend(ABC):
     name: ClassVar[str]
     """The name that users pass as `backend=`."""
     device: str = "cpu"
-    """Where it computes: `cpu` or `cuda`."""
+    """Where it computes: one of `DEVICES`."""
     device_id: int = 0
     """The number of the GPU."""
     longest_window: int | None = None
@@ -151,7 +160,7 @@ class Backend(ABC):
         self.spec = spec
         """Every fact about the model."""
         self.precision = precision
-        """The precision that it computes in, one of `spec.PRECISIONS`."""
+        """The precision that it computes in, one of `spec.RUN_PRECISIONS`."""
         self._window_batch = window_batch
         self._closed = False
         self._lost_to_fork = False
@@ -174,7 +183,7 @@ class Backend(ABC):
     @property
     def torch_device(self) -> str:
         """Where returned tensors lie, as PyTorch names it: `cpu`, or `cuda:N`."""
-        return "cpu" if self.device == "cpu" else f"cuda:{self.device_id}"
+        return f"cuda:{self.device_id}" if self.device == "cuda" else "cpu"
 
     def encode(self, audio: Array) -> Array:
         """Encode audio `[batch, channels, latents * hop]` to latents `[batch, latent_width, latents]`; see `run`."""
