@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from samekit.backends.base import Backend
+from samekit.backends.cpu import fast_precisions, processor
 from samekit.engine.spec import DECODER, ENCODER, EngineSpec
 from samekit_export import random_weights
 from samekit_export.random_weights import published_config, random_checkpoint
@@ -25,6 +26,10 @@ DIRECTIONS = (ENCODER, DECODER)
 # Every backend except "auto". A test compares this list with `samekit.backends.BACKENDS`.
 BACKEND_NAMES = ("tensorrt", "onnxruntime", "openvino", "torch")
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="needs the package openvino")
+needs_bf16 = pytest.mark.skipif(
+    find_spec("openvino") is None or "bf16" not in fast_precisions(processor()[1]),
+    reason="needs the package openvino and a processor with bfloat16 products",
+)
 _MARKS = {"tensorrt": [pytest.mark.gpu], "openvino": [needs_openvino]}
 EACH_BACKEND = [pytest.param(name, marks=_MARKS.get(name, [])) for name in BACKEND_NAMES]
 RATE = 44_100

@@ -20,7 +20,7 @@ import numpy as np
 
 from samekit.arguments import MOST_THREADS, check_flag, check_whole
 from samekit.arrays import as_one_batch, batch_shape, is_tensor
-from samekit.engine.spec import DECODER, ENCODER, RUN_PRECISIONS, Direction, EngineSpec, opposite
+from samekit.engine.spec import DECODER, DEVICES, ENCODER, RUN_PRECISIONS, Direction, EngineSpec, opposite
 from samekit.errors import BackendError, BackendUnavailableError, InputError, NonFiniteError
 
 if TYPE_CHECKING:
@@ -28,12 +28,6 @@ if TYPE_CHECKING:
     from typing import Self
 
     from samekit.arrays import Array
-
-OPENVINO_DEVICES: Final = ("intel-gpu", "npu")
-"""Devices that only the openvino backend runs on."""
-
-DEVICES: Final = ("cpu", "cuda", *OPENVINO_DEVICES)
-"""Every value of `BackendOptions.device` except None."""
 
 _CUDA_ERROR_NO_DEVICE: Final = 100
 
@@ -49,7 +43,7 @@ class BackendOptions:
     precision: str = "fp32"
     """One of `spec.RUN_PRECISIONS`."""
     device: str | None = None
-    """One of `DEVICES`; None takes the best that is available, but no device of `OPENVINO_DEVICES`."""
+    """One of `spec.DEVICES`; None takes the best that is available, but none of `spec.OPENVINO_DEVICES`."""
     device_id: int = 0
     """The number of the GPU."""
     threads: int | None = None
@@ -146,7 +140,7 @@ class Backend(ABC):
     name: ClassVar[str]
     """The name that users pass as `backend=`."""
     device: str = "cpu"
-    """Where it computes: one of `DEVICES`."""
+    """Where it computes: one of `spec.DEVICES`."""
     device_id: int = 0
     """The number of the GPU."""
     longest_window: int | None = None

@@ -11,9 +11,9 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from samekit.backends.base import OPENVINO_DEVICES, has_driver
+from samekit.backends.base import has_driver
 from samekit.engine.folder import find_engine
-from samekit.engine.spec import BF16, GPU_PRECISIONS, graph_precision
+from samekit.engine.spec import BF16, GPU_PRECISIONS, OPENVINO_DEVICES, graph_precision
 from samekit.errors import (
     BackendUnavailableError,
     CheckpointError,

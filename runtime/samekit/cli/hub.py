@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from samekit.cli.group import UserPath, say
-from samekit.engine.spec import DIRECTIONS, Direction
+from samekit.engine.spec import DIRECTIONS, Direction, graph_precision
 from samekit.errors import InputError
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ def pull(repository: str, folder: Path | None, revision: str | None, precision: 
     if not hub.REPOSITORY.fullmatch(base):
         raise InputError(f"{repository!r} is no repository of the hub; pass owner/name")
     engine = engine_on_hub(base, revision or given)
-    precisions, directions = precision.replace(" ", "").split(","), (only,) if only else DIRECTIONS
+    precisions = list(dict.fromkeys(graph_precision(each) for each in precision.replace(" ", "").split(",")))
+    directions = (only,) if only else DIRECTIONS
     if folder is None:
         fetch(engine, precisions, directions)
         say(engine.name)

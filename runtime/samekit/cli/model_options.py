@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from samekit.backends.base import DEVICES
 from samekit.engine.hub import with_revision
-from samekit.engine.spec import RUN_PRECISIONS
+from samekit.engine.spec import DEVICES, RUN_PRECISIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -46,6 +46,12 @@ BF16: Final = "bf16"
 RUN_PRECISIONS: Final = (*PRECISIONS, BF16)
 """Every precision that a model can run in."""
 
+OPENVINO_DEVICES: Final = ("intel-gpu", "npu")
+"""Devices that only the openvino backend runs on."""
+
+DEVICES: Final = ("cpu", "cuda", *OPENVINO_DEVICES)
+"""Every value of `BackendOptions.device` except None."""
+
 RANDOM: Final = "random"
 """The `kind` of a source of seeded random weights."""
 
