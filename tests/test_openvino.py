@@ -18,6 +18,7 @@ from samekit.backends.cpu import fast_precisions
 from samekit.backends.selection import AUTO, BACKENDS, open_backend
 from samekit.engine.spec import DECODER, ENCODER
 from samekit.errors import BackendError, BackendUnavailableError, EngineError, InputError
+from samekit.packages import import_openvino
 from samekit_export.export import check_precisions
 from samekit_export.verify import example_input, snr_db
 
@@ -30,7 +31,7 @@ def opened(engine, precision="fp32", **options):
 
 def hint_alone(engine, direction, array):
     """Return what OpenVINO computes in bfloat16 if it is told of no operation to keep in float32."""
-    import openvino
+    openvino = import_openvino()
 
     core, settings = openvino.Core(), {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": 1}
     compiled = core.compile_model(core.read_model(engine.graph(direction, "fp32")), "CPU", settings)
@@ -76,7 +77,7 @@ def test_other_precisions_are_refused_by_name(half_engine, precision):
 
 @pytest.mark.parametrize("device", ["intel-gpu", "npu", "cuda"])
 def test_devices_that_are_not_here(engine_of, device):
-    import openvino
+    openvino = import_openvino()
 
     assert openvino.Core().available_devices == ["CPU"]
     with pytest.raises(BackendUnavailableError, match="choose device cpu") as caught:
@@ -131,7 +132,7 @@ def test_graphs_that_changed_are_not_run(own_engine):
 
 
 def test_nothing_is_reported_and_nothing_is_left(engine_of):
-    """OpenVINO's package has telemetry, which only its converter uses."""
+    """OpenVINO's import starts a thread that sends usage data, and leaves a folder in the home folder."""
     before = set(threading.enumerate())
     model = AutoencoderModel.from_pretrained(engine_of("tiny-s").folder, backend="openvino", threads=1)
     model.decode(np.zeros((1, 32, 2), np.float32))
@@ -139,8 +140,7 @@ def test_nothing_is_reported_and_nothing_is_left(engine_of):
     assert os.listdir(os.environ["HOME"]) == []
 
 
-def test_subnormals_are_zero_in_the_model_only(engine_of):
+def test_subnormals_are_zero(engine_of):
     tiny = np.full((1, 32, 2), 1e-40, np.float32)
     with opened(engine_of("tiny-s")) as backend:
         assert np.array_equal(backend.decode(tiny), backend.decode(np.zeros_like(tiny)))
-    assert (tiny * np.float32(0.5)).all()

@@ -82,7 +82,9 @@ def import_onnxruntime() -> Any:
 
 
 def import_openvino() -> Any:
-    """Import OpenVINO; raises what `import_package` raises."""
+    """Import OpenVINO without its telemetry; raises what `import_package` raises."""
+    # Its import would send usage data to the vendor without asking. It does without this package where it is missing.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     return import_package("openvino", install_command("openvino"))
 
 

@@ -10,7 +10,7 @@ from samekit.backends.base import Backend, BackendOptions, keep_for_ever
 from samekit.backends.cpu import available_cpus
 from samekit.backends.openvino_bf16 import keep_float32
 from samekit.engine.spec import INPUT_NAMES, Direction, graph_precision
-from samekit.errors import BackendError, BackendUnavailableError, first_line
+from samekit.errors import BackendError, BackendUnavailableError
 from samekit.files.paths import utf8_path
 from samekit.packages import import_openvino
 
@@ -34,6 +34,11 @@ class _Hint(NamedTuple):
 
 
 _HINTS: Final = {"fp32": _Hint("FP32", "f32"), "bf16": _Hint("BF16", "bf16"), "fp16": _Hint("FP16", "f16")}
+
+
+def _reason(error: Exception) -> str:
+    """Return the last line of a message of OpenVINO; those before it name lines of its sources."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 class _Compiled:
@@ -129,7 +134,7 @@ class OpenVinoBackend(Backend):
         except Exception as error:  # noqa: BLE001 OpenVINO raises errors of several types
             self._engine.check_not_replaced(self._graph_precision)
             raise BackendError(
-                f"{path}: OpenVINO {self._openvino.__version__} cannot open it ({first_line(error)}); export it again, "
+                f"{path}: OpenVINO {self._openvino.__version__} cannot open it ({_reason(error)}); export it again, "
                 "or choose backend onnxruntime"
             ) from None
         return _Compiled(compiled, INPUT_NAMES[direction], constants, self._openvino)
@@ -153,7 +158,7 @@ class OpenVinoBackend(Backend):
             return model.run(array)
         except Exception as error:  # noqa: BLE001 OpenVINO raises errors of several types
             raise BackendError(
-                f"OpenVINO failed on {list(array.shape)} ({first_line(error)}); try a smaller window"
+                f"OpenVINO failed on {list(array.shape)} ({_reason(error)}); try a smaller window"
             ) from None
 
     def after_fork(self) -> None:
