@@ -197,7 +197,7 @@ def test_output_of_a_wrong_shape(direction):
 
 
 def test_unknown_names():
-    with pytest.raises(InputError, match="unknown backend 'tenserrt'; choose one of auto, .*, openvino, torch"):
+    with pytest.raises(InputError, match=r"unknown backend 'tenserrt'; choose one of auto, .*, openvino, torch"):
         open_backend("tiny-s", "tenserrt", BackendOptions())
     with pytest.raises(InputError, match="unknown precision 'fp8'; choose one of fp32, fp16, int8, bf16"):
         open_backend("tiny-s", AUTO, BackendOptions(precision="fp8"))
