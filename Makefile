@@ -51,7 +51,7 @@ $(RELEASE): $(DEMO)
 # What tests and checks need besides: Ray, clients, development tools.
 $(READY): $(DEMO)
 	@echo "installing Ray and development tools into $(VENV): 0.9 GB"
-	$(INSTALL) '.[ray,serve,triton,av,dev,release]'
+	$(INSTALL) '.[ray,serve,triton,av,openvino,dev,release]'
 	@touch $@
 
 # TensorRT's compiler, 320 MB: it builds engines without a GPU, so every test run puts the graphs through it.

@@ -44,7 +44,9 @@ def open_all(engine: Path, precisions: list[str], threads: int, yardsticks: list
     for name in yardsticks:
         codecs[name] = open_codec(engine, "torch", "fp32", threads)
         YARDSTICKS[name](codecs[name].backend)
-    return codecs | {f"onnxruntime {p}": open_codec(engine, "onnxruntime", p, threads) for p in precisions}
+    # Each precision as in "onnxruntime int8" or "int8", which means the same.
+    chosen = [each.split() if " " in each else ["onnxruntime", each] for each in precisions]
+    return codecs | {f"{backend} {p}": open_codec(engine, backend, p, threads) for backend, p in chosen}
 
 
 def compile_(backend: Any) -> None:
@@ -171,7 +173,12 @@ def show(row: dict[str, Any]) -> str:
 @question
 @engine_argument
 @click.option("--latents", default="128", show_default=True, callback=counts, help="Lengths, by commas.")
-@click.option("--precision", default="fp32", show_default=True, help="Of ONNX Runtime, separated by commas.")
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    help="Of ONNX Runtime, or as in 'openvino bf16'; by commas.",
+)
 @click.option("--runs", default=5, show_default=True, type=click.IntRange(1))
 @click.option("--threads", type=click.IntRange(1), help="For every candidate. [default: all cores]")
 @click.option(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from samekit.backends.base import Backend
+from samekit.backends.cpu import fast_precisions, processor
 from samekit.engine.spec import DECODER, ENCODER, EngineSpec
 from samekit_export import random_weights
 from samekit_export.random_weights import published_config, random_checkpoint
@@ -22,13 +24,16 @@ GOLDEN = Path(__file__).parent / "golden"
 KINDS = ("tiny-s", "tiny-l")
 DIRECTIONS = (ENCODER, DECODER)
 # Every backend except "auto". A test compares this list with `samekit.backends.BACKENDS`.
-BACKEND_NAMES = ("tensorrt", "onnxruntime", "torch")
+BACKEND_NAMES = ("tensorrt", "onnxruntime", "openvino", "torch")
+needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="needs the package openvino")
+needs_bf16 = pytest.mark.skipif(
+    find_spec("openvino") is None or "bf16" not in fast_precisions(processor()[1]),
+    reason="needs the package openvino and a processor with bfloat16 products",
+)
 # The backend "onnxruntime" on another device. It is tested like a backend of its own.
 WEBGPU = "webgpu"
-EACH_BACKEND = [
-    *(pytest.param(name, marks=pytest.mark.gpu) if name == "tensorrt" else name for name in BACKEND_NAMES),
-    pytest.param(WEBGPU, marks=pytest.mark.webgpu),
-]
+_MARKS = {"tensorrt": [pytest.mark.gpu], "openvino": [needs_openvino], WEBGPU: [pytest.mark.webgpu]}
+EACH_BACKEND = [pytest.param(name, marks=_MARKS.get(name, [])) for name in (*BACKEND_NAMES, WEBGPU)]
 RATE = 44_100
 HOP = 4096
 

@@ -333,7 +333,7 @@ def test_device_as_pytorch_names_it(monkeypatch, device, opened):
     "device", ["mps", "cuda:", "cuda:x", "cuda:-1", f"cuda:{10**20}", torch.device("meta"), 0, "tpu:1"], ids=str
 )
 def test_device_that_is_none(device):
-    with pytest.raises(InputError, match="is not supported; choose cpu or cuda") as caught:
+    with pytest.raises(InputError, match="is not supported; choose one of cpu, cuda") as caught:
         AutoencoderModel.from_pretrained("same-s", device)
     assert_one_line(caught.value)
 

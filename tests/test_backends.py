@@ -200,9 +200,9 @@ def test_output_of_a_wrong_shape(direction):
 
 
 def test_unknown_names():
-    with pytest.raises(InputError, match=r"unknown backend 'tenserrt'; choose one of auto, .*onnxruntime, torch"):
+    with pytest.raises(InputError, match=r"unknown backend 'tenserrt'; choose one of auto, .*, openvino, torch"):
         open_backend("tiny-s", "tenserrt", BackendOptions())
-    with pytest.raises(InputError, match="unknown precision 'fp8'; choose one of fp32, fp16, int8"):
+    with pytest.raises(InputError, match="unknown precision 'fp8'; choose one of fp32, fp16, int8, bf16"):
         open_backend("tiny-s", AUTO, BackendOptions(precision="fp8"))
 
 
@@ -231,10 +231,12 @@ def test_auto_takes_the_first_that_works(engine_of, caplog):
 
 def test_auto_passes_over_what_cannot_be_used(engine_of, caplog, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "openvino", None)
     caplog.set_level(logging.INFO, "samekit")
     backend = open_backend(engine_of("tiny-s").folder, AUTO, BackendOptions(device="cpu"))
     assert (backend.name, backend.precision) == ("torch", "fp32")
-    refusal, choice, warning = caplog.messages
+    refusal, second, choice, warning = caplog.messages
+    assert second.startswith("backend openvino passed over: openvino is not installed; run: ")
     assert refusal.startswith("backend onnxruntime passed over: onnxruntime is not installed; run: ")
     assert choice == "backend torch on cpu, fp32"
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [warning]
@@ -260,6 +262,7 @@ def test_auto_names_one_cause_and_logs_all(own_engine, caplog, monkeypatch):
     source = {"kind": "folder", "folder": str(own_engine.folder / "elsewhere"), "name": "tiny-s"}
     path.write_text(json.dumps(document | {"source": source}), encoding="utf-8")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "openvino", None)
     monkeypatch.setattr("samekit.backends.selection.has_driver", lambda: False)
     caplog.set_level(logging.INFO, "samekit")
     with pytest.raises(BackendUnavailableError) as caught:
@@ -458,6 +461,7 @@ def test_gpu_without_a_driver(engine_of, checkpoint_of, monkeypatch):
 def test_package_that_is_missing(engine_of, checkpoint_of, monkeypatch):
     engine = engine_of("tiny-s").folder
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(BackendUnavailableError, match=r"run: .*pip install 'samekit\[cpu\]'") as caught:
         open_backend(engine, "onnxruntime", BackendOptions())
     assert isinstance(caught.value, ImportError)

@@ -71,7 +71,9 @@ class TestOtherPackage:
             assert model.autoencoder.backend.name == "zeros"
 
     def test_unknown_backend_names_the_registered_ones(self, engine_of):
-        with pytest.raises(InputError, match="choose one of auto, tensorrt, onnxruntime, torch, zeros, absent"):
+        with pytest.raises(
+            InputError, match="choose one of auto, tensorrt, onnxruntime, openvino, torch, zeros, absent"
+        ):
             open_backend(engine_of("tiny-s").folder, "nonsense", BackendOptions())
 
     def test_own_backend_is_not_replaced(self, engine_of):

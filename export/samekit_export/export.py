@@ -19,7 +19,7 @@ from samekit.engine.folder import (
     remove_leftovers,
     staging_folder,
 )
-from samekit.engine.spec import DECODER, ENCODER, PRECISIONS, Direction, EngineSpec, check_file_name
+from samekit.engine.spec import BF16, DECODER, ENCODER, PRECISIONS, Direction, EngineSpec, check_file_name
 from samekit.errors import BackendUnavailableError, InputError, OutputError, SamekitError
 from samekit.files.atomic import output_errors
 from samekit.files.locks import LOCK_FILE, folder_lock
@@ -52,6 +52,8 @@ def check_precisions(precisions: Sequence[str]) -> list[str]:
         InputError: one cannot be exported.
     """
     for precision in precisions:
+        if precision == BF16:
+            raise InputError("bf16 has no graphs of its own, it runs those of fp32; export precision fp32")
         if precision not in PRECISIONS:
             raise InputError(f"cannot export precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
     return list(dict.fromkeys(precisions))

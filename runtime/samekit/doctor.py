@@ -18,7 +18,7 @@ import soundfile
 from samekit import __version__
 from samekit.audio import INSTALL_AV
 from samekit.backends.base import has_driver
-from samekit.backends.cpu import available_cpus, processor
+from samekit.backends.cpu import available_cpus, fast_precisions, processor
 from samekit.backends.onnxruntime import int8_saturates
 from samekit.backends.providers import CUDA_PROVIDER, describe_device, installed_plugins
 from samekit.engine.builds import describe_builds
@@ -48,6 +48,7 @@ class Part:
 
 PARTS = (
     Part("onnxruntime", "engines on any CPU, and on NVIDIA GPUs with onnxruntime-gpu", install_command("cpu")),
+    Part("openvino", "bf16 on CPUs, or models on Intel GPUs", install_command("openvino")),
     Part("tensorrt", "engines compiled for the GPU at hand", INSTALL["tensorrt"], needs_gpu=True),
     Part("tensorrt_rtx", "engines compiled for many GPUs", INSTALL["tensorrt_rtx"], needs_gpu=True),
     Part("torch", "exporting, checkpoints without an engine, and GPU memory for TensorRT", INSTALL_EXPORT),
@@ -73,14 +74,15 @@ _MEMORY_LIMITS: Final = ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memor
 def examine() -> Iterator[tuple[str, Any]]:
     """Yield the sections of the report as names and values that JSON can hold.
 
-    `versions`: samekit, python, platform. `processor`: name, cores, instructions. `memory`: bytes, or None if
-    unknown. `disk`: folder and free bytes. `packages`: for each, its version, or None with the problem and the command
-    that installs it; also `notes`. `gpus`: lines. `engines`: folder, precisions, random, damaged, tensorrt. `verdict`:
-    one sentence.
+    `versions`: samekit, python, platform. `processor`: name, cores, instructions, fast_precisions. `memory`: bytes, or
+    None if unknown. `disk`: folder and free bytes. `packages`: for each, its version, or None with the problem and the
+    command that installs it; also `notes`. `gpus`: lines. `engines`: folder, precisions, random, damaged, tensorrt.
+    `verdict`: one sentence.
     """
     name, instructions = processor()
     yield "versions", {"samekit": __version__, "python": platform.python_version(), "platform": platform.platform()}
-    yield "processor", {"name": name, "cores": available_cpus(), "instructions": instructions}
+    facts = {"cores": available_cpus(), "instructions": instructions, "fast_precisions": fast_precisions(instructions)}
+    yield "processor", {"name": name, **facts}
     yield "memory", memory()
     yield "disk", _disk()
     packages = {name: _package(version(name), "") for name in ("numpy", "soundfile")}
@@ -102,7 +104,9 @@ def describe(section: str, value: Any) -> Iterator[str]:
         yield f"samekit {value['samekit']}, Python {value['python']}, {value['platform']}"
     elif section == "processor":
         cores = f"{value['cores']} core{'s' * (value['cores'] > 1)}"
-        yield f"processor: {value['name']}, {cores}, {' '.join(value['instructions']) or 'unknown instruction sets'}"
+        fast = f"; fast in {', '.join(value['fast_precisions'])}" if value["instructions"] else ""
+        sets = " ".join(value["instructions"]) or "unknown instruction sets"
+        yield f"processor: {value['name']}, {cores}, {sets}{fast}"
     elif section == "memory":
         yield "memory: unknown" if value is None else f"memory: {value / 1e9:.1f} GB"
     elif section == "disk":

@@ -94,9 +94,9 @@ class AutoencoderModel:
                 the graphs of the directions and the precision that are used are fetched; or a checkpoint folder, which
                 runs in PyTorch. A local folder is preferred to a repository.
             device: `cpu`, `cuda` or `cuda:N`, or a `torch.device` of these; by default the best that is available.
-                `webgpu` is any GPU with Vulkan, Metal or Direct3D 12.
-            backend: `auto`, `tensorrt`, `onnxruntime` or `torch`.
-            precision: `fp32`, `fp16` (the reference's `.half()`) or `int8`.
+                `webgpu` is any GPU with Vulkan, Metal or Direct3D 12. `intel-gpu` and `npu` are for OpenVINO.
+            backend: `auto`, `tensorrt`, `onnxruntime`, `openvino` or `torch`.
+            precision: `fp32`, `fp16` (the reference's `.half()`), `int8`, or `bf16` for OpenVINO.
             window: latents that are computed at once, which bounds the memory. It changes the numbers of `int8` only,
                 whose activation ranges are computed in each window.
             revision: branch, tag or commit of a repository on the hub, which `owner/name@REVISION` gives too.

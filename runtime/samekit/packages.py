@@ -81,6 +81,13 @@ def import_onnxruntime() -> Any:
     return import_package("onnxruntime", install_command("cpu"))
 
 
+def import_openvino() -> Any:
+    """Import OpenVINO without its telemetry; raises what `import_package` raises."""
+    # Its import would send usage data to the vendor without asking. It does without this package where it is missing.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    return import_package("openvino", install_command("openvino"))
+
+
 def registered(group: str) -> dict[str, EntryPoint]:
     """Return the entry points of a group by name. Other packages add to those of samekit, but cannot replace them."""
     # This import takes longer than the others of `samekit`, and most commands do not need it.

@@ -21,7 +21,7 @@ import numpy as np
 
 from samekit.arguments import MOST_THREADS, check_flag, check_whole
 from samekit.arrays import as_one_batch, batch_shape, is_tensor
-from samekit.engine.spec import DECODER, DEVICES, ENCODER, PRECISIONS, Direction, EngineSpec, opposite
+from samekit.engine.spec import DECODER, DEVICES, ENCODER, RUN_PRECISIONS, Direction, EngineSpec, opposite
 from samekit.errors import BackendError, BackendUnavailableError, InputError, NonFiniteError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class BackendOptions:
     """
 
     precision: str = "fp32"
-    """One of `spec.PRECISIONS`."""
+    """One of `spec.RUN_PRECISIONS`."""
     device: str | None = None
     """One of `spec.DEVICES`; None takes the best of `cpu` and `cuda` that is available."""
     device_id: int = 0
@@ -61,11 +61,12 @@ class BackendOptions:
     """TensorRT only: run a shape that repeats as one CUDA graph, whose memory stays allocated."""
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise InputError(f"unknown precision {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
+        if self.precision not in RUN_PRECISIONS:
+            raise InputError(f"unknown precision {self.precision!r}; choose one of {', '.join(RUN_PRECISIONS)}")
         if self.device not in (None, *DEVICES):
             raise InputError(
-                f"device {self.device!r} is not supported; choose {', '.join(DEVICES)}, and which GPU by device_id"
+                f"device {self.device!r} is not supported; choose one of {', '.join(DEVICES)}, "
+                "and which GPU by device_id"
             )
         check_whole("device_id", self.device_id, least=0)
         if self.threads is not None:
@@ -162,7 +163,7 @@ class Backend(ABC):
         self.spec = spec
         """Every fact about the model."""
         self.precision = precision
-        """The precision that it computes in, one of `spec.PRECISIONS`."""
+        """The precision that it computes in, one of `spec.RUN_PRECISIONS`."""
         self._window_batch = window_batch
         self._closed = False
         self._lost_to_fork = False

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 SYSTEM = Path("/")
 """The folder that holds `proc/self` and the mount points named there."""
 
-INSTRUCTIONS: Final = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimd", "asimddp", "i8mm")
-"""Instruction sets that decide the speed of float32 and int8 products, as Linux names them."""
+_INT8_INSTRUCTIONS: Final = ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
+_BF16_INSTRUCTIONS: Final = ("avx512_bf16", "amx_bf16")
+INSTRUCTIONS: Final = ("avx2", "avx512f", "asimd", *_INT8_INSTRUCTIONS, *_BF16_INSTRUCTIONS)
+"""Instruction sets that decide the speed of float32, int8 and bfloat16 products, as Linux names them."""
 
 
 def available_cpus(root: Path = SYSTEM) -> int:
@@ -44,6 +46,12 @@ def processor(root: Path = SYSTEM) -> tuple[str, list[str]]:
     listed = f"{fields.get('flags', '')} {fields.get('Features', '')}".split()
     name = fields.get("model name") or platform.processor() or platform.machine()
     return name, [instruction for instruction in INSTRUCTIONS if instruction in listed]
+
+
+def fast_precisions(instructions: Sequence[str]) -> list[str]:
+    """Return the precisions whose products a processor with these of `INSTRUCTIONS` has instructions for."""
+    needed = {"int8": _INT8_INSTRUCTIONS, "bf16": _BF16_INSTRUCTIONS}
+    return ["fp32", *(precision for precision, any_of in needed.items() if set(any_of) & set(instructions))]
 
 
 def cpu_quota(root: Path = SYSTEM) -> float:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from samekit.backends.base import has_driver
 from samekit.engine.folder import find_engine
-from samekit.engine.spec import GPU_PRECISIONS
+from samekit.engine.spec import BF16, GPU_PRECISIONS, OPENVINO_DEVICES, graph_precision
 from samekit.errors import (
     BackendUnavailableError,
     CheckpointError,
@@ -33,7 +33,10 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"
 """The backend that tries the others in order."""
 
-BACKENDS = (AUTO, "tensorrt", "onnxruntime", "torch")
+OPENVINO = "openvino"
+"""The only backend for bf16, Intel's GPUs and NPUs."""
+
+BACKENDS = (AUTO, "tensorrt", "onnxruntime", OPENVINO, "torch")
 """What users pass as `backend=`, in the order in which "auto" tries them. "auto" tries no backend of other packages."""
 
 GROUP = "samekit.backends"
@@ -43,6 +46,7 @@ GROUP = "samekit.backends"
 _BUILT_IN = {
     "tensorrt": ("samekit.tensorrt.backend", "open_tensorrt"),
     "onnxruntime": ("samekit.backends.onnxruntime", "OnnxRuntimeBackend"),
+    OPENVINO: ("samekit.backends.openvino", "OpenVinoBackend"),
 }
 
 # The backend that "auto" does not try if the CPU was asked for.
@@ -51,8 +55,8 @@ _GPU_BACKEND = "tensorrt"
 # The only backend of a device that the others do not support.
 _BACKEND_OF_DEVICE = {"webgpu": "onnxruntime"}
 
-# The only backend that "auto" tries for a precision that does not run on GPUs.
-_CPU_PRECISIONS_BACKEND = "onnxruntime"
+# The only backend that runs int8.
+_INT8_BACKEND = "onnxruntime"
 
 
 def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOptions) -> Backend:
@@ -80,6 +84,7 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
     if only and backend not in (AUTO, only):
         raise BackendUnavailableError(f"device {options.device} runs in the backend {only} only; choose backend {only}")
     backend = only or backend
+    _check_needs_openvino(backend, options)
     if backend == AUTO and options.device == "cuda" and not has_driver():
         # Each backend would name a package to install, which does not help.
         raise BackendUnavailableError("device cuda needs an NVIDIA driver, and there is none; choose device cpu")
@@ -90,12 +95,9 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
     if backend != AUTO:
         return _reopenable(_opener(backend)(engine, options), engine.name, options)
     # PyTorch could compute any precision, but slowly. So this error comes first, and it says how to export the graphs.
-    engine.check(options.precision)
+    engine.check(graph_precision(options.precision))
     refusals: dict[str, SamekitError] = {}
-    for_cpus = options.precision not in GPU_PRECISIONS
-    for name in (_CPU_PRECISIONS_BACKEND,) if for_cpus else BACKENDS[1:]:
-        if name == _GPU_BACKEND and options.device == "cpu":
-            continue
+    for name in _candidates(options):
         try:
             opened = _opener(name)(engine, options)
         except (BackendUnavailableError, StaleEngineError, CheckpointError) as error:
@@ -110,6 +112,29 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
             logger.warning("running in PyTorch, slower than the engine %s, because %s", engine.folder, reason)
         return _reopenable(opened, engine.name, options)
     raise BackendUnavailableError(f"{engine.folder} cannot be run: {_first_to_cure(refusals)}")
+
+
+def _candidates(options: BackendOptions) -> tuple[str, ...]:
+    """Return the backends that "auto" tries, in order."""
+    if _needs_openvino(options):
+        return (OPENVINO,)
+    if options.precision not in GPU_PRECISIONS:
+        return (_INT8_BACKEND,)
+    return tuple(name for name in BACKENDS[1:] if name != _GPU_BACKEND or options.device != "cpu")
+
+
+def _needs_openvino(options: BackendOptions) -> str | None:
+    """Return the option that only the openvino backend has, or None."""
+    if options.device in OPENVINO_DEVICES:
+        return f"device {options.device}"
+    return f"precision {BF16}" if options.precision == BF16 else None
+
+
+def _check_needs_openvino(backend: str, options: BackendOptions) -> None:
+    """Raise BackendUnavailableError if another backend of samekit was asked for what only openvino has."""
+    option = _needs_openvino(options)
+    if option and backend in BACKENDS and backend not in (AUTO, OPENVINO):
+        raise BackendUnavailableError(f"the {backend} backend has no {option}; use backend {OPENVINO}")
 
 
 def _first_to_cure(refusals: dict[str, SamekitError]) -> SamekitError:

@@ -8,6 +8,7 @@ import click
 
 from samekit.cli.group import STOPPED, json_option, say
 from samekit.cli.model_options import MODEL_HELP, backend_options, model_option, open_model
+from samekit.engine.spec import GPU_PRECISIONS
 from samekit.errors import InputError
 
 if TYPE_CHECKING:
@@ -124,8 +125,8 @@ def pre_encode(
 
     backend = {name: options.pop(name) for name in ("backend", "precision", "device", "threads", "window")}
     if options["float16"]:
-        if backend["precision"] == "int8":
-            raise InputError("--model_half means --precision fp16, not int8; pass one of them")
+        if backend["precision"] not in GPU_PRECISIONS:
+            raise InputError(f"--model_half means --precision fp16, not {backend['precision']}; pass one of them")
         backend["precision"] = "fp16"
     actors = {name: options.pop(name) for name in ("actors", "cpus_per_actor", "gpus_per_actor")}
     options["captions"] = tuple(options["captions"].replace(" ", "").split(","))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from samekit.cli.group import UserPath, say
-from samekit.engine.spec import DIRECTIONS, PRECISIONS, Direction
+from samekit.engine.spec import DIRECTIONS, RUN_PRECISIONS, Direction, graph_precision
 from samekit.errors import InputError
 
 if TYPE_CHECKING:
@@ -64,10 +64,11 @@ def pull(repository: str, folder: Path | None, revision: str | None, precision: 
     base, given = hub.split_revision(repository)
     if not hub.REPOSITORY.fullmatch(base):
         raise InputError(f"{repository!r} is no repository of the hub; pass owner/name")
-    precisions, directions = precision.replace(" ", "").split(","), (only,) if only else DIRECTIONS
-    for name in precisions:
-        if name not in PRECISIONS:
-            raise InputError(f"--precision {name!r} is not known; pass some of {', '.join(PRECISIONS)}")
+    wanted, directions = precision.replace(" ", "").split(","), (only,) if only else DIRECTIONS
+    for name in wanted:
+        if name not in RUN_PRECISIONS:
+            raise InputError(f"--precision {name!r} is not known; pass some of {', '.join(RUN_PRECISIONS)}")
+    precisions = list(dict.fromkeys(map(graph_precision, wanted)))
     engine = engine_on_hub(base, revision or given)
     if folder is None:
         fetch(engine, precisions, directions)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from samekit.engine.hub import with_revision
-from samekit.engine.spec import DEVICES, PRECISIONS
+from samekit.engine.spec import DEVICES, RUN_PRECISIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,8 +46,10 @@ def backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say where and how a model runs."""
     for option in reversed(
         (
-            click.option("--backend", default="auto", show_default=True, help="auto, tensorrt, onnxruntime or torch."),
-            click.option("--precision", default="fp32", show_default=True, type=click.Choice(PRECISIONS)),
+            click.option(
+                "--backend", default="auto", show_default=True, help="auto, tensorrt, onnxruntime, openvino or torch."
+            ),
+            click.option("--precision", default="fp32", show_default=True, type=click.Choice(RUN_PRECISIONS)),
             click.option("--device", type=click.Choice(DEVICES), help="cpu or cuda, unless given."),
             click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: all cores]"),
             click.option(

@@ -8,7 +8,7 @@ import click
 
 from samekit.cli.group import STOPPED, UserPath, say
 from samekit.cli.model_options import ENGINE_HELP, model_option
-from samekit.engine.spec import PRECISIONS
+from samekit.engine.spec import PRECISIONS, RUN_PRECISIONS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,8 +78,8 @@ def _tuned(engine: Engine, options: TritonOptions) -> TritonOptions:
 @click.argument("model")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
-@click.option("--backend", default="auto", show_default=True, help="auto, tensorrt, onnxruntime or torch.")
-@click.option("--precision", default="fp32", show_default=True, type=click.Choice(PRECISIONS))
+@click.option("--backend", default="auto", show_default=True, help="auto, tensorrt, onnxruntime, openvino or torch.")
+@click.option("--precision", default="fp32", show_default=True, type=click.Choice(RUN_PRECISIONS))
 @click.option("--replicas", default=1, show_default=True, type=click.IntRange(min=1), help="Processes with a model.")
 @click.option("--cpus-per-replica", type=click.IntRange(min=1), help="[default: all cores, divided by the replicas]")
 @click.option("--gpus-per-replica", default=0.0, show_default=True, help="1, or a share of one GPU.")

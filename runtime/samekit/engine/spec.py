@@ -40,16 +40,30 @@ PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "fp16", "int8")
 GPU_PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "fp16")
 """The precisions that run on GPUs. int8 measures activation ranges in each call, which is only fast on CPUs."""
 
+BF16: Final = "bf16"
+"""Products in bfloat16, all else in float32. The openvino backend computes the fp32 graphs so."""
+
+RUN_PRECISIONS: Final = (*PRECISIONS, BF16)
+"""Every precision that a model can run in."""
+
+OPENVINO_DEVICES: Final = ("intel-gpu", "npu")
+"""Devices that only the openvino backend runs on."""
+
+DEVICES: Final = ("cpu", "cuda", "webgpu", *OPENVINO_DEVICES)
+"""What users pass as `device=`. `webgpu` is any GPU with Vulkan, Metal or Direct3D 12."""
+
 RANDOM: Final = "random"
 """The `kind` of a source of seeded random weights."""
-
-DEVICES: Final = ("cpu", "cuda", "webgpu")
-"""What users pass as `device=`. `webgpu` is any GPU with Vulkan, Metal or Direct3D 12."""
 
 # Larger values are damage, and could ask for any amount of memory.
 _LIMITS: Final = {"sample_rate": 768_000, "channels": 64, "hop": 2**20, "latent_width": 2**16, "alignment": 2**16}
 # Samples of all channels per latent.
 _LATENT_VALUES: Final = 2**21
+
+
+def graph_precision(precision: str) -> str:
+    """Return the precision of the graphs that a model runs in a precision."""
+    return "fp32" if precision == BF16 else precision
 
 
 def opposite(direction: Direction) -> Direction:

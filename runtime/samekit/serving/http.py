@@ -119,7 +119,8 @@ def create_app(service: Service, token_sha256: str | None = None) -> FastAPI:
         _check_content(request)
         async with services.Request(service) as work:
             path = await work.receive(request.stream(), _announced(request), f"body{_suffix(request)}")
-            npy, metadata = await work.run(service.encode, path)
+            encoded = await work.run(service.encode, path)
+        npy, metadata = encoded.npy, encoded.metadata
         metrics.AUDIO.labels("encode").inc(metadata["samples"] / metadata["sample_rate"])
         if "application/json" in request.headers.get("accept", ""):
             return JSONResponse({**metadata, "npy": base64.b64encode(npy).decode("ascii")})

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
@@ -49,11 +50,12 @@ class StoppedError(Exception):
     """The client of a request has gone, so its work was stopped."""
 
 
-class EncodedAudio(NamedTuple):
+@dataclass(frozen=True)
+class EncodedAudio:
     """The answer to a request that encodes."""
 
     npy: bytes
-    metadata: dict[str, object]
+    metadata: dict[str, Any]
 
 
 class DecodedAudio(NamedTuple):

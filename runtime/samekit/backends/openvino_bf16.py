@@ -1,0 +1,118 @@
+"""Choose what OpenVINO keeps in float32 while it computes a graph in bfloat16.
+
+OpenVINO's hint alone puts almost every operation in bfloat16. Here only products with weights, which take most of the
+time, and products of attention weights with values are bfloat16. Everything else stays in float32: residual stream,
+norms, rotary angles, gates, products of queries and keys, softmaxes and their differences. The last product with
+weights stays in float32 too, because its rounded inputs cost most of the accuracy. On music, this raises the SNR of
+same-tiny's latents from 28 dB to 38 dB, for 0 to 8 % more time.
+
+OpenVINO's CPU plugin reads this choice from an attribute of each operation. Its Python API cannot set it, but a model
+file can hold it. So the graph without its large weights is written to such a file, changed there and read again.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+from xml.etree import ElementTree as ET
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# The value means: do not convert from any type to float16, which the plugin applies to bfloat16 too.
+_KEPT: Final = {"name": "DisablePrecisionConversion", "version": "0", "value": "dynamic:f16"}
+
+# Operations that compute nothing, in a model file.
+_NO_OPERATIONS: Final = ("Parameter", "Const", "Result", "ShapeOf")
+
+# Smaller constants are written to the model file. Shapes are among them, which other operations must know.
+_LARGE: Final = 1024
+
+
+def keep_float32(openvino: Any, core: Any, model: Any) -> tuple[Any, dict[str, Any]]:
+    """Return a copy of a graph that says which operations stay in float32.
+
+    Args:
+        openvino: the module.
+        core: an `openvino.Core`.
+        model: the graph as `core.read_model` returns it. It cannot be used afterwards.
+
+    Returns:
+        The copy, which shares the weights, and values of further inputs that it has: name of the input -> array. The
+        CPU plugin would combine a product with constant weights to an operation that loses the attribute.
+    """
+    kept = {product.friendly_name for product in _score_products(model)}
+    *_, last = (op for op in model.get_ordered_ops() if op.get_type_name() == "MatMul" and _weights_of(op))
+    kept.add(last.friendly_name)
+    inputs = {f"input weights {op.friendly_name}": op for op in _weights_of(last)}
+    others = [op for op in model.get_ops() if _is_large(op) and op not in inputs.values()]
+    constants = {f"weights {number}": op for number, op in enumerate(others)} | inputs
+    for name, constant in constants.items():
+        parameter = openvino.opset1.parameter(constant.get_output_partial_shape(0), constant.get_element_type())
+        parameter.friendly_name = name
+        constant.output(0).replace(parameter.output(0))
+        model.add_parameters([parameter])
+    marked = _marked(openvino, core, model, kept)
+    for parameter in marked.get_parameters():
+        if parameter.friendly_name in constants.keys() - inputs.keys():
+            parameter.output(0).replace(constants[parameter.friendly_name].output(0))
+            marked.remove_parameter(parameter)
+    marked.validate_nodes_and_infer_types()
+    return marked, {name: constant.data for name, constant in inputs.items()}
+
+
+def _sources(op: Any) -> Iterator[Any]:
+    """Yield the operations whose outputs an operation reads."""
+    return (each.get_source_output().get_node() for each in op.inputs())
+
+
+def _is_large(op: Any) -> bool:
+    return bool(op.get_type_name() == "Constant" and op.get_byte_size() >= _LARGE)
+
+
+def _weights_of(product: Any) -> list[Any]:
+    """Return the constants that a product reads."""
+    return [op for op in _sources(product) if op.get_type_name() == "Constant"]
+
+
+def _score_products(model: Any) -> Iterator[Any]:
+    """Yield the products of queries and keys, which are those in front of each softmax."""
+    pending = [op for op in model.get_ops() if op.get_type_name() == "Softmax"]
+    seen = set()
+    while pending:
+        for op in _sources(pending.pop()):
+            if op.friendly_name in seen:
+                continue
+            seen.add(op.friendly_name)
+            if op.get_type_name() == "MatMul":
+                yield op
+            else:
+                pending.append(op)
+
+
+def _marked(openvino: Any, core: Any, model: Any, products: set[str]) -> Any:
+    """Return a copy of a model, in which all operations have the attribute except products not in `products`."""
+    with tempfile.TemporaryDirectory(prefix="samekit-") as folder:
+        path = Path(folder, "model.xml")
+        openvino.serialize(model, path, path.with_suffix(".bin"))
+        root = ET.parse(path).getroot()  # noqa: S314 the file was just written
+        values = np.fromfile(path.with_suffix(".bin"), np.uint8)
+    for layer in root.iterfind("layers/layer"):
+        kind = layer.get("type")
+        if kind == "SoftMax":
+            # OpenVINO would replace a softmax with a newer version number by another one, without the attribute.
+            rank = len(layer.findall("input/port/dim"))
+            data = layer.find("data")
+            if data is not None:
+                layer.set("version", "opset1")
+                data.set("axis", str(int(data.get("axis", "-1")) % rank))
+        if kind not in _NO_OPERATIONS and (kind != "MatMul" or layer.get("name") in products):
+            info = layer.find("rt_info")
+            if info is None:
+                info = ET.Element("rt_info")
+                layer.insert(0 if layer.find("data") is None else 1, info)
+            ET.SubElement(info, "attribute", _KEPT)
+    return core.read_model(ET.tostring(root), openvino.Tensor(values))

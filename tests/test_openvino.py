@@ -1,0 +1,146 @@
+"""The OpenVINO backend beyond the contract of tests/test_backends.py, and the precision bf16."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import threading
+
+import numpy as np
+import pytest
+from faults import in_a_fork
+from helpers import KINDS, assert_one_line, each_direction, in_one_pass, needs_bf16, needs_openvino, run_direction
+
+from samekit import AutoencoderModel
+from samekit.backends.base import BackendOptions
+from samekit.backends.cpu import fast_precisions
+from samekit.backends.selection import AUTO, BACKENDS, open_backend
+from samekit.engine.spec import DECODER, ENCODER
+from samekit.errors import BackendError, BackendUnavailableError, EngineError, InputError
+from samekit.packages import import_openvino
+from samekit_export.export import check_precisions
+from samekit_export.verify import example_input, snr_db
+
+pytestmark = needs_openvino
+
+
+def opened(engine, precision="fp32", **options):
+    return open_backend(engine.folder, "openvino", BackendOptions(precision, threads=1, **options))
+
+
+def hint_alone(engine, direction, array):
+    """Return what OpenVINO computes in bfloat16 if it is told of no operation to keep in float32."""
+    openvino = import_openvino()
+
+    core, settings = openvino.Core(), {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": 1}
+    compiled = core.compile_model(core.read_model(engine.graph(direction, "fp32")), "CPU", settings)
+    (output,) = compiled(array).values()
+    return output
+
+
+@needs_bf16
+@pytest.mark.parametrize("kind", KINDS)
+@each_direction
+def test_bf16_is_more_accurate_than_the_hint_alone(engine_of, eager_of, kind, direction):
+    engine, eager = engine_of(kind), eager_of(kind)
+    array = example_input(engine.spec, direction, 1, 24, seed=1)
+    expected = in_one_pass(eager.encode if direction == ENCODER else eager.decode, array)
+    with opened(engine, "bf16") as backend:
+        reached = snr_db(expected, run_direction(backend, direction, array))
+    assert 60 > reached > snr_db(expected, hint_alone(engine, direction, array)) + 2.5
+
+
+@needs_bf16
+def test_auto_runs_bf16_here(engine_of, caplog):
+    caplog.set_level(logging.INFO, "samekit")
+    with open_backend(engine_of("tiny-s").folder, AUTO, BackendOptions("bf16")) as backend:
+        assert (backend.name, backend.device, backend.precision) == ("openvino", "cpu", "bf16")
+    assert caplog.messages == ["backend openvino on cpu, bf16"]
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in (AUTO, "openvino")])
+@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"device": "intel-gpu"}, {"device": "npu"}], ids=str)
+def test_other_backends_name_the_one_that_can(engine_of, backend, options):
+    (option,) = (f"{name} {value}" for name, value in options.items())
+    with pytest.raises(BackendUnavailableError) as caught:
+        open_backend(engine_of("tiny-s").folder, backend, BackendOptions(**options))
+    assert str(caught.value) == f"the {backend} backend has no {option}; use backend openvino"
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_other_precisions_are_refused_by_name(half_engine, precision):
+    with pytest.raises(BackendUnavailableError, match=precision) as caught:
+        open_backend(half_engine, "openvino", BackendOptions(precision))
+    assert_one_line(caught.value)
+
+
+@pytest.mark.parametrize("device", ["intel-gpu", "npu", "cuda"])
+def test_devices_that_are_not_here(engine_of, device):
+    openvino = import_openvino()
+
+    assert openvino.Core().available_devices == ["CPU"]
+    with pytest.raises(BackendUnavailableError, match="choose device cpu") as caught:
+        opened(engine_of("tiny-s"), device=device)
+    assert_one_line(caught.value)
+
+
+def test_bf16_is_not_exported():
+    with pytest.raises(InputError, match="bf16 has no graphs of its own, it runs those of fp32; export precision fp32"):
+        check_precisions(["bf16"])
+
+
+@pytest.mark.parametrize(
+    ("instructions", "fast"),
+    [
+        (["avx2"], ["fp32"]),
+        (["avx2", "avx_vnni"], ["fp32", "int8"]),
+        (["avx2", "avx512f", "avx512_vnni", "avx512_bf16"], ["fp32", "int8", "bf16"]),
+    ],
+)
+def test_precisions_that_a_processor_is_fast_in(instructions, fast):
+    assert fast_precisions(instructions) == fast
+
+
+def test_opens_again_but_not_in_a_fork(engine_of):
+    array = example_input(engine_of("tiny-s").spec, DECODER, 1, 3, seed=0)
+    with opened(engine_of("tiny-s")) as backend:
+        expected = backend.decode(array)
+        with pickle.loads(pickle.dumps(backend)) as copy:
+            assert np.array_equal(copy.decode(array), expected)
+
+        def child():
+            with pytest.raises(BackendError, match="forked after OpenVINO ran; start processes by spawn, or choose"):
+                backend.decode(array)
+
+        assert in_a_fork(child) == 0
+        assert np.array_equal(backend.decode(array), expected)
+
+
+def test_graphs_that_changed_are_not_run(own_engine):
+    graph = own_engine.graph(DECODER, "fp32")
+    with opened(own_engine) as backend:
+        graph.write_bytes(bytes(graph.stat().st_size))
+        with pytest.raises(
+            BackendError, match=r"decoder\.onnx: OpenVINO \S+ cannot open it .*; export it again"
+        ) as caught:
+            backend.decode(np.zeros((1, 32, 1), np.float32))
+        assert_one_line(caught.value)
+        graph.unlink()
+        with pytest.raises(EngineError, match=r"decoder\.onnx: is missing"):
+            backend.decode(np.zeros((1, 32, 1), np.float32))
+
+
+def test_nothing_is_reported_and_nothing_is_left(engine_of):
+    """OpenVINO's import starts a thread that sends usage data, and leaves a folder in the home folder."""
+    before = set(threading.enumerate())
+    model = AutoencoderModel.from_pretrained(engine_of("tiny-s").folder, backend="openvino", threads=1)
+    model.decode(np.zeros((1, 32, 2), np.float32))
+    assert set(threading.enumerate()) == before
+    assert os.listdir(os.environ["HOME"]) == []
+
+
+def test_subnormals_are_zero(engine_of):
+    tiny = np.full((1, 32, 2), 1e-40, np.float32)
+    with opened(engine_of("tiny-s")) as backend:
+        assert np.array_equal(backend.decode(tiny), backend.decode(np.zeros_like(tiny)))
