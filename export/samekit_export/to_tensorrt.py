@@ -2,7 +2,7 @@
 
 TensorRT builds for the GPU of this machine. TensorRT-RTX needs no GPU and builds for several GPU architectures.
 Networks are strongly typed: the graph decides the precision of every step. Each engine holds both profiles of
-`samekit.engine.fingerprint`.
+`samekit.engine.fingerprint`. Where a GPU can run the engines, they are compared with the graphs before they are valid.
 """
 
 from __future__ import annotations
@@ -29,14 +29,24 @@ from samekit.engine.builds import (
     unfinished_builds,
     write_document,
 )
-from samekit.engine.fingerprint import PORTABLE, PROFILES, TENSORRT, TENSORRT_RTX, capability_name, fingerprint_of
+from samekit.engine.fingerprint import (
+    PORTABLE,
+    TENSORRT,
+    TENSORRT_RTX,
+    capability_name,
+    fingerprint_of,
+    profiles_of,
+    runs_on,
+)
 from samekit.engine.folder import Engine, engine_roots
 from samekit.engine.spec import DIRECTIONS, GPU_PRECISIONS, Direction
-from samekit.errors import BackendUnavailableError, BuildError, InputError
+from samekit.errors import BackendUnavailableError, BuildError, InputError, VerificationError
 from samekit.files.atomic import atomic_path, output_errors
 from samekit.files.locks import folder_lock
 from samekit.files.paths import utf8_path
+from samekit.tensorrt.check import check_build
 from samekit.tensorrt.flavours import import_flavour, make_logger
+from samekit.tensorrt.gpu import Gpu
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,10 +75,13 @@ def add_engines(engine: Engine, precisions: Sequence[str], mode: str) -> list[Bu
     flavour, target = _choose_flavour(mode)
     if flavour is None:
         return []
+    gpu = _gpu_that_runs(target)
+    if gpu is None:
+        logger.info("the engines are checked on the first machine that opens them, because no GPU here runs them")
     builds = []
     for precision in precisions:
         if precision in GPU_PRECISIONS:
-            builds.append(build_engines(engine, precision, flavour, target))
+            builds.append(build_engines(engine, precision, flavour, target, gpu))
         else:
             logger.info("no TensorRT engine of %s, which is for ONNX Runtime on the CPU", precision)
     return builds
@@ -105,7 +118,17 @@ def _gpu_here() -> str:
     return capability_name(torch.cuda.get_device_capability())
 
 
-def build_engines(engine: Engine, precision: str, module: Any, target: str) -> Build:
+def _gpu_that_runs(target: str) -> Gpu | None:
+    """Return the current GPU, if there is one and it runs engines for this target."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    gpu = Gpu(torch.cuda.current_device())
+    return gpu if runs_on(target, gpu.capability) else None
+
+
+def build_engines(engine: Engine, precision: str, module: Any, target: str, gpu: Gpu | None = None) -> Build:
     """Build the engines of both directions of one precision, or leave them if they are complete and current.
 
     Wait while another process writes to the engine folder.
@@ -115,9 +138,11 @@ def build_engines(engine: Engine, precision: str, module: Any, target: str) -> B
         precision: of its graphs, one of `GPU_PRECISIONS`.
         module: `tensorrt` or `tensorrt_rtx`, see `samekit.tensorrt.flavours.import_flavour`.
         target: the compute capability of this machine's GPU, or `PORTABLE`.
+        gpu: where the engines are checked before they are valid; None leaves that to the first machine that opens them.
 
     Raises:
         BuildError: TensorRT cannot build a graph; its log stays beside the builds.
+        VerificationError: the engines compute wrong values on the GPU; the log stays too.
         OutputError: the folder cannot be written.
     """
     if current := _current_build(engine, precision, module, target):
@@ -136,12 +161,17 @@ def build_engines(engine: Engine, precision: str, module: Any, target: str) -> B
             logger.info("building %s", folder)
             _failed_log(folder).unlink(missing_ok=True)
             try:
-                engines = _build_engines(engine, fingerprint, module, folder)
-            except BuildError:
+                build = Build(folder, fingerprint, _build_engines(engine, fingerprint, module, folder))
+                if gpu and (failure := check_build(engine, build, module, gpu).failure):
+                    raise VerificationError(
+                        f"{module.__name__} {module.__version__}: {failure}; these engines were deleted, use backend "
+                        "onnxruntime, and please report this"
+                    )
+            except (BuildError, VerificationError):
                 with suppress(OSError):
                     shutil.copyfile(folder / LOG_FILE, _failed_log(folder))
                 raise
-            write_document(Build(folder, fingerprint, engines))
+            write_document(build)
     return Build.load(folder)
 
 
@@ -258,8 +288,10 @@ class _EngineBuilder:
         config.clear_flag(module.BuilderFlag.TF32)
         # With this, a context needs only the memory of the current shape.
         config.set_preview_feature(module.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
+        # For `samekit info --layers`.
+        config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
         name = network.get_input(0).name
-        for profile in PROFILES:
+        for profile in profiles_of(spec, self._direction):
             shapes = zip(profile.batch, profile.latents, strict=True)
             optimisation = builder.create_optimization_profile()
             optimisation.set_shape(name, *(spec.input_shape(self._direction, *shape) for shape in shapes))

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +27,7 @@ from samekit.engine.spec import SPEC_FILE
 from samekit.errors import SamekitError
 from samekit.packages import INSTALL_EXPORT, import_installed, install_command
 from samekit.tensorrt.flavours import FLAVOURS, INSTALL, builder_versions
+from samekit.tensorrt.versions import conflicts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -84,6 +86,9 @@ def examine() -> Iterator[tuple[str, Any]]:
     packages = {name: _package(version(name), "") for name in ("numpy", "soundfile")}
     packages["soundfile"]["notes"] = f"libsndfile {soundfile.__libsndfile_version__}"
     packages |= {part.module: _examine(part) for part in PARTS}
+    installed = {name: sys.modules[name] for name, package in packages.items() if package["version"] is not None}
+    for name, problem in conflicts(installed):
+        packages[name]["notes"] = "; ".join(filter(None, [packages[name]["notes"], f"NOTE: {problem}"]))
     yield "packages", packages
     yield "gpus", list(_gpus())
     versions = builder_versions()

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from samekit.backends.cpu import available_cpus
+from samekit.backends.experimental import SERVE, warn_experimental
 from samekit.engine.folder import find_engine
 from samekit.errors import BackendError, InputError
 from samekit.packages import import_package
@@ -127,6 +128,8 @@ def run(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) -> Ite
             "machine; pass less"
         )
     port = _checked_port(host, port)
+    if options.gpus_per_replica:
+        warn_experimental(SERVE)
     _check_model(options)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
