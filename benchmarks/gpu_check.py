@@ -91,23 +91,27 @@ def run(step: Step, seconds: float) -> dict[str, Any]:
     try:
         output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        output, state, reason = _kill(process), STOPPED, f"took more than {seconds:.0f} s"
+        lines = _kill(process).strip().splitlines()
+        found = {"state": STOPPED, "said": f"took more than {seconds:.0f} s", "results": None, "output": lines[-60:]}
     except BaseException:
         _kill(process)
         raise
     else:
-        state, reason = (FAILED if process.returncode else DONE), f"exit code {process.returncode}"
+        found = outcome(process.returncode, output)
+    return {"seconds": round(time.monotonic() - start, 1), **found}
+
+
+def outcome(code: int, output: str) -> dict[str, Any]:
+    """Return the state of a step that has ended, the reason if it was not done, and the JSON of its last line."""
     lines = output.strip().splitlines()
-    results: Any = None
+    state, said, results = DONE, lines[-1] if lines else "", None
     with suppress(ValueError, IndexError):
-        results = json.loads(lines[-1])
-    if isinstance(results, dict) and isinstance(results.get("results"), dict) and "left_out" in results["results"]:
-        state, reason = LEFT_OUT, results["results"]["left_out"]
-    elif state == FAILED and lines:
-        reason = lines[-1]
-    said = reason if state != DONE else (lines[-1] if lines and results is None else "")
-    seconds = round(time.monotonic() - start, 1)
-    return {"state": state, "seconds": seconds, "said": said, "results": results, "output": lines[-60:]}
+        results, said = json.loads(lines[-1]), lines[-2] if len(lines) > 1 else ""
+    if code:
+        state, said = FAILED, said or f"exit code {code}"
+    elif isinstance(results, dict) and isinstance(results.get("results"), dict) and "left_out" in results["results"]:
+        state, said = LEFT_OUT, results["results"]["left_out"]
+    return {"state": state, "said": said, "results": results, "output": lines[-60:]}
 
 
 def _kill(process: subprocess.Popen[str]) -> str:

@@ -24,7 +24,7 @@ from samekit.engine.spec import DIRECTIONS, ENCODER, GPU_PRECISIONS
 from samekit.errors import BackendError, BackendUnavailableError, InputError
 
 # Each case is measured so often, or for so many seconds if that is less.
-_RUNS, _SECONDS = 20, 10
+RUNS, SECONDS = 20, 10
 
 
 def free_memory() -> int | None:
@@ -38,7 +38,7 @@ def times_of(codec: Autoencoder, direction: str, array: Any) -> list[float]:
     for _ in range(2):
         call(array)
     times: list[float] = []
-    while len(times) < _RUNS and sum(times) < _SECONDS:
+    while len(times) < RUNS and sum(times) < SECONDS:
         start = time.perf_counter()
         call(array)
         times.append(time.perf_counter() - start)

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
 import time
+from pathlib import Path
 
 import gpu_check
 import psutil
 import pytest
 from click.testing import CliRunner
+from fake_tensorrt import WRONG, FakeGpu, FakeTensorRT, answers_of
 from gpu_check import Step
+from helpers import DIRECTIONS
+
+from samekit.cli.main import main
+from samekit.engine.fingerprint import TENSORRT
+from samekit.engine.folder import Engine
 
 
 def script(name, code, limit=60):
@@ -42,7 +50,7 @@ def test_states(check):
     )
     assert done.exit_code == 1
     assert {name: (step["state"], step["said"]) for name, step in steps.items()} == {
-        "good": ("done", ""),
+        "good": ("done", "line"),
         "bad": ("failed", "cause; cure"),
         "impossible": ("left out", "there is no GPU; use another"),
     }
@@ -111,6 +119,11 @@ def test_steps_are_in_the_order_of_their_value(tmp_path):
 ORDER = ("tests", "torch fp32", "build and check TensorRT", "tensorrt fp32", "webgpu", "onnxruntime", "dataset")
 
 
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("gpu_latency"), "RUNS", 1)
+
+
 def run(name, *arguments):
     done = CliRunner().invoke(importlib.import_module(name).main, list(map(str, arguments)))
     assert done.exit_code == 0, done.output
@@ -138,3 +151,55 @@ def test_pipeline_on_the_cpu(engine_of):
     results = run("gpu_pipeline", engine_of("tiny-s").folder, *arguments)
     assert results["backend"] == "onnxruntime"
     assert results["audio_seconds_per_second"] > 0
+
+
+def test_on_the_fake_gpu(half_engine, monkeypatch, tmp_path):
+    """The commands of all steps for TensorRT, from the build to the figures, run in this process with the fake GPU."""
+    out = tmp_path / "out"
+    engine = Engine.load(shutil.copytree(half_engine, out / "engines" / "tiny-s"))
+    module = FakeTensorRT(engine.spec, answers_of(engine))
+    monkeypatch.setenv("SAMEKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(sys.modules, TENSORRT, module)
+    monkeypatch.setattr("samekit_export.to_tensorrt.Gpu", lambda _: FakeGpu(module))
+    monkeypatch.setattr("samekit.tensorrt.opening.Gpu", lambda _: FakeGpu(module))
+    monkeypatch.setattr("samekit.tensorrt.check.CASES", ((1, 1), (2, 3), (1, 257)))
+    monkeypatch.setattr("samekit.tensorrt.tuning.WINDOWS", (16,))
+    monkeypatch.setattr("samekit.tensorrt.tuning.BATCHES", (1, 2))
+    monkeypatch.setattr(gpu_check, "has_driver", lambda: True)
+    commands = {"gpu_latency.py": "gpu_latency", "gpu_pipeline.py": "gpu_pipeline"}
+
+    def in_this_process(step, seconds):
+        _, script, *arguments = step.command
+        command = main if script == "-m" else importlib.import_module(commands[Path(script).name]).main
+        done = CliRunner().invoke(command, arguments[1:] if script == "-m" else arguments)
+        return {"seconds": 0.0, **gpu_check.outcome(done.exit_code, done.output)}
+
+    monkeypatch.setattr(gpu_check, "run", in_this_process)
+
+    def check(only):
+        arguments = ["--models", "tiny-s", "--latents", "2,3", "--out", str(out), "--only", only]
+        done = CliRunner().invoke(gpu_check.main, arguments)
+        return done, json.loads((out / "gpu-check.json").read_text(encoding="utf-8"))["steps"]
+
+    for only in ("build", "tensorrt fp32", "tensorrt fp16", "tune fp32"):
+        done, steps = check(only)
+        assert done.exit_code == 0, done.output
+    states = {name: step["state"] for name, step in steps.items()}
+    assert set(states.values()) == {"done"}
+    assert len(states) == 4
+    for precision in ("fp32", "fp16"):
+        rows = steps[f"tensorrt {precision} tiny-s"]["results"]["results"]
+        assert {(row["direction"], row["batch"], row["latents"]) for row in rows} == {
+            (direction, batch, latents) for direction in DIRECTIONS for batch in (1, 8) for latents in (2, 3)
+        }
+        assert all(row["snr_db"] >= 90 for row in rows)
+    assert steps["tune fp32 tiny-s"]["results"]["gpu"] == "Fake GPU"
+    # What a step leaves out, and that a wrong engine is a failure.
+    done, steps = check("webgpu fp32")
+    assert steps["webgpu fp32 tiny-s"]["state"] in ("left out", "failed")
+    module.wrong = WRONG[0]
+    for record in out.glob("engines/tiny-s/tensorrt/*/check-*"):
+        record.unlink()
+    done, steps = check("tune fp16")
+    assert done.exit_code == 1
+    assert "wrong values on Fake GPU" in steps["tune fp16 tiny-s"]["said"]

@@ -259,7 +259,7 @@ def nothing_builds(monkeypatch):
     asked = []
     monkeypatch.setitem(sys.modules, TENSORRT, None)
     monkeypatch.setitem(sys.modules, TENSORRT_RTX, None)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("samekit.tensorrt.gpu.has_driver", lambda: False)
     monkeypatch.setattr(
         to_tensorrt,
         "build_engines",
@@ -304,8 +304,8 @@ def test_auto_prefers_the_gpu_at_hand(nothing_builds, monkeypatch, engine_of, ve
     if version:
         monkeypatch.setitem(sys.modules, TENSORRT, fake_module(TENSORRT, version))
     monkeypatch.setitem(sys.modules, TENSORRT_RTX, fake_module(TENSORRT_RTX, "1.7.1.116"))
-    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 9))
+    if gpu:
+        monkeypatch.setattr(to_tensorrt, "Gpu", lambda _: SimpleNamespace(capability=(8, 9)))
     engine = engine_of("tiny-s")
     progress()
     add_engines(engine, ["fp32", "int8"], "auto")
@@ -734,7 +734,7 @@ def test_info_names_stale_engines_and_clean_removes_them(own_engine, monkeypatch
     assert set(state) == {kept.name, old.name} | {b.folder.name for b in (current, elsewhere, stale, damaged)}
     assert state[kept.name].endswith("current")
     assert "STALE: version 1.0.0 instead of" in state[old.name]
-    assert state[current.folder.name].endswith("encoder 700 layers, 0 MB; decoder 700 layers, 0 MB; current")
+    assert state[current.folder.name].endswith(": 0 MB; at least 110.5 dB on 8.9 (Fake GPU); current")
     assert state[elsewhere.folder.name].endswith("current")
     assert "STALE: builder_revision 0 instead of 2" in state[stale.folder.name]
     assert "STALE: " in state[damaged.folder.name]
@@ -843,7 +843,7 @@ def test_few_recorded_shapes_are_kept(open_with, module):
 
 
 def test_next_batch_is_uploaded_while_one_runs(open_with):
-    backend, module = open_with()
+    backend, module = open_with(window_batch=4)
     backend.decode(noise((2, 32, 3)))
     module.events.clear()
     windows = [(Window(0, 3, 0, 3), noise((2, 32, 3), seed)) for seed in range(6)]

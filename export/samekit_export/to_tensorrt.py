@@ -72,12 +72,12 @@ def add_engines(engine: Engine, precisions: Sequence[str], mode: str) -> list[Bu
         BuildError: TensorRT cannot build a graph.
         OutputError: the folder cannot be written.
     """
-    flavour, target = _choose_flavour(mode)
+    gpu = _gpu()
+    flavour, target = _choose_flavour(mode, gpu)
     if flavour is None:
         return []
-    gpu = _gpu_that_runs(target)
-    if gpu is None:
-        logger.info("the engines are checked on the first machine that opens them, because no GPU here runs them")
+    if gpu and not runs_on(target, gpu.capability):
+        gpu = None
     builds = []
     for precision in precisions:
         if precision in GPU_PRECISIONS:
@@ -87,7 +87,14 @@ def add_engines(engine: Engine, precisions: Sequence[str], mode: str) -> list[Bu
     return builds
 
 
-def _choose_flavour(mode: str) -> tuple[Any, str]:
+def _gpu() -> Gpu | None:
+    """Return the GPU for which TensorRT builds, the first one; None if there is none."""
+    with suppress(BackendUnavailableError):
+        return Gpu(0)
+    return None
+
+
+def _choose_flavour(mode: str, gpu: Gpu | None) -> tuple[Any, str]:
     """Return the module that builds and the target that it builds for; None if nothing can be built."""
     if mode not in MODES:
         raise InputError(f"unknown TensorRT mode {mode!r}; choose one of {', '.join(MODES)}")
@@ -97,7 +104,10 @@ def _choose_flavour(mode: str) -> tuple[Any, str]:
         return import_flavour(TENSORRT_RTX), PORTABLE
     reasons = []
     try:
-        return import_flavour(TENSORRT), _gpu_here()
+        module = import_flavour(TENSORRT)
+        if gpu:
+            return module, capability_name(gpu.capability)
+        reasons.append("tensorrt builds on a GPU, and PyTorch finds none; use tensorrt-rtx")
     except BackendUnavailableError as error:
         reasons.append(str(error))
     try:
@@ -107,25 +117,6 @@ def _choose_flavour(mode: str) -> tuple[Any, str]:
     why = "; ".join(reasons) if has_driver() else "no NVIDIA driver; for GPUs of other machines pass --tensorrt rtx"
     logger.info("left out: TensorRT engines (%s)", why)
     return None, ""
-
-
-def _gpu_here() -> str:
-    """Return the compute capability of the current GPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        raise BackendUnavailableError("tensorrt builds on a GPU, and PyTorch finds none; use tensorrt-rtx")
-    return capability_name(torch.cuda.get_device_capability())
-
-
-def _gpu_that_runs(target: str) -> Gpu | None:
-    """Return the current GPU, if there is one and it runs engines for this target."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    gpu = Gpu(torch.cuda.current_device())
-    return gpu if runs_on(target, gpu.capability) else None
 
 
 def build_engines(engine: Engine, precision: str, module: Any, target: str, gpu: Gpu | None = None) -> Build:
@@ -162,7 +153,11 @@ def build_engines(engine: Engine, precision: str, module: Any, target: str, gpu:
             _failed_log(folder).unlink(missing_ok=True)
             try:
                 build = Build(folder, fingerprint, _build_engines(engine, fingerprint, module, folder))
-                if gpu and (failure := check_build(engine, build, module, gpu).failure):
+                if gpu is None:
+                    logger.info(
+                        "not checked: no GPU here runs these engines; the first machine that opens them does it"
+                    )
+                elif failure := check_build(engine, build, module, gpu).failure:
                     raise VerificationError(
                         f"{module.__name__} {module.__version__}: {failure}; these engines were deleted, use backend "
                         "onnxruntime, and please report this"
