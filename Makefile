@@ -27,7 +27,7 @@ NAME = $(notdir $(patsubst %/,%,$(MODEL)))
 ENGINE = $(OUT)/$(if $(wildcard $(MODEL)),$(NAME),$(shell echo '$(NAME)' | tr A-Z a-z))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo export bench test test-slow test-min test-webgpu lint format docs wheel clean
+.PHONY: help setup demo export bench gpu-check test test-slow test-min test-webgpu lint format docs wheel clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -78,6 +78,10 @@ bench: $(DEMO) ## measure against eager PyTorch: MODEL, WEIGHTS, PRECISION, OUT,
 	$(BIN)/python benchmarks/latency.py $(ENGINE) --precision $(PRECISION) --latents $(LATENTS) $(YARDSTICKS) \
 		--plot build/$(notdir $(ENGINE))-latency.png $(ARGS)
 	$(BIN)/python benchmarks/opening.py $(ENGINE) --precision $(firstword $(subst $(COMMA), ,$(PRECISION)))
+
+# TensorRT and the GPU build of ONNX Runtime are used if they are installed: pip install 'samekit[gpu]'.
+gpu-check: $(READY) ## test, measure and check on this machine's GPU, in at most 25 minutes; ARGS for benchmarks/gpu_check.py
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 # Per cent of the lines of each package that the tests must run; without those that need a GPU, see pyproject.toml.
 COVERED := 90

@@ -2,6 +2,8 @@
 
 TensorRT:
 
+* It builds engines that compute `answer(direction, array)`, or what `wrong` makes of that.
+
 * It reads and writes at the addresses that it was given.
 * It returns False instead of raising an exception.
 * When it refuses a shape, the previous shape stays set.
@@ -19,6 +21,8 @@ The GPU:
 from __future__ import annotations
 
 import ctypes
+import json
+import os
 import random
 import threading
 import weakref
@@ -27,10 +31,13 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import torch
 
+from samekit.backends.base import BackendOptions
+from samekit.backends.onnxruntime import OnnxRuntimeBackend
 from samekit.engine.fingerprint import PROFILES, TENSORRT
-from samekit.engine.spec import INPUT_NAMES, opposite
+from samekit.engine.spec import DECODER, ENCODER, INPUT_NAMES, opposite
 
 # Handle of a CUDA stream that is not the default stream, 0, on which TensorRT would synchronise the device.
 STREAM = 7
@@ -53,15 +60,170 @@ def computed(spec, direction, array):
     return (spread + np.arange(shape[1])[:, None]).astype(np.float32)
 
 
+# As the engine inspector describes layers at detailed verbosity, according to NVIDIA's documentation of TensorRT,
+# "Engine Inspector"; the fields that samekit does not use are left out.
+LAYERS = [
+    {
+        "Name": "__myl_ReshTran_myl0_1",
+        "LayerType": "kgen",
+        "Inputs": [{"Name": "audio", "Dimensions": [1, 2, 4096], "Format/Datatype": "Float"}],
+        "Outputs": [{"Name": "a", "Dimensions": [1, 32, 256], "Format/Datatype": "Half"}],
+        "TacticName": "__myl_ReshTran_0x1",
+    },
+    {
+        "Name": "_gemm_mha_v2_myl0_2",
+        "LayerType": "kgen",
+        "Outputs": [{"Name": "b", "Format/Datatype": "Row major linear FP16 format"}],
+        "TacticName": "_gemm_mha_v2_0x2",
+    },
+    {
+        "Name": "node_MatMul_3_myl0_3",
+        "LayerType": "gemm",
+        "Outputs": [{"Name": "c", "Format/Datatype": "Row major linear FP32"}],
+        "TacticName": "sm80_xmma_gemm_f32f32",
+    },
+    {"Name": "shape", "LayerType": "Shape", "Inputs": [], "Outputs": []},
+]
+
+
+def silence(direction, profile, latents, output):
+    return np.zeros_like(output)
+
+
+def noise_of_that_level(direction, profile, latents, output):
+    return np.random.default_rng(0).standard_normal(output.shape).astype(np.float32) * output.std()
+
+
+def not_a_number(direction, profile, latents, output):
+    return np.full_like(output, np.nan)
+
+
+def wide_profile_wrong(direction, profile, latents, output):
+    return output * np.float32(1.5) if profile == 1 else output
+
+
+def decoder_wrong_at_33_latents(direction, profile, latents, output):
+    return output * np.float32(1.001) if (direction, latents) == (DECODER, 33) else output
+
+
+def rows_of_a_batch_exchanged(direction, profile, latents, output):
+    return output[::-1]
+
+
+WRONG = (
+    silence,
+    noise_of_that_level,
+    not_a_number,
+    wide_profile_wrong,
+    decoder_wrong_at_33_latents,
+    rows_of_a_batch_exchanged,
+)
+"""What wrong engines return in place of an output."""
+
+
+def answers_of(engine, precision="fp32"):
+    """Return a function that computes what the graphs of an engine folder compute, for `FakeTensorRT.answer`."""
+    return OnnxRuntimeBackend(engine, BackendOptions(precision=precision, device="cpu", threads=1)).run
+
+
+class FakeBuilder:
+    """Builds from a graph; what it was asked for is in `module.configs`, one for each engine."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def create_network(self, flags):
+        assert flags == 1 << self.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED
+        return FakeNetwork()
+
+    def create_builder_config(self):
+        self.module.configs.append(FakeConfig())
+        return self.module.configs[-1]
+
+    def create_optimization_profile(self):
+        shapes = {}
+        return SimpleNamespace(shapes=shapes, set_shape=lambda name, *sizes: shapes.update({name: sizes}))
+
+    def build_serialized_network(self, network, config):
+        return network.direction.encode() if self.module.works("build") else None
+
+
+class FakeNetwork:
+    direction = None
+
+    def get_input(self, index):
+        return SimpleNamespace(name=INPUT_NAMES[self.direction])
+
+    def get_layer(self, index):
+        return SimpleNamespace(type=SimpleNamespace(name=self.operators[index]))
+
+    @property
+    def num_layers(self):
+        return len(self.operators)
+
+
+class FakeParser:
+    num_errors = 0
+
+    def __init__(self, network, logger):
+        self.network = network
+
+    def parse_from_file(self, path):
+        graph = onnx.load(path, load_external_data=False).graph
+        self.network.direction = ENCODER if os.path.basename(path).startswith(ENCODER) else DECODER
+        self.network.operators = [node.op_type for node in graph.node]
+        return True
+
+
+class FakeConfig:
+    """Settings of a build. It has no timing cache."""
+
+    def __init__(self):
+        self.profiles = []
+        self.flags = set()
+
+    def clear_flag(self, flag):
+        assert flag == "TF32"
+
+    def set_flag(self, flag):
+        self.flags.add(flag)
+
+    def set_preview_feature(self, feature, on):
+        assert (feature, on) == ("resize", True)
+
+    def add_optimization_profile(self, profile):
+        self.profiles.append(profile.shapes)
+        return len(self.profiles) - 1
+
+    def create_timing_cache(self, data):
+        return None
+
+    def get_timing_cache(self):
+        return None
+
+
 class FakeTensorRT:
     """The module. The bytes of an engine begin with the name of its direction."""
+
+    NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=3)
+    BuilderFlag = SimpleNamespace(TF32="TF32", VERSION_COMPATIBLE="VERSION_COMPATIBLE")
+    PreviewFeature = SimpleNamespace(RUNTIME_ACTIVATION_RESIZE_10_10="resize")
+    ProfilingVerbosity = SimpleNamespace(DETAILED="detailed")
+    LayerInformationFormat = SimpleNamespace(JSON="json")
+    OnnxParser = FakeParser
 
     __name__ = TENSORRT
     __version__ = "11.4.0"
     TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
 
-    def __init__(self, spec):
+    def __init__(self, spec, answer=None):
+        self.answer = answer or (lambda direction, array: computed(spec, direction, array))
+        self.information = json.dumps({"Layers": LAYERS, "Bindings": []})
+        """What the engine inspector says."""
+        self.wrong = None
+        """One of `WRONG`, or None for right answers."""
+        self.configs = []
         # samekit derives its logger from this class.
         self.ILogger = type("ILogger", (), {"Severity": SimpleNamespace(VERBOSE="VERBOSE")})
         self.spec = spec
@@ -75,6 +237,10 @@ class FakeTensorRT:
     def works(self, step):
         """Return whether a step succeeds."""
         return self.fails != step
+
+    def Builder(self, logger):  # noqa: N802 TensorRT's name
+        assert isinstance(logger, self.ILogger)
+        return FakeBuilder(self)
 
     def Runtime(self, logger):  # noqa: N802 TensorRT's name
         assert isinstance(logger, self.ILogger)
@@ -103,8 +269,11 @@ class FakeEngine:
     def get_device_memory_size_for_profile_v2(self, profile):
         return 5000 + profile
 
+    def create_engine_inspector(self):
+        return SimpleNamespace(get_engine_information=lambda form: self.module.information)
+
     def create_runtime_config(self):
-        return FakeRuntimeConfig()
+        return FakeRuntimeConfig(self.module)
 
     def create_execution_context(self, strategy):
         config = None if strategy == "user managed" else strategy
@@ -115,11 +284,44 @@ class FakeRTX(FakeTensorRT):
     """A module that records CUDA graphs by itself, as TensorRT-RTX does."""
 
     CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole graph")
+    driver = "driver 1"
 
 
 class FakeRuntimeConfig:
+    cuda_graph_strategy = None
+
+    def __init__(self, module):
+        self.module = module
+
     def set_execution_context_allocation_strategy(self, strategy):
         assert strategy == "user managed"
+
+    def create_runtime_cache(self):
+        return FakeRuntimeCache(self.module)
+
+    def set_runtime_cache(self, cache):
+        self.cache = cache
+
+
+class FakeRuntimeCache:
+    """Kernels that were compiled: a line for each shape, after a line that names the driver."""
+
+    def __init__(self, module):
+        self.module = module
+        self.kernels = set()
+
+    def deserialize(self, data):
+        driver, *kernels = data.decode(errors="replace").splitlines()
+        if driver != self.module.driver:
+            return False
+        self.kernels = set(kernels)
+        return True
+
+    def serialize(self):
+        return "\n".join([self.module.driver, *sorted(self.kernels)]).encode()
+
+    def reset(self):
+        self.kernels.clear()
 
 
 class FakeContext:
@@ -129,7 +331,7 @@ class FakeContext:
     def __init__(self, engine, config):
         self.config = lambda: True
         if config is not None:
-            assert config.cuda_graph_strategy == "whole graph"
+            assert config.cuda_graph_strategy in (None, "whole graph")
             self.config = weakref.ref(config)
         self.engine = engine
         self.module = engine.module
@@ -179,6 +381,9 @@ class FakeContext:
         assert stream == STREAM
         assert self.config() is not None, "the context has outlived its configuration"
         self.module.events.append("launch")
+        if (config := self.config()) is not True and str(self.shape) not in config.cache.kernels:
+            self.module.events.append("compile")
+            config.cache.kernels.add(str(self.shape))
         if not self.module.works("launch"):
             return False
         if FakeContext.captured is not None:
@@ -186,15 +391,18 @@ class FakeContext:
             return True
         addresses = [self.addresses[name] for name in self.engine.names]
         context = weakref.ref(self)
-        work = self.module, self.engine.direction, self.shape, addresses, self.scratch
+        work = self.module, self.engine.direction, self.profile, self.shape, addresses, self.scratch
         self.module.gpu.engines.enqueue(lambda: compute(context, *work))
         return True
 
 
-def compute(context, module, direction, shape, addresses, scratch):
+def compute(context, module, direction, profile, shape, addresses, scratch):
     """Do the work of a launch."""
     source, target = addresses
-    result = computed(module.spec, direction, floats_at(source, shape))
+    result = module.answer(direction, floats_at(source, shape))
+    if module.wrong:
+        latents = shape[2] // module.spec.layout(direction)[1]
+        result = module.wrong(direction, profile, latents, result)
     address, size = scratch
     if context() is None:
         module.faults.append("a context was destroyed before its work was done")
@@ -246,6 +454,9 @@ class FakeGpu:
     """
 
     capability = (8, 9)
+    name = "Fake GPU"
+    device_id = 0
+    driver = "13000"
 
     def __init__(self, module, seed=0):
         self.module = module

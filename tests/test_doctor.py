@@ -7,7 +7,10 @@ import json
 import shutil
 import subprocess
 import sys
+import tomllib
 import types
+from pathlib import Path
+from types import SimpleNamespace
 
 import onnxruntime
 import psutil
@@ -21,6 +24,7 @@ from samekit.backends.cpu import available_cpus
 from samekit.cli.main import main
 from samekit.errors import BackendUnavailableError
 from samekit.packages import INSTALL_EXPORT, import_package, install_command
+from samekit.tensorrt.versions import UNKNOWN_FROM, conflicts
 
 
 @pytest.fixture
@@ -214,3 +218,55 @@ def test_every_install_line_names_an_extra_that_exists():
     extras = set(importlib.metadata.metadata("samekit").get_all("Provides-Extra"))
     named = {part.install.split("[")[1].split("]")[0] for part in doctor.PARTS}
     assert named <= extras
+
+
+def module_of(number, **attributes):
+    return SimpleNamespace(__version__=number, **attributes)
+
+
+@pytest.mark.parametrize(
+    ("modules", "found"),
+    [
+        ({"tensorrt": module_of("11.4.0"), "onnxruntime": module_of("1.32.0")}, []),
+        ({"tensorrt": module_of("11.4.0"), "onnxruntime": module_of("1.26.1")}, ["onnxruntime is older than 1.27"]),
+        ({"tensorrt": module_of("10.15.1"), "onnxruntime": module_of("1.26.1")}, []),
+        ({"tensorrt": module_of("12.0.0")}, ["tensorrt is newer than the versions before 12"]),
+        ({"tensorrt_rtx": module_of("2.0")}, ["tensorrt_rtx is newer than the versions before 2"]),
+        ({"tensorrt": module_of("unknown"), "onnxruntime": SimpleNamespace()}, []),
+        (
+            {
+                "onnxruntime": module_of("1.32.0", cuda_version="12.8"),
+                "torch": module_of("2.13", version=SimpleNamespace(cuda="13.0")),
+            },
+            ["onnxruntime is built for CUDA 12, PyTorch for CUDA 13"],
+        ),
+        (
+            {
+                "onnxruntime": module_of("1.32.0", cuda_version=""),
+                "torch": module_of("2.13", version=SimpleNamespace(cuda=None)),
+            },
+            [],
+        ),
+    ],
+)
+def test_versions_that_do_not_fit(modules, found):
+    lines = [f"{name} {problem}" for name, problem in conflicts(modules)]
+    assert len(lines) == len(found)
+    for line, start in zip(lines, found, strict=True):
+        assert line.startswith(start)
+
+
+def test_versions_that_do_not_fit_are_shown(monkeypatch):
+    monkeypatch.setattr("onnxruntime.cuda_version", "12.8")
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    packages = dict(doctor.examine())["packages"]
+    assert "NOTE: is built for CUDA 12, PyTorch for CUDA 13; install" in packages["onnxruntime"]["notes"]
+
+
+def test_bounds_are_those_of_pyproject():
+    document = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    extras = document["project"]["optional-dependencies"]
+    bounds = {"tensorrt": extras["gpu"], "onnxruntime": extras["gpu"], "tensorrt_rtx": extras["rtx"]}
+    for name, packages in bounds.items():
+        (package,) = [package for package in packages if package.startswith(name.replace("_", "-"))]
+        assert package.endswith(f",<{UNKNOWN_FROM[name]}")

@@ -40,7 +40,7 @@ from samekit.cli.main import main
 from samekit.engine.folder import Engine
 from samekit.engine.spec import DECODER, ENCODER
 from samekit.errors import BackendUnavailableError, CheckpointError
-from samekit.tensorrt.backend import open_tensorrt
+from samekit.tensorrt.opening import open_tensorrt
 from samekit_export import int8, int8_layers, to_onnx
 from samekit_export.checkpoint import load_bundled
 from samekit_export.export import GRAPHS, export

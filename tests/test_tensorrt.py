@@ -64,6 +64,7 @@ from helpers import (
 
 from samekit import AutoencoderModel
 from samekit.backends.base import BackendOptions
+from samekit.backends.experimental import warn_experimental
 from samekit.backends.selection import open_backend
 from samekit.batches import Autoencoder
 from samekit.cli.main import main
@@ -82,14 +83,15 @@ from samekit.engine.builds import (
 from samekit.engine.fingerprint import (
     NARROW,
     PORTABLE,
-    PROFILES,
     TENSORRT,
     TENSORRT_RTX,
     WIDE,
     fingerprint_of,
+    profiles_of,
     runs_on,
 )
 from samekit.engine.folder import Engine
+from samekit.engine.records import Check
 from samekit.engine.spec import DECODER, ENCODER, GPU_PRECISIONS
 from samekit.errors import BackendError, BackendUnavailableError, BuildError, InputError, OutputError, StaleEngineError
 from samekit.streaming import run_windows
@@ -257,11 +259,11 @@ def nothing_builds(monkeypatch):
     asked = []
     monkeypatch.setitem(sys.modules, TENSORRT, None)
     monkeypatch.setitem(sys.modules, TENSORRT_RTX, None)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("samekit.tensorrt.gpu.has_driver", lambda: False)
     monkeypatch.setattr(
         to_tensorrt,
         "build_engines",
-        lambda engine, precision, module, target: asked.append((precision, module.__name__, target)),
+        lambda engine, precision, module, target, gpu: asked.append((precision, module.__name__, target)),
     )
     return asked
 
@@ -302,8 +304,8 @@ def test_auto_prefers_the_gpu_at_hand(nothing_builds, monkeypatch, engine_of, ve
     if version:
         monkeypatch.setitem(sys.modules, TENSORRT, fake_module(TENSORRT, version))
     monkeypatch.setitem(sys.modules, TENSORRT_RTX, fake_module(TENSORRT_RTX, "1.7.1.116"))
-    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 9))
+    if gpu:
+        monkeypatch.setattr(to_tensorrt, "Gpu", lambda _: SimpleNamespace(capability=(8, 9)))
     engine = engine_of("tiny-s")
     progress()
     add_engines(engine, ["fp32", "int8"], "auto")
@@ -470,7 +472,7 @@ def test_fingerprint_holds_everything_that_matters(spec):
         "version": "11.4.1",
         "target": "12.0",
         "precision": "fp16",
-        "profiles": [],
+        "profiles": {},
         "builder_revision": 0,
     }
     assert set(changed) == {field.name for field in dataclasses.fields(here)}
@@ -484,8 +486,21 @@ def test_fingerprint_holds_everything_that_matters(spec):
 def test_profiles_are_those_of_the_readme():
     assert (NARROW.latents[0], NARROW.latents[2], NARROW.batch[0], NARROW.batch[2]) == (1, 256, 1, 8)
     assert (WIDE.latents[0], WIDE.latents[2], WIDE.batch[0], WIDE.batch[2]) == (1, 4096, 1, 1)
-    for profile in PROFILES:
-        assert all(list(limits) == sorted(limits) for limits in profile)
+
+
+@each_direction
+def test_optimal_shapes(spec, own_engine, direction):
+    """Those of the reference's TensorRT port on an H200, and the batches that the backend sends."""
+    chunks, bands = spec, dataclasses.replace(spec, alignment=1)
+    assert chunks.alignment > 1
+    for model, batch, decode in ((chunks, 8, 512), (bands, 4, 1024)):
+        narrow, wide = profiles_of(model, direction)
+        assert (narrow.batch, narrow.latents) == ((1, batch, 8), (1, 256, 256))
+        assert (wide.batch, wide.latents) == ((1, 1, 1), (1, 256 if direction == ENCODER else decode, 4096))
+        fake = FakeTensorRT(model)
+        build = put_build(own_engine)
+        backend = TensorRTBackend(model, build, fake, FakeGpu(fake), BackendOptions())
+        assert (backend.window_batch, Autoencoder(backend).windows(direction).size) == (batch, 256)
 
 
 @pytest.mark.parametrize(
@@ -518,8 +533,11 @@ VERSIONS = {TENSORRT: "11.4.0", TENSORRT_RTX: "1.7.1"}
 CAPABILITY = (8, 9)
 
 
-def put_build(engine, flavour=TENSORRT, target="8.9", contents=None, **changes):
-    """Create a build with names of directions in place of engines; `changes` replace fields of its fingerprint."""
+def put_build(engine, flavour=TENSORRT, target="8.9", contents=None, checked=True, **changes):
+    """Create a build with names of directions in place of engines; `changes` replace fields of its fingerprint.
+
+    `checked` records that the engines were checked on GPUs of capability 8.9.
+    """
     fingerprint = fingerprint_of(engine.spec, "fp32", flavour, VERSIONS.get(flavour, "1.0"), target)
     fingerprint = dataclasses.replace(fingerprint, **changes)
     folder = engine.folder / "tensorrt" / fingerprint.name
@@ -530,7 +548,11 @@ def put_build(engine, flavour=TENSORRT, target="8.9", contents=None, **changes):
             (folder / f"{direction}.engine").write_bytes(data)
             digest = hashlib.sha256(data).hexdigest()
             engines[direction] = BuiltEngine(f"{direction}.engine", len(data), digest, 700, 1.5, None)
-        write_document(Build(folder, fingerprint, engines))
+        build = Build(folder, fingerprint, engines)
+        if checked:
+            cases = [{"direction": ENCODER, "batch": 1, "latents": 1, "snr_db": 110.5}]
+            Check("8.9", "Fake GPU", build.digests, cases, "fp32", None).write(folder)
+        write_document(build)
     return Build.load(folder)
 
 
@@ -574,8 +596,8 @@ def test_the_build_for_this_gpu_is_preferred(own_engine):
     [
         ({"onnx": {ENCODER: "0", DECODER: "0"}}, "other onnx"),
         ({"version": "10.15.1"}, "version 10.15.1 instead of 11.4.0"),
-        ({"builder_revision": 0}, "builder_revision 0 instead of 1"),
-        ({"profiles": []}, "other profiles"),
+        ({"builder_revision": 0}, "builder_revision 0 instead of 2"),
+        ({"profiles": {}}, "other profiles"),
         ({"target": "8.6"}, "was built for 8.6, this GPU is 8.9"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -712,9 +734,9 @@ def test_info_names_stale_engines_and_clean_removes_them(own_engine, monkeypatch
     assert set(state) == {kept.name, old.name} | {b.folder.name for b in (current, elsewhere, stale, damaged)}
     assert state[kept.name].endswith("current")
     assert "STALE: version 1.0.0 instead of" in state[old.name]
-    assert state[current.folder.name].endswith("0 MB; current")
+    assert state[current.folder.name].endswith(": 0 MB; at least 110.5 dB on 8.9 (Fake GPU); current")
     assert state[elsewhere.folder.name].endswith("current")
-    assert "STALE: builder_revision 0 instead of 1" in state[stale.folder.name]
+    assert "STALE: builder_revision 0 instead of 2" in state[stale.folder.name]
     assert "STALE: " in state[damaged.folder.name]
 
     assert {line.split()[1].strip(",") for line in run("clean")} == {
@@ -821,7 +843,7 @@ def test_few_recorded_shapes_are_kept(open_with, module):
 
 
 def test_next_batch_is_uploaded_while_one_runs(open_with):
-    backend, module = open_with()
+    backend, module = open_with(window_batch=4)
     backend.decode(noise((2, 32, 3)))
     module.events.clear()
     windows = [(Window(0, 3, 0, 3), noise((2, 32, 3), seed)) for seed in range(6)]
@@ -969,7 +991,7 @@ def test_gpu_without_memory(opened, monkeypatch, step):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 byte.\nmore")
 
-    monkeypatch.setattr(opened._gpu, step, fail)
+    monkeypatch.setattr(opened.gpu, step, fail)
     calls = [lambda: opened.decode(noise((1, 32, 3)))]
     if step in ("empty", "scratch"):
         calls.append(lambda: opened.run_tensor(DECODER, torch.zeros(1, 32, 3)))
@@ -991,7 +1013,7 @@ def test_engine_that_cannot_be_loaded(opened, module):
 
 
 def test_engine_that_was_changed_is_never_run(opened, module):
-    (opened._build.folder / "decoder.engine").write_bytes(b"encoder")
+    (opened.build.folder / "decoder.engine").write_bytes(b"encoder")
     with pytest.raises(StaleEngineError, match="contents have changed"):
         opened.decode(noise((1, 32, 3)))
     assert module.events == []
@@ -1028,6 +1050,42 @@ def test_tensorrt_rtx_records_by_itself(own_engine, spec):
             array = noise((1, 32, 3), seed)
             np.testing.assert_allclose(backend.decode(array), computed(spec, DECODER, array), rtol=1e-5, atol=1e-4)
     assert "capture" not in module.events
+
+
+def test_kernels_of_tensorrt_rtx_are_kept(own_engine, spec):
+    """They are compiled once for each shape, and again after a change of the driver."""
+    build = put_build(own_engine, TENSORRT_RTX, PORTABLE)
+
+    def compiled(driver="driver 1", gpu_driver="13000", **options):
+        module = FakeRTX(spec)
+        module.driver = driver
+        gpu = FakeGpu(module)
+        gpu.driver = gpu_driver
+        with TensorRTBackend(spec, build, module, gpu, BackendOptions(**options)) as backend:
+            for latents in (3, 3, 4):
+                array = noise((1, 32, latents), latents)
+                np.testing.assert_allclose(backend.decode(array), computed(spec, DECODER, array), rtol=1e-5, atol=1e-4)
+        return module.events.count("compile")
+
+    assert compiled() == 2
+    assert compiled() == compiled(cuda_graph=True) == 0
+    assert [path.name for path in build.folder.glob("*.cache")] == ["decoder-8.9-cuda13000.cache"]
+    # An update of the driver that keeps its version of CUDA, and one that does not.
+    assert compiled("driver 2") == 2
+    assert compiled("driver 2") == 0
+    assert compiled("driver 3", "13010") == 2
+    (build.folder / "decoder-8.9-cuda13000.cache").write_bytes(b"\xff damaged")
+    assert compiled("driver 2") == 2
+
+
+def test_kernels_that_cannot_be_kept(own_engine, spec, caplog):
+    caplog.set_level(logging.INFO, "samekit")
+    build = put_build(own_engine, TENSORRT_RTX, PORTABLE)
+    (build.folder / "decoder-8.9-cuda13000.cache").mkdir()
+    module = FakeRTX(spec)
+    with TensorRTBackend(spec, build, module, FakeGpu(module), BackendOptions()) as backend:
+        backend.decode(noise((1, 32, 3)))
+    assert "the compiled kernels are not kept" in caplog.text
 
 
 def test_used_by_several_threads(opened):
@@ -1121,18 +1179,26 @@ def test_no_gpu(own_engine, monkeypatch):
 @pytest.fixture
 def gpu_here(monkeypatch, module):
     """Pretend that the machine has a GPU and TensorRT, while a backend is opened."""
-    monkeypatch.setattr("samekit.tensorrt.backend.Gpu", lambda _: FakeGpu(module))
-    monkeypatch.setattr("samekit.tensorrt.backend.installed_flavours", lambda: {TENSORRT: module})
+    monkeypatch.setattr("samekit.tensorrt.opening.Gpu", lambda _: FakeGpu(module))
+    monkeypatch.setattr("samekit.tensorrt.opening.installed_flavours", lambda: {TENSORRT: module})
     monkeypatch.setattr("samekit.backends.onnxruntime.CUDA_PROVIDER", "none")
 
 
 @pytest.mark.usefixtures("gpu_here")
 def test_auto_takes_tensorrt_first(own_engine, caplog):
     caplog.set_level(logging.INFO, "samekit")
+    warn_experimental.cache_clear()
     build = put_build(own_engine)
     backend = open_backend(own_engine.folder, "auto", BackendOptions())
-    assert (backend.name, backend.device, backend._build) == ("tensorrt", "cuda", build)
-    assert caplog.messages == ["backend tensorrt on cuda, fp32"]
+    assert (backend.name, backend.device, backend.build) == ("tensorrt", "cuda", build)
+    notice, choice = caplog.messages
+    assert "experimental: samekit's tests have not run it on a GPU yet" in notice
+    assert "`make gpu-check`" in notice
+    assert choice == "backend tensorrt on cuda, fp32"
+    caplog.clear()
+    # The notice is given once.
+    open_backend(own_engine.folder, "auto", BackendOptions())
+    assert caplog.messages == [choice]
     assert backend.torch_device == "cuda:0"
     assert open_backend(own_engine.folder, "tensorrt", BackendOptions(device_id=1)).torch_device == "cuda:1"
 
@@ -1152,7 +1218,7 @@ def test_auto_says_why_it_passed_over_a_stale_engine(own_engine, caplog):
 @pytest.mark.usefixtures("gpu_here")
 def test_no_flavour_is_installed(own_engine, monkeypatch):
     put_build(own_engine)
-    monkeypatch.setattr("samekit.tensorrt.backend.installed_flavours", dict)
+    monkeypatch.setattr("samekit.tensorrt.opening.installed_flavours", dict)
     with pytest.raises(BackendUnavailableError, match=r"pip install 'samekit\[gpu\]'.* or ") as caught:
         open_backend(own_engine.folder, "tensorrt", BackendOptions())
     assert_one_line(caught.value)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from samekit.cli.group import UserPath, json_option, say, say_json
 from samekit.cli.model_options import ENGINE_HELP, model_option
-from samekit.errors import BackendUnavailableError, InputError
+from samekit.errors import BackendUnavailableError, InputError, VerificationError
 from samekit.files.atomic import remove_abandoned
 from samekit.packages import INSTALL_EXPORT, import_onnxruntime, import_package
 
@@ -18,7 +19,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-PROGRESS = tuple(f"samekit_export.{module}" for module in ("export", "progress", "report", "to_tensorrt", "verify"))
+    from samekit.engine.folder import Engine
+
+PROGRESS = (
+    *(f"samekit_export.{module}" for module in ("export", "progress", "report", "to_tensorrt", "verify")),
+    "samekit.tensorrt.check",
+)
 """The loggers that report the steps of a command, at level INFO."""
 
 
@@ -135,9 +141,12 @@ def report(audio: Path, model: str, out: Path, seconds: float, threads: int | No
 
 @click.command()
 @click.argument("engine", type=UserPath())
-@json_option("engine, and in graphs the measured cases of each precision")
+@json_option("engine, in graphs the measured cases of each precision, and in tensorrt the check of each build")
 def verify(engine: Path, as_json: bool) -> None:
-    """Measure every graph of an ENGINE folder (or a model's name) against eager PyTorch again."""
+    """Measure every graph of an ENGINE folder (or a model's name) against eager PyTorch again.
+
+    Also compare the TensorRT engines that run on this machine with their graphs.
+    """
     _need_export()
     from samekit.engine.folder import find_engine
     from samekit_export.checkpoint import load_source
@@ -160,7 +169,35 @@ def verify(engine: Path, as_json: bool) -> None:
             say(f"{precision}: not measured, {error}", err=True)
     if unavailable:
         raise InputError(f"{engine}: not every graph can be measured on this machine; verify it on another one")
+    with progress_on_stdout(as_json=as_json):
+        builds = _check_builds(found)
     if as_json:
-        say_json({"engine": str(found.folder), "graphs": graphs})
+        say_json({"engine": str(found.folder), "graphs": graphs, "tensorrt": builds})
         return
+    for build in builds:
+        say(f"{build['name']}: at least {min(case['snr_db'] for case in build['cases'])} dB")
     say(f"{found.folder}: every graph computes what eager PyTorch does, within its precision's bounds")
+
+
+def _check_builds(engine: Engine) -> list[dict[str, Any]]:
+    """Check the TensorRT engines that this machine's GPU runs; return their names and checks."""
+    from samekit.engine.builds import build_folders
+    from samekit.engine.spec import GPU_PRECISIONS
+
+    if not build_folders(engine):
+        return []
+    from samekit.tensorrt.opening import check_builds
+
+    rows = []
+    try:
+        for precision in GPU_PRECISIONS:
+            for build, check in check_builds(engine, precision):
+                rows.append({"name": build.folder.name, **dataclasses.asdict(check)})
+    except BackendUnavailableError as error:
+        say(f"TensorRT engines: not checked, {error.cause}", err=True)
+    for row in rows:
+        if row["failure"]:
+            raise VerificationError(
+                f"{engine.folder}: {row['failure']}; use backend onnxruntime, and please report this"
+            )
+    return rows

@@ -116,12 +116,10 @@ class GraphBlock(nn.Module):
         q = self._rotary(q, positions, attention).permute(1, 2, 0, 3)
         k = attention.keys(repeat_rows(self.k(x)))
         k = self._rotary(k, attention.key_positions, attention).permute(1, 2, 3, 0)
-        scores = (q.to(product_dtype) @ k.to(product_dtype)).float()
-        both = self.softmax(attention.masked(scores, output_tokens_only=output_tokens_only))
-        both = both.unflatten(1, (2, self.heads))
-        weights = (both.select(1, 0) - both.select(1, 1)).to(product_dtype)
         v = self._per_head(attention.keys(repeat_rows(self.v(x))), attention).permute(1, 2, 0, 3)
-        heads = (weights @ v).permute(2, 0, 1, 3).reshape(-1, self.width)
+        masked = partial(attention.masked, output_tokens_only=output_tokens_only)
+        heads = self.attend(q.to(product_dtype), k.to(product_dtype), v, masked)
+        heads = heads.permute(2, 0, 1, 3).reshape(-1, self.width)
         residual = self.out(heads, residual)
         if output_tokens_only or not self.split_latent_rows:
             return self.feed_forward(residual)
@@ -129,6 +127,19 @@ class GraphBlock(nn.Module):
         parts = latents.split([1, latents.shape[1] - 1], dim=1)
         fed = [self.feed_forward(part.reshape(-1, self.width)).reshape(part.shape) for part in parts]
         return torch.cat(fed, dim=1).reshape(-1, self.width)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, masked: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the difference of both attentions, `[groups, heads, queries, head_width]`.
+
+        Args:
+            q: scaled queries of both attentions, `[groups, 2 * heads, queries, head_width]`.
+            k: keys of both, `[groups, 2 * heads, head_width, keys]`.
+            v: values, `[groups, heads, keys, head_width]`.
+            masked: lowers the scores of hidden keys.
+        """
+        both = self.softmax(masked((q @ k).float())).unflatten(1, (2, self.heads))
+        weights = (both.select(1, 0) - both.select(1, 1)).to(v.dtype)
+        return weights @ v
 
     def feed_forward(self, residual: Tensor) -> Tensor:
         """Return `[rows, width]` with the second branch added."""

@@ -2,7 +2,7 @@
 
 TensorRT builds for the GPU of this machine. TensorRT-RTX needs no GPU and builds for several GPU architectures.
 Networks are strongly typed: the graph decides the precision of every step. Each engine holds both profiles of
-`samekit.engine.fingerprint`.
+`samekit.engine.fingerprint`. Where a GPU can run the engines, they are compared with the graphs before they are valid.
 """
 
 from __future__ import annotations
@@ -28,14 +28,24 @@ from samekit.engine.builds import (
     unfinished_builds,
     write_document,
 )
-from samekit.engine.fingerprint import PORTABLE, PROFILES, TENSORRT, TENSORRT_RTX, capability_name, fingerprint_of
+from samekit.engine.fingerprint import (
+    PORTABLE,
+    TENSORRT,
+    TENSORRT_RTX,
+    capability_name,
+    fingerprint_of,
+    profiles_of,
+    runs_on,
+)
 from samekit.engine.folder import Engine, engine_roots
 from samekit.engine.spec import DIRECTIONS, GPU_PRECISIONS, Direction
-from samekit.errors import BackendUnavailableError, BuildError, InputError
+from samekit.errors import BackendUnavailableError, BuildError, InputError, VerificationError
 from samekit.files.atomic import atomic_path, output_errors
 from samekit.files.locks import folder_lock
 from samekit.files.paths import utf8_path
+from samekit.tensorrt.check import check_build
 from samekit.tensorrt.flavours import import_flavour, make_logger
+from samekit.tensorrt.gpu import Gpu
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,19 +71,29 @@ def add_engines(engine: Engine, precisions: Sequence[str], mode: str) -> list[Bu
         BuildError: TensorRT cannot build a graph.
         OutputError: the folder cannot be written.
     """
-    flavour, target = _choose_flavour(mode)
+    gpu = _gpu()
+    flavour, target = _choose_flavour(mode, gpu)
     if flavour is None:
         return []
+    if gpu and not runs_on(target, gpu.capability):
+        gpu = None
     builds = []
     for precision in precisions:
         if precision in GPU_PRECISIONS:
-            builds.append(build_engines(engine, precision, flavour, target))
+            builds.append(build_engines(engine, precision, flavour, target, gpu))
         else:
             logger.info("no TensorRT engine of %s, which is for ONNX Runtime on the CPU", precision)
     return builds
 
 
-def _choose_flavour(mode: str) -> tuple[Any, str]:
+def _gpu() -> Gpu | None:
+    """Return the GPU for which TensorRT builds, the first one; None if there is none."""
+    with suppress(BackendUnavailableError):
+        return Gpu(0)
+    return None
+
+
+def _choose_flavour(mode: str, gpu: Gpu | None) -> tuple[Any, str]:
     """Return the module that builds and the target that it builds for; None if nothing can be built."""
     if mode not in MODES:
         raise InputError(f"unknown TensorRT mode {mode!r}; choose one of {', '.join(MODES)}")
@@ -83,7 +103,10 @@ def _choose_flavour(mode: str) -> tuple[Any, str]:
         return import_flavour(TENSORRT_RTX), PORTABLE
     reasons = []
     try:
-        return import_flavour(TENSORRT), _gpu_here()
+        module = import_flavour(TENSORRT)
+        if gpu:
+            return module, capability_name(gpu.capability)
+        reasons.append("tensorrt builds on a GPU, and PyTorch finds none; use tensorrt-rtx")
     except BackendUnavailableError as error:
         reasons.append(str(error))
     try:
@@ -95,16 +118,7 @@ def _choose_flavour(mode: str) -> tuple[Any, str]:
     return None, ""
 
 
-def _gpu_here() -> str:
-    """Return the compute capability of the current GPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        raise BackendUnavailableError("tensorrt builds on a GPU, and PyTorch finds none; use tensorrt-rtx")
-    return capability_name(torch.cuda.get_device_capability())
-
-
-def build_engines(engine: Engine, precision: str, module: Any, target: str) -> Build:
+def build_engines(engine: Engine, precision: str, module: Any, target: str, gpu: Gpu | None = None) -> Build:
     """Build the engines of both directions of one precision, or leave them if they are complete and current.
 
     Wait while another process writes to the engine folder.
@@ -114,9 +128,11 @@ def build_engines(engine: Engine, precision: str, module: Any, target: str) -> B
         precision: of its graphs, one of `GPU_PRECISIONS`.
         module: `tensorrt` or `tensorrt_rtx`, see `samekit.tensorrt.flavours.import_flavour`.
         target: the compute capability of this machine's GPU, or `PORTABLE`.
+        gpu: where the engines are checked before they are valid; None leaves that to the first machine that opens them.
 
     Raises:
         BuildError: TensorRT cannot build a graph; its log stays beside the builds.
+        VerificationError: the engines compute wrong values on the GPU; the log stays too.
         OutputError: the folder cannot be written.
     """
     if current := _current_build(engine, precision, module, target):
@@ -135,12 +151,21 @@ def build_engines(engine: Engine, precision: str, module: Any, target: str) -> B
             logger.info("building %s", folder)
             _failed_log(folder).unlink(missing_ok=True)
             try:
-                engines = _build_engines(engine, fingerprint, module, folder)
-            except BuildError:
+                build = Build(folder, fingerprint, _build_engines(engine, fingerprint, module, folder))
+                if gpu is None:
+                    logger.info(
+                        "not checked: no GPU here runs these engines; the first machine that opens them does it"
+                    )
+                elif failure := check_build(engine, build, module, gpu).failure:
+                    raise VerificationError(
+                        f"{module.__name__} {module.__version__}: {failure}; these engines were deleted, use backend "
+                        "onnxruntime, and please report this"
+                    )
+            except (BuildError, VerificationError):
                 with suppress(OSError):
                     shutil.copyfile(folder / LOG_FILE, _failed_log(folder))
                 raise
-            write_document(Build(folder, fingerprint, engines))
+            write_document(build)
     return Build.load(folder)
 
 
@@ -257,8 +282,10 @@ class _EngineBuilder:
         config.clear_flag(module.BuilderFlag.TF32)
         # With this, a context needs only the memory of the current shape.
         config.set_preview_feature(module.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
+        # For `samekit info --layers`.
+        config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
         name = network.get_input(0).name
-        for profile in PROFILES:
+        for profile in profiles_of(spec, self._direction):
             shapes = zip(profile.batch, profile.latents, strict=True)
             optimisation = builder.create_optimization_profile()
             optimisation.set_shape(name, *(spec.input_shape(self._direction, *shape) for shape in shapes))

@@ -11,12 +11,12 @@ import numpy as np
 from samekit.backends.base import BackendOptions
 from samekit.backends.onnxruntime import OnnxRuntimeBackend
 from samekit.batches import Autoencoder
+from samekit.engine.accuracy import FLOOR_DB, example_input, snr_db
 from samekit.engine.spec import DIRECTIONS, ENCODER, Direction
 from samekit.errors import NonFiniteError, VerificationError
 from samekit_export.backend import EagerBackend
 
 if TYPE_CHECKING:
-    from samekit.arrays import Array
     from samekit.backends.base import Backend
     from samekit.engine.folder import Engine
     from samekit.engine.spec import EngineSpec
@@ -24,28 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Float32 graphs reach 104 to 130 dB, published float16 ports 46 dB with trained weights. An SNR below these floors
-# indicates a fault. `int8.quantize_` reaches 38 dB on examples of eight latents, and other lengths have other ranges.
-# Graphs in which every weight is rounded to the nearest step reach 30 dB.
-FLOOR_DB = {"fp32": 90.0, "fp16": 40.0, "int8": 32.0}
-"""Precision -> least signal-to-noise ratio of an export, in dB."""
-
-
-def snr_db(reference: Array, output: Array) -> float:
-    """Return the signal-to-noise ratio in dB: 20 log10(|reference| / |output - reference|)."""
-    error = float(np.linalg.norm(output.astype(np.float64) - reference))
-    signal = float(np.linalg.norm(reference.astype(np.float64)))
-    if error == 0:
-        return math.inf
-    return 20 * math.log10(signal / error) if signal else -math.inf
-
-
-def example_input(spec: EngineSpec, direction: Direction, batch: int, latents: int, seed: int) -> Array:
-    """Return noise of a usual level: audio at -14 dBFS, or latents of unit variance."""
-    noise = np.random.default_rng(seed)
-    if direction == ENCODER:
-        return noise.standard_normal((batch, spec.channels, spec.samples(latents)), np.float32) * np.float32(0.2)
-    return noise.standard_normal((batch, spec.latent_width, latents), np.float32)
+__all__ = ["FLOOR_DB", "example_input", "snr_db", "verify"]
 
 
 def verify(engine: Engine, model: Same, precision: str) -> list[dict[str, Any]]:

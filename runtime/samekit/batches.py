@@ -29,9 +29,6 @@ logger = logging.getLogger(__name__)
 # The reference's defaults for chunked processing, in latents.
 CHUNK_SIZE, OVERLAP = 128, 32
 
-# Default windows have at least this many latents, unless the backend takes fewer.
-_LEAST_WINDOW = 128
-
 
 # Arguments of the reference's `encode` and `decode` that change what is computed or returned.
 _NOT_SUPPORTED = ("return_info", "return_pretransform", "return_loss", "skip_pretransform")
@@ -81,8 +78,7 @@ class Autoencoder(FrozenModule):
         for direction, context in sorted(spec.contexts.items(), key=lambda item: item[1], reverse=True):
             size = self.window
             if size is None:
-                # At this length the context, which is computed and dropped, costs at most a sixteenth.
-                size = spec.alignment * math.ceil(max(_LEAST_WINDOW, 32 * context) / spec.alignment)
+                size = spec.alignment * math.ceil(backend.default_window(direction) / spec.alignment)
                 if backend.longest_window is not None:
                     size = min(size, backend.longest_window - backend.longest_window % spec.alignment)
             plans[direction] = ExactWindows(size, context, spec.alignment)

@@ -28,6 +28,7 @@ from samekit.engine.spec import SPEC_FILE
 from samekit.errors import SamekitError
 from samekit.packages import INSTALL_EXPORT, import_installed, import_onnxruntime, install_command
 from samekit.tensorrt.flavours import FLAVOURS, INSTALL, builder_versions
+from samekit.tensorrt.versions import conflicts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -88,6 +89,9 @@ def examine() -> Iterator[tuple[str, Any]]:
     packages = {name: _package(version(name), "") for name in ("numpy", "soundfile")}
     packages["soundfile"]["notes"] = f"libsndfile {soundfile.__libsndfile_version__}"
     packages |= {part.module: _examine(part) for part in PARTS}
+    installed = {name: sys.modules[name] for name, package in packages.items() if package["version"] is not None}
+    for name, problem in conflicts(installed):
+        packages[name]["notes"] = "; ".join(filter(None, [packages[name]["notes"], f"NOTE: {problem}"]))
     packages |= dict(_plugins())
     yield "packages", packages
     yield "gpus", list(_gpus())

@@ -8,13 +8,13 @@
     ├── CheckpointError        (ValueError)         a checkpoint is missing, incomplete or not supported
     ├── EngineError            (RuntimeError)       an engine folder is damaged, incomplete or stale
     │   ├── EngineNotFoundError  (FileNotFoundError)  there is no engine folder of this name
-    │   └── StaleEngineError                        a TensorRT engine is damaged or was built from something else
+    │   └── StaleEngineError                        a TensorRT engine is damaged, wrong, or built from something else
     ├── HubError               (OSError)            the Hugging Face hub cannot be reached, or refuses
     ├── BuildError             (RuntimeError)       TensorRT cannot build an engine of a graph
     ├── BackendError           (RuntimeError)       a backend failed while it ran
     │   └── BackendUnavailableError (ImportError)   a backend cannot be used here: package, driver or graph missing
     ├── NonFiniteError         (ArithmeticError)    a model produced NaN or infinity
-    └── VerificationError      (ArithmeticError)    an exported graph does not compute what eager PyTorch computes
+    └── VerificationError      (ArithmeticError)    a graph or engine does not compute what it was made from
 
 The command line prints the message of a SamekitError on one line and exits with code 2.
 """
@@ -66,7 +66,7 @@ class EngineNotFoundError(EngineError, FileNotFoundError):
 
 
 class StaleEngineError(EngineError):
-    """A TensorRT engine is damaged, or was built from another graph or for another machine."""
+    """A TensorRT engine is damaged, computes wrong values, or was built from another graph or for another machine."""
 
 
 class HubError(SamekitError, OSError):
@@ -90,4 +90,4 @@ class NonFiniteError(SamekitError, ArithmeticError):
 
 
 class VerificationError(SamekitError, ArithmeticError):
-    """An exported graph does not compute what eager PyTorch computes."""
+    """A graph does not compute what eager PyTorch computes, or an engine not what its graph computes."""

@@ -21,6 +21,7 @@ import numpy as np
 
 from samekit.arguments import MOST_THREADS, check_flag, check_whole
 from samekit.arrays import as_one_batch, batch_shape, is_tensor
+from samekit.engine.gpu_cost import GPU_WINDOW, gpu_cost
 from samekit.engine.spec import DECODER, DEVICES, ENCODER, RUN_PRECISIONS, Direction, EngineSpec, opposite
 from samekit.errors import BackendError, BackendUnavailableError, InputError, NonFiniteError
 
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from samekit.arrays import Array
 
 _CUDA_ERROR_NO_DEVICE: Final = 100
+
+# Default windows on CPUs have at least this many latents.
+_LEAST_WINDOW: Final = 128
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class BackendOptions:
     """Options of the first provider, as its documentation names them."""
     window_batch: int | None = None
     """Most windows that run as one batch, which bounds the memory. None takes 1 on CPUs, where more is no faster, and
-    4 on GPUs."""
+    4 or 8 on GPUs, see `samekit.engine.gpu_cost`."""
     cuda_graph: bool = False
     """TensorRT only: run a shape that repeats as one CUDA graph, whose memory stays allocated."""
 
@@ -97,6 +101,14 @@ def _driver() -> Any:
 def has_driver() -> bool:
     """Return whether the library of NVIDIA's driver can be loaded."""
     return _driver() is not None
+
+
+def driver_version() -> int:
+    """Return the newest version of CUDA that NVIDIA's driver supports, such as 13000; 0 without a driver."""
+    driver, version = _driver(), ctypes.c_int()
+    if driver is None or driver.cuDriverGetVersion(ctypes.byref(version)):
+        return 0
+    return version.value
 
 
 def count_gpus() -> int:
@@ -172,14 +184,22 @@ class Backend(ABC):
     @property
     def window_batch(self) -> int:
         """Most windows that run as one batch."""
-        return self._window_batch or (1 if self.device == "cpu" else 4)
+        return self._window_batch or (1 if self.device == "cpu" else gpu_cost(self.spec).window_batch)
+
+    def default_window(self, direction: Direction) -> int:
+        """Latents of a window of a direction if the user chooses none; the caller rounds it to `spec.alignment`."""
+        if self.device != "cpu":
+            # Longer only for models whose context is a large part of it.
+            return max(GPU_WINDOW, 8 * self.spec.contexts[direction])
+        # At this length the context, which is computed and dropped, costs at most a sixteenth.
+        return max(_LEAST_WINDOW, 32 * self.spec.contexts[direction])
 
     @property
     def padding(self) -> int:
         """By how many latents a window may be padded with zeros, so that windows of different lengths share a batch.
 
         0 on CPUs, where a batch is no faster than its windows one by one. On GPUs a call takes as long as some more
-        latents: on an H200 as 33 (SAME-L) or 120 (SAME-S), according to figures of the reference's TensorRT port.
+        latents, see `samekit.engine.gpu_cost`; the padding is at most the least of these.
         """
         return 0 if self.device == "cpu" else 32
 

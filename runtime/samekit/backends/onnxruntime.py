@@ -24,7 +24,7 @@ from samekit.backends.providers import (
 )
 from samekit.backends.webgpu import check_adapter, check_results, with_portable_sine
 from samekit.engine.builds import open_cache
-from samekit.engine.fingerprint import NARROW
+from samekit.engine.fingerprint import NARROW, profiles_of
 from samekit.engine.spec import DECODER, GPU_PRECISIONS, INPUT_NAMES, Direction
 from samekit.errors import (
     BackendError,
@@ -157,7 +157,8 @@ class OnnxRuntimeBackend(Backend):
     def _providers_of(self, direction: Direction) -> list[tuple[str, dict[str, Any]]]:
         """Add the shapes of one direction; without them TensorRT would build an engine for every new length."""
         shapes = {}
-        for name, batch, latents in zip(("min", "opt", "max"), NARROW.batch, NARROW.latents, strict=True):
+        narrow, _ = profiles_of(self.spec, direction)
+        for name, batch, latents in zip(("min", "opt", "max"), narrow.batch, narrow.latents, strict=True):
             shape = "x".join(map(str, self.spec.input_shape(direction, batch, latents)))
             shapes[f"trt_profile_{name}_shapes"] = f"{INPUT_NAMES[direction]}:{shape}"
         return [

@@ -44,7 +44,7 @@ GROUP = "samekit.backends"
 
 # These are not entry points, because reading those would slow down every opening.
 _BUILT_IN = {
-    "tensorrt": ("samekit.tensorrt.backend", "open_tensorrt"),
+    "tensorrt": ("samekit.tensorrt.opening", "open_tensorrt"),
     "onnxruntime": ("samekit.backends.onnxruntime", "OnnxRuntimeBackend"),
     OPENVINO: ("samekit.backends.openvino", "OpenVinoBackend"),
 }

@@ -68,6 +68,9 @@ class SharedBackend(Backend):
     def use_packed_weights(self, direction: Direction) -> None:
         self._backend.use_packed_weights(direction)
 
+    def default_window(self, direction: Direction) -> int:
+        return self._backend.default_window(direction)
+
     def close(self) -> None:
         """Finish what waits, and close the backend."""
         super().close()

@@ -10,7 +10,7 @@ from samekit import __version__
 from samekit.cli.audio import decode, encode
 from samekit.cli.dataset import check_latents, pre_encode
 from samekit.cli.demo import demo
-from samekit.cli.engine import clean, info
+from samekit.cli.engine import clean, info, tune
 from samekit.cli.group import Command, EscapingFormatter, add_verbose, json_option, say, say_json
 from samekit.cli.hub import pull, push
 from samekit.cli.serve import serve, triton
@@ -100,7 +100,7 @@ def doctor(as_json: bool) -> None:
             say(line)
 
 
-for command in (demo, encode, decode, pre_encode, check_latents, info, doctor, serve, triton, clean, pull, push):
+for command in (demo, encode, decode, pre_encode, check_latents, info, doctor, serve, triton, clean, tune, pull, push):
     add_verbose(command)
     main.add_command(command)
 add_verbose(main)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from samekit.arguments import MOST_THREADS, check_whole
 from samekit.backends.cpu import available_cpus
+from samekit.backends.experimental import RAY, warn_experimental
 from samekit.dataset.calls import ALL_LOST, BATCHES_PER_WORKER, Calls, WorkerDiedError, Workers, batches_of
 from samekit.dataset.executor import Executor, ModelFacts
 from samekit.dataset.worker import Worker
@@ -126,6 +127,8 @@ class RayExecutor(Executor):
             if str(device).startswith("cuda") or backend.get("backend") == "tensorrt":
                 raise InputError("actors get no GPU; pass --gpus-per-actor 1, or a share of one")
             device = "cpu"
+        else:
+            warn_experimental(RAY)
         self._backend = backend | {"device": device, "threads": backend.get("threads") or self._options.cpus_per_actor}
         self._ray: Any = None
         self._actors: list[Any] = []

@@ -3,6 +3,7 @@
     engines/same-l/tensorrt/
       tensorrt_rtx-1.7.1.116-portable-fp16-0123456789ab/     a build: both engines of one precision
         encoder.engine decoder.engine
+        check-8.9.json                                       measured on such GPUs, see `samekit.engine.records`
         fingerprint.json                                     what it was built from, and its files
         build.log                                            the builder's log
       onnxruntime-1.32.0-any-fp16-fedcba987654/              engines that ONNX Runtime's TensorRT provider keeps
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from samekit.engine.fingerprint import Fingerprint, capability_name, fingerprint_of, runs_on
 from samekit.engine.folder import Engine, leftovers, remove_leftovers
+from samekit.engine.records import Check
 from samekit.engine.spec import DECODER, ENCODER, PRECISIONS, Direction, check_file_name
 from samekit.errors import BackendUnavailableError, StaleEngineError
 from samekit.files.atomic import atomic_commit, output_errors
@@ -123,6 +125,15 @@ class Build:
             raise _damaged(path, "contents have changed since it was built")
         return data
 
+    @property
+    def digests(self) -> dict[Direction, str]:
+        """The sha256 of each engine."""
+        return {direction: engine.sha256 for direction, engine in self.engines.items()}
+
+    def check(self, capability: tuple[int, int]) -> Check | None:
+        """Return the check of the engines on GPUs of a compute capability, (major, minor), or None."""
+        return Check.read(self.folder, capability_name(capability), self.digests)
+
 
 def _damaged(path: Path, what: str) -> StaleEngineError:
     command = shlex.join(["samekit", "clean", str(path.parents[2])])
@@ -203,7 +214,9 @@ def choose_build(engine: Engine, precision: str, capability: tuple[int, int], ve
     builds, refusals = builds_of(engine, precision)
     usable = []
     for build in builds:
-        if reason := _why_not_here(build.fingerprint, engine.spec, capability, versions):
+        check = build.check(capability)
+        reason = why_not_here(build, engine.spec, capability, versions) or (check.failure if check else None)
+        if reason:
             refusals.append(f"{build.folder.name}: {reason}")
         else:
             usable.append(build)
@@ -215,10 +228,11 @@ def choose_build(engine: Engine, precision: str, capability: tuple[int, int], ve
     return min(usable, key=lambda build: list(versions).index(build.fingerprint.flavour))
 
 
-def _why_not_here(
-    fingerprint: Fingerprint, spec: EngineSpec, capability: tuple[int, int], versions: Mapping[str, str]
+def why_not_here(
+    build: Build, spec: EngineSpec, capability: tuple[int, int], versions: Mapping[str, str]
 ) -> str | None:
     """Return why a build cannot run on this GPU with the installed flavours, or None."""
+    fingerprint = build.fingerprint
     if fingerprint.flavour not in versions:
         return f"needs {fingerprint.flavour} {fingerprint.version}, which is not installed"
     if not runs_on(fingerprint.target, capability):
@@ -302,21 +316,32 @@ def _removable(engine: Engine, versions: Mapping[str, str]) -> list[Path]:
     return [*stale, *unfinished_builds(engine), *logs]
 
 
-def inspect_builds(
-    engine: Engine, versions: Mapping[str, str]
-) -> Iterator[tuple[Path, dict[Direction, BuiltEngine], str | None]]:
-    """Yield the folder of each build, its engines, and why it is stale or damaged."""
+def inspect_builds(engine: Engine, versions: Mapping[str, str]) -> Iterator[tuple[Path, Build | None, str | None]]:
+    """Yield the folder of each build, what it holds unless it is damaged, and why it is stale or damaged."""
     for folder in build_folders(engine):
         try:
             build = Build.load(folder)
         except StaleEngineError as error:
-            yield folder, {}, str(error)
+            yield folder, None, str(error)
         else:
-            yield folder, build.engines, why_stale(build.fingerprint, engine.spec, versions)
+            yield folder, build, why_stale(build.fingerprint, engine.spec, versions)
 
 
 def describe_builds(engine: Engine, versions: Mapping[str, str]) -> Iterator[str]:
-    """Yield a line about each build: its name, layers and size, and whether it is current."""
-    for folder, engines, reason in inspect_builds(engine, versions):
+    """Yield a line about each build: its name, layers and size, its checks, and whether it is current."""
+    for folder, build, reason in inspect_builds(engine, versions):
+        engines = build.engines if build else {}
         sizes = [f"{direction} {e.layers} layers, {e.size / 1e6:.0f} MB; " for direction, e in engines.items()]
-        yield f"{folder.name}: {''.join(sizes)}{f'STALE: {reason}' if reason else 'current'}"
+        checks = f"{describe_checks(build)}; " if build and engines else ""
+        yield f"{folder.name}: {''.join(sizes)}{checks}{f'STALE: {reason}' if reason else 'current'}"
+
+
+def describe_checks(build: Build) -> str:
+    """Return in words on which kinds of GPU the engines of a build were checked, and with which result."""
+    checks = [
+        f"WRONG on {check.capability}: {check.failure}"
+        if check.failure
+        else f"at least {check.least_snr_db} dB on {check.capability} ({check.gpu})"
+        for check in Check.all_of(build.folder, build.digests)
+    ]
+    return ", ".join(checks) or "not checked on a GPU"

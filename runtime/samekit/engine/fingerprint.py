@@ -3,9 +3,12 @@
 Each engine has two optimisation profiles. The largest shape of a profile decides how much scratch memory it needs, the
 optimal shape which kernels are chosen. So short windows in batches and whole songs each have a profile:
 
-    profile    batch      latents
-    narrow     1 ... 8    1 ... 256     windows, and many clips at once
-    wide       1          1 ... 4096    six minutes in one pass
+    profile    batch      latents       optimal
+    narrow     1 ... 8    1 ... 256     the windows that a backend sends at once, see `samekit.engine.gpu_cost`
+    wide       1          1 ... 4096    256 latents for encoders; 512 (chunks) or 1024 (bands) for decoders
+
+The optimal lengths of the wide profile are those of the reference's TensorRT port on an H200. It found 1292 to cost 17
+to 23 % at short lengths, and to gain nothing at long ones. samekit has not measured them.
 """
 
 from __future__ import annotations
@@ -15,16 +18,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from samekit.engine.digest import canonical_json
+from samekit.engine.gpu_cost import gpu_cost
+from samekit.engine.spec import DIRECTIONS, ENCODER
 from samekit.files.json_fields import check_kinds
 
 if TYPE_CHECKING:
-    from samekit.engine.spec import EngineSpec
+    from samekit.engine.spec import Direction, EngineSpec
 
 TENSORRT: Final = "tensorrt"
 TENSORRT_RTX: Final = "tensorrt_rtx"
 """The two flavours of TensorRT, which are also the names of their Python modules."""
 
-BUILDER_REVISION: Final = 1
+BUILDER_REVISION: Final = 2
 """Raise it when the same graph is built to another engine: after a change of the settings in
 `samekit_export.to_tensorrt`, or of those that ONNX Runtime's TensorRT provider gets. Engines of another revision are
 stale."""
@@ -44,12 +49,21 @@ class Profile(NamedTuple):
     latents: tuple[int, int, int]
 
 
-NARROW: Final = Profile(batch=(1, 1, 8), latents=(1, 256, 256))
+NARROW: Final = Profile(batch=(1, 4, 8), latents=(1, 256, 256))
 """For windows, several at once."""
-WIDE: Final = Profile(batch=(1, 1, 1), latents=(1, 1292, 4096))
-"""For whole songs in one pass; optimal at two minutes."""
+WIDE: Final = Profile(batch=(1, 1, 1), latents=(1, 256, 4096))
+"""For whole songs in one pass."""
 PROFILES: Final = (NARROW, WIDE)
-"""The profiles in the order of an engine; the first that accepts a shape runs it."""
+"""The limits of the profiles in the order of an engine; the first that accepts a shape runs it. `profiles_of` has the
+optimal shapes."""
+
+
+def profiles_of(spec: EngineSpec, direction: Direction) -> tuple[Profile, Profile]:
+    """Return the profiles of one engine of a model: `PROFILES` with its optimal shapes."""
+    narrow = NARROW._replace(batch=(1, gpu_cost(spec).window_batch, NARROW.batch[2]))
+    if direction == ENCODER:
+        return narrow, WIDE
+    return narrow, WIDE._replace(latents=(1, gpu_cost(spec).wide_decode, WIDE.latents[2]))
 
 
 @dataclass(frozen=True)
@@ -65,8 +79,8 @@ class Fingerprint:
     target: str
     """Compute capability of the GPU that it was built for, such as `8.9`, or `PORTABLE`."""
     precision: str
-    profiles: list[dict[str, list[int]]]
-    """`PROFILES` as plain JSON."""
+    profiles: dict[str, list[dict[str, list[int]]]]
+    """encoder / decoder -> `profiles_of` as plain JSON."""
     builder_revision: int
     """`BUILDER_REVISION` of the build."""
 
@@ -105,7 +119,12 @@ def fingerprint_of(spec: EngineSpec, precision: str, flavour: str, version: str,
         version=version,
         target=target,
         precision=precision,
-        profiles=[{"batch": list(profile.batch), "latents": list(profile.latents)} for profile in PROFILES],
+        profiles={
+            direction: [
+                {"batch": list(each.batch), "latents": list(each.latents)} for each in profiles_of(spec, direction)
+            ]
+            for direction in DIRECTIONS
+        },
         builder_revision=BUILDER_REVISION,
     )
 

@@ -99,7 +99,7 @@ class EngineSpec:
     """Length of one latent vector."""
     alignment: int
     """A window that does not start where the audio starts must start at a multiple of this."""
-    contexts: dict[str, int]
+    contexts: dict[Direction, int]
     """encoder / decoder -> latents that it sees on either side of a latent in an aligned window."""
     source: dict[str, Any]
     """Where the checkpoint came from, so that it can be loaded again: `kind` and its arguments."""

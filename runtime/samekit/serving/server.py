@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from samekit.backends.base import count_gpus
 from samekit.backends.cpu import available_cpus
+from samekit.backends.experimental import SERVE, warn_experimental
 from samekit.engine.folder import find_engine
 from samekit.errors import BackendError, InputError, SamekitError
 from samekit.packages import import_package
@@ -150,6 +151,8 @@ def run(options: ServeOptions, host: str = "127.0.0.1", port: int = 8000) -> Ite
         )
     _token_sha256()
     port = _checked_port(host, port)
+    if options.gpus_per_replica:
+        warn_experimental(SERVE)
     _check_model(options)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)

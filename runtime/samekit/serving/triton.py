@@ -20,9 +20,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from samekit.arguments import MOST_INT32, check_flag, check_whole
+from samekit.backends.experimental import TRITON, warn_experimental
 from samekit.backends.selection import AUTO, BACKENDS
 from samekit.engine.builds import Build, build_command, builds_of, why_stale
 from samekit.engine.fingerprint import NARROW, PROFILES, TENSORRT
+from samekit.engine.records import Check
 from samekit.engine.spec import (
     DECODER,
     DIRECTIONS,
@@ -146,6 +148,8 @@ def write_repository(engine: Engine, out: Path, options: TritonOptions | None = 
         OutputError: the repository cannot be written.
     """
     options, out = options or TritonOptions(), expanded(out)
+    if options.kind == "gpu" or "tensorrt" in (options.backend, options.model_backend):
+        warn_experimental(TRITON)
     remove_abandoned(out.parent, out.name)
     with atomic_folder(out) as repository:
         for direction in DIRECTIONS:
@@ -254,6 +258,10 @@ def _build(engine: Engine, precision: str) -> Build:
         )
     if reasons:
         raise StaleEngineError(f"{engine.folder}: a TensorRT engine is stale ({reasons[0]}); {cure}")
+    for build in ours:
+        for check in Check.all_of(build.folder, build.digests):
+            if check.failure:
+                raise StaleEngineError(f"{engine.folder}: {check.failure}; pass backend onnxruntime, and report this")
     if len(ours) > 1:
         found = ", ".join(f"{b.fingerprint.version} for {b.fingerprint.target}" for b in ours)
         raise InputError(f"{engine.folder}: has engines of TensorRT {found}; leave only the one for the server")

@@ -11,22 +11,19 @@ Mistakes with TensorRT often go unnoticed. These rules prevent them:
 * Each output is new memory, which belongs to the caller.
 * Scratch memory is allocated for the current shape, not for the largest one.
 * An engine is read when its direction is first used.
-* A build runs only if it fits the graphs, this GPU and the installed TensorRT (`samekit.engine.builds`).
+* A build runs only if it fits the graphs, this GPU and the installed TensorRT (`samekit.engine.builds`), and only if
+  its results were compared with those of the graphs on such a GPU (`samekit.tensorrt.check`).
 """
 
 from __future__ import annotations
 
 import threading
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from samekit.arrays import fill_batch
 from samekit.backends.base import Backend, BackendOptions, keep_for_ever
-from samekit.engine.builds import build_folders, choose_build
-from samekit.engine.fingerprint import NARROW
-from samekit.engine.spec import GPU_PRECISIONS, Direction, opposite
-from samekit.errors import BackendUnavailableError
-from samekit.tensorrt.flavours import FLAVOURS, INSTALL, import_flavour, installed_flavours
+from samekit.engine.fingerprint import NARROW, capability_name
+from samekit.engine.spec import Direction, opposite
 from samekit.tensorrt.gpu import Gpu, pytorch_errors
 from samekit.tensorrt.runner import EngineRunner, Piece, split
 
@@ -35,7 +32,7 @@ if TYPE_CHECKING:
 
     from samekit.arrays import Array
     from samekit.engine.builds import Build
-    from samekit.engine.folder import Engine
+    from samekit.engine.records import Tuning
     from samekit.engine.spec import EngineSpec
 
 
@@ -45,31 +42,56 @@ class TensorRTBackend(Backend):
     name: ClassVar[str] = "tensorrt"
     device = "cuda"
     # Longer windows would need the wide profile, which accepts no batches.
-    longest_window = NARROW.latents[2]
+    longest_window: int | None = NARROW.latents[2]
     # The GPU runs one batch while the next one is cut and uploaded, and the last one is downloaded.
     most_pending = 2
 
-    def __init__(self, spec: EngineSpec, build: Build, module: Any, gpu: Gpu, options: BackendOptions) -> None:
-        super().__init__(spec, build.fingerprint.precision, options.window_batch)
+    def __init__(
+        self,
+        spec: EngineSpec,
+        build: Build,
+        module: Any,
+        gpu: Gpu,
+        options: BackendOptions,
+        tuning: Tuning | None = None,
+    ) -> None:
+        tuned_batch = tuning.window_batch if tuning else None
+        super().__init__(spec, build.fingerprint.precision, options.window_batch or tuned_batch)
         self.device_id = options.device_id
-        self._build = build
+        self.build = build
+        """The engines that it runs."""
+        self.gpu = gpu
+        """Where it runs them."""
+        self._windows = tuning.windows if tuning else {}
+        if self._windows:
+            # Perhaps longer windows are faster, although they run one by one.
+            self.longest_window = max(NARROW.latents[2], *self._windows.values())
         self._module = module
-        self._gpu = gpu
         self._cuda_graph = options.cuda_graph
         self._runners: dict[str, EngineRunner] = {}
         # An execution context serves one caller at a time.
         self._busy = threading.Lock()
+
+    def default_window(self, direction: Direction) -> int:
+        return self._windows.get(direction) or super().default_window(direction)
 
     def _runner(self, direction: Direction) -> EngineRunner:
         """Return the engine of a direction; the caller holds `_busy`."""
         # Another thread may have closed the backend meanwhile.
         self._check_open()
         if direction not in self._runners:
-            data = self._build.read(direction)
-            origin = str(self._build.folder / self._build.engines[direction].file)
-            with self._gpu.on(self._gpu.engines):
+            data = self.build.read(direction)
+            origin = str(self.build.folder / self.build.engines[direction].file)
+            # Kernels are for one GPU and driver.
+            cache = f"{direction}-{capability_name(self.gpu.capability)}-cuda{self.gpu.driver}.cache"
+            with self.gpu.on(self.gpu.engines):
                 self._runners[direction] = EngineRunner(
-                    self._module, data, origin, self._gpu, cuda_graph=self._cuda_graph
+                    self._module,
+                    data,
+                    origin,
+                    self.gpu,
+                    cuda_graph=self._cuda_graph,
+                    cache=self.build.folder / cache,
                 )
         return self._runners[direction]
 
@@ -81,7 +103,7 @@ class TensorRTBackend(Backend):
         # Shapes are refused before anything is copied.
         latents, parts = self._split(direction, shape)
         output_shape = self.spec.input_shape(opposite(direction), shape[0], latents)
-        gpu = self._gpu
+        gpu = self.gpu
         with pytorch_errors(shape):
             staged, result = gpu.pinned(shape), gpu.pinned(output_shape)
             fill_batch(staged.numpy(), pieces)
@@ -118,7 +140,7 @@ class TensorRTBackend(Backend):
 
     def accepts(self, value: Any) -> bool:
         """Return whether a value is a float32 tensor on this GPU, whose memory holds its values as they are."""
-        if not self._gpu.contains(value) or value.is_neg():
+        if not self.gpu.contains(value) or value.is_neg():
             return False
         return (str(value.dtype), str(value.layout)) == ("torch.float32", "torch.strided")
 
@@ -128,8 +150,8 @@ class TensorRTBackend(Backend):
             runner = self._runner(direction)
             # On the caller's stream, because the output is the caller's.
             tensor = tensor.detach().contiguous()
-            output = self._gpu.empty(self.spec.input_shape(opposite(direction), tensor.shape[0], latents))
-            with self._gpu.ordered():
+            output = self.gpu.empty(self.spec.input_shape(opposite(direction), tensor.shape[0], latents))
+            with self.gpu.ordered():
                 self._enqueue(runner, parts, tensor, output)
             return output
 
@@ -141,7 +163,7 @@ class TensorRTBackend(Backend):
     def after_fork(self) -> None:
         """Drop everything on the GPU, which can be neither used nor freed in a forked process."""
         super().after_fork()
-        keep_for_ever((self._runners, self._gpu))
+        keep_for_ever((self._runners, self.gpu))
         self._runners = {}
         # A thread of the parent may have held the old lock.
         self._busy = threading.Lock()
@@ -153,37 +175,3 @@ class TensorRTBackend(Backend):
             for runner in self._runners.values():
                 runner.close()
             self._runners.clear()
-
-
-def open_tensorrt(engine: Engine, options: BackendOptions) -> TensorRTBackend:
-    """Open the build of an engine folder that runs on this machine.
-
-    Raises:
-        BackendUnavailableError: no GPU, no TensorRT, or no engine of this precision.
-        BackendError: TensorRT or PyTorch is installed, but cannot be imported.
-        StaleEngineError: there are engines, but none can run here.
-    """
-    if options.device == "cpu":
-        raise BackendUnavailableError("TensorRT runs on GPUs only; choose device cuda or another backend")
-    if options.precision not in GPU_PRECISIONS:
-        raise BackendUnavailableError(
-            f"TensorRT runs {' and '.join(GPU_PRECISIONS)}, {options.precision} is for CPUs; choose precision fp16, "
-            "or the onnxruntime backend on the CPU"
-        )
-    # Checked before PyTorch is imported, which takes seconds.
-    if not build_folders(engine):
-        raise BackendUnavailableError(
-            f"{engine.folder}: no TensorRT engine, which needs an NVIDIA GPU to run; where there is one, and TensorRT, "
-            f"run: {engine.export_command('--tensorrt', 'auto')}"
-        )
-    gpu = Gpu(options.device_id)
-    modules = installed_flavours()
-    if not modules:
-        for flavour in FLAVOURS:
-            with suppress(BackendUnavailableError):
-                # Raises BackendError if the flavour is installed but cannot be imported.
-                import_flavour(flavour)
-        raise BackendUnavailableError(f"neither flavour of TensorRT is installed; run: {' or '.join(INSTALL.values())}")
-    versions = {flavour: module.__version__ for flavour, module in modules.items()}
-    build = choose_build(engine, options.precision, gpu.capability, versions)
-    return TensorRTBackend(engine.spec, build, modules[build.fingerprint.flavour], gpu, options)

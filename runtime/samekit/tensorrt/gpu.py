@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from samekit.backends.base import has_driver
+from samekit.backends.base import driver_version, has_driver
 from samekit.errors import BackendError, BackendUnavailableError, SamekitError, first_line
 from samekit.packages import import_package, install_command
 
@@ -40,6 +40,8 @@ class Gpu:
             )
         self._torch = torch
         self._device = torch.device("cuda", device_id)
+        self.device_id = device_id
+        """The number of the GPU."""
         # Copies run on streams of their own, so that they overlap with the engines. TensorRT synchronises the whole
         # device when it runs on the default stream.
         self.uploads, self.engines, self.downloads = (torch.cuda.Stream(self._device) for _ in range(3))
@@ -49,6 +51,16 @@ class Gpu:
         """Compute capability, (major, minor)."""
         major, minor = self._torch.cuda.get_device_capability(self._device)
         return major, minor
+
+    @property
+    def name(self) -> str:
+        """Name of the GPU, such as `NVIDIA H100 80GB HBM3`."""
+        return str(self._torch.cuda.get_device_name(self._device))
+
+    @property
+    def driver(self) -> str:
+        """The newest version of CUDA that the driver supports, such as `13000`."""
+        return str(driver_version())
 
     def contains(self, value: Any) -> bool:
         """Return whether a value is a tensor in this device's memory."""

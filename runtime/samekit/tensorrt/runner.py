@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from samekit.engine.fingerprint import PROFILES
 from samekit.errors import BackendError, InputError, StaleEngineError
+from samekit.files.atomic import atomic_path
 from samekit.tensorrt.flavours import make_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from samekit.tensorrt.gpu import Gpu
 
@@ -69,12 +71,18 @@ class EngineRunner:
         origin: its path, for messages.
         gpu: the device.
         cuda_graph: whether a shape that repeats is recorded as a CUDA graph.
+        cache: file for the kernels that TensorRT-RTX compiles when it runs a shape for the first time.
 
     Raises:
         StaleEngineError: this version of TensorRT cannot load the engine.
     """
 
-    def __init__(self, module: Any, data: bytes, origin: str, gpu: Gpu, *, cuda_graph: bool) -> None:
+    def __init__(
+        self, module: Any, data: bytes, origin: str, gpu: Gpu, *, cuda_graph: bool, cache: Path | None = None
+    ) -> None:
+        self._cache_path = cache
+        self._cached = b""
+        self._cache: Any = None
         self._module = module
         self._gpu = gpu
         self._cuda_graph = cuda_graph
@@ -90,7 +98,8 @@ class EngineRunner:
         modes = {self._engine.get_tensor_mode(name): name for name in names}
         self._input = modes[module.TensorIOMode.INPUT]
         self._output = modes[module.TensorIOMode.OUTPUT]
-        self._contexts: dict[int, Any] = {}
+        # Profile -> context, and its configuration, which must live as long.
+        self._contexts: dict[int, tuple[Any, Any]] = {}
         # The shapes of the last calls, the latest one last. None: it has been run once, without a graph.
         self._recordings: OrderedDict[tuple[int, ...], _Recording | None] = OrderedDict()
 
@@ -109,10 +118,11 @@ class EngineRunner:
             self._gpu.copy(output, recording.output)
         else:
             if profile not in self._contexts:
-                self._contexts[profile], _ = self._new_context(profile)
+                self._contexts[profile] = self._new_context(profile)
+            context, _ = self._contexts[profile]
             # PyTorch reuses the scratch memory on this stream only, so after this run.
-            _scratch = self._bind(self._contexts[profile], profile, tensor, output)
-            self._launch(self._contexts[profile])
+            _scratch = self._bind(context, profile, tensor, output)
+            self._launch(context)
             if self._cuda_graph:
                 self._recordings[shape] = None
         if self._cuda_graph:
@@ -131,6 +141,7 @@ class EngineRunner:
         self._gpu.engines.synchronize()
         self._recordings.clear()
         self._contexts.clear()
+        self._keep_cache()
 
     def _drop_recordings(self, most: int) -> None:
         """Drop the shapes that were used least recently."""
@@ -143,19 +154,46 @@ class EngineRunner:
     def _new_context(self, profile: int, *, records: bool = False) -> tuple[Any, Any]:
         """Create an execution context that allocates no memory; return it and its configuration.
 
-        By default a context allocates what the largest shape of any profile needs. `records` lets TensorRT-RTX, which
-        compiles kernels late, record CUDA graphs by itself.
+        By default a context allocates what the largest shape of any profile needs. TensorRT-RTX compiles kernels late:
+        it can keep them in a cache, and `records` lets it record CUDA graphs by itself.
         """
         config = self._module.ExecutionContextAllocationStrategy.USER_MANAGED
-        if records:
+        if hasattr(self._module, "CudaGraphStrategy"):
             strategy, config = config, self._engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
-            config.cuda_graph_strategy = self._module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            if records:
+                config.cuda_graph_strategy = self._module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            self._attach_cache(config)
         context = self._engine.create_execution_context(config)
         _must(context is not None, "create an execution context")
         stream = self._gpu.engines.cuda_stream
         _must(context.set_optimization_profile_async(profile, stream), f"select profile {profile}")
         return context, config
+
+    def _attach_cache(self, config: Any) -> None:
+        """Use the kernels that were compiled before; a cache that does not fit this driver counts as empty."""
+        if self._cache is None:
+            self._cache = config.create_runtime_cache()
+            with suppress(OSError):
+                self._cached = self._cache_path.read_bytes() if self._cache_path else b""
+            if self._cached and not self._cache.deserialize(self._cached):
+                logger.info("%s: does not fit this machine, so kernels are compiled again", self._cache_path)
+                self._cache.reset()
+        config.set_runtime_cache(self._cache)
+
+    def _keep_cache(self) -> None:
+        """Write the compiled kernels to disk if there are new ones; without them, only the next start is slower."""
+        if self._cache is None or self._cache_path is None:
+            return
+        data = bytes(memoryview(self._cache.serialize()))
+        self._cache = None
+        if data == self._cached:
+            return
+        try:
+            with atomic_path(self._cache_path) as temporary:
+                temporary.write_bytes(data)
+        except OSError as error:
+            logger.info("the compiled kernels are not kept: %s", error)
 
     def _bind(self, context: Any, profile: int, tensor: Any, output: Any) -> Any:
         """Give a context its shapes and memory; return the scratch memory, to be kept until the work is done."""
