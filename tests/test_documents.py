@@ -162,8 +162,8 @@ def assert_shown(step, output):
 
 def run_samekit(step):
     arguments = step.words[1:]
-    if arguments[0] == "serve" or "--ray" in arguments or any(word.startswith("me/") for word in arguments):
-        # There is no such cluster or repository here, and a server would not end, so only the options are checked.
+    if arguments[0] in ("serve", "tune") or "--ray" in arguments or any(word.startswith("me/") for word in arguments):
+        # There is no such cluster, repository or GPU here, and a server would not end. So the options are checked.
         assert command_named(arguments[0]).make_context(arguments[0], arguments[1:])
         return
     with contextlib.ExitStack() as stack:
