@@ -137,6 +137,7 @@ def prepare(folder, engine_of, tiny, *, exports):
     if not exports:
         shutil.copytree(tiny, folder / "engines" / "same-tiny")
     sf.write(folder / "song.flac", noise((SECONDS * RATE, 2)), RATE)
+    (folder / "demo").mkdir()
     sf.write(folder / "demo" / "piece.flac", noise((PIECE_SECONDS * RATE, 2)), RATE)
     (folder / "empty").mkdir()
     (folder / "clips").mkdir()

@@ -403,7 +403,7 @@ def test_pull_checks_its_arguments_before_it_fetches(server, published, tmp_path
     for given in ("fp8", "fp32,", ""):
         done = run("pull", REPOSITORY, "--precision", given)
         assert done.exit_code == 2
-        assert done.stderr.endswith(" is not known; pass some of fp32, fp16, int8\n")
+        assert done.stderr.endswith(" is not known; pass some of fp32, fp16, int8, bf16\n")
     assert server.requests == []
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from samekit.cli.group import STOPPED, json_option, say
-from samekit.cli.model_options import MODEL_HELP, backend_options, model_option, open_model
+from samekit.cli.model_options import BACKEND_OPTIONS, MODEL_HELP, backend_options, model_option, open_model
 from samekit.engine.spec import GPU_PRECISIONS
 from samekit.errors import InputError
 
@@ -123,7 +123,7 @@ def pre_encode(
     from samekit.dataset.run import pre_encode as run
     from samekit.dataset.sources import require_folders
 
-    backend = {name: options.pop(name) for name in ("backend", "precision", "device", "threads", "window")}
+    backend = {name: options.pop(name) for name in BACKEND_OPTIONS}
     if options["float16"]:
         if backend["precision"] not in GPU_PRECISIONS:
             raise InputError(f"--model_half means --precision fp16, not {backend['precision']}; pass one of them")

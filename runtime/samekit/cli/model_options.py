@@ -42,6 +42,10 @@ def model_option(description: str, *, required: bool = True) -> Callable[[Callab
     return add
 
 
+BACKEND_OPTIONS = ("backend", "precision", "device", "threads", "providers", "provider_options", "window")
+"""The arguments that `backend_options` adds, as `AutoencoderModel.from_pretrained` takes them."""
+
+
 def backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say where and how a model runs."""
     for option in reversed(
