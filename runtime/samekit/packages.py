@@ -45,6 +45,9 @@ def import_installed(name: str) -> Any:
     Raises:
         ModuleNotFoundError: the package is not installed. The package itself can raise any other error.
     """
+    if name == "openvino":
+        # Its import would send usage data to the vendor without asking, unless this package is missing.
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     module = importlib.import_module(name)
     if hasattr(module, "__path__") and getattr(module, "__file__", None) is None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
@@ -82,9 +85,7 @@ def import_onnxruntime() -> Any:
 
 
 def import_openvino() -> Any:
-    """Import OpenVINO without its telemetry; raises what `import_package` raises."""
-    # Its import would send usage data to the vendor without asking. It does without this package where it is missing.
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    """Import OpenVINO; raises what `import_package` raises."""
     return import_package("openvino", install_command("openvino"))
 
 
