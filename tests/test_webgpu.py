@@ -340,8 +340,8 @@ def test_every_node_of_weight_is_on_the_gpu(engine_of, tmp_path, name, direction
         sizes[facts["provider"]] += int(facts["output_size"])
         if facts["provider"] == CPU_PROVIDER and any("float" in kind for kind in facts["output_type_shape"]):
             floats.add(facts["op_name"])
-    # Zeros that pad the sequence.
-    assert floats <= {"ConstantOfShape"}
+    # Zeros that pad the sequence, and a small minimum that version 1.27 computes on the CPU.
+    assert floats <= {"ConstantOfShape", "Min"}
     assert sizes[CPU_PROVIDER] < MOST_ON_CPU * sizes[WEBGPU_PROVIDER]
 
 
