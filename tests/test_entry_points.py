@@ -122,7 +122,7 @@ def test_every_backend_of_the_list_opens(engine_of):
 # As if these packages were not installed: an import of one fails at once.
 EAGER = """
 import json, sys
-for name in "onnx onnxscript onnx_ir onnxruntime huggingface_hub".split():
+for name in "onnx onnxscript onnx_ir onnxruntime openvino huggingface_hub".split():
     sys.modules[name] = None
 import numpy as np
 from samekit import AutoencoderModel
