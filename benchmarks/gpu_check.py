@@ -1,6 +1,6 @@
 """Test and measure samekit on this machine's GPU: accuracy, latency, memory and datasets. `make gpu-check` runs it.
 
-It takes at most 25 minutes, and each step has a limit of its own. After every step the results are in one JSON file. A
+It takes at most 25 minutes, and each step has a time limit. After every step the results are in one JSON file. A
 second run continues: it repeats only steps that did not finish. A step that this machine cannot do says why.
 
     python benchmarks/gpu_check.py --models same-s,same-l

@@ -1,4 +1,4 @@
-"""`samekit serve` as a process of its own, and what all its processes use: memory, processor time, files."""
+"""Start `samekit serve` in a new process, and measure memory, processor time and files of all its processes."""
 
 from __future__ import annotations
 

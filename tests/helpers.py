@@ -30,7 +30,7 @@ needs_bf16 = pytest.mark.skipif(
     find_spec("openvino") is None or "bf16" not in fast_precisions(processor()[1]),
     reason="needs the package openvino and a processor with bfloat16 products",
 )
-# The backend "onnxruntime" on another device. It is tested like a backend of its own.
+# The backend "onnxruntime" on another device. It is tested like another backend.
 WEBGPU = "webgpu"
 _MARKS = {"tensorrt": [pytest.mark.gpu], "openvino": [needs_openvino], WEBGPU: [pytest.mark.webgpu]}
 EACH_BACKEND = [pytest.param(name, marks=_MARKS.get(name, [])) for name in (*BACKEND_NAMES, WEBGPU)]

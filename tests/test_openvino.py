@@ -86,7 +86,7 @@ def test_devices_that_are_not_here(engine_of, device):
 
 
 def test_bf16_is_not_exported():
-    with pytest.raises(InputError, match="bf16 has no graphs of its own, it runs those of fp32; export precision fp32"):
+    with pytest.raises(InputError, match="bf16 runs the graphs of fp32; export precision fp32"):
         check_precisions(["bf16"])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import html.parser
-import shutil
 
 import numpy as np
 import pytest
@@ -195,27 +194,21 @@ def test_refusals(engine_of, song, tmp_path, monkeypatch, changes, cause):
 
 
 @pytest.mark.slow
-def test_browser_plays_and_shows_it(page):
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium")
-    if not chromium:
-        pytest.skip("no chromium; on Debian: apt-get install chromium")
+def test_browser_plays_and_shows_it(browser, page):
     requests, complaints = [], []
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        tab = browser.new_page()
-        tab.on("request", lambda request: requests.append(request.url))
-        tab.on("console", lambda message: complaints.append(message.text))
-        tab.goto(page.as_uri())
-        tab.wait_for_function("[...document.querySelectorAll('audio')].every(a => a.readyState == 4)", timeout=30_000)
-        players = tab.evaluate("[...document.querySelectorAll('audio')].map(a => a.duration)")
-        widths = tab.evaluate("[...document.images].map(i => i.naturalWidth)")
-        # The audio is played, not only loaded. It is muted, because browsers block sound before a click.
-        played = tab.evaluate(
-            "Promise.all([...document.querySelectorAll('audio')].map(async a => "
-            "{ a.muted = true; await a.play(); await new Promise(r => a.onended = r); return a.currentTime }))"
-        )
-        browser.close()
+    tab = browser.new_page()
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.on("console", lambda message: complaints.append(message.text))
+    tab.goto(page.as_uri())
+    tab.wait_for_function("[...document.querySelectorAll('audio')].every(a => a.readyState == 4)", timeout=30_000)
+    players = tab.evaluate("[...document.querySelectorAll('audio')].map(a => a.duration)")
+    widths = tab.evaluate("[...document.images].map(i => i.naturalWidth)")
+    # The audio is played, not only loaded. It is muted, because browsers block sound before a click.
+    played = tab.evaluate(
+        "Promise.all([...document.querySelectorAll('audio')].map(async a => "
+        "{ a.muted = true; await a.play(); await new Promise(r => a.onended = r); return a.currentTime }))"
+    )
+    tab.close()
     assert players == pytest.approx([SECONDS, SECONDS], abs=0.01)
     assert played == pytest.approx([SECONDS, SECONDS], abs=0.05)
     assert len(widths) == 3

@@ -565,7 +565,7 @@ def test_errors_of_serve_itself_become_json():
 
 @contextmanager
 def served(engine, log, *options, **environment):
-    """Start `samekit serve` in a process of its own; yield the process and a client."""
+    """Start `samekit serve` in a new process; yield the process and a client."""
     command = [sys.executable, "-m", "samekit", "serve", str(engine), "--port", "0", *options]
     variables = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64} | environment
     with open(log, "wb") as output, subprocess.Popen(command, stdout=output, stderr=output, env=variables) as process:

@@ -64,7 +64,7 @@ def load(engine, *arguments):
     assert results["first_answer"]["outcome"] == "equal"
     assert results["crashed_replicas"] == 0
     assert results["left_files"] == []
-    # A new replica has files of its own for its counters.
+    # A new replica opens new files for its counters.
     assert results["new_files"] == [] or results["killed"]
     # The exit code of a command that SIGTERM stopped.
     assert results["stop"]["exit_code"] == 128 + signal.SIGTERM

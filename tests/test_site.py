@@ -114,28 +114,22 @@ def test_broken_links_fail_the_build(site, tmp_path):
         assert f"link '{target}'" in done.stderr, done.stderr
 
 
-def test_a_browser_shows_and_searches_it_without_a_server(site):
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium")
-    if not chromium:
-        pytest.skip("no chromium; on Debian: apt-get install chromium")
+def test_a_browser_shows_and_searches_it_without_a_server(browser, site):
     requests, complaints = [], []
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        tab = browser.new_page(viewport={"width": 1280, "height": 900})
-        tab.on("request", lambda request: requests.append(request.url))
-        tab.on("console", lambda message: complaints.append(message.text))
-        tab.goto((site / "index.html").as_uri())
-        pictures = tab.evaluate("Promise.all([...document.images].map(async i => (await i.decode(), i.naturalWidth)))")
-        tab.locator(".md-nav--primary").get_by_role("link", name="Datasets").click()
-        heading = tab.locator("h1").first.inner_text()
-        tab.wait_for_load_state("load")
-        tab.locator("input.md-search__input").press_sequentially("safetensors")
-        tab.locator(".md-search-result__link").first.wait_for()
-        found = tab.locator(".md-search-result__link").count()
-        tab.goto((site / "reference" / "samekit.html").as_uri())
-        members = tab.locator("nav").get_by_role("link", name="AutoencoderModel").count()
-        browser.close()
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.on("console", lambda message: complaints.append(message.text))
+    tab.goto((site / "index.html").as_uri())
+    pictures = tab.evaluate("Promise.all([...document.images].map(async i => (await i.decode(), i.naturalWidth)))")
+    tab.locator(".md-nav--primary").get_by_role("link", name="Datasets").click()
+    heading = tab.locator("h1").first.inner_text()
+    tab.wait_for_load_state("load")
+    tab.locator("input.md-search__input").press_sequentially("safetensors")
+    tab.locator(".md-search-result__link").first.wait_for()
+    found = tab.locator(".md-search-result__link").count()
+    tab.goto((site / "reference" / "samekit.html").as_uri())
+    members = tab.locator("nav").get_by_role("link", name="AutoencoderModel").count()
+    tab.close()
     assert min(pictures) > 500
     assert heading.startswith("Datasets")
     assert found > 0

@@ -53,7 +53,7 @@ def check_precisions(precisions: Sequence[str]) -> list[str]:
     """
     for precision in precisions:
         if precision == BF16:
-            raise InputError("bf16 has no graphs of its own, it runs those of fp32; export precision fp32")
+            raise InputError("bf16 runs the graphs of fp32; export precision fp32")
         if precision not in PRECISIONS:
             raise InputError(f"cannot export precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
     return list(dict.fromkeys(precisions))

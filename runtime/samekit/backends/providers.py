@@ -1,4 +1,4 @@
-"""Execution providers of ONNX Runtime: those of its own build, and plugins, which are packages `onnxruntime-ep-*`.
+"""Execution providers of ONNX Runtime: built-in ones, and plugins, which are packages `onnxruntime-ep-*`.
 
 A plugin is a shared library that ONNX Runtime loads. Its Python package names the library and the providers in it, as
 ONNX Runtime's guide on packages of plugins asks. A session gets a plugin's provider through a device that it offers.

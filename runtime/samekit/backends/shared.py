@@ -39,7 +39,7 @@ class _Piece:
 
 
 class SharedBackend(Backend):
-    """A backend that many threads may call at the same time. One thread of its own calls the backend that it wraps.
+    """A backend that many threads may call at the same time. One thread that it starts calls the wrapped backend.
 
     Windows wait in the order in which they came, so a long file delays a short one by a few windows only. If a batch
     of several windows fails, each runs again alone, so that only the thread with the cause gets the error.

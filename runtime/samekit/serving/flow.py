@@ -2,7 +2,7 @@
 
 Ray Serve passes bodies through as a stream, but its queues have no limit: its proxy reads a body as fast as the client
 sends it, and a replica's answer is read as fast as it is made. So each side counts what the other has taken, and tells
-it by ASGI messages of types of its own, which Serve passes on like all others. At most `WINDOW` bytes are under way in
+it by ASGI messages with new types, which Serve passes on like all others. At most `WINDOW` bytes are under way in
 each direction of a request.
 
     client -> ProxyFlow, in Serve's proxy -> Serve -> ReplicaFlow, in the replica -> application

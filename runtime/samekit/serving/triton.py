@@ -194,7 +194,7 @@ def config_text(spec: EngineSpec, direction: Direction, options: TritonOptions) 
     facts |= {"precision": options.precision, "longest_window": longest}
     ragged, rate, more = "", "", ""
     if options.backend == PYTHON:
-        # Requests of different lengths can be joined, because each arrives as a tensor of its own.
+        # Requests of different lengths can be joined, because each arrives as a separate tensor.
         ragged = " allow_ragged_batch: true"
         if direction == ENCODER:
             before = [-1, -1]
