@@ -41,9 +41,12 @@ SECONDS = 44_100
 WITH_TESTS = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster():
-    """Start one cluster of two cores for all tests, and return its address."""
+    """Start one cluster of two cores for all tests of this file, and return its address.
+
+    It must not outlive them: Ray ends the process that started a cluster when the cluster stops answering.
+    """
     import ray
 
     with pytest.MonkeyPatch.context() as patch:
