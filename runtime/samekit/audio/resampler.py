@@ -76,9 +76,11 @@ class StreamResampler:
         self._rate_out = _checked_rate(rate_out)
         self.changes_rate = rate_in != rate_out
         """Whether outputs differ from inputs."""
-        self._filter = _polyphase_filter(self._rate_in, self._rate_out)
-        self._space = _Workspace(self._filter, channels)
-        self._reset()
+        self._channels = channels
+        if self.changes_rate:
+            self._filter = _polyphase_filter(self._rate_in, self._rate_out)
+            self._space = _Workspace(self._filter, channels)
+            self._reset()
 
     def _reset(self) -> None:
         """Begin at the first sample, with zeros before it."""
@@ -103,12 +105,12 @@ class StreamResampler:
         Raises:
             InputError: as `push`.
         """
-        channels, capacity = self._space.span.shape
-        if block.ndim != 2 or block.shape[0] != channels:
-            raise InputError(f"block of shape {block.shape} does not fit; give [{channels}, samples]")
+        if block.ndim != 2 or block.shape[0] != self._channels:
+            raise InputError(f"block of shape {block.shape} does not fit; give [{self._channels}, samples]")
         if not self.changes_rate:
             yield block
             return
+        capacity = self._space.span.shape[1]
         self._received += block.shape[1]
         while block.shape[1]:
             taken = min(block.shape[1], capacity - self._filled)
@@ -124,6 +126,8 @@ class StreamResampler:
 
     def last_outputs(self) -> Iterator[Audio]:
         """Yield what `finish` returns, in pieces of one span."""
+        if not self.changes_rate:
+            return
         total = resampled_length(self._received, self._rate_in, self._rate_out)
         while (left := total - self._produced) > 0:
             # A full span, because a matrix product of another shape may round differently.
@@ -133,7 +137,7 @@ class StreamResampler:
         self._reset()
 
     def _joined(self, outputs: Iterator[Audio]) -> Audio:
-        return np.concatenate([np.empty((self._space.span.shape[0], 0), np.float32), *outputs], axis=1)
+        return np.concatenate([np.empty((self._channels, 0), np.float32), *outputs], axis=1)
 
     def _next_outputs(self) -> Audio:
         """Filter the full span, and keep what the next one shares with it."""
