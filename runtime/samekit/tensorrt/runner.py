@@ -71,6 +71,7 @@ class EngineRunner:
         origin: its path, for messages.
         gpu: the device.
         cuda_graph: whether a shape that repeats is recorded as a CUDA graph.
+        host_code: whether the engine may run code on the CPU, as one for later versions of TensorRT does.
         cache: file for the kernels that TensorRT-RTX compiles when it runs a shape for the first time.
 
     Raises:
@@ -78,7 +79,15 @@ class EngineRunner:
     """
 
     def __init__(
-        self, module: Any, data: bytes, origin: str, gpu: Gpu, *, cuda_graph: bool, cache: Path | None = None
+        self,
+        module: Any,
+        data: bytes,
+        origin: str,
+        gpu: Gpu,
+        *,
+        cuda_graph: bool,
+        host_code: bool = False,
+        cache: Path | None = None,
     ) -> None:
         self._cache_path = cache
         self._cached = b""
@@ -88,6 +97,7 @@ class EngineRunner:
         self._cuda_graph = cuda_graph
         self._logger = make_logger(module, _log)
         self._runtime = module.Runtime(self._logger)
+        self._runtime.engine_host_code_allowed = host_code
         self._engine = self._runtime.deserialize_cuda_engine(data)
         if self._engine is None:
             raise StaleEngineError(
