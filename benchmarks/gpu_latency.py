@@ -14,14 +14,14 @@ from typing import Any
 
 import click
 import torch
-from common import counts, finish, question
+from common import GPU_LATENTS, counts, finish, listed, question
 
 from samekit.backends.base import BackendOptions
 from samekit.backends.selection import open_backend
 from samekit.batches import Autoencoder
 from samekit.engine.accuracy import FLOOR_DB, example_input, snr_db
 from samekit.engine.spec import DIRECTIONS, ENCODER, GPU_PRECISIONS
-from samekit.errors import BackendError, BackendUnavailableError, InputError
+from samekit.errors import BackendError, BackendUnavailableError
 
 # Each case is measured so often, or for so many seconds if that is less.
 RUNS, SECONDS = 20, 10
@@ -49,8 +49,8 @@ def times_of(codec: Autoencoder, direction: str, array: Any) -> list[float]:
 @click.argument("model")
 @click.option("--backend", required=True, help="As the commands of samekit take it.")
 @click.option("--precision", default="fp32", show_default=True, type=click.Choice(GPU_PRECISIONS))
-@click.option("--device", default="cuda", show_default=True, help="cpu for a trial.")
-@click.option("--latents", default="128,256,512,1024,4096", show_default=True, callback=counts)
+@click.option("--device", default="cuda", show_default=True, help="webgpu for any GPU; cpu for a trial.")
+@click.option("--latents", default=listed(GPU_LATENTS), show_default=True, callback=counts)
 @click.option("--batches", default="1", show_default=True, callback=counts, help="Clips of each length, by commas.")
 @click.option("--window", type=click.IntRange(1), help="Latents of a window. [default: that of the backend]")
 def main(
@@ -60,7 +60,7 @@ def main(
     before = free_memory()
     try:
         opened = open_backend(model, backend, BackendOptions(precision=precision, device=device))
-    except (BackendUnavailableError, InputError) as error:
+    except BackendUnavailableError as error:
         print(f"left out: {error}")
         finish("gpu_latency", {"left_out": str(error)})
         return
