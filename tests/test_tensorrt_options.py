@@ -81,6 +81,18 @@ def test_builds_record_their_options(build, own_engine):  # noqa: F811
     assert Fingerprint.from_json(document["fingerprint"]) == default.fingerprint
 
 
+def test_info_says_which_build_is_which(build, own_engine, module, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("samekit.tensorrt.flavours.installed_flavours", lambda: {TENSORRT: module})
+    default, wide = build(), build(WIDE_OPTIONS)
+    done = CliRunner().invoke(main, ["info", str(own_engine.folder)])
+    assert done.exit_code == 0, done.output
+    assert f"{default.folder.name}: 0 MB; at least " in done.output
+    assert f"{wide.folder.name}: 0 MB; level 5, hardware ampere+, later_versions True; at least " in done.output
+    done = CliRunner().invoke(main, ["info", "--json", str(own_engine.folder)])
+    options = {described["name"]: described["options"] for described in json.loads(done.stdout)["tensorrt"]}
+    assert options == {default.folder.name: {}, wide.folder.name: dataclasses.asdict(WIDE_OPTIONS)}
+
+
 @pytest.mark.parametrize(
     "options",
     [1, [], {"level": 9}, {"level": "5"}, {"hardware": {}}, {"later_versions": 1}, {"faster": True}],

@@ -69,10 +69,8 @@ _RTX_LACKS = {
 
 def check_options(mode: str, options: BuilderOptions) -> None:
     """Raise InputError if options were chosen that the builder of a mode lacks; `auto` is checked when it builds."""
-    for name, value in vars(options).items():
+    for name in options.changed:
         option = f"--tensorrt-{name.replace('_', '-')}"
-        if value == getattr(BUILDER_DEFAULTS, name):
-            continue
         if mode == OFF:
             raise InputError(f"{option} changes TensorRT engines, and none is built; pass --tensorrt auto too")
         if mode == RTX:

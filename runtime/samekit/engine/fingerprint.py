@@ -13,6 +13,7 @@ to 23 % at short lengths, and to gain nothing at long ones. samekit has not meas
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ TENSORRT_RTX: Final = "tensorrt_rtx"
 
 BUILDER_REVISION: Final = 2
 """Raise it when the same graph is built to another engine: after a change of the settings in
-`samekit_export.to_tensorrt`, or of those that ONNX Runtime's TensorRT provider gets. Engines of another revision are
+`samekit_export.engine_builder`, or of those that ONNX Runtime's TensorRT provider gets. Engines of another revision are
 stale."""
 
 PORTABLE: Final = "portable"
@@ -101,24 +102,31 @@ class BuilderOptions:
         check_flag("later_versions", self.later_versions)
 
     @property
+    def changed(self) -> dict[str, Any]:
+        """Name -> value of the settings that are not at their default."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return {name: value for name, value in vars(self).items() if value != defaults[name]}
+
+    @property
     def rank(self) -> tuple[int, bool, int]:
         """Sorts builds for one machine: those for fewer GPUs and versions first, then those of a higher level."""
         return HARDWARE.index(self.hardware), self.later_versions, -(3 if self.level is None else self.level)
 
 
 BUILDER_DEFAULTS: Final = BuilderOptions()
+"""What TensorRT does by itself."""
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Everything that decides whether an engine may run in place of a graph."""
+    """Everything that decides whether an engine may run in place of a graph, and how it was built."""
 
     onnx: dict[str, str]
     """encoder / decoder -> sha256 of the graph, as in `spec.json`."""
     flavour: str
     """The builder: `TENSORRT`, `TENSORRT_RTX`, or `onnxruntime` for its TensorRT provider."""
     version: str
-    """Version of the flavour; only the same version can load an engine."""
+    """Version of the flavour; `runs_with` says which versions can load the engine."""
     target: str
     """Compute capability of the GPU that it was built for, such as `8.9`; or `PORTABLE` or `AMPERE_PLUS`."""
     precision: str

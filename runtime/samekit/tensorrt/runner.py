@@ -137,7 +137,8 @@ class EngineRunner:
                 self._recordings[shape] = None
         if self._cuda_graph:
             self._recordings.move_to_end(shape)
-            self._drop_recordings(_MOST_RECORDINGS)
+            if len(self._recordings) > _MOST_RECORDINGS:
+                self._drop_recording()
 
     def __del__(self) -> None:
         # A backend may be dropped without `close`, for example after an error, while another batch runs. If an error
@@ -153,13 +154,12 @@ class EngineRunner:
         self._contexts.clear()
         self._keep_cache()
 
-    def _drop_recordings(self, most: int) -> None:
-        """Drop the shapes that were used least recently."""
-        while len(self._recordings) > most:
-            _, recording = self._recordings.popitem(last=False)
-            if recording:
-                # Its work may still run.
-                self._gpu.engines.synchronize()
+    def _drop_recording(self) -> None:
+        """Drop the shape that was used least recently."""
+        _, recording = self._recordings.popitem(last=False)
+        if recording:
+            # Its work may still run.
+            self._gpu.engines.synchronize()
 
     def _new_context(self, profile: int, *, records: bool = False) -> tuple[Any, Any]:
         """Create an execution context that allocates no memory; return it and its configuration.
