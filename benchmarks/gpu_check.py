@@ -49,7 +49,9 @@ def steps_of(models: list[str], weights: str, device: str, latents: str, out: Pa
 
     def latency(model: str, backend: str, precision: str, *options: str, on: str = device) -> tuple[str, ...]:
         script = (python, str(HERE / "gpu_latency.py"), str(engines / model), "--backend", backend)
-        return (*script, "--precision", precision, "--device", on, "--latents", latents, *options)
+        shapes = ("--precision", precision, "--device", on, "--latents", latents, *options)
+        # A trial is slow, and its times do not matter.
+        return (*script, *shapes, *(("--runs", "1") if device == "cpu" else ()))
 
     steps = [Step("tests", 240, (python, "-m", "pytest", "-q", "-m", "gpu", str(HERE.parent / "tests")))]
     for model in models:

@@ -119,11 +119,6 @@ def test_steps_are_in_the_order_of_their_value(tmp_path):
 ORDER = ("tests", "torch fp32", "build and check TensorRT", "tensorrt fp32", "webgpu", "onnxruntime", "dataset")
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("gpu_latency"), "RUNS", 1)
-
-
 def run(name, *arguments):
     done = CliRunner().invoke(importlib.import_module(name).main, list(map(str, arguments)))
     assert done.exit_code == 0, done.output
@@ -133,7 +128,8 @@ def run(name, *arguments):
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
 def test_latency_on_the_cpu(engine_of, backend):
     folder = engine_of("tiny-s").folder
-    rows = run("gpu_latency", folder, "--backend", backend, "--device", "cpu", "--latents", "2,4", "--batches", "1,2")
+    arguments = ["--device", "cpu", "--latents", "2,4", "--batches", "1,2", "--runs", 1]
+    rows = run("gpu_latency", folder, "--backend", backend, *arguments)
     assert [(row["direction"], row["batch"], row["latents"]) for row in rows] == [
         (direction, batch, latents) for direction in ("encoder", "decoder") for batch in (1, 2) for latents in (2, 4)
     ]
@@ -190,6 +186,7 @@ def test_on_the_fake_gpu(half_engine, monkeypatch, tmp_path):
     monkeypatch.setattr("samekit.tensorrt.check.CASES", ((1, 1), (2, 3), (1, 257)))
     monkeypatch.setattr("samekit.tensorrt.tuning.WINDOWS", (16,))
     monkeypatch.setattr("samekit.tensorrt.tuning.BATCHES", (1, 2))
+    monkeypatch.setattr(importlib.import_module("gpu_latency"), "SECONDS", 0.1)
     monkeypatch.setattr(gpu_check, "has_driver", lambda: True)
     commands = {"gpu_latency.py": "gpu_latency", "gpu_pipeline.py": "gpu_pipeline"}
 
