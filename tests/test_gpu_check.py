@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -89,6 +91,30 @@ def test_it_goes_on_where_it_stopped(check, tmp_path):
     # A step of another command is run again.
     check(script("counted", f"open({str(counter)!r}, 'a').write('y')"), late)
     assert counter.read_text() == "xy"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_can_be_stopped(tmp_path, number):
+    """The results of finished steps stay, and the running step ends."""
+    out, pid = tmp_path / "out", tmp_path / "pid"
+    hang = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    program = f"""
+import sys, gpu_check
+from gpu_check import Step
+scripts = {{"quick": "print('done')", "hangs": {hang!r}}}
+gpu_check.steps_of = lambda *_: [Step(name, 600, (sys.executable, "-c", code)) for name, code in scripts.items()]
+gpu_check.main(["--device", "cpu", "--out", {str(out)!r}])
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=Path(gpu_check.__file__).parent)
+    end = time.monotonic() + 120
+    while not (pid.exists() and pid.read_text()) and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    child = int(pid.read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    steps = json.loads((out / "gpu-check.json").read_text(encoding="utf-8"))["steps"]
+    assert {name: step["state"] for name, step in steps.items()} == {"quick": "done"}
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"steps": 1}', "{"])
