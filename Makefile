@@ -18,8 +18,8 @@ PRECISION ?= fp32
 TENSORRT ?= auto
 OUT ?= engines
 COMMA := ,
-# Lengths that `make bench` measures, by commas.
-LATENTS ?= 32,128
+# Lengths that `make bench` measures, by commas; by default those of benchmarks/latency.py.
+LATENTS ?=
 # Address of the repository that the links on PyPI lead to, such as https://github.com/OWNER/samekit.
 REPOSITORY ?=
 # Where an export of MODEL lies: folders keep their name, repositories of the hub are written small.
@@ -72,10 +72,15 @@ export: $(DEMO) ## write an engine folder: MODEL, WEIGHTS, PRECISION, TENSORRT, 
 
 YARDSTICKS := --yardstick 'compiled fp32' --yardstick 'torch bf16'
 
+# On a GPU: TensorRT engines, batches of 1 and 8, and the lengths of the published table of the reference's port.
+ON_GPU = $(shell command -v nvidia-smi)
+
 bench: $(DEMO) ## measure against eager PyTorch: MODEL, WEIGHTS, PRECISION, OUT, LATENTS; ARGS for benchmarks/latency.py
-	$(BIN)/samekit export $(MODEL) --weights $(WEIGHTS) --precision $(PRECISION) --out $(OUT)
+	$(BIN)/samekit export $(MODEL) --weights $(WEIGHTS) --precision $(PRECISION) --out $(OUT) \
+		--tensorrt $(if $(ON_GPU),$(TENSORRT),off)
 	mkdir -p build
-	$(BIN)/python benchmarks/latency.py $(ENGINE) --precision $(PRECISION) --latents $(LATENTS) $(YARDSTICKS) \
+	$(BIN)/python benchmarks/latency.py $(ENGINE) --precision $(PRECISION) $(YARDSTICKS) \
+		$(if $(ON_GPU),--batches 1$(COMMA)8) $(if $(LATENTS),--latents $(LATENTS)) \
 		--plot build/$(notdir $(ENGINE))-latency.png $(ARGS)
 	$(BIN)/python benchmarks/opening.py $(ENGINE) --precision $(firstword $(subst $(COMMA), ,$(PRECISION)))
 
@@ -130,7 +135,8 @@ $(WEBGPU)/.ready: $(READY)
 	@touch $@
 
 test-webgpu: $(WEBGPU)/.ready ## run the contract of backends and the golden cases in WebGPU, without a GPU if there is none
-	$(WITH_WEBGPU)/plugin $(WEBGPU_TEST) tests/test_golden.py tests/test_backends.py tests/test_webgpu.py $(ARGS)
+	$(WITH_WEBGPU)/plugin $(WEBGPU_TEST) tests/test_golden.py tests/test_backends.py tests/test_webgpu.py \
+		tests/test_gpu_check.py $(ARGS)
 	$(WITH_WEBGPU)/build $(WEBGPU_TEST) tests/test_webgpu.py $(ARGS)
 
 DOCUMENTS := $(wildcard *.md docs/*.md benchmarks/*.md)

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -30,16 +30,26 @@ if TYPE_CHECKING:
 STARTED = machine()
 """The machine before the measurement, so that its load shows other programs only."""
 
+GPU_LATENTS: Final = (128, 256, 512, 1024, 4096)
+"""The lengths that are measured on a GPU: those of the published table of the reference's TensorRT port."""
+
 question = click.command(cls=Command)
 """Decorator that makes a function a benchmark command, which prints every error as one line."""
 
 
-def counts(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
+def counts(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:
     """Parse whole numbers from 1, separated by commas."""
+    if value is None:
+        return None
     parts = value.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise click.BadParameter(f"{value!r} is no list of whole numbers from 1")
     return [int(part) for part in parts]
+
+
+def listed(numbers: Iterable[int]) -> str:
+    """Return numbers as `counts` parses them."""
+    return ",".join(map(str, numbers))
 
 
 class Refusal(click.ClickException):
@@ -87,10 +97,10 @@ def call_of(codec: Autoencoder, direction: Direction) -> Callable[[Any], Any]:
     return codec.encode_audio if direction == ENCODER else codec.decode_audio
 
 
-def open_codec(engine: Path, backend: str, precision: str, threads: int | None) -> Autoencoder:
-    """Open one candidate on the CPU."""
+def open_codec(engine: Path, backend: str, precision: str, threads: int | None, device: str = "cpu") -> Autoencoder:
+    """Open one candidate."""
     return AutoencoderModel.from_pretrained(
-        engine, "cpu", backend=backend, precision=precision, threads=threads
+        engine, device, backend=backend, precision=precision, threads=threads
     ).autoencoder
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
-from common import question
+from common import GPU_LATENTS, listed, question
 
 from samekit.backends.base import has_driver
 from samekit.doctor import examine
@@ -31,9 +31,6 @@ from samekit.files.atomic import atomic_path
 HERE: Final = Path(__file__).parent
 RESULTS: Final = "gpu-check.json"
 DONE, FAILED, LEFT_OUT, STOPPED = "done", "failed", "left out", "not finished"
-
-# The lengths of the published table of the reference's TensorRT port.
-LENGTHS: Final = "128,256,512,1024,4096"
 
 
 @dataclass(frozen=True)
@@ -50,9 +47,11 @@ def steps_of(models: list[str], weights: str, device: str, latents: str, out: Pa
     python, engines = sys.executable, out / "engines"
     samekit = (python, "-m", "samekit")
 
-    def latency(model: str, backend: str, precision: str, *options: str) -> tuple[str, ...]:
+    def latency(model: str, backend: str, precision: str, *options: str, on: str = device) -> tuple[str, ...]:
         script = (python, str(HERE / "gpu_latency.py"), str(engines / model), "--backend", backend)
-        return (*script, "--precision", precision, "--device", device, "--latents", latents, *options)
+        shapes = ("--precision", precision, "--device", on, "--latents", latents, *options)
+        # A trial is slow, and its times do not matter.
+        return (*script, *shapes, *(("--runs", "1") if device == "cpu" else ()))
 
     steps = [Step("tests", 240, (python, "-m", "pytest", "-q", "-m", "gpu", str(HERE.parent / "tests")))]
     for model in models:
@@ -66,7 +65,7 @@ def steps_of(models: list[str], weights: str, device: str, latents: str, out: Pa
             steps += [
                 Step(f"tensorrt {precision} {model}", 90, latency(model, "tensorrt", precision, "--batches", "1,8")),
                 Step(f"tune {precision} {model}", 90, tune),
-                Step(f"webgpu {precision} {model}", 90, latency(model, "webgpu", precision)),
+                Step(f"webgpu {precision} {model}", 90, latency(model, "onnxruntime", precision, on="webgpu")),
             ]
             steps += [
                 Step(
@@ -151,7 +150,7 @@ def show(name: str, result: dict[str, Any]) -> str:
 @click.option("--models", default="same-s,same-l", show_default=True, help="By commas.")
 @click.option("--weights", default="random", show_default=True, help="As of samekit export; hub needs a network.")
 @click.option("--device", default="cuda", show_default=True, type=click.Choice(["cuda", "cpu"]), help="cpu: a trial.")
-@click.option("--latents", default=LENGTHS, show_default=True, help="Lengths to measure, by commas.")
+@click.option("--latents", default=listed(GPU_LATENTS), show_default=True, help="Lengths to measure, by commas.")
 @click.option("--minutes", default=25.0, show_default=True, help="Longest time of this run.")
 @click.option("--only", help="Run only steps whose names contain this.")
 @click.option("--out", default="build/gpu-check", show_default=True, type=click.Path(path_type=Path))

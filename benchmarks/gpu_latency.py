@@ -14,17 +14,17 @@ from typing import Any
 
 import click
 import torch
-from common import counts, finish, question
+from common import GPU_LATENTS, counts, finish, listed, question
 
 from samekit.backends.base import BackendOptions
 from samekit.backends.selection import open_backend
 from samekit.batches import Autoencoder
 from samekit.engine.accuracy import FLOOR_DB, example_input, snr_db
 from samekit.engine.spec import DIRECTIONS, ENCODER, GPU_PRECISIONS
-from samekit.errors import BackendError, BackendUnavailableError, InputError
+from samekit.errors import BackendError, BackendUnavailableError
 
-# Each case is measured so often, or for so many seconds if that is less.
-RUNS, SECONDS = 20, 10
+# A case is measured for at most so many seconds.
+SECONDS = 10
 
 
 def free_memory() -> int | None:
@@ -32,13 +32,13 @@ def free_memory() -> int | None:
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
 
 
-def times_of(codec: Autoencoder, direction: str, array: Any) -> list[float]:
+def times_of(codec: Autoencoder, direction: str, array: Any, runs: int) -> list[float]:
     """Return the seconds of each call."""
     call = codec.encode_audio if direction == ENCODER else codec.decode_audio
     for _ in range(2):
         call(array)
     times: list[float] = []
-    while len(times) < RUNS and sum(times) < SECONDS:
+    while len(times) < runs and sum(times) < SECONDS:
         start = time.perf_counter()
         call(array)
         times.append(time.perf_counter() - start)
@@ -49,18 +49,26 @@ def times_of(codec: Autoencoder, direction: str, array: Any) -> list[float]:
 @click.argument("model")
 @click.option("--backend", required=True, help="As the commands of samekit take it.")
 @click.option("--precision", default="fp32", show_default=True, type=click.Choice(GPU_PRECISIONS))
-@click.option("--device", default="cuda", show_default=True, help="cpu for a trial.")
-@click.option("--latents", default="128,256,512,1024,4096", show_default=True, callback=counts)
+@click.option("--device", default="cuda", show_default=True, help="webgpu for any GPU; cpu for a trial.")
+@click.option("--latents", default=listed(GPU_LATENTS), show_default=True, callback=counts)
 @click.option("--batches", default="1", show_default=True, callback=counts, help="Clips of each length, by commas.")
 @click.option("--window", type=click.IntRange(1), help="Latents of a window. [default: that of the backend]")
+@click.option("--runs", default=20, show_default=True, type=click.IntRange(1), help="Most calls of each case.")
 def main(
-    model: str, backend: str, precision: str, device: str, latents: list[int], batches: list[int], window: int | None
+    model: str,
+    backend: str,
+    precision: str,
+    device: str,
+    latents: list[int],
+    batches: list[int],
+    window: int | None,
+    runs: int,
 ) -> None:
     """Print a table about one MODEL and backend; the last line is JSON."""
     before = free_memory()
     try:
         opened = open_backend(model, backend, BackendOptions(precision=precision, device=device))
-    except (BackendUnavailableError, InputError) as error:
+    except BackendUnavailableError as error:
         print(f"left out: {error}")
         finish("gpu_latency", {"left_out": str(error)})
         return
@@ -79,7 +87,9 @@ def main(
             for length in latents:
                 row: dict[str, Any] = {"direction": direction, "batch": batch, "latents": length, "snr_db": snr}
                 try:
-                    times = times_of(codec, direction, example_input(opened.spec, direction, batch, length, seed=1))
+                    times = times_of(
+                        codec, direction, example_input(opened.spec, direction, batch, length, seed=1), runs
+                    )
                 except BackendError as error:
                     print(f"{direction:8}{batch:>3} x {length:>5} latents: {error}")
                     rows.append(row | {"failure": str(error)})

@@ -1,22 +1,36 @@
-"""How long does one clip take, by length, compared with eager PyTorch?
+"""How long does one clip take, or a batch of clips, by length, compared with eager PyTorch?
 
 All candidates run in the same process in turn, in inference mode, after a warm-up, with the same number of threads. A
 ratio is reported only if the outputs agree to the floor of the precision.
 
     python benchmarks/latency.py engines/same-s --latents 32,128 --plot latency.png
+    python benchmarks/latency.py engines/same-s --device cuda --precision fp32,fp16 --batches 1,8
 """
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 import torch
-from common import call_of, counts, engine_argument, finish, open_codec, plot_lines, plot_option, question
+from common import (
+    GPU_LATENTS,
+    call_of,
+    counts,
+    engine_argument,
+    finish,
+    listed,
+    open_codec,
+    plot_lines,
+    plot_option,
+    question,
+)
 
 from samekit.backends.cpu import available_cpus
-from samekit.engine.spec import DECODER, ENCODER, Direction
+from samekit.engine.spec import DIRECTIONS, Direction
+from samekit.errors import BackendUnavailableError
 from samekit_export.config import BandSpan
 from samekit_export.diffusers import published_key
 from samekit_export.measure import interleaved, summary
@@ -38,15 +52,28 @@ FLOORS = FLOOR_DB | {"bf16": 30.0}
 """Least SNR in dB for which the time of a candidate counts, by precision."""
 
 
-def open_all(engine: Path, precisions: list[str], threads: int, yardsticks: list[str]) -> dict[str, Autoencoder]:
-    """Open the candidates by name, eager PyTorch first."""
-    codecs = {EAGER: open_codec(engine, "torch", "fp32", threads)}
+# Device -> the backend of our engines, and the lengths that are measured.
+ENGINES = {"cpu": "onnxruntime", "cuda": "tensorrt"}
+LENGTHS = {"cpu": (32, 128), "cuda": GPU_LATENTS}
+
+
+def open_all(
+    engine: Path, precisions: list[str], threads: int, yardsticks: list[str], device: str = "cpu"
+) -> dict[str, Autoencoder]:
+    """Open the candidates by name, eager PyTorch first. On a GPU, those that cannot be opened are left out."""
+    codecs = {EAGER: open_codec(engine, "torch", "fp32", threads, device)}
     for name in yardsticks:
-        codecs[name] = open_codec(engine, "torch", "fp32", threads)
+        codecs[name] = open_codec(engine, "torch", "fp32", threads, device)
         YARDSTICKS[name](codecs[name].backend)
-    # Each precision as in "onnxruntime int8" or "int8", which means the same.
-    chosen = [each.split() if " " in each else ["onnxruntime", each] for each in precisions]
-    return codecs | {f"{backend} {p}": open_codec(engine, backend, p, threads) for backend, p in chosen}
+    # Each precision as in "onnxruntime int8", or "int8" for our engines of the device.
+    for backend, precision in (each.split() if " " in each else [ENGINES[device], each] for each in precisions):
+        try:
+            codecs[f"{backend} {precision}"] = open_codec(engine, backend, precision, threads, device)
+        except BackendUnavailableError as error:
+            if device == "cpu":
+                raise
+            print(f"{backend} {precision} left out: {error}")
+    return codecs
 
 
 def compile_(backend: Any) -> None:
@@ -127,10 +154,12 @@ YARDSTICKS: dict[str, Callable[[Any], None]] = {
 """Further candidates by name: each function changes an eager backend in place."""
 
 
-def measure(codecs: dict[str, Autoencoder], direction: Direction, latents: int, runs: int) -> list[dict[str, Any]]:
+def measure(
+    codecs: dict[str, Autoencoder], direction: Direction, latents: int, runs: int, batch: int = 1
+) -> list[dict[str, Any]]:
     """Return a row for each candidate on one length."""
     spec = codecs[EAGER].spec
-    inputs = example_input(spec, direction, 1, latents, seed=latents)
+    inputs = example_input(spec, direction, batch, latents, seed=latents)
     for codec in codecs.values():
         # Otherwise ONNX Runtime would pack the weights in one of the counted runs.
         codec.backend.use_packed_weights(direction)
@@ -147,11 +176,12 @@ def measure(codecs: dict[str, Autoencoder], direction: Direction, latents: int, 
         rows.append(
             {
                 "direction": direction,
+                "batch": batch,
                 "latents": latents,
                 "candidate": name,
                 "seconds": figures,
-                "per_latent_ms": 1e3 * figures["median"] / latents,
-                "audio_seconds_per_second": latents * spec.hop / spec.sample_rate / figures["median"],
+                "per_latent_ms": 1e3 * figures["median"] / (batch * latents),
+                "audio_seconds_per_second": batch * latents * spec.hop / spec.sample_rate / figures["median"],
                 "snr_db": None if name == EAGER else accuracy[name],
                 "times_eager": eager / figures["median"] if agrees else None,
             }
@@ -163,21 +193,27 @@ def show(row: dict[str, Any]) -> str:
     """Format one line of the table."""
     ratio = "refused" if row["times_eager"] is None else f"{row['times_eager']:.2f} x"
     snr = "" if row["snr_db"] is None else f"{row['snr_db']:.1f} dB"
-    seconds = row["seconds"]
+    shape, seconds = f"{row['direction']:8}{row['batch']:>3} x {row['latents']:>4}", row["seconds"]
     return (
-        f"{row['direction']:8}{row['latents']:>6}  {row['candidate']:18}{seconds['median']:>9.3f} s "
-        f"({seconds['min']:.3f} ... {seconds['max']:.3f}) {ratio:>9} {snr:>9}"
+        f"{shape}  {row['candidate']:18}{seconds['median']:>9.4f} s "
+        f"({seconds['min']:.4f} ... {seconds['max']:.4f}) {ratio:>9} {snr:>9}"
     )
 
 
 @question
 @engine_argument
-@click.option("--latents", default="128", show_default=True, callback=counts, help="Lengths, by commas.")
+@click.option("--device", type=click.Choice(list(ENGINES)), help="[default: cuda if PyTorch finds a GPU]")
+@click.option(
+    "--latents",
+    callback=counts,
+    help=f"Lengths, by commas. [default: {listed(LENGTHS['cpu'])}; on a GPU {listed(LENGTHS['cuda'])}]",
+)
+@click.option("--batches", default="1", show_default=True, callback=counts, help="Clips at once, by commas.")
 @click.option(
     "--precision",
     default="fp32",
     show_default=True,
-    help="Of ONNX Runtime, or as in 'openvino bf16'; by commas.",
+    help="Of our engines, or as in 'openvino bf16'; by commas.",
 )
 @click.option("--runs", default=5, show_default=True, type=click.IntRange(1))
 @click.option("--threads", type=click.IntRange(1), help="For every candidate. [default: all cores]")
@@ -191,7 +227,9 @@ def show(row: dict[str, Any]) -> str:
 @plot_option
 def main(
     engine: Engine,
-    latents: list[int],
+    device: str | None,
+    latents: list[int] | None,
+    batches: list[int],
     precision: str,
     runs: int,
     threads: int | None,
@@ -199,15 +237,19 @@ def main(
     plot_path: Path | None,
 ) -> None:
     """Print the table for one ENGINE folder; the last line is JSON."""
-    codecs = open_all(engine.folder, precision.split(","), threads or available_cpus(), list(yardsticks))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    codecs = open_all(engine.folder, precision.split(","), threads or available_cpus(), list(yardsticks), device)
     rows = []
-    for direction in (ENCODER, DECODER):
-        for length in latents:
-            for row in measure(codecs, direction, length, runs):
+    for direction in DIRECTIONS:
+        for batch, length in itertools.product(batches, latents or LENGTHS[device]):
+            for row in measure(codecs, direction, length, runs, batch):
                 rows.append(row)
                 print(show(row), flush=True)
     if plot_path:
-        points = [(row["direction"], row["candidate"], row["latents"], row["per_latent_ms"]) for row in rows]
+        points = [
+            (row["direction"], f"{row['candidate']}, batch {row['batch']}", row["latents"], row["per_latent_ms"])
+            for row in rows
+        ]
         plot_lines(plot_path, points, x="latents", y="ms per latent")
     finish("latency", rows)
 

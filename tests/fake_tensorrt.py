@@ -41,6 +41,8 @@ from samekit.engine.spec import DECODER, ENCODER, INPUT_NAMES, opposite
 
 # Handle of a CUDA stream that is not the default stream, 0, on which TensorRT would synchronise the device.
 STREAM = 7
+# Ends the bytes of an engine for later versions, which holds a part of TensorRT.
+LEAN_RUNTIME = " with a lean runtime"
 # Content of scratch memory that has been freed.
 FREED = 255
 
@@ -145,7 +147,8 @@ class FakeBuilder:
         return SimpleNamespace(shapes=shapes, set_shape=lambda name, *sizes: shapes.update({name: sizes}))
 
     def build_serialized_network(self, network, config):
-        return network.direction.encode() if self.module.works("build") else None
+        plan = network.direction + LEAN_RUNTIME * ("VERSION_COMPATIBLE" in config.flags)
+        return plan.encode() if self.module.works("build") else None
 
 
 class FakeNetwork:
@@ -178,6 +181,9 @@ class FakeParser:
 class FakeConfig:
     """Settings of a build. It has no timing cache."""
 
+    builder_optimization_level = 3
+    hardware_compatibility_level = "none"
+
     def __init__(self):
         self.profiles = []
         self.flags = set()
@@ -207,6 +213,9 @@ class FakeTensorRT:
 
     NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=3)
     BuilderFlag = SimpleNamespace(TF32="TF32", VERSION_COMPATIBLE="VERSION_COMPATIBLE")
+    HardwareCompatibilityLevel = SimpleNamespace(
+        SAME_COMPUTE_CAPABILITY="same compute capability", AMPERE_PLUS="ampere plus"
+    )
     PreviewFeature = SimpleNamespace(RUNTIME_ACTIVATION_RESIZE_10_10="resize")
     ProfilingVerbosity = SimpleNamespace(DETAILED="detailed")
     LayerInformationFormat = SimpleNamespace(JSON="json")
@@ -244,12 +253,22 @@ class FakeTensorRT:
 
     def Runtime(self, logger):  # noqa: N802 TensorRT's name
         assert isinstance(logger, self.ILogger)
-        return SimpleNamespace(deserialize_cuda_engine=self._load)
+        return FakeRuntime(self)
 
-    def _load(self, data):
+
+class FakeRuntime:
+    """Loads engines. Those with code for the CPU are refused by default, as by the real one."""
+
+    engine_host_code_allowed = False
+
+    def __init__(self, module):
+        self.module = module
+
+    def deserialize_cuda_engine(self, data):
         direction = next(direction for direction in INPUT_NAMES if data.startswith(direction.encode()))
-        self.events.append(f"load {direction}")
-        return FakeEngine(self, direction) if self.works("load") else None
+        self.module.events.append(f"load {direction}")
+        allowed = self.engine_host_code_allowed or not data.endswith(LEAN_RUNTIME.encode())
+        return FakeEngine(self.module, direction) if allowed and self.module.works("load") else None
 
 
 class FakeEngine:
@@ -420,6 +439,8 @@ class FakeStream:
         self.gpu = gpu
         self.work = deque()
         self.enqueued = self.done = 0
+        self.is_held = False
+        """Whether its work takes until this is reset."""
 
     def enqueue(self, work, after=()):
         """Enqueue work; `after` holds streams, and how much of their work must be done before."""
@@ -435,7 +456,7 @@ class FakeStream:
         self.gpu.run_until(self, self.enqueued)
 
     def is_ready(self):
-        return bool(self.work) and all(stream.done >= count for stream, count in self.work[0][1])
+        return not self.is_held and bool(self.work) and all(stream.done >= count for stream, count in self.work[0][1])
 
     def step(self):
         work, _ = self.work.popleft()

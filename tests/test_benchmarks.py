@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import latency
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from helpers import DIRECTIONS
 
 from samekit.engine.spec import ENCODER, PRECISIONS
 
@@ -150,6 +153,49 @@ def test_no_ratio_where_outputs_differ(engine_of, factor, refused):
     assert eager["times_eager"] == 1
     assert (ours["times_eager"] is None) == refused
     assert ("refused" in latency.show(ours)) == refused
+
+
+def test_batches_of_clips(engine_of):
+    arguments = ["--device", "cpu", "--latents", "2", "--batches", "1,3", "--runs", 1]
+    rows = results_of(run("latency", engine_of("tiny-s").folder, *arguments), "latency")
+    assert [(row["direction"], row["batch"]) for row in rows[::2]] == list(itertools.product(DIRECTIONS, (1, 3)))
+    for row in rows:
+        assert row["per_latent_ms"] == pytest.approx(1e3 * row["seconds"]["median"] / (row["batch"] * row["latents"]))
+
+
+def test_lengths_on_a_gpu_are_those_of_the_gpu_check():
+    (option,) = (option for option in importlib.import_module("gpu_check").main.params if option.name == "latents")
+    assert common.counts(None, None, option.default) == list(latency.LENGTHS["cuda"]) == [128, 256, 512, 1024, 4096]
+
+
+def test_candidates_on_a_gpu(engine_of, monkeypatch, capsys):
+    """Eager PyTorch and TensorRT; what cannot be opened is left out, with the reason."""
+
+    def open_on_the_cpu(engine, backend, precision, threads, device):
+        assert device == "cuda"
+        return common.open_codec(engine, backend, precision, threads, "cpu" if backend == "torch" else device)
+
+    monkeypatch.setattr(latency, "open_codec", open_on_the_cpu)
+    codecs = latency.open_all(engine_of("tiny-s").folder, ["fp32", "torch fp16"], 1, ["torch bf16"], "cuda")
+    assert list(codecs) == [latency.EAGER, "torch bf16", "torch fp16"]
+    assert capsys.readouterr().out.startswith("tensorrt fp32 left out: ")
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+@pytest.mark.parametrize("gpu", [False, True])
+def test_make_bench(tmp_path, gpu):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("make", "sh", "python3", "echo", "tr", "cut"):
+        (tools / name).symlink_to(shutil.which(name))
+    if gpu:
+        (tools / "nvidia-smi").symlink_to(shutil.which("true"))
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        ["make", "-n", "bench"], cwd=root, env={"PATH": str(tools)}, capture_output=True, text=True, check=True
+    )
+    assert ("--tensorrt auto" in done.stdout, "--batches 1,8" in done.stdout) == (gpu, gpu)
+    assert ("--tensorrt off" in done.stdout) == (not gpu)
 
 
 def test_lists_of_numbers(engine_of):

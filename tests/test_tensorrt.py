@@ -7,7 +7,10 @@ Common faults of programs with TensorRT, and the tests that samekit avoids them:
 * input written on another stream than the engine's, or memory that is reused too early: `test_work_is_ordered`,
   `test_streams_wait_for_each_other`, `test_input_from_another_stream`
 * copies that do not overlap with work, or a lock that is held meanwhile: `test_next_batch_is_uploaded_while_one_runs`,
-  `test_no_lock_is_held_while_the_gpu_works`
+  `test_copies_do_not_wait_for_the_engine`, `test_no_lock_is_held_while_the_gpu_works`
+* pinned memory that is allocated for each call: `test_pinned_memory_is_reused` (on a GPU)
+* a capture that an allocation in another thread breaks, or graphs that use up the memory:
+  `test_graphs_are_captured_in_their_thread_only`, `test_the_shape_that_was_used_least_recently_is_dropped`
 * a launch that fails, or a shape that is refused, without an error: `test_every_answer_is_heard`,
   `test_too_long_is_refused_before_anything_happens`
 * an output buffer that the next call overwrites: `test_results_are_the_callers_own`
@@ -27,6 +30,7 @@ import dataclasses
 import functools
 import gc
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -81,11 +85,13 @@ from samekit.engine.builds import (
     write_document,
 )
 from samekit.engine.fingerprint import (
+    AMPERE_PLUS,
     NARROW,
     PORTABLE,
     TENSORRT,
     TENSORRT_RTX,
     WIDE,
+    BuilderOptions,
     fingerprint_of,
     profiles_of,
     runs_on,
@@ -101,6 +107,7 @@ from samekit.tensorrt.gpu import Gpu
 from samekit.tensorrt.runner import split
 from samekit.windows import Window
 from samekit_export import to_tensorrt
+from samekit_export.engine_builder import EngineBuilder
 from samekit_export.export import export
 from samekit_export.to_tensorrt import add_engines
 from samekit_export.verify import example_input
@@ -219,7 +226,7 @@ def test_a_damaged_engine_is_built_again(own_built, monkeypatch):
         path.write_bytes(b"new")
         return BuiltEngine(path.name, 3, hashlib.sha256(b"new").hexdigest(), 1, 1.0, None)
 
-    monkeypatch.setattr(to_tensorrt._EngineBuilder, "build", build)
+    monkeypatch.setattr(EngineBuilder, "build", build)
     (again,) = add_engines(own_built, ["fp32"], "auto")
     assert again.folder == folder
     assert again.read(ENCODER) == b"new"
@@ -263,7 +270,7 @@ def nothing_builds(monkeypatch):
     monkeypatch.setattr(
         to_tensorrt,
         "build_engines",
-        lambda engine, precision, module, target, gpu: asked.append((precision, module.__name__, target)),
+        lambda engine, precision, module, target, gpu, options: asked.append((precision, module.__name__, target)),
     )
     return asked
 
@@ -364,7 +371,7 @@ def test_timing_cache_is_kept(engine_of, tmp_path, monkeypatch):
     def times(flavour, fits):
         """Attach and keep the cache as a build does; return its contents afterwards."""
         fingerprint = fingerprint_of(engine.spec, "fp32", flavour, "11.4.0", "8.9")
-        builder = to_tensorrt._EngineBuilder(engine, ENCODER, fingerprint, module, sys.stdout)
+        builder = EngineBuilder(engine, ENCODER, fingerprint, module, sys.stdout, tmp_path)
         config = FakeTimingConfig(fits)
         builder._attach_timing_cache(config)
         builder._keep_timing_cache(config)
@@ -391,7 +398,7 @@ def encoder_builder(engine_of, tmp_path, monkeypatch):
         create_network=lambda _: network, build_serialized_network=lambda *_: b"engine"
     )
     with (tmp_path / "build.log").open("w", encoding="utf-8") as log:
-        builder = to_tensorrt._EngineBuilder(engine, ENCODER, fingerprint, module, log)
+        builder = EngineBuilder(engine, ENCODER, fingerprint, module, log, tmp_path)
 
         def configure(*_):
             builder._attach_timing_cache(config)
@@ -430,7 +437,7 @@ def test_disk_that_is_full_while_building(own_engine, monkeypatch):
     def build(self, path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(to_tensorrt._EngineBuilder, "build", build)
+    monkeypatch.setattr(EngineBuilder, "build", build)
     module = FakeTensorRT(own_engine.spec)
     with pytest.raises(OutputError, match=r"tensorrt-11\.4\.0.* cannot be written \(No space left.*; choose") as caught:
         to_tensorrt.build_engines(own_engine, "fp32", module, "8.9")
@@ -474,6 +481,7 @@ def test_fingerprint_holds_everything_that_matters(spec):
         "precision": "fp16",
         "profiles": {},
         "builder_revision": 0,
+        "options": BuilderOptions(level=5),
     }
     assert set(changed) == {field.name for field in dataclasses.fields(here)}
     others = [dataclasses.replace(here, **{field: value}) for field, value in changed.items()]
@@ -515,6 +523,10 @@ def test_optimal_shapes(spec, own_engine, direction):
         (PORTABLE, (7, 5), False),
         (PORTABLE, (9, 0), False),
         (PORTABLE, (10, 0), False),
+        (AMPERE_PLUS, (7, 5), False),
+        (AMPERE_PLUS, (8, 0), True),
+        (AMPERE_PLUS, (9, 0), True),
+        (AMPERE_PLUS, (12, 0), True),
     ],
 )
 def test_which_gpus_a_target_covers(target, capability, runs):
@@ -842,6 +854,22 @@ def test_few_recorded_shapes_are_kept(open_with, module):
         assert len(fake.profiles) == 1 + 6
 
 
+def test_the_shape_that_was_used_least_recently_is_dropped(open_with):
+    backend, fake = open_with(cuda_graph=True)
+
+    def new_contexts(*lengths):
+        before = len(fake.profiles)
+        for latents in lengths:
+            backend.decode(noise((1, 32, latents), latents))
+        return len(fake.profiles) - before
+
+    assert new_contexts(1, 1, 2, 2, 3, 3, 4, 4) == 1 + 4
+    # A fifth shape takes the place of the second one.
+    assert new_contexts(1, 5, 5) == 1
+    assert new_contexts(1, 3, 4) == 0
+    assert new_contexts(2, 2) == 1
+
+
 def test_next_batch_is_uploaded_while_one_runs(open_with):
     backend, module = open_with(window_batch=4)
     backend.decode(noise((2, 32, 3)))
@@ -851,6 +879,20 @@ def test_next_batch_is_uploaded_while_one_runs(open_with):
     # Four rows are one batch. A batch is uploaded, run and downloaded.
     batch = ["copy", "120 bytes of scratch", "launch", "copy"]
     assert module.events == [*batch, *batch, "wait", *batch, "wait", "wait"]
+
+
+def test_copies_do_not_wait_for_the_engine(open_with):
+    """While the engine runs a batch, the next one is uploaded and the last one downloaded."""
+    backend, module = open_with()
+    arrays = [noise((1, 32, 3), seed) for seed in range(2)]
+    last = backend.submit(DECODER, [arrays[0]])
+    module.gpu.engines.synchronize()
+    module.gpu.engines.is_held = True
+    following = backend.submit(DECODER, [arrays[1]])
+    module.gpu.uploads.synchronize()
+    np.testing.assert_allclose(last(), computed(backend.spec, DECODER, arrays[0]), rtol=1e-5, atol=1e-4)
+    module.gpu.engines.is_held = False
+    np.testing.assert_allclose(following(), computed(backend.spec, DECODER, arrays[1]), rtol=1e-5, atol=1e-4)
 
 
 def test_no_lock_is_held_while_the_gpu_works(open_with):
@@ -1241,14 +1283,16 @@ class FakeStream:
         self.events.append(f"{self.name} waits for {other.name}")
 
 
-def test_streams_wait_for_each_other(monkeypatch):
+@pytest.fixture
+def cuda_events(monkeypatch):
+    """Replace what `Gpu` uses of PyTorch by functions that record their calls in this list."""
     events = []
-    callers = FakeStream(events, "caller")
     monkeypatch.setattr("samekit.tensorrt.gpu.has_driver", lambda: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setattr("torch.cuda.Stream", lambda _: FakeStream(events, "engine"))
-    monkeypatch.setattr("torch.cuda.current_stream", lambda: callers)
+    names = iter(("upload", "engine", "download"))
+    monkeypatch.setattr("torch.cuda.Stream", lambda _: FakeStream(events, next(names)))
+    monkeypatch.setattr("torch.cuda.current_stream", lambda: FakeStream(events, "caller"))
     monkeypatch.setattr("torch.cuda.device", lambda _: nullcontext())
 
     @contextmanager
@@ -1260,21 +1304,41 @@ def test_streams_wait_for_each_other(monkeypatch):
             events.append("PyTorch goes back")
 
     monkeypatch.setattr("torch.cuda.stream", current)
+    return events
+
+
+def test_streams_wait_for_each_other(cuda_events):
     with pytest.raises(BackendUnavailableError, match="there is no GPU 1, only 1; choose"):
         Gpu(1)
     gpu = Gpu(0)
 
     def fail():
         with gpu.ordered():
-            events.append(f"work on {gpu.engines.cuda_stream}")
+            cuda_events.append(f"work on {gpu.engines.cuda_stream}")
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
     steps = ["engine waits for caller", "PyTorch goes on with engine", "work on 7"]
-    assert events == [*steps, "PyTorch goes back", "caller waits for engine"]
+    assert cuda_events == [*steps, "PyTorch goes back", "caller waits for engine"]
     assert not gpu.contains(torch.zeros(1))
     assert not gpu.contains(np.zeros(1))
+
+
+def test_graphs_are_captured_in_their_thread_only(cuda_events, monkeypatch):
+    """By default, an allocation in another thread breaks a capture."""
+    assert "capture_error_mode" in inspect.signature(torch.cuda.graph).parameters
+
+    @contextmanager
+    def graph(recorded, *, stream, capture_error_mode):
+        cuda_events.append(f"{recorded.name} of {stream.name}, {capture_error_mode}")
+        yield
+
+    recorded = SimpleNamespace(name="graph", replay=lambda: cuda_events.append("replay"))
+    monkeypatch.setattr("torch.cuda.CUDAGraph", lambda: recorded)
+    monkeypatch.setattr("torch.cuda.graph", graph)
+    Gpu(0).capture(lambda: cuda_events.append("launch"))()
+    assert cuda_events == ["graph of engine, thread_local", "launch", "replay"]
 
 
 # --- ONNX Runtime's providers ---------------------------------------------------------------------------------
@@ -1380,6 +1444,14 @@ class TestOnGpu:
         torch.cuda.reset_peak_memory_stats()
         backend.decode(array)
         assert torch.cuda.max_memory_allocated() < 300_000_000
+
+    def test_pinned_memory_is_reused(self, backend):
+        def allocations():
+            backend.decode(example_input(backend.spec, DECODER, 2, 16, seed=0))
+            return torch.cuda.host_memory_stats()["num_host_alloc"]
+
+        before = [allocations() for _ in range(4)][-1]
+        assert [allocations() for _ in range(10)] == [before] * 10
 
     def test_tensors_stay_on_the_device(self, backend):
         codec = Autoencoder(backend)

@@ -263,13 +263,19 @@ class TestVerify:
         (row,) = json.loads(done.stdout)["tensorrt"]
         assert (row["name"], row["failure"], len(row["cases"])) == (built.folder.name, None, 2 * len(CASES))
 
-    def test_wrong_engines(self, own_engine, module):
+    @pytest.mark.parametrize("wrong", WRONG)
+    def test_wrong_engines(self, own_engine, module, wrong):
+        """They are found although an earlier check passed, and do not run from then on."""
         built = put_build(own_engine)
-        module.wrong = WRONG[0]
+        module.wrong = wrong
         done = self.verify(own_engine)
         assert done.exit_code == 2
         assert "computes wrong values on Fake GPU" in done.stderr
         assert record_of(built)["failure"]
+        module.events.clear()
+        with pytest.raises(StaleEngineError, match="wrong values on Fake GPU"):
+            open_backend(own_engine.folder, "tensorrt", BackendOptions())
+        assert module.events == []
 
     def test_without_a_gpu(self, own_engine, monkeypatch):
         monkeypatch.setattr("samekit.tensorrt.gpu.has_driver", lambda: False)

@@ -11,6 +11,7 @@ import click
 
 from samekit.cli.group import UserPath, json_option, say, say_json
 from samekit.cli.model_options import ENGINE_HELP, model_option
+from samekit.engine.fingerprint import HARDWARE
 from samekit.errors import BackendUnavailableError, InputError, VerificationError
 from samekit.files.atomic import remove_abandoned
 from samekit.packages import INSTALL_EXPORT, import_onnxruntime, import_package
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     from samekit.engine.folder import Engine
 
 PROGRESS = (
-    *(f"samekit_export.{module}" for module in ("export", "progress", "report", "to_tensorrt", "verify")),
+    *(
+        f"samekit_export.{module}"
+        for module in ("engine_builder", "export", "progress", "report", "to_tensorrt", "verify")
+    ),
     "samekit.tensorrt.check",
 )
 """The loggers that report the steps of a command, at level INFO."""
@@ -74,25 +78,50 @@ def progress_on_stdout(*, as_json: bool = False) -> Iterator[None]:
     type=click.Choice(["auto", "rtx", "off"]),
     help="Build TensorRT engines too. auto: for this GPU, else with TensorRT-RTX for many GPUs; rtx: TensorRT-RTX.",
 )
+@click.option(
+    "--tensorrt-level",
+    type=click.IntRange(0, 5),
+    help="Optimization level of TensorRT's builder; a higher one takes longer. [default: 3]",
+)
+@click.option(
+    "--tensorrt-hardware",
+    default="gpu",
+    show_default=True,
+    type=click.Choice(HARDWARE),
+    help="Engines for GPUs like this one, for all of its compute capability, or for all from Ampere on; slower.",
+)
+@click.option("--tensorrt-later-versions", is_flag=True, help="Engines that later minor versions of TensorRT run too.")
 @progress_on_stdout()
 def export(
-    model: str, weights: str, revision: str | None, precision: str, out: Path, force: bool, tensorrt: str
+    model: str,
+    weights: str,
+    revision: str | None,
+    precision: str,
+    out: Path,
+    force: bool,
+    tensorrt: str,
+    tensorrt_level: int | None,
+    tensorrt_hardware: str,
+    tensorrt_later_versions: bool,
 ) -> None:
     """Export MODEL (same-s, same-l, same-tiny, a checkpoint folder, or owner/name on the hub) to an engine folder.
 
     The full models small-music, small-sfx, medium, and each with -base, are known by name too.
     """
     _need_export()
-    from samekit.engine.fingerprint import TENSORRT_RTX
+    from samekit.engine.fingerprint import TENSORRT_RTX, BuilderOptions
     from samekit.tensorrt.flavours import import_flavour
     from samekit_export.checkpoint import load
     from samekit_export.export import check_precisions
     from samekit_export.export import export as run
     from samekit_export.hub import PUBLISHED_WEIGHTS
+    from samekit_export.to_tensorrt import add_engines, check_options
 
     # Everything that can be wrong is checked before gigabytes are downloaded and graphs are written.
     precisions = check_precisions(precision.split(","))
     import_onnxruntime()
+    options = BuilderOptions(tensorrt_level, tensorrt_hardware, tensorrt_later_versions)
+    check_options(tensorrt, options)
     if tensorrt == "rtx":
         import_flavour(TENSORRT_RTX)
     say(f"loading {model}")
@@ -101,9 +130,7 @@ def export(
         say(f"{PUBLISHED_WEIGHTS} of {checkpoint.source['name']}, revision {checkpoint.source['revision']}")
     engine = run(checkpoint, out, precisions, force=force)
     if tensorrt != "off":
-        from samekit_export.to_tensorrt import add_engines
-
-        add_engines(engine, precisions, tensorrt)
+        add_engines(engine, precisions, tensorrt, options)
 
 
 def _need_export() -> None:

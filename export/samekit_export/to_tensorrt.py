@@ -7,12 +7,8 @@ Networks are strongly typed: the graph decides the precision of every step. Each
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
-import sys
-import time
-from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -29,28 +25,32 @@ from samekit.engine.builds import (
     write_document,
 )
 from samekit.engine.fingerprint import (
+    AMPERE_PLUS,
+    BUILDER_DEFAULTS,
+    FROM_AMPERE,
     PORTABLE,
+    SAME_CAPABILITY,
     TENSORRT,
     TENSORRT_RTX,
+    THIS_GPU,
+    BuilderOptions,
     capability_name,
     fingerprint_of,
-    profiles_of,
     runs_on,
 )
-from samekit.engine.folder import Engine, engine_roots
+from samekit.engine.folder import Engine
 from samekit.engine.spec import DIRECTIONS, GPU_PRECISIONS, Direction
 from samekit.errors import BackendUnavailableError, BuildError, InputError, VerificationError
-from samekit.files.atomic import atomic_path, output_errors
+from samekit.files.atomic import output_errors
 from samekit.files.locks import folder_lock
-from samekit.files.paths import utf8_path
 from samekit.tensorrt.check import check_build
-from samekit.tensorrt.flavours import import_flavour, make_logger
+from samekit.tensorrt.flavours import import_flavour
 from samekit.tensorrt.gpu import Gpu
+from samekit_export.engine_builder import EngineBuilder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
-    from typing import TextIO
 
     from samekit.engine.fingerprint import Fingerprint
 
@@ -59,20 +59,40 @@ logger = logging.getLogger(__name__)
 AUTO, RTX, OFF = MODES = ("auto", "rtx", "off")
 """auto: TensorRT if it and a GPU are available, else TensorRT-RTX if installed, else nothing. rtx: TensorRT-RTX."""
 
+# Why TensorRT-RTX has none of the builder's options. `tests/test_tensorrt_options.py` tries what it does with them.
+_RTX_LACKS = {
+    "level": "it builds the same engine at every level",
+    "hardware": "its engines run on GPUs of several generations anyway",
+    "later_versions": "each release runs only its own engines",
+}
 
-def add_engines(engine: Engine, precisions: Sequence[str], mode: str) -> list[Build]:
+
+def check_options(mode: str, options: BuilderOptions) -> None:
+    """Raise InputError if options were chosen that the builder of a mode lacks; `auto` is checked when it builds."""
+    for name in options.changed:
+        option = f"--tensorrt-{name.replace('_', '-')}"
+        if mode == OFF:
+            raise InputError(f"{option} changes TensorRT engines, and none is built; pass --tensorrt auto too")
+        if mode == RTX:
+            raise InputError(f"tensorrt_rtx has no {option}: {_RTX_LACKS[name]}; leave it out")
+
+
+def add_engines(
+    engine: Engine, precisions: Sequence[str], mode: str, options: BuilderOptions = BUILDER_DEFAULTS
+) -> list[Build]:
     """Build the TensorRT engines that a finished engine folder lacks; log each step, and what is left out and why.
 
     `mode` is one of `MODES`. Return the builds of these precisions, including current ones.
 
     Raises:
-        InputError: unknown mode.
+        InputError: unknown mode, or the flavour that builds lacks one of the options.
         BackendUnavailableError: TensorRT-RTX was asked for and cannot be imported.
         BuildError: TensorRT cannot build a graph.
         OutputError: the folder cannot be written.
     """
+    check_options(mode, options)
     gpu = _gpu()
-    flavour, target = _choose_flavour(mode, gpu)
+    flavour, target = _choose_flavour(mode, gpu, options)
     if flavour is None:
         return []
     if gpu and not runs_on(target, gpu.capability):
@@ -80,7 +100,7 @@ def add_engines(engine: Engine, precisions: Sequence[str], mode: str) -> list[Bu
     builds = []
     for precision in precisions:
         if precision in GPU_PRECISIONS:
-            builds.append(build_engines(engine, precision, flavour, target, gpu))
+            builds.append(build_engines(engine, precision, flavour, target, gpu, options))
         else:
             logger.info("no TensorRT engine of %s, which is for ONNX Runtime on the CPU", precision)
     return builds
@@ -93,32 +113,55 @@ def _gpu() -> Gpu | None:
     return None
 
 
-def _choose_flavour(mode: str, gpu: Gpu | None) -> tuple[Any, str]:
+def _choose_flavour(mode: str, gpu: Gpu | None, options: BuilderOptions) -> tuple[Any, str]:
     """Return the module that builds and the target that it builds for; None if nothing can be built."""
     if mode not in MODES:
         raise InputError(f"unknown TensorRT mode {mode!r}; choose one of {', '.join(MODES)}")
     if mode == OFF:
         return None, ""
-    if mode == RTX:
-        return import_flavour(TENSORRT_RTX), PORTABLE
     reasons = []
+    if mode == AUTO:
+        try:
+            module = import_flavour(TENSORRT)
+            if gpu:
+                return module, _target(gpu, options)
+            reasons.append("tensorrt builds on a GPU, and PyTorch finds none; use tensorrt-rtx")
+        except BackendUnavailableError as error:
+            reasons.append(str(error))
     try:
-        module = import_flavour(TENSORRT)
-        if gpu:
-            return module, capability_name(gpu.capability)
-        reasons.append("tensorrt builds on a GPU, and PyTorch finds none; use tensorrt-rtx")
+        module = import_flavour(TENSORRT_RTX)
     except BackendUnavailableError as error:
+        if mode == RTX:
+            raise
         reasons.append(str(error))
-    try:
-        return import_flavour(TENSORRT_RTX), PORTABLE
-    except BackendUnavailableError as error:
-        reasons.append(str(error))
+    else:
+        check_options(RTX, options)
+        return module, PORTABLE
     why = "; ".join(reasons) if has_driver() else "no NVIDIA driver; for GPUs of other machines pass --tensorrt rtx"
     logger.info("left out: TensorRT engines (%s)", why)
     return None, ""
 
 
-def build_engines(engine: Engine, precision: str, module: Any, target: str, gpu: Gpu | None = None) -> Build:
+def _target(gpu: Gpu, options: BuilderOptions) -> str:
+    """Return what TensorRT builds for on a GPU; raise InputError if it cannot build for `options.hardware` here."""
+    if options.hardware != FROM_AMPERE:
+        return capability_name(gpu.capability)
+    if not runs_on(AMPERE_PLUS, gpu.capability):
+        raise InputError(
+            f"hardware {FROM_AMPERE} needs a GPU of compute capability {AMPERE_PLUS} to build, and {gpu.name} has "
+            f"{capability_name(gpu.capability)}; choose {THIS_GPU} or {SAME_CAPABILITY}"
+        )
+    return AMPERE_PLUS
+
+
+def build_engines(
+    engine: Engine,
+    precision: str,
+    module: Any,
+    target: str,
+    gpu: Gpu | None = None,
+    options: BuilderOptions = BUILDER_DEFAULTS,
+) -> Build:
     """Build the engines of both directions of one precision, or leave them if they are complete and current.
 
     Wait while another process writes to the engine folder.
@@ -127,25 +170,26 @@ def build_engines(engine: Engine, precision: str, module: Any, target: str, gpu:
         engine: a finished engine folder.
         precision: of its graphs, one of `GPU_PRECISIONS`.
         module: `tensorrt` or `tensorrt_rtx`, see `samekit.tensorrt.flavours.import_flavour`.
-        target: the compute capability of this machine's GPU, or `PORTABLE`.
+        target: as in `samekit.engine.fingerprint.Fingerprint`.
         gpu: where the engines are checked before they are valid; None leaves that to the first machine that opens them.
+        options: settings of the builder, all of which the flavour has.
 
     Raises:
         BuildError: TensorRT cannot build a graph; its log stays beside the builds.
         VerificationError: the engines compute wrong values on the GPU; the log stays too.
         OutputError: the folder cannot be written.
     """
-    if current := _current_build(engine, precision, module, target):
+    if current := _current_build(engine, precision, module, target, options):
         return current
     with folder_lock(engine.folder):
         # Checked again: the process that held the lock may have built this, or exported other graphs.
         engine = Engine.load(engine.folder)
         engine.check(precision)
-        if current := _current_build(engine, precision, module, target):
+        if current := _current_build(engine, precision, module, target, options):
             return current
         for unfinished in unfinished_builds(engine):
             shutil.rmtree(unfinished, ignore_errors=True)
-        fingerprint = fingerprint_of(engine.spec, precision, module.__name__, module.__version__, target)
+        fingerprint = fingerprint_of(engine.spec, precision, module.__name__, module.__version__, target, options)
         folder = engine.folder / BUILDS_FOLDER / fingerprint.name
         with new_build(folder), output_errors(folder):
             logger.info("building %s", folder)
@@ -169,9 +213,9 @@ def build_engines(engine: Engine, precision: str, module: Any, target: str, gpu:
     return Build.load(folder)
 
 
-def _current_build(engine: Engine, precision: str, module: Any, target: str) -> Build | None:
+def _current_build(engine: Engine, precision: str, module: Any, target: str, options: BuilderOptions) -> Build | None:
     """Return the build, if it exists and is complete and current."""
-    fingerprint = fingerprint_of(engine.spec, precision, module.__name__, module.__version__, target)
+    fingerprint = fingerprint_of(engine.spec, precision, module.__name__, module.__version__, target, options)
     folder = engine.folder / BUILDS_FOLDER / fingerprint.name
     if not is_whole(folder):
         return None
@@ -189,160 +233,6 @@ def _build_engines(engine: Engine, fingerprint: Fingerprint, module: Any, folder
     engines = {}
     with (folder / LOG_FILE).open("w", encoding="utf-8") as log:
         for direction in DIRECTIONS:
-            builder = _EngineBuilder(engine, direction, fingerprint, module, log)
+            builder = EngineBuilder(engine, direction, fingerprint, module, log, _failed_log(folder))
             engines[direction] = builder.build(folder / f"{direction}.engine")
     return engines
-
-
-class _EngineBuilder:
-    """Builds the engine of one graph."""
-
-    def __init__(
-        self, engine: Engine, direction: Direction, fingerprint: Fingerprint, module: Any, log: TextIO
-    ) -> None:
-        self._engine = engine
-        self._direction = direction
-        self._fingerprint = fingerprint
-        self._module = module
-        self._log = log
-        self._graph = engine.graph(direction, fingerprint.precision)
-        self._errors: list[str] = []
-        self._logger = make_logger(module, self._note)
-
-    def _note(self, severity: str, message: str) -> None:
-        """Write one line of the build log."""
-        line = " ".join(message.split())
-        # TensorRT calls this from C++, so it must not raise. A full disk raises an error when the engine is written. A
-        # closed file raises ValueError: TensorRT's objects can outlive a failed build, and log when they are deleted.
-        with suppress(OSError, ValueError):
-            self._log.write(f"[{severity}] {line}\n")
-        if severity.endswith("ERROR"):
-            self._errors.append(line)
-
-    def build(self, path: Path) -> BuiltEngine:
-        """Parse, compile and write the engine to `path`."""
-        start = time.perf_counter()
-        self._note("INFO", f"building {self._graph.name} for {self._fingerprint.name}")
-        builder = self._module.Builder(self._logger)
-        # TensorRT 10 needs this flag; later versions are always strongly typed.
-        strongly_typed = 1 << int(self._module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-        network = builder.create_network(strongly_typed)
-        self._parse(network)
-        config = self._configure(builder, network)
-        plan = builder.build_serialized_network(network, config)
-        if plan is None:
-            raise self._failure(self._errors or ["no reason given"])
-        data = memoryview(plan)
-        path.write_bytes(data)
-        self._keep_timing_cache(config)
-        built = BuiltEngine(
-            file=path.name,
-            size=len(data),
-            sha256=hashlib.sha256(data).hexdigest(),
-            layers=network.num_layers,
-            seconds=round(time.perf_counter() - start, 2),
-            peak_memory=peak_memory(),
-        )
-        logger.info(
-            "%s: %s layers after parsing, %.0f MB, %.1f s", path.name, built.layers, built.size / 1e6, built.seconds
-        )
-        return built
-
-    def _parse(self, network: Any) -> None:
-        """Read the graph; log every error of the parser with the name of its node."""
-        parser = self._module.OnnxParser(network, self._logger)
-        # The parser gets the path, so that it finds weights beside the graph.
-        if not parser.parse_from_file(utf8_path(self._graph)):
-            lines = [_parser_line(parser.get_error(index)) for index in range(parser.num_errors)]
-            for line in lines:
-                self._note("ERROR", line)
-                logger.info("%s: %s", self._graph.name, line)
-            raise self._failure(lines or ["the parser gave no reason"])
-        kinds = Counter(network.get_layer(index).type.name for index in range(network.num_layers))
-        self._note(
-            "INFO",
-            f"{network.num_layers} layers after parsing: "
-            + ", ".join(f"{n} {kind}" for kind, n in kinds.most_common()),
-        )
-
-    def _failure(self, reasons: list[str]) -> BuildError:
-        more = f" and {len(reasons) - 1} more" if len(reasons) > 1 else ""
-        name = self._fingerprint.name
-        log = _failed_log(self._engine.folder / BUILDS_FOLDER / name)
-        return BuildError(
-            f"{self._graph}: {self._module.__name__} {self._module.__version__} cannot build it ({reasons[0]}{more}); "
-            f"see {log}, or choose --tensorrt off"
-        )
-
-    def _configure(self, builder: Any, network: Any) -> Any:
-        """Return the settings, with profiles and timing cache."""
-        module, spec = self._module, self._engine.spec
-        config = builder.create_builder_config()
-        # TF32 is on by default and has 10 bits of mantissa. Products of a float32 graph must be float32.
-        config.clear_flag(module.BuilderFlag.TF32)
-        # With this, a context needs only the memory of the current shape.
-        config.set_preview_feature(module.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
-        # For `samekit info --layers`.
-        config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
-        name = network.get_input(0).name
-        for profile in profiles_of(spec, self._direction):
-            shapes = zip(profile.batch, profile.latents, strict=True)
-            optimisation = builder.create_optimization_profile()
-            optimisation.set_shape(name, *(spec.input_shape(self._direction, *shape) for shape in shapes))
-            if config.add_optimization_profile(optimisation) < 0:
-                raise self._failure([f"profile {profile} refused"])
-        self._attach_timing_cache(config)
-        return config
-
-    @property
-    def _timing_path(self) -> Path | None:
-        """The user's timing cache for this version and GPU; None for TensorRT-RTX, which measures nothing."""
-        fingerprint = self._fingerprint
-        if fingerprint.flavour != TENSORRT:
-            return None
-        return engine_roots()[-1] / ".timing" / f"{TENSORRT}-{fingerprint.version}-{fingerprint.target}.cache"
-
-    def _attach_timing_cache(self, config: Any) -> None:
-        """Reuse the times that were measured for other models; start an empty cache if that is not possible."""
-        path = self._timing_path
-        if path is None:
-            return
-        known = b""
-        try:
-            if path.is_file():
-                known = path.read_bytes()
-        except OSError as error:
-            self._note("WARNING", f"the timing cache cannot be read ({error})")
-        for data in (known, b""):
-            cache = config.create_timing_cache(data)
-            if cache is not None and config.set_timing_cache(cache, False):
-                return
-        self._note("WARNING", f"no timing cache could be attached ({path})")
-
-    def _keep_timing_cache(self, config: Any) -> None:
-        """Save the measured times; if they cannot be written, the engine is valid without them."""
-        path = self._timing_path
-        cache = config.get_timing_cache() if path else None
-        if path is None or cache is None:
-            return
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(path) as temporary:
-                temporary.write_bytes(memoryview(cache.serialize()))
-        except OSError as error:
-            self._note("WARNING", f"the timing cache is not kept ({error})")
-
-
-def _parser_line(error: Any) -> str:
-    """Describe an error of the parser in one line: operator, node, reason."""
-    return " ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}".split())
-
-
-def peak_memory() -> int | None:
-    """Return the most bytes of memory that this process has held, or None if the system does not report it."""
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

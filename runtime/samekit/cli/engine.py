@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.argument("engine", type=UserPath())
 @json_option(
     "name, folder, sample_rate, channels, hop (samples per latent), latent_width, alignment, contexts, source, tools, "
-    "graphs (bytes and snr_db of each precision) and tensorrt (name, bytes, checks and stale of each build)"
+    "graphs (bytes and snr_db of each precision) and tensorrt (name, bytes, options, checks and stale of each build)"
 )
 @click.option("--layers", is_flag=True, help="Say what TensorRT made of the graphs; needs the GPU of the engines.")
 def info(engine: Path, layers: bool, as_json: bool) -> None:
@@ -48,7 +48,8 @@ def info(engine: Path, layers: bool, as_json: bool) -> None:
         say(f"  {precision:10} {graph['bytes'] / 1e6:.0f} MB, {against}")
     for build in facts["tensorrt"]:
         state = f"STALE: {build['stale']}" if build["stale"] else "current"
-        parts = (f"{build['bytes'] / 1e6:.0f} MB", build["checks"], state)
+        options = ", ".join(f"{name} {value}" for name, value in build["options"].items())
+        parts = (f"{build['bytes'] / 1e6:.0f} MB", options, build["checks"], state)
         say(f"  tensorrt   {build['name']}: {'; '.join(part for part in parts if part)}")
         for direction, described in build.get("layers", {}).items():
             say(f"    {direction}: {described['text']}")
@@ -95,6 +96,7 @@ def _facts(found: Engine) -> dict[str, Any]:
             {
                 "name": folder.name,
                 "bytes": sum(built.size for built in build.engines.values()) if build else 0,
+                "options": build.fingerprint.options.changed if build else {},
                 "checks": describe_checks(build) if build and build.engines else None,
                 "stale": reason,
             }

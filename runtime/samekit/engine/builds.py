@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from samekit.engine.fingerprint import Fingerprint, capability_name, fingerprint_of, runs_on
+from samekit.engine.fingerprint import Fingerprint, capability_name, fingerprint_of, runs_with, why_not_on
 from samekit.engine.folder import Engine, leftovers, remove_leftovers
 from samekit.engine.records import Check
 from samekit.engine.spec import DECODER, ENCODER, PRECISIONS, Direction, check_file_name
@@ -190,7 +190,11 @@ def why_stale(fingerprint: Fingerprint, spec: EngineSpec, versions: Mapping[str,
     if fingerprint.precision not in spec.graphs:
         return f"there is no {fingerprint.precision} graph any more"
     version = versions.get(fingerprint.flavour, fingerprint.version)
-    today = fingerprint_of(spec, fingerprint.precision, fingerprint.flavour, version, fingerprint.target)
+    if runs_with(fingerprint, version):
+        version = fingerprint.version
+    today = fingerprint_of(
+        spec, fingerprint.precision, fingerprint.flavour, version, fingerprint.target, fingerprint.options
+    )
     return ", ".join(fingerprint.differences(today)) or None
 
 
@@ -202,6 +206,7 @@ def build_command(engine: Engine, precision: str) -> str:
 def choose_build(engine: Engine, precision: str, capability: tuple[int, int], versions: Mapping[str, str]) -> Build:
     """Return the build of a precision to run on a GPU of this compute capability, (major, minor).
 
+    Of several builds it is the one of the preferred flavour that suits this machine best, see `BuilderOptions.rank`.
     `versions` are those of the installed flavours, the preferred one first.
 
     Raises:
@@ -225,7 +230,8 @@ def choose_build(engine: Engine, precision: str, capability: tuple[int, int], ve
         if refusals:
             raise StaleEngineError(f"{engine.folder}: no TensorRT engine can be used ({'; '.join(refusals)}); {cure}")
         raise BackendUnavailableError(f"{engine.folder}: no TensorRT engine of {precision}; {cure}")
-    return min(usable, key=lambda build: list(versions).index(build.fingerprint.flavour))
+    order = list(versions)
+    return min(usable, key=lambda build: (order.index(build.fingerprint.flavour), build.fingerprint.options.rank))
 
 
 def why_not_here(
@@ -235,9 +241,7 @@ def why_not_here(
     fingerprint = build.fingerprint
     if fingerprint.flavour not in versions:
         return f"needs {fingerprint.flavour} {fingerprint.version}, which is not installed"
-    if not runs_on(fingerprint.target, capability):
-        return f"was built for {fingerprint.target}, this GPU is {capability_name(capability)}"
-    return why_stale(fingerprint, spec, versions)
+    return why_not_on(fingerprint.target, capability) or why_stale(fingerprint, spec, versions)
 
 
 @contextmanager

@@ -20,10 +20,8 @@ if TYPE_CHECKING:
 
 
 class GpuCost(NamedTuple):
-    """Cost and defaults of one kind of model on a GPU."""
+    """What follows from the cost of one kind of model on a GPU."""
 
-    call: int
-    """The fixed time of a call, in latents that take as long."""
     window_batch: int
     """How many windows to run at once."""
     wide_decode: int
@@ -33,10 +31,10 @@ class GpuCost(NamedTuple):
 GPU_WINDOW: Final = 256
 """Latents of a default window on a GPU."""
 
-_CHUNKS: Final = GpuCost(call=120, window_batch=8, wide_decode=512)
-_BANDS: Final = GpuCost(call=33, window_batch=4, wide_decode=1024)
+_CHUNKS: Final = GpuCost(window_batch=8, wide_decode=512)
+_BANDS: Final = GpuCost(window_batch=4, wide_decode=1024)
 
 
 def gpu_cost(spec: EngineSpec) -> GpuCost:
-    """Return the cost of a model; the windows of attention in chunks are aligned, those of bands are not."""
+    """Return the defaults of a model; the windows of attention in chunks are aligned, those of bands are not."""
     return _CHUNKS if spec.alignment > 1 else _BANDS

@@ -262,6 +262,11 @@ def _build(engine: Engine, precision: str) -> Build:
         for check in Check.all_of(build.folder, build.digests):
             if check.failure:
                 raise StaleEngineError(f"{engine.folder}: {check.failure}; pass backend onnxruntime, and report this")
+        if build.fingerprint.options.later_versions:
+            raise InputError(
+                f"{engine.folder}: has an engine for later versions of TensorRT, which Triton does not load by itself; "
+                "build it without --tensorrt-later-versions"
+            )
     if len(ours) > 1:
         found = ", ".join(f"{b.fingerprint.version} for {b.fingerprint.target}" for b in ours)
         raise InputError(f"{engine.folder}: has engines of TensorRT {found}; leave only the one for the server")

@@ -91,6 +91,7 @@ class TensorRTBackend(Backend):
                     origin,
                     self.gpu,
                     cuda_graph=self._cuda_graph,
+                    host_code=self.build.fingerprint.options.later_versions,
                     cache=self.build.folder / cache,
                 )
         return self._runners[direction]

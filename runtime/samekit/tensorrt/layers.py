@@ -51,6 +51,7 @@ def layers_of(build: Build, direction: Direction, module: Any) -> Layers:
     messages: list[str] = []
     logger = make_logger(module, lambda _, message: messages.append(message))
     runtime = module.Runtime(logger)
+    runtime.engine_host_code_allowed = build.fingerprint.options.later_versions
     engine = runtime.deserialize_cuda_engine(build.read(direction))
     path = build.folder / build.engines[direction].file
     if engine is None:

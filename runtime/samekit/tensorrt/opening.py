@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 def open_tensorrt(engine: Engine, options: BackendOptions) -> TensorRTBackend:
     """Open the build of an engine folder that runs on this machine.
 
-    Engines that were not checked on such a GPU are checked first, which takes seconds. The result is recorded in the
-    folder of the build. Engines that compute wrong values never run.
+    Engines that were not checked on such a GPU are checked first. This takes seconds, or a minute for a large model on
+    few cores, because ONNX Runtime computes the reference on the CPU. The result is recorded in the folder of the
+    build. Engines that compute wrong values never run.
 
     Raises:
         BackendUnavailableError: no GPU, no TensorRT, or no engine of this precision; or the engines were not checked,

@@ -71,6 +71,7 @@ class EngineRunner:
         origin: its path, for messages.
         gpu: the device.
         cuda_graph: whether a shape that repeats is recorded as a CUDA graph.
+        host_code: whether the engine may run code on the CPU, as one for later versions of TensorRT does.
         cache: file for the kernels that TensorRT-RTX compiles when it runs a shape for the first time.
 
     Raises:
@@ -78,7 +79,15 @@ class EngineRunner:
     """
 
     def __init__(
-        self, module: Any, data: bytes, origin: str, gpu: Gpu, *, cuda_graph: bool, cache: Path | None = None
+        self,
+        module: Any,
+        data: bytes,
+        origin: str,
+        gpu: Gpu,
+        *,
+        cuda_graph: bool,
+        host_code: bool = False,
+        cache: Path | None = None,
     ) -> None:
         self._cache_path = cache
         self._cached = b""
@@ -88,6 +97,7 @@ class EngineRunner:
         self._cuda_graph = cuda_graph
         self._logger = make_logger(module, _log)
         self._runtime = module.Runtime(self._logger)
+        self._runtime.engine_host_code_allowed = host_code
         self._engine = self._runtime.deserialize_cuda_engine(data)
         if self._engine is None:
             raise StaleEngineError(
@@ -127,7 +137,8 @@ class EngineRunner:
                 self._recordings[shape] = None
         if self._cuda_graph:
             self._recordings.move_to_end(shape)
-            self._drop_recordings(_MOST_RECORDINGS)
+            if len(self._recordings) > _MOST_RECORDINGS:
+                self._drop_recording()
 
     def __del__(self) -> None:
         # A backend may be dropped without `close`, for example after an error, while another batch runs. If an error
@@ -143,13 +154,12 @@ class EngineRunner:
         self._contexts.clear()
         self._keep_cache()
 
-    def _drop_recordings(self, most: int) -> None:
-        """Drop the shapes that were used least recently."""
-        while len(self._recordings) > most:
-            _, recording = self._recordings.popitem(last=False)
-            if recording:
-                # Its work may still run.
-                self._gpu.engines.synchronize()
+    def _drop_recording(self) -> None:
+        """Drop the shape that was used least recently."""
+        _, recording = self._recordings.popitem(last=False)
+        if recording:
+            # Its work may still run.
+            self._gpu.engines.synchronize()
 
     def _new_context(self, profile: int, *, records: bool = False) -> tuple[Any, Any]:
         """Create an execution context that allocates no memory; return it and its configuration.
