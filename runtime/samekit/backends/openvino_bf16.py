@@ -11,10 +11,11 @@ file can hold it. So the graph without its large weights is written to such a fi
 
 from __future__ import annotations
 
+import html
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-from xml.etree import ElementTree as ET
 
 import numpy as np
 
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 # The value means: do not convert from any type to float16, which the plugin applies to bfloat16 too.
-_KEPT: Final = {"name": "DisablePrecisionConversion", "version": "0", "value": "dynamic:f16"}
+_KEPT: Final = '<rt_info><attribute name="DisablePrecisionConversion" version="0" value="dynamic:f16"/></rt_info>'
 
-# Operations that compute nothing, in a model file.
-_NO_OPERATIONS: Final = ("Parameter", "Const", "Result", "ShapeOf")
+# The beginning of an operation in a model file, after which the attribute is inserted.
+_LAYER: Final = re.compile(r'<layer id="\d+" name="(?P<name>[^"]*)" type="[^"]*" version="[^"]*">\s*(<data [^>]*/>)?')
 
 # Smaller constants are written to the model file. Shapes are among them, which other operations must know.
 _LARGE: Final = 1024
@@ -43,6 +44,7 @@ def keep_float32(openvino: Any, core: Any, model: Any) -> tuple[Any, dict[str, A
         The copy, which shares the weights, and values of further inputs that it has: name of the input -> array. The
         CPU plugin would combine a product with constant weights to an operation that loses the attribute.
     """
+    _replace_softmaxes(openvino, model)
     *_, last = (op for op in model.get_ordered_ops() if op.get_type_name() == "MatMul" and _weights_of(op))
     kept = {op.friendly_name for op in _kept(model, last)}
     inputs = {f"input weights {op.friendly_name}": op for op in _weights_of(last)}
@@ -60,6 +62,16 @@ def keep_float32(openvino: Any, core: Any, model: Any) -> tuple[Any, dict[str, A
             marked.remove_parameter(parameter)
     marked.validate_nodes_and_infer_types()
     return marked, {name: constant.data for name, constant in inputs.items()}
+
+
+def _replace_softmaxes(openvino: Any, model: Any) -> None:
+    """Use the older operator, because OpenVINO would replace the newer one by it later, without the attribute."""
+    for op in model.get_ordered_ops():
+        if op.get_type_name() == "Softmax":
+            data = op.input_value(0)
+            older = openvino.opset1.softmax(data, op.get_axis() % len(data.get_partial_shape()))
+            older.friendly_name = op.friendly_name
+            op.output(0).replace(older.output(0))
 
 
 def _sources(op: Any) -> Iterator[Any]:
@@ -109,21 +121,10 @@ def _marked(openvino: Any, core: Any, model: Any, kept: set[str]) -> Any:
     with tempfile.TemporaryDirectory(prefix="samekit-") as folder:
         path = Path(folder, "model.xml")
         openvino.serialize(model, path, path.with_suffix(".bin"))
-        root = ET.parse(path).getroot()  # noqa: S314 the file was just written
+        text = path.read_text(encoding="utf-8")
         values = np.fromfile(path.with_suffix(".bin"), np.uint8)
-    for layer in root.iterfind("layers/layer"):
-        kind = layer.get("type")
-        if kind == "SoftMax":
-            # OpenVINO would replace a softmax with a newer version number by another one, without the attribute.
-            rank = len(layer.findall("input/port/dim"))
-            data = layer.find("data")
-            if data is not None:
-                layer.set("version", "opset1")
-                data.set("axis", str(int(data.get("axis", "-1")) % rank))
-        if kind not in _NO_OPERATIONS and layer.get("name") in kept:
-            info = layer.find("rt_info")
-            if info is None:
-                info = ET.Element("rt_info")
-                layer.insert(0 if layer.find("data") is None else 1, info)
-            ET.SubElement(info, "attribute", _KEPT)
-    return core.read_model(ET.tostring(root), openvino.Tensor(values))
+
+    def mark(layer: re.Match[str]) -> str:
+        return f"{layer[0]}{_KEPT}" if html.unescape(layer["name"]) in kept else layer[0]
+
+    return core.read_model(_LAYER.sub(mark, text).encode(), openvino.Tensor(values))
