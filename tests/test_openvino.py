@@ -41,7 +41,7 @@ def runtime_types(engine, direction, precision):
     model = core.read_model(engine.graph(direction, "fp32"))
     if precision == "bf16":
         model, _ = keep_float32(openvino, core, model)
-    hint = {"INFERENCE_PRECISION_HINT": "f32" if precision == "fp32" else precision}
+    hint = {"INFERENCE_PRECISION_HINT": "f32" if precision == "fp32" else precision, "INFERENCE_NUM_THREADS": 1}
     ops = core.compile_model(model, "CPU", hint).get_runtime_model().get_ops()
     return Counter(tuple(op.get_rt_info()[key].astype(str) for key in ("layerType", "runtimePrecision")) for op in ops)
 
