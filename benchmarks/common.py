@@ -70,6 +70,12 @@ engine_argument = click.argument("engine", callback=_engine)
 """A model's name or its engine folder, as a `samekit.engine.folder.Engine`."""
 
 
+backend_option = click.option(
+    "--backend", default="onnxruntime", show_default=True, type=click.Choice(["onnxruntime", "openvino"])
+)
+"""The backend that a benchmark measures."""
+
+
 def _plottable(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
     """Raise a usage error, before anything is measured, if the picture could not be written."""
     if value is not None:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 import soundfile as sf
-from common import child, counts, engine_argument, finish, plot_lines, plot_option, question
+from common import backend_option, child, counts, engine_argument, finish, plot_lines, plot_option, question
 
-from samekit.engine.spec import DECODER, ENCODER
+from samekit.engine.spec import DECODER, ENCODER, graph_precision
 
 if TYPE_CHECKING:
     from samekit.engine.folder import Engine
@@ -46,16 +46,17 @@ def write_noise(path: Path, spec: EngineSpec, latents: int) -> None:
 @question
 @engine_argument
 @click.option("--latents", default="64,256,1024,4096", show_default=True, callback=counts)
+@backend_option
 @click.option("--precision", default="fp32", show_default=True)
 @plot_option
-def main(engine: Engine, latents: list[int], precision: str, plot_path: Path | None) -> None:
+def main(engine: Engine, latents: list[int], backend: str, precision: str, plot_path: Path | None) -> None:
     """Print the table for one ENGINE folder; the last line is JSON."""
-    engine.check(precision)
+    engine.check(graph_precision(precision))
     spec = engine.spec
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         audio, encoded, decoded = (Path(folder) / file for file in ("in.wav", "in.npy", "out.wav"))
-        options = ("--model", engine.folder, "--precision", precision, "--backend", "onnxruntime", "--device", "cpu")
+        options = ("--model", engine.folder, "--precision", precision, "--backend", backend, "--device", "cpu")
         for length in latents:
             write_noise(audio, spec, length)
             row = {

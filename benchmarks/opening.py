@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 import soundfile as sf
-from common import child, engine_argument, finish, plot_bars, plot_option, question
+from common import backend_option, child, engine_argument, finish, plot_bars, plot_option, question
 
+from samekit.engine.spec import graph_precision
 from samekit_export.measure import summary
 
 if TYPE_CHECKING:
@@ -27,10 +28,10 @@ OPEN = """
 import time, sys, numpy as np
 from samekit import AutoencoderModel
 start = time.perf_counter()
-model = AutoencoderModel.from_pretrained(sys.argv[1], "cpu", backend="onnxruntime", precision=sys.argv[2])
+model = AutoencoderModel.from_pretrained(sys.argv[1], "cpu", backend=sys.argv[2], precision=sys.argv[3])
 silence = np.zeros((model.spec.channels, model.downsampling_ratio), np.float32)
 backend = model.autoencoder.backend
-backend._session("encoder")
+(backend._session if backend.name == "onnxruntime" else backend._model)("encoder")
 opened = time.perf_counter()
 model.encode(silence, model.sample_rate)
 print(opened - start, time.perf_counter() - opened)
@@ -46,21 +47,23 @@ def one_second(folder: Path) -> Path:
 
 @question
 @engine_argument
+@backend_option
 @click.option("--precision", default="fp32", show_default=True)
 @click.option("--runs", default=5, show_default=True, type=click.IntRange(1))
 @plot_option
-def main(engine: Engine, precision: str, runs: int, plot_path: Path | None) -> None:
+def main(engine: Engine, backend: str, precision: str, runs: int, plot_path: Path | None) -> None:
     """Print the table for one ENGINE folder; the last line is JSON."""
-    engine.check(precision)
+    engine.check(graph_precision(precision))
     for file in engine.folder.glob("*.onnx*"):
         file.read_bytes()
     opening, first, command = [], [], []
     with tempfile.TemporaryDirectory() as name:
         clip = one_second(Path(name))
         samekit = (Path(sys.executable).with_name("samekit"), "encode", clip, clip.with_suffix(".npy"))
-        options = ("--model", engine.folder, "--precision", precision, "--backend", "onnxruntime", "--device", "cpu")
+        options = ("--model", engine.folder, "--precision", precision, "--backend", backend, "--device", "cpu")
         for _ in range(runs):
-            seconds = [float(part) for part in child(sys.executable, "-c", OPEN, engine.folder, precision).split()]
+            opened = child(sys.executable, "-c", OPEN, engine.folder, backend, precision)
+            seconds = [float(part) for part in opened.split()]
             opening.append(seconds[0])
             first.append(seconds[1])
             start = time.perf_counter()

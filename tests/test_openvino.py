@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import threading
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from helpers import KINDS, assert_one_line, each_direction, in_one_pass, needs_b
 from samekit import AutoencoderModel
 from samekit.backends.base import BackendOptions
 from samekit.backends.cpu import fast_precisions
+from samekit.backends.openvino_bf16 import keep_float32
+from samekit.backends.openvino_rotary import use_fused_rotary
 from samekit.backends.selection import AUTO, BACKENDS, open_backend
 from samekit.engine.spec import DECODER, ENCODER
 from samekit.errors import BackendError, BackendUnavailableError, EngineError, InputError
@@ -27,6 +30,20 @@ pytestmark = needs_openvino
 
 def opened(engine, precision="fp32", **options):
     return open_backend(engine.folder, "openvino", BackendOptions(precision, threads=1, **options))
+
+
+def runtime_types(engine, direction, precision):
+    """Return how often OpenVINO runs each operation in each type: (operation, type) -> count."""
+    openvino = import_openvino()
+
+    core = openvino.Core()
+    use_fused_rotary(core)
+    model = core.read_model(engine.graph(direction, "fp32"))
+    if precision == "bf16":
+        model, _ = keep_float32(openvino, core, model)
+    hint = {"INFERENCE_PRECISION_HINT": "f32" if precision == "fp32" else precision, "INFERENCE_NUM_THREADS": 1}
+    ops = core.compile_model(model, "CPU", hint).get_runtime_model().get_ops()
+    return Counter(tuple(op.get_rt_info()[key].astype(str) for key in ("layerType", "runtimePrecision")) for op in ops)
 
 
 def hint_alone(engine, direction, array):
@@ -48,7 +65,30 @@ def test_bf16_is_more_accurate_than_the_hint_alone(engine_of, eager_of, kind, di
     expected = in_one_pass(eager.encode if direction == ENCODER else eager.decode, array)
     with opened(engine, "bf16") as backend:
         reached = snr_db(expected, run_direction(backend, direction, array))
-    assert 60 > reached > snr_db(expected, hint_alone(engine, direction, array)) + 2.5
+    assert 60 > reached > snr_db(expected, hint_alone(engine, direction, array)) + 1.5
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "same-tiny"])
+@each_direction
+def test_rotary_embedding_is_one_operation(engine_of, bundled_engine, kind, direction):
+    """`same-tiny` rotates whole heads, the others half of each."""
+    engine = bundled_engine if kind == "same-tiny" else engine_of(kind)
+    types = runtime_types(engine, direction, "fp32")
+    assert types["RoPE", "f32"] == 2 * types["Softmax", "f32"] > 0
+    assert not {"VariadicSplit", "Split"} & {name for name, _ in types}
+
+
+@needs_bf16
+@pytest.mark.parametrize("kind", KINDS)
+@each_direction
+def test_operations_in_float32(engine_of, kind, direction):
+    types = runtime_types(engine_of(kind), direction, "bf16")
+    blocks = types["Softmax", "f32"]
+    assert blocks > 0
+    # Queries times keys, and the last product.
+    assert types["MatMul", "f32"] == blocks + 1
+    assert types["MatMul", "bf16"] == blocks
+    assert not {("FullyConnected", "f32"), ("RoPE", "f32"), ("Softmax", "bf16")} & set(types)
 
 
 @needs_bf16

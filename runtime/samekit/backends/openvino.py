@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 from samekit.backends.base import Backend, BackendOptions, keep_for_ever
 from samekit.backends.cpu import available_cpus
 from samekit.backends.openvino_bf16 import keep_float32
+from samekit.backends.openvino_rotary import use_fused_rotary
 from samekit.engine.spec import INPUT_NAMES, Direction, graph_precision
 from samekit.errors import BackendError, BackendUnavailableError
 from samekit.files.paths import utf8_path
@@ -74,6 +75,7 @@ class OpenVinoBackend(Backend):
             raise BackendUnavailableError("OpenVINO runs on no NVIDIA GPU; choose device cpu, or another backend")
         self._openvino = import_openvino()
         self._core = self._openvino.Core()
+        use_fused_rotary(self._core)
         self._engine = engine
         self._graph_precision = graph_precision(options.precision)
         self._threads = options.threads or available_cpus()

@@ -115,7 +115,12 @@ def open_backend(model: str | os.PathLike[str], backend: str, options: BackendOp
 
 
 def _candidates(options: BackendOptions) -> tuple[str, ...]:
-    """Return the backends that "auto" tries, in order."""
+    """Return the backends that "auto" tries, in order.
+
+    On CPUs, only bf16 has a reason to choose OpenVINO, which alone computes in it. Measured on AMD Zen 4, with SAME-S:
+    fp32 takes 0.98 to 1.00 times as long in OpenVINO as in ONNX Runtime, but it opens ten times slower and needs twice
+    the memory. int8 weights with dynamic quantization take 1.06 times as long there, 0.97 times with the rest in bf16.
+    """
     if _needs_openvino(options):
         return (OPENVINO,)
     if options.precision not in GPU_PRECISIONS:
