@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import httpx
@@ -260,6 +260,25 @@ def test_long_body_without_a_length_is_refused_early(small_engine, tmp_path):
     answer = ask(small_engine, tmp_path / "work", "POST", "/v1/encode", content=endless(), limits={"max_bytes": 5000})
     refused(answer, 413)
     assert sent == 6000
+
+
+def test_slow_body(small_engine, tmp_path, monkeypatch):
+    """It must arrive within a time that grows with what has arrived."""
+    monkeypatch.setattr("samekit.serving.service.BODY_SECONDS", 0.2)
+
+    async def steady():
+        for begin in range(0, len(data), len(data) // 10):
+            await asyncio.sleep(0.05)
+            yield data[begin : begin + len(data) // 10]
+
+    async def stalled():
+        yield data[:1000]
+        await asyncio.Event().wait()
+
+    data = audio_file()
+    assert ask(small_engine, tmp_path / "work", "POST", "/v1/encode", content=steady()).status_code == 200
+    answer = ask(small_engine, tmp_path / "work", "POST", "/v1/encode", content=stalled())
+    assert "1000 bytes" in refused(answer, 408)
 
 
 def test_full_queue(small_engine, tmp_path):
@@ -651,6 +670,29 @@ def test_errors_of_serve_itself_become_json():
     assert "no model" in json.loads(messages[1]["body"])["error"]
 
 
+@pytest.mark.parametrize("stalls", ["body", "answer"])
+def test_clients_that_stall_are_given_up(monkeypatch, stalls):
+    monkeypatch.setattr(flow, "BODY_SECONDS", 0.1)
+    monkeypatch.setattr(flow, "STALLED_SECONDS", 0.1)
+    sent = []
+
+    async def receive():
+        await asyncio.sleep(60 if sent and stalls == "body" else 0)
+        return {"type": "http.request", "body": b"part", "more_body": stalls == "body"}
+
+    async def app(_scope, _receive, send):
+        await send({"type": "http.response.start", "status": 413, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    async def send(message):
+        await asyncio.sleep(60 if stalls == "answer" else 0)
+        sent.append(message)
+
+    with nullcontext() if stalls == "body" else pytest.raises(TimeoutError):
+        asyncio.run(asyncio.wait_for(flow.ProxyFlow(Relay(app))({"type": "http", "headers": []}, receive, send), 30))
+    assert [message.get("more_body") for message in sent] == ([None, True, None] if stalls == "body" else [])
+
+
 # --- Ray Serve ----------------------------------------------------------------------------------------------------
 
 
@@ -749,6 +791,46 @@ def test_broken_requests_leave_the_server_alone(server):
     with socket.create_connection(address, 30) as connection:
         connection.sendall(begin + b"Content-Length: 1000\r\n\r\nbegun")
     assert client.post("/v1/encode", content=audio_file()).status_code == 200
+
+
+def test_less_usual_clients_of_ray_serve(server):
+    _, client = server
+    address = (client.base_url.host, client.base_url.port)
+    clip = audio_file()
+    begin = b"POST /v1/encode HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\n"
+    length = b"Content-Length: %d\r\n" % len(clip)
+    with socket.create_connection(address, 30) as connection:
+        connection.sendall(begin + length + b"Expect: 100-continue\r\n\r\n")
+        assert connection.recv(2**16) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(clip)
+        assert connection.recv(2**16).startswith(b"HTTP/1.1 200 ")
+    # A client that sends no more closes its side of the connection; the server takes it as gone.
+    with socket.create_connection(address, 30) as connection:
+        connection.sendall(begin + b"Content-Length: 1000\r\n\r\nbegun")
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(2**16) == b""
+    # The answer is complete although the connection is closed and most of the body was not sent when it was made.
+    with socket.create_connection(address, 30) as connection:
+        connection.sendall(begin + b"Connection: close\r\nContent-Length: 40000000\r\n\r\n")
+        for _ in range(40):
+            connection.sendall(bytes(1_000_000))
+            time.sleep(0.005)
+        answer = b"".join(iter(lambda: connection.recv(2**16), b""))
+        assert answer.startswith(b"HTTP/1.1 413 ")
+        assert b"longer than 30000000 bytes" in answer
+    for method, path in (
+        ("HEAD", "/healthz"),
+        ("HEAD", "/v1/encode"),
+        ("OPTIONS", "/v1/encode"),
+        ("TRACE", "/v1/encode"),
+    ):
+        answer = client.request(method, path)
+        assert (answer.status_code, "allow" in answer.headers) == (405, True)
+        assert method == "HEAD" or answer.json() == {"error": "Method Not Allowed"}
+    assert client.post("/v1/encode", content=clip, headers={"content-type": "audio/flac"}).status_code == 200
+    with socket.create_connection(address, 30) as connection:
+        connection.sendall(begin + b"Authorization: Bearer secret\r\nContent-Length: 0\r\n\r\n")
+        assert connection.recv(2**16).startswith(b"HTTP/1.1 401 ")
 
 
 def test_metrics_of_ray_serve(server):
