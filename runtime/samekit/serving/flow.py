@@ -1,14 +1,14 @@
-"""Keep the memory of Ray Serve flat for long bodies: two ASGI middlewares that limit what is under way.
+"""Keep the memory of Ray Serve flat for long bodies, and its answers complete: two ASGI middlewares.
 
 Ray Serve passes bodies through as a stream, but its queues have no limit: its proxy reads a body as fast as the client
 sends it, and a replica's answer is read as fast as it is made. So each side counts what the other has taken, and tells
-it by ASGI messages with new types, which Serve passes on like all others. At most `WINDOW` bytes are under way in
-each direction of a request.
+it by ASGI messages with new types, which Serve passes on like all others. At most about `WINDOW` bytes are under way
+in each direction of a request.
 
     client -> ProxyFlow, in Serve's proxy -> Serve -> ReplicaFlow, in the replica -> application
 
-Serve imports `middlewares` into its proxies if RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it. Without it, all
-works, but memory is bounded by the limits of a request only.
+Serve imports `middlewares` into its proxies if RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it. Without it, memory
+is bounded by the limits of a request only, and an answer is cut off if the replica dies while it is sent.
 """
 
 from __future__ import annotations
