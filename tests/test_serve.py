@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import httpx
@@ -134,12 +134,39 @@ def test_latents_are_those_of_the_library(small_engine, model, tmp_path, kind, r
 
 
 @pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        (None, "application/x-npy"),
+        ("*/*", "application/x-npy"),
+        ("text/html;q=1", "application/x-npy"),
+        # What the client axios sends: github.com/axios/axios/blob/v1.x/lib/defaults/index.js
+        ("application/json, text/plain, */*", "application/json"),
+        ("Application/JSON;charset=utf-8", "application/json"),
+        ("application/x-npy, application/json;q=0.5", "application/x-npy"),
+        ("application/x-npy;q=0.2, application/json; q=0.5", "application/json"),
+        ("application/json;q=0, */*;q=0.1", "application/x-npy"),
+        ("application/x-npy;q=0, application/*", "application/json"),
+        ("application/json;q=nan", "application/x-npy"),
+        ("application/json;q=1e9, ;;=,\xff", "application/x-npy"),
+    ],
+)
+def test_kind_of_answer_that_the_client_prefers(small_engine, tmp_path, accept, kind):
+    async def send():
+        async with client_of(small_engine, tmp_path / "work") as client:
+            del client.headers["accept"]
+            headers = {} if accept is None else {"accept": accept.encode("latin-1")}
+            return await client.post("/v1/encode", content=audio_file(), headers=headers)
+
+    assert asyncio.run(send()).headers["content-type"] == kind
+
+
+@pytest.mark.parametrize(
     ("query", "headers", "name", "subtype", "peak"),
     [
         ("", {}, "out.wav", "PCM_16", None),
         ("?format=flac&bits=24&peak=limit", {}, "out.flac", "PCM_24", "limit"),
         ("?bits=float", {}, "out.wav", "FLOAT", None),
-        ("", {"accept": "audio/flac"}, "out.flac", "PCM_16", None),
+        ("", {"accept": "audio/flac, audio/wav;q=0.5"}, "out.flac", "PCM_16", None),
         ("?samples=8001", {}, "out.wav", "PCM_16", None),
     ],
 )
@@ -198,6 +225,13 @@ def test_facts_probes_page_and_description(small_engine, model, tmp_path):
         ("decode", npy_file(np.array([{"a": 1}], object)), {}, 422, "object"),
         ("decode", npy_file(np.zeros((4, 2 * RATE // 8 + 1), np.float32)), {}, 413, "longer than 2 s"),
         ("decode?bits=12", b"x", {}, 400, "bits"),
+        ("decode?bits=16&bits=", b"x", {}, 400, "bits"),
+        ("decode?peak=%00", b"x", {}, 400, "peak"),
+        ("decode?format=mp3", b"x", {}, 400, "format"),
+        ("decode?samples=-1", b"x", {}, 400, "samples"),
+        ("decode?samples=1e3", b"x", {}, 400, "samples"),
+        ("decode?samples=" + 5000 * "9", b"x", {}, 400, "samples"),
+        ("decode?samples=" + 4000 * "9", npy_file(np.zeros((4, 9), np.float32)), {}, 422, "do not stand for"),
         ("decode?samples=5", npy_file(np.zeros((4, 9), np.float32)), {}, 422, "do not stand for 5 samples"),
         ("decode?format=flac&bits=32", npy_file(np.zeros((4, 9), np.float32)), {}, 422, "PCM_32"),
         ("nothing", b"", {}, 404, "Not Found"),
@@ -226,6 +260,25 @@ def test_long_body_without_a_length_is_refused_early(small_engine, tmp_path):
     answer = ask(small_engine, tmp_path / "work", "POST", "/v1/encode", content=endless(), limits={"max_bytes": 5000})
     refused(answer, 413)
     assert sent == 6000
+
+
+def test_slow_body(small_engine, tmp_path, monkeypatch):
+    """It must arrive within a time that grows with what has arrived."""
+    monkeypatch.setattr("samekit.serving.service.BODY_SECONDS", 0.2)
+
+    async def steady():
+        for begin in range(0, len(data), len(data) // 10):
+            await asyncio.sleep(0.05)
+            yield data[begin : begin + len(data) // 10]
+
+    async def stalled():
+        yield data[:1000]
+        await asyncio.Event().wait()
+
+    data = audio_file()
+    assert ask(small_engine, tmp_path / "work", "POST", "/v1/encode", content=steady()).status_code == 200
+    answer = ask(small_engine, tmp_path / "work", "POST", "/v1/encode", content=stalled())
+    assert "1000 bytes" in refused(answer, 408)
 
 
 def test_full_queue(small_engine, tmp_path):
@@ -310,11 +363,12 @@ def test_token(small_engine, tmp_path):
         ("/v1/model", "Basic s\u00e9cret", 401),
         ("/openapi.json", None, 401),
         ("/metrics", None, 401),
+        ("/v1/model", "Bearer s\u00e9cret, Bearer s\u00e9cret", 401),
         ("/v1/model", "Bearer s\u00e9cret", 200),
         ("/healthz", None, 200),
         ("/", None, 200),
     ):
-        headers = {"authorization": given.encode()} if given else {}
+        headers = [("authorization", each.encode()) for each in (given or "").split(", ") if each]
         answer = ask(small_engine, tmp_path / "work", "GET", path, headers=headers, token_sha256=digest)
         assert answer.status_code == status, path
 
@@ -418,10 +472,14 @@ def test_failure_of_a_backend_reaches_the_thread_and_the_next_one_goes_on():
 
 
 class Relay:
-    """Takes the place of Ray Serve between proxy and replica: queues without a limit, whose peak it records."""
+    """Takes the place of Ray Serve between proxy and replica: queues without a limit, whose peak it records.
 
-    def __init__(self, app):
-        self.app, self.peaks, self.dies = flow.ReplicaFlow(app), {"up": 0, "down": 0}, False
+    It also records how many of the messages to the client were sent when the replica's request ended.
+    """
+
+    def __init__(self, app, messages=()):
+        self.app, self.peaks = flow.ReplicaFlow(app), {"up": 0, "down": 0}
+        self.messages, self.sent_at_end = messages, 0
 
     async def __call__(self, scope, receive, send):
         up, down = asyncio.Queue(), asyncio.Queue()
@@ -448,6 +506,7 @@ class Relay:
             try:
                 await self.app(scope, lambda: next_of(up, "up"), enqueue)
             finally:
+                self.sent_at_end = len(self.messages)
                 down.put_nowait(None)
 
         tasks = [asyncio.ensure_future(fetch()), asyncio.ensure_future(run())]
@@ -469,8 +528,8 @@ OF_SERVE = [
 
 def exchange(app, body=b"", chunk=2**16, slow_client=0.0):
     """Send a request through both middlewares; return the messages of the answer and the relay."""
-    relay, messages, left = Relay(app), [], memoryview(body)
-    done = asyncio.Event()
+    messages, left = [], memoryview(body)
+    relay, done = Relay(app, messages), asyncio.Event()
 
     async def receive():
         nonlocal left
@@ -507,25 +566,31 @@ def test_upload_waits_for_a_slow_replica():
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"done"})
 
-    body = os.urandom(10 * flow.WINDOW)
+    body = os.urandom(5 * flow.WINDOW)
     messages, relay = exchange(app, body)
     assert b"".join(received) == body
     assert [message["type"] for message in messages] == ["http.response.start", "http.response.body"]
     assert relay.peaks["up"] <= 1.5 * flow.WINDOW
 
 
-def test_download_waits_for_a_slow_client():
-    parts = [os.urandom(2**18) for _ in range(40)]
+@pytest.mark.parametrize("slow_client", [0, 0.01])
+def test_download_takes_little_memory(slow_client):
+    parts = [os.urandom(2**20) for _ in range(20)]
 
-    async def app(_scope, _receive, send):
+    async def app(_scope, receive, send):
+        while (await receive()).get("more_body"):
+            pass
         await send({"type": "http.response.start", "status": 200, "headers": []})
         for part in parts:
             await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
-    messages, relay = exchange(app, slow_client=0.002)
+    messages, relay = exchange(app, slow_client=slow_client)
     assert b"".join(message["body"] for message in messages[1:]) == b"".join(parts)
+    assert max(len(message["body"]) for message in messages[1:]) <= flow.WINDOW
     assert relay.peaks["down"] <= 1.5 * flow.WINDOW
+    # A server that stops waits for its replicas, and so for the client.
+    assert relay.sent_at_end == len(messages)
 
 
 @pytest.mark.parametrize("size", [10, 3 * flow.WINDOW])
@@ -540,13 +605,58 @@ def test_replica_that_dies_before_its_answer(size):
     assert_one_line(json.loads(messages[1]["body"])["error"])
 
 
-def test_replica_that_dies_within_its_answer_leaves_it_incomplete():
+@pytest.mark.parametrize("part", [b"a part", bytes(flow.WINDOW + 1)])
+def test_no_part_of_an_answer_is_sent_if_the_replica_dies(part):
     async def app(_scope, _receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"a part", "more_body": True})
+        await send({"type": "http.response.body", "body": part, "more_body": True})
 
     messages, _ = exchange(app)
-    assert [message.get("more_body") for message in messages] == [None, True]
+    assert messages[0]["status"] == 503
+    assert_one_line(json.loads(b"".join(message["body"] for message in messages[1:]))["error"])
+
+
+def test_small_parts_of_a_body_are_gathered():
+    parts = []
+
+    async def app(_scope, receive, send):
+        more = True
+        while more:
+            message = await receive()
+            parts.append(message["body"])
+            more = message["more_body"]
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"done"})
+
+    body = os.urandom(2 * 2**20)
+    exchange(app, body)
+    assert b"".join(parts) == body
+    assert len(parts) <= 4
+
+
+def test_early_answer_is_followed_by_the_rest_of_the_body():
+    """If the server closed a connection with unread data, the client could see a reset instead of the answer."""
+    left = [32]
+
+    async def receive():
+        left[0] -= 1
+        return {"type": "http.request", "body": bytes(2**20), "more_body": left[0] > 0}
+
+    async def app(_scope, _receive, send):
+        await send({"type": "http.response.start", "status": 413, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    seen = []
+
+    async def send(message):
+        seen.append((message, left[0]))
+
+    asyncio.run(flow.ProxyFlow(Relay(app))({"type": "http", "headers": []}, receive, send))
+    (start, _), *_, (last, unread) = seen
+    assert (b"connection", b"close") in start["headers"]
+    assert b"".join(message["body"] for message, _ in seen[1:]) == b"{}"
+    assert not last.get("more_body")
+    assert (seen[1][1] > 0, unread) == (True, 0)
 
 
 def test_errors_of_serve_itself_become_json():
@@ -558,6 +668,29 @@ def test_errors_of_serve_itself_become_json():
     assert messages[0]["status"] == 503
     assert len(messages) == 2
     assert "no model" in json.loads(messages[1]["body"])["error"]
+
+
+@pytest.mark.parametrize("stalls", ["body", "answer"])
+def test_clients_that_stall_are_given_up(monkeypatch, stalls):
+    monkeypatch.setattr(flow, "BODY_SECONDS", 0.1)
+    monkeypatch.setattr(flow, "STALLED_SECONDS", 0.1)
+    sent = []
+
+    async def receive():
+        await asyncio.sleep(60 if sent and stalls == "body" else 0)
+        return {"type": "http.request", "body": b"part", "more_body": stalls == "body"}
+
+    async def app(_scope, _receive, send):
+        await send({"type": "http.response.start", "status": 413, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    async def send(message):
+        await asyncio.sleep(60 if stalls == "answer" else 0)
+        sent.append(message)
+
+    with nullcontext() if stalls == "body" else pytest.raises(TimeoutError):
+        asyncio.run(asyncio.wait_for(flow.ProxyFlow(Relay(app))({"type": "http", "headers": []}, receive, send), 30))
+    assert [message.get("more_body") for message in sent] == ([None, True, None] if stalls == "body" else [])
 
 
 # --- Ray Serve ----------------------------------------------------------------------------------------------------
@@ -660,6 +793,46 @@ def test_broken_requests_leave_the_server_alone(server):
     assert client.post("/v1/encode", content=audio_file()).status_code == 200
 
 
+def test_less_usual_clients_of_ray_serve(server):
+    _, client = server
+    address = (client.base_url.host, client.base_url.port)
+    clip = audio_file()
+    begin = b"POST /v1/encode HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\n"
+    length = b"Content-Length: %d\r\n" % len(clip)
+    with socket.create_connection(address, 30) as connection:
+        connection.sendall(begin + length + b"Expect: 100-continue\r\n\r\n")
+        assert connection.recv(2**16) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(clip)
+        assert connection.recv(2**16).startswith(b"HTTP/1.1 200 ")
+    # A client that sends no more closes its side of the connection; the server takes it as gone.
+    with socket.create_connection(address, 30) as connection:
+        connection.sendall(begin + b"Content-Length: 1000\r\n\r\nbegun")
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(2**16) == b""
+    # The answer is complete although the connection is closed and most of the body was not sent when it was made.
+    with socket.create_connection(address, 30) as connection:
+        connection.sendall(begin + b"Connection: close\r\nContent-Length: 40000000\r\n\r\n")
+        for _ in range(40):
+            connection.sendall(bytes(1_000_000))
+            time.sleep(0.005)
+        answer = b"".join(iter(lambda: connection.recv(2**16), b""))
+        assert answer.startswith(b"HTTP/1.1 413 ")
+        assert b"longer than 30000000 bytes" in answer
+    for method, path in (
+        ("HEAD", "/healthz"),
+        ("HEAD", "/v1/encode"),
+        ("OPTIONS", "/v1/encode"),
+        ("TRACE", "/v1/encode"),
+    ):
+        answer = client.request(method, path)
+        assert (answer.status_code, "allow" in answer.headers) == (405, True)
+        assert method == "HEAD" or answer.json() == {"error": "Method Not Allowed"}
+    assert client.post("/v1/encode", content=clip, headers={"content-type": "audio/flac"}).status_code == 200
+    with socket.create_connection(address, 30) as connection:
+        connection.sendall(begin + b"Authorization: Bearer secret\r\nContent-Length: 0\r\n\r\n")
+        assert connection.recv(2**16).startswith(b"HTTP/1.1 401 ")
+
+
 def test_metrics_of_ray_serve(server):
     _, client = server
     assert client.post("/v1/encode", content=audio_file(2 * RATE)).status_code == 200
@@ -680,14 +853,18 @@ def test_replica_that_is_killed(server, model, tmp_path, faults):
     expected, _ = encoded(model, tmp_path, clip)
     stop, answers = threading.Event(), []
 
-    def load():
+    def slowly():
+        for begin in range(0, len(clip), 2**17):
+            yield clip[begin : begin + 2**17]
+            time.sleep(0.02)
+
+    def load(slow):
         while not stop.is_set():
-            # A client that still sends the body can see a reset instead of the answer.
-            with suppress(httpx.TransportError):
-                answers.append(client.post("/v1/encode", content=clip))
+            answers.append(client.post("/v1/encode", content=slowly() if slow else clip))
 
     with ThreadPoolExecutor(4) as pool:
-        work = [pool.submit(load) for _ in range(4)]
+        # Some clients wait for their answer and some still send when the replica dies.
+        work = [pool.submit(load, index % 2) for index in range(4)]
         time.sleep(0.5)
         (killed,) = workers(process, "ServeReplica")
         killed.kill()
@@ -704,6 +881,7 @@ def test_replica_that_is_killed(server, model, tmp_path, faults):
             assert answer.content == expected
         else:
             refused(answer, 503)
+            assert answer.headers["retry-after"] == "1"
     # The gauge of the killed replica is gone.
     assert "samekit_requests_in_work 1.0" in client.get("/metrics").text
 

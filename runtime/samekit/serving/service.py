@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import shutil
 import tempfile
@@ -11,7 +10,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from samekit.errors import InputError, SamekitError
 from samekit.files.latents import MODEL_DIGEST
 from samekit.files.pairs import npy_header
 from samekit.model import AutoencoderModel, open_to_decode
+from samekit.serving.limits import BODY_RATE, BODY_SECONDS, RefusedError, disk_error
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -32,18 +32,6 @@ if TYPE_CHECKING:
     from samekit.serving.options import ServeOptions
 
 T = TypeVar("T")
-# A body must arrive within so many seconds, and one more for each so many bytes that have arrived.
-_BODY_SECONDS: Final = 30
-_BODY_RATE: Final = 2**14
-
-
-class RefusedError(SamekitError):
-    """A request is refused with an HTTP status."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        """The HTTP status."""
 
 
 class StoppedError(Exception):
@@ -240,7 +228,7 @@ class Request:
         too_long = RefusedError(413, f"the body is longer than {most} bytes; send less at once, or compressed audio")
         if announced > most:
             raise too_long
-        begin = asyncio.get_running_loop().time() + _BODY_SECONDS
+        begin = asyncio.get_running_loop().time() + BODY_SECONDS
         try:
             with path.open("wb") as file:
                 async with asyncio.timeout_at(begin) as limit:
@@ -249,7 +237,7 @@ class Request:
                         if size > most:
                             raise too_long
                         file.write(chunk)
-                        limit.reschedule(begin + size / _BODY_RATE)
+                        limit.reschedule(begin + size / BODY_RATE)
         except TimeoutError:
             raise RefusedError(408, f"the body arrives too slowly ({size} bytes so far); send it faster") from None
         except OSError as error:
@@ -270,12 +258,6 @@ class Request:
         except SamekitError as error:
             error.args = tuple(str(each).replace(f"{self._folder}{os.sep}", "") for each in error.args)
             raise
-
-
-def disk_error(error: OSError) -> RefusedError:
-    """Return the answer to a request whose files cannot be written."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return RefusedError(503, f"the disk of the server {'is full' if full else 'fails'}; try again later")
 
 
 def _check_going(stop: threading.Event) -> None:
