@@ -31,7 +31,7 @@ from onnx.reference import ReferenceEvaluator
 from samekit.backends.base import BackendOptions
 from samekit.backends.onnxruntime import OnnxRuntimeBackend
 from samekit.engine.folder import Engine, describe_graph
-from samekit.engine.spec import ENCODER
+from samekit.engine.spec import ENCODER, INT8_TARGET_DB
 from samekit.errors import EngineError, InputError, OutputError, VerificationError
 from samekit_export import export as export_module
 from samekit_export.checkpoint import load, load_folder
@@ -157,6 +157,7 @@ def test_verification_is_recorded(engine_of, kind):
         assert any(row["latents"] % 2 and row["latents"] > 1 for row in cases)
         assert any(row["batch"] > 1 for row in cases)
         assert any(row["window"] and row["latents"] > row["window"] for row in cases)
+        assert {row["content"] for row in cases} == {"noise", "music"}
     assert all(row["snr_db"] >= 100 and 0 < row["max_error"] < 1e-3 for row in rows)
 
 
@@ -330,6 +331,29 @@ def test_another_precision_joins_what_is_there(exported, ready_graphs, precision
     engine.check_digests()
     export(seeded("tiny-s"), exported, ["fp32", precision])
     assert len(ready_graphs) == 2
+
+
+def test_target_of_int8(exported, ready_graphs):
+    """Graphs of int8 with another target are exported again; other exports keep them and their target."""
+    engine = export(seeded("tiny-s"), exported, ["int8"], int8_target_db=20)
+    assert (len(ready_graphs), engine.spec.int8_target_db) == (2, 20)
+    for precisions in (["fp32"], ["fp16"]):
+        engine = export(seeded("tiny-s"), exported, precisions)
+        assert Engine.load(engine.folder).spec.int8_target_db == 20
+    assert len(ready_graphs) == 4
+    export(seeded("tiny-s"), exported, ["fp32", "int8"], int8_target_db=20)
+    assert len(ready_graphs) == 4
+    engine = export(seeded("tiny-s"), exported, ["fp32", "int8"])
+    assert ready_graphs[4:] == ["GraphEncoder encoder.int8.2.onnx", "GraphDecoder decoder.int8.2.onnx"]
+    assert engine.spec.int8_target_db == INT8_TARGET_DB == 38
+
+
+@pytest.mark.parametrize("target", [0, 101, float("nan")])
+def test_target_out_of_range(ready_graphs, tmp_path, target):
+    with pytest.raises(InputError, match=f"int8 cannot aim at {target} dB; pass a target from 10 to 100 dB") as caught:
+        export(seeded("tiny-s"), tmp_path, ["int8"], int8_target_db=target)
+    assert_one_line(caught.value)
+    assert (ready_graphs, list(tmp_path.iterdir())) == ([], [])
 
 
 def test_what_is_of_another_checkpoint_does_not_stay(exported, ready_graphs):
