@@ -1,7 +1,7 @@
 """What does int8 cost in accuracy and save in time, and what does each step contribute that keeps the error small?
 
-Every variant is written as an ONNX graph, from seeded random weights or from the trained weights of `same-tiny`.
-ONNX Runtime runs all of them in turn. Accuracy is measured against eager PyTorch in float32.
+Every variant is written as an ONNX graph: of same-s, same-l, tiny-s or tiny-l with random weights, of same-tiny, or of
+a checkpoint folder. ONNX Runtime runs all of them in turn. Accuracy is measured against eager PyTorch in float32.
 
     python benchmarks/int8_trade.py same-s --direction encoder --latents 64
 
@@ -21,13 +21,12 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 import torch
-from common import finish, open_session, plot_bars, plot_option, question
+from common import checkpoint_of, finish, open_session, plot_bars, plot_option, question
 
 from samekit.arguments import MOST_THREADS
 from samekit.audio import read_audio, to_channels
 from samekit.backends.cpu import available_cpus
 from samekit.engine.spec import DECODER, ENCODER, Direction
-from samekit_export.checkpoint import BUNDLED_FOLDERS, load
 from samekit_export.export import GRAPHS
 from samekit_export.gptq import GptqRounder
 from samekit_export.int8 import (
@@ -45,7 +44,6 @@ from samekit_export.int8_layers import Int8Branch, Int8Linear
 from samekit_export.measure import interleaved, summary
 from samekit_export.model import Same
 from samekit_export.model_spec import spec_of
-from samekit_export.random_weights import random_checkpoint
 from samekit_export.to_onnx import write_onnx
 from samekit_export.verify import example_input, snr_db
 
@@ -147,7 +145,7 @@ def from_file(path: Path, model: Same, direction: Direction, latents: int) -> np
 
 
 @question
-@click.argument("name", type=click.Choice(["tiny-s", "tiny-l", "same-s", "same-l", "same-tiny"]))
+@click.argument("name")
 @click.option("--direction", default=ENCODER, show_default=True, type=click.Choice([ENCODER, DECODER]))
 @click.option("--variants", callback=variant_names, help="Separated by commas. [default: all]")
 @click.option("--latents", default=64, show_default=True, type=click.IntRange(1))
@@ -176,7 +174,7 @@ def main(
     if not chosen:
         raise click.UsageError(f"{NOT_SPLIT!r} is a variant of decoders")
     torch.set_num_threads(threads)
-    checkpoint = load(name) if name in BUNDLED_FOLDERS else random_checkpoint(name, seed)
+    checkpoint = checkpoint_of(name, seed)
     model = Same.from_checkpoint(checkpoint)
     array = (
         from_file(audio, model, direction, latents)
