@@ -26,7 +26,7 @@ from common import checkpoint_of, finish, open_session, plot_bars, plot_option, 
 from samekit.arguments import MOST_THREADS
 from samekit.audio import read_audio, to_channels
 from samekit.backends.cpu import available_cpus
-from samekit.engine.spec import DECODER, ENCODER, Direction
+from samekit.engine.spec import DECODER, ENCODER, INT8_TARGET_DB, Direction
 from samekit_export.export import GRAPHS
 from samekit_export.gptq import GptqRounder
 from samekit_export.int8 import (
@@ -122,10 +122,10 @@ def quantize_with_(graph: GraphEncoder | GraphDecoder, model: Same, options: Qua
             block.split_latent_rows = False
 
 
-def apply_(graph: GraphEncoder | GraphDecoder, model: Same, variant: str) -> int:
+def apply_(graph: GraphEncoder | GraphDecoder, model: Same, variant: str, target_db: float) -> int:
     """Turn a float32 graph into a variant, in place; return how many products of its blocks are int8."""
     if variant == EXPORTED:
-        quantize_(graph, model)
+        quantize_(graph, model, target_db)
     elif variant != FLOAT32:
         quantize_with_(graph, model, VARIANTS[variant])
     return sum(isinstance(module, Int8Linear) for module in graph.modules())
@@ -153,6 +153,7 @@ def from_file(path: Path, model: Same, direction: Direction, latents: int) -> np
     "--audio", type=click.Path(path_type=Path, exists=True), help="Use the start of this file instead of noise."
 )
 @click.option("--seed", default=0, show_default=True, help="Of the weights.")
+@click.option("--int8-target", default=INT8_TARGET_DB, show_default=True, help=f"In dB, for {EXPORTED!r}.")
 @click.option("--runs", default=5, show_default=True, type=click.IntRange(1))
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="[default: all cores]")
 @plot_option
@@ -163,6 +164,7 @@ def main(
     latents: int,
     audio: Path | None,
     seed: int,
+    int8_target: float,
     runs: int,
     threads: int | None,
     plot_path: Path | None,
@@ -188,7 +190,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         for number, variant in enumerate(chosen):
             graph = GRAPHS[direction](model)
-            rows[variant] = {"int8_products": apply_(graph, model, variant)}
+            rows[variant] = {"int8_products": apply_(graph, model, variant, int8_target)}
             write_onnx(graph, Path(folder, f"{number}.onnx"))
             print(f"  written: {variant}", flush=True)
         del model, graph
@@ -210,7 +212,14 @@ def main(
             "seconds": {variant: row["seconds"]["min"] for variant, row in rows.items()},
         }
         plot_bars(plot_path, panels, x=f"{name}, {direction}")
-    settings = {"model": name, "direction": direction, "latents": latents, "seed": seed, "threads": threads}
+    settings = {
+        "model": name,
+        "direction": direction,
+        "latents": latents,
+        "seed": seed,
+        "target": int8_target,
+        "threads": threads,
+    }
     finish("int8_trade", {**settings, "variants": rows})
 
 

@@ -13,12 +13,11 @@ from samekit.engine.spec import RANDOM
 from samekit.errors import CheckpointError
 from samekit_export.config import parse_config
 from samekit_export.digest import checkpoint_digest
-from samekit_export.tensors import Checkpoint, derived_tensors, tensor_shapes
+from samekit_export.tensors import Checkpoint, derived_tensors, is_derived, tensor_shapes
 
 if TYPE_CHECKING:
-    import torch
-
-    from samekit_export.config import SameConfig, TrunkConfig
+    from samekit.arrays import Array
+    from samekit_export.config import SameConfig
 
 RANDOM_MODELS = ("same-s", "same-l", "tiny-s", "tiny-l")
 """The models that can have random weights."""
@@ -130,72 +129,67 @@ _OFFSET_FEATURES = 8
 _STREAM_SIZE = 64.0
 
 
-def _normal(key: str, seed: int, shape: tuple[int, ...]) -> torch.Tensor:
-    import torch  # slow, and not needed to look up names of models
-
+def _normal(key: str, seed: int, shape: tuple[int, ...]) -> Array:
     generator = np.random.RandomState((zlib.crc32(key.encode()) + seed) % 2**32)
-    return torch.from_numpy(generator.standard_normal(shape).astype(np.float32))
+    return generator.standard_normal(shape)
 
 
-def _make_trained_like_(tensors: dict[str, torch.Tensor], config: SameConfig, seed: int) -> None:
-    """Turn plain random weights into those of the version `TRAINED_LIKE`, in place."""
-    # The tensors before and after each trunk.
-    starts = {"encoder": "encoder.layers.0.mapping", "decoder": "decoder.layers.1"}
-    ends = {"encoder": "encoder.layers.2", "decoder": "decoder.layers.3.mapping"}
-    for direction, prefix in (("encoder", "encoder.layers.0"), ("decoder", "decoder.layers.3")):
-        trunk = config.encoder if direction == "encoder" else config.decoder
+def _make_trained_like_(arrays: dict[str, Array], config: SameConfig, seed: int) -> None:
+    """Turn plain random weights into those of the version `TRAINED_LIKE`, in place.
+
+    Factors are computed in float64 and then rounded, so that they are the same on every machine.
+    """
+    for trunk, prefix, start, end in (
+        (config.encoder, "encoder.layers.0", "encoder.layers.0.mapping", "encoder.layers.2"),
+        (config.decoder, "decoder.layers.3", "decoder.layers.1", "decoder.layers.3.mapping"),
+    ):
         like = _TRAINED_LIKE[trunk.span.kind]
         for i in range(trunk.depth):
-            _make_block_trained_like_(
-                tensors, f"{prefix}.transformers.{i}", trunk, like, seed, trunk.gates_with_sine(i)
-            )
-        start, end = starts[direction], ends[direction]
-        # First the constants, which the bias of the end takes back.
+            sine_gate = like.sine_gate if trunk.gates_with_sine(i) else 1.0
+            _make_block_trained_like_(arrays, f"{prefix}.transformers.{i}", like, sine_gate, seed)
         which = slice(None, None, trunk.width // _OFFSET_FEATURES)
-        offset = tensors[f"{start}.bias"] * 0
-        offset[which] = (
-            like.offset * (trunk.width / 768) ** 0.5 * _normal(f"{prefix} offset", seed, offset[which].shape).sign()
-        )
-        tensors[f"{start}.bias"] += offset
-        tensors[f"{prefix}.new_tokens"] += offset
-        if direction == "encoder":
-            tensors[f"{end}.bias"] -= tensors[f"{end}.weight"] @ offset
-            tensors[f"{end}.weight"] /= _STREAM_SIZE
-        else:
-            weight, gain = tensors[f"{end}.weight_v"], tensors[f"{end}.weight_g"]
-            # At the ends of the audio, the outer taps read zeros instead of the constants.
+        offset = np.zeros(trunk.width, np.float32)
+        offset[which] = like.offset * (trunk.width / 768) ** 0.5
+        offset *= np.sign(_normal(f"{prefix} offset", seed, offset.shape))
+        for key in (f"{start}.bias", f"{prefix}.new_tokens"):
+            arrays[key] += offset
+        # The bias of the end takes the constants back.
+        if f"{end}.weight_v" in arrays:
+            weight = arrays[f"{end}.weight_v"]
             centre = weight.shape[2] // 2
+            # At both ends of the audio, the outer taps read zeros instead of the constants.
             weight[:, which, :centre] = weight[:, which, centre + 1 :] = 0
-            effective = gain * weight / weight.norm(dim=(1, 2), keepdim=True)
-            tensors[f"{end}.bias"] -= effective.sum(dim=2) @ offset
-            gain /= _STREAM_SIZE
-        for key in (
-            f"{start}.bias",
-            f"{prefix}.new_tokens",
-            f"{start}.weight" if direction == "decoder" else f"{start}.weight_g",
-        ):
-            tensors[key] *= _STREAM_SIZE
+            length = np.sqrt(np.square(weight, dtype=np.float64).sum(axis=(1, 2)))
+            read = weight[:, which, centre] * (arrays[f"{end}.weight_g"][:, 0] / length[:, None])
+        else:
+            read = arrays[f"{end}.weight"][:, which].astype(np.float64)
+        arrays[f"{end}.bias"] -= (read * offset[which]).sum(axis=1).astype(np.float32)
+        for name in ("bias", "weight", "weight_g"):
+            if f"{start}.{name}" in arrays:
+                arrays[f"{start}.{name}"] *= _STREAM_SIZE
+            if name != "bias" and f"{end}.{name}" in arrays:
+                arrays[f"{end}.{name}"] /= _STREAM_SIZE
+        arrays[f"{prefix}.new_tokens"] *= _STREAM_SIZE
 
 
 def _make_block_trained_like_(
-    tensors: dict[str, torch.Tensor], block: str, trunk: TrunkConfig, like: TrainedLike, seed: int, sine: bool
+    arrays: dict[str, Array], block: str, like: TrainedLike, sine_gate: float, seed: int
 ) -> None:
     project, back = f"{block}.ff.ff.0.proj", f"{block}.ff.ff.2"
-    size = (like.inner_spread * _normal(f"{project} size", seed, (trunk.inner,))).exp()
-    for part in ("weight", "bias"):
-        value, gate = tensors[f"{project}.{part}"].split(trunk.inner)
-        value *= size.view(-1, *[1] * (value.ndim - 1))
-        if sine:
-            gate *= like.sine_gate
+    inner = arrays[f"{back}.weight"].shape[1]
+    size = np.exp(like.inner_spread * _normal(f"{project} size", seed, (inner,)))
+    factor = np.concatenate([size, np.full(inner, sine_gate)]).astype(np.float32)
+    arrays[f"{project}.weight"] *= factor[:, None]
+    arrays[f"{project}.bias"] *= factor
     read = size**-_COMPENSATION
-    tensors[f"{back}.weight"] *= read / (size * read).square().mean().sqrt()
+    arrays[f"{back}.weight"] *= (read / np.sqrt(np.square(size * read).mean())).astype(np.float32)
     for name in ("pre_norm", "ff_norm"):
-        key = f"{block}.{name}.gamma"
-        size = (like.norm_spread * _normal(f"{key} size", seed, tuple(tensors[key].shape))).exp()
-        tensors[key] *= size / size.square().mean().sqrt()
-        tensors[f"{block}.{name}.alpha"] /= _STREAM_SIZE
+        gamma = arrays[f"{block}.{name}.gamma"]
+        size = np.exp(like.norm_spread * _normal(f"{block}.{name} size", seed, gamma.shape))
+        gamma *= (size / np.sqrt(np.square(size).mean())).astype(np.float32)
+        arrays[f"{block}.{name}.alpha"] /= _STREAM_SIZE
     for key in (f"{block}.self_attn.to_out.weight", f"{back}.weight", f"{back}.bias"):
-        tensors[key] *= _STREAM_SIZE
+        arrays[key] *= _STREAM_SIZE
 
 
 def random_checkpoint(name: str, seed: int = 0, version: int = PLAIN) -> Checkpoint:
@@ -217,14 +211,14 @@ def random_checkpoint(name: str, seed: int = 0, version: int = PLAIN) -> Checkpo
     import torch  # slow, and not needed to look up names of models
 
     config, _ = parse_config(published_config(name))
-    tensors = {**derived_tensors(config), "bottleneck.running_std": torch.from_numpy(np.array([1.25], np.float32))}
+    arrays: dict[str, Array] = {"bottleneck.running_std": np.array([1.25], np.float32)}
     for key, shape in tensor_shapes(config).items():
-        if key not in tensors:
+        if key not in arrays and not is_derived(key):
             mean, std = _random_scale(key, shape)
-            generator = np.random.RandomState((zlib.crc32(key.encode()) + seed) % 2**32)
-            tensors[key] = torch.from_numpy((mean + std * generator.standard_normal(shape)).astype(np.float32))
+            arrays[key] = (mean + std * _normal(key, seed, shape)).astype(np.float32)
     source = {"kind": RANDOM, "name": name, "seed": seed}
     if version == TRAINED_LIKE:
-        _make_trained_like_(tensors, config, seed)
+        _make_trained_like_(arrays, config, seed)
         source["version"] = version
+    tensors = {**derived_tensors(config), **{key: torch.from_numpy(array) for key, array in arrays.items()}}
     return Checkpoint(name, config, tensors, source, checkpoint_digest(config, tensors))
