@@ -129,7 +129,7 @@ _OFFSET_FEATURES = 8
 _STREAM_SIZE = 64.0
 
 
-def _normal(key: str, seed: int, shape: tuple[int, ...]) -> Array:
+def _normal(key: str, seed: int, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     generator = np.random.RandomState((zlib.crc32(key.encode()) + seed) % 2**32)
     return generator.standard_normal(shape)
 
