@@ -118,7 +118,7 @@ class TrainedLike:
 
 _TRAINED_LIKE = {
     "chunk": TrainedLike(offset=14.0, inner_spread=1.0, norm_spread=1.0, sine_gate=1.0),
-    "band": TrainedLike(offset=36.0, inner_spread=0.4, norm_spread=0.3, sine_gate=0.35),
+    "band": TrainedLike(offset=36.0, inner_spread=0.3, norm_spread=0.2, sine_gate=0.35),
 }
 """By `Span.kind`: SAME-S has chunks, SAME-L has bands."""
 # Columns that read inner activations shrink by this power of their size, as if training had made up for a part of it.
