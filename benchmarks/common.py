@@ -18,7 +18,9 @@ from samekit.engine.folder import Engine, find_engine
 from samekit.engine.spec import ENCODER, Direction
 from samekit.errors import SamekitError
 from samekit.packages import import_onnxruntime
+from samekit_export.checkpoint import load
 from samekit_export.measure import machine
+from samekit_export.random_weights import RANDOM_MODELS, TRAINED_LIKE, random_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
     from samekit.batches import Autoencoder
+    from samekit_export.tensors import Checkpoint
 
 STARTED = machine()
 """The machine before the measurement, so that its load shows other programs only."""
@@ -96,6 +99,11 @@ plot_option = click.option(
     help="Write a picture; needs matplotlib.",
 )
 """The path of a benchmark's picture."""
+
+
+def checkpoint_of(model: str, seed: int = 0) -> Checkpoint:
+    """Load a model by name: random weights of `same-s`, `same-l`, `tiny-s` and `tiny-l`, and trained ones of others."""
+    return random_checkpoint(model, seed, TRAINED_LIKE) if model in RANDOM_MODELS else load(model)
 
 
 def call_of(codec: Autoencoder, direction: Direction) -> Callable[[Any], Any]:

@@ -1,8 +1,8 @@
 """Which steps of a float16 graph must stay in float32? This measures the accuracy with and without each of them.
 
 PyTorch on a CPU rounds the result of every float16 operation, as a GPU does. ONNX Runtime on a CPU computes float16
-graphs in float32, so its figures would be too good. The reference is eager PyTorch in float32. Weights are seeded and
-random.
+graphs in float32, so its figures would be too good. The reference is eager PyTorch in float32. The model is same-s,
+same-l, tiny-s or tiny-l with random weights, same-tiny, or a checkpoint folder.
 
     python benchmarks/fp32_ops.py same-s --latents 6
     python benchmarks/fp32_ops.py same-l --latents 2 --worst-cases
@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 import torch
-from common import finish, plot_bars, plot_option, question
+from common import checkpoint_of, finish, plot_bars, plot_option, question
 
 from samekit_export.graph import GraphDecoder, GraphEncoder
 from samekit_export.graph_layers import Linear
 from samekit_export.model import Same
-from samekit_export.random_weights import random_checkpoint
 from samekit_export.verify import snr_db
 
 if TYPE_CHECKING:
@@ -129,7 +128,7 @@ def measure(model: Same, fp32: AbstractSet[str], cases: dict[str, tuple[Tensor, 
 
 
 @question
-@click.argument("name", type=click.Choice(["tiny-s", "tiny-l", "same-s", "same-l"]))
+@click.argument("name")
 @click.option("--latents", default=6, show_default=True, type=click.IntRange(1))
 @click.option("--seed", default=0, show_default=True)
 @click.option(
@@ -139,7 +138,7 @@ def measure(model: Same, fp32: AbstractSet[str], cases: dict[str, tuple[Tensor, 
 @plot_option
 def main(name: str, latents: int, seed: int, only: tuple[str, ...], worst_cases: bool, plot_path: Path | None) -> None:
     """Print the table for one model; the last line is JSON."""
-    model = Same.from_checkpoint(random_checkpoint(name, seed))
+    model = Same.from_checkpoint(checkpoint_of(name, seed))
     rows = {}
     with torch.inference_mode():
         if worst_cases:

@@ -1,7 +1,7 @@
 """What does int8 cost in accuracy and save in time, and what does each step contribute that keeps the error small?
 
-Every variant is written as an ONNX graph, from seeded random weights or from the trained weights of `same-tiny`.
-ONNX Runtime runs all of them in turn. Accuracy is measured against eager PyTorch in float32.
+Every variant is written as an ONNX graph: of same-s, same-l, tiny-s or tiny-l with random weights, of same-tiny, or of
+a checkpoint folder. ONNX Runtime runs all of them in turn. Accuracy is measured against eager PyTorch in float32.
 
     python benchmarks/int8_trade.py same-s --direction encoder --latents 64
 
@@ -21,13 +21,12 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 import torch
-from common import finish, open_session, plot_bars, plot_option, question
+from common import checkpoint_of, finish, open_session, plot_bars, plot_option, question
 
 from samekit.arguments import MOST_THREADS
 from samekit.audio import read_audio, to_channels
 from samekit.backends.cpu import available_cpus
-from samekit.engine.spec import DECODER, ENCODER, Direction
-from samekit_export.checkpoint import BUNDLED_FOLDERS, load
+from samekit.engine.spec import DECODER, ENCODER, INT8_TARGET_DB, Direction
 from samekit_export.export import GRAPHS
 from samekit_export.gptq import GptqRounder
 from samekit_export.int8 import (
@@ -45,7 +44,6 @@ from samekit_export.int8_layers import Int8Branch, Int8Linear
 from samekit_export.measure import interleaved, summary
 from samekit_export.model import Same
 from samekit_export.model_spec import spec_of
-from samekit_export.random_weights import random_checkpoint
 from samekit_export.to_onnx import write_onnx
 from samekit_export.verify import example_input, snr_db
 
@@ -124,10 +122,10 @@ def quantize_with_(graph: GraphEncoder | GraphDecoder, model: Same, options: Qua
             block.split_latent_rows = False
 
 
-def apply_(graph: GraphEncoder | GraphDecoder, model: Same, variant: str) -> int:
+def apply_(graph: GraphEncoder | GraphDecoder, model: Same, variant: str, target_db: float) -> int:
     """Turn a float32 graph into a variant, in place; return how many products of its blocks are int8."""
     if variant == EXPORTED:
-        quantize_(graph, model)
+        quantize_(graph, model, target_db)
     elif variant != FLOAT32:
         quantize_with_(graph, model, VARIANTS[variant])
     return sum(isinstance(module, Int8Linear) for module in graph.modules())
@@ -147,7 +145,7 @@ def from_file(path: Path, model: Same, direction: Direction, latents: int) -> np
 
 
 @question
-@click.argument("name", type=click.Choice(["tiny-s", "tiny-l", "same-s", "same-l", "same-tiny"]))
+@click.argument("name")
 @click.option("--direction", default=ENCODER, show_default=True, type=click.Choice([ENCODER, DECODER]))
 @click.option("--variants", callback=variant_names, help="Separated by commas. [default: all]")
 @click.option("--latents", default=64, show_default=True, type=click.IntRange(1))
@@ -155,6 +153,7 @@ def from_file(path: Path, model: Same, direction: Direction, latents: int) -> np
     "--audio", type=click.Path(path_type=Path, exists=True), help="Use the start of this file instead of noise."
 )
 @click.option("--seed", default=0, show_default=True, help="Of the weights.")
+@click.option("--int8-target", default=INT8_TARGET_DB, show_default=True, help=f"In dB, for {EXPORTED!r}.")
 @click.option("--runs", default=5, show_default=True, type=click.IntRange(1))
 @click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="[default: all cores]")
 @plot_option
@@ -165,6 +164,7 @@ def main(
     latents: int,
     audio: Path | None,
     seed: int,
+    int8_target: float,
     runs: int,
     threads: int | None,
     plot_path: Path | None,
@@ -176,7 +176,7 @@ def main(
     if not chosen:
         raise click.UsageError(f"{NOT_SPLIT!r} is a variant of decoders")
     torch.set_num_threads(threads)
-    checkpoint = load(name) if name in BUNDLED_FOLDERS else random_checkpoint(name, seed)
+    checkpoint = checkpoint_of(name, seed)
     model = Same.from_checkpoint(checkpoint)
     array = (
         from_file(audio, model, direction, latents)
@@ -190,7 +190,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         for number, variant in enumerate(chosen):
             graph = GRAPHS[direction](model)
-            rows[variant] = {"int8_products": apply_(graph, model, variant)}
+            rows[variant] = {"int8_products": apply_(graph, model, variant, int8_target)}
             write_onnx(graph, Path(folder, f"{number}.onnx"))
             print(f"  written: {variant}", flush=True)
         del model, graph
@@ -212,7 +212,14 @@ def main(
             "seconds": {variant: row["seconds"]["min"] for variant, row in rows.items()},
         }
         plot_bars(plot_path, panels, x=f"{name}, {direction}")
-    settings = {"model": name, "direction": direction, "latents": latents, "seed": seed, "threads": threads}
+    settings = {
+        "model": name,
+        "direction": direction,
+        "latents": latents,
+        "seed": seed,
+        "target": int8_target,
+        "threads": threads,
+    }
     finish("int8_trade", {**settings, "variants": rows})
 
 

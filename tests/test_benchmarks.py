@@ -31,6 +31,7 @@ OF_ENGINES = {
     "throughput": ["--windows", 12, "--latents", 24, "--runs", 1, "--plot", "throughput.png"],
 }
 OF_MODELS = {
+    "naive_tiers": ["tiny-s", "--latents", 2],
     "int8_trade": [
         "same-tiny",
         "--latents",

@@ -23,7 +23,7 @@ from samekit.errors import CheckpointError
 from samekit_export.checkpoint import NESTED_PREFIX, WEIGHTS_FILE, load, load_folder, load_source, save_folder
 from samekit_export.config import CONFIG_FILE, BandSpan, ChunkSpan, parse_config
 from samekit_export.hub import PUBLISHED
-from samekit_export.random_weights import published_config, random_checkpoint
+from samekit_export.random_weights import TRAINED_LIKE, published_config, random_checkpoint
 from samekit_export.tensors import tensor_shapes
 
 
@@ -412,7 +412,7 @@ def test_seeds():
     other = random_checkpoint("tiny-s", 8)
     assert other.sha256 != random_checkpoint("tiny-s", 7).sha256
     assert_same(load_source(other.source), other)
-    assert_same(load("tiny-s", weights="random"), seeded("tiny-s"))
+    assert_same(load("tiny-s", weights="random"), random_checkpoint("tiny-s", version=TRAINED_LIKE))
 
 
 def test_defaults_of_pytorch_change_no_checkpoint():
@@ -588,7 +588,7 @@ def test_a_file_in_place_of_its_folder(hub, tmp_path, monkeypatch, name):
 def test_known_names_in_any_case(hub, snapshot, checkpoint_of):
     hub.online["stabilityai/SAME-S"] = snapshot
     assert load("SAME-S").name == "same-s"
-    assert load("Tiny-S", "random").source == {"kind": "random", "name": "tiny-s", "seed": 0}
+    assert load("Tiny-S", "random").source == {"kind": "random", "name": "tiny-s", "seed": 0, "version": TRAINED_LIKE}
     assert load("Same-Tiny").name == "same-tiny"
     assert load("SAME-S", str(checkpoint_of("tiny-s"))).name == "same-s"
     # Other names do not change.

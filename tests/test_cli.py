@@ -268,6 +268,25 @@ def test_info(engine):
     assert worst >= 100
 
 
+def test_target_of_int8(ready_graphs, folder):
+    arguments = ("export", "tiny-s", "--weights", "random", "--out", folder, "--precision", "fp32,int8")
+    text = succeeded(*arguments, "--int8-target", 20)
+    assert "rounding weights to int8, for an accuracy of 20 dB" in text
+    assert "all products of the blocks are int8" in text
+    (line,) = [line for line in succeeded("info", folder / "tiny-s").splitlines() if line.lstrip().startswith("int8")]
+    assert line.endswith(", the target was 20 dB")
+    graphs = json.loads(succeeded("info", folder / "tiny-s", "--json"))["graphs"]
+    assert graphs["int8"]["target_db"] == 20
+    assert "target_db" not in graphs["fp32"]
+    assert len(ready_graphs) == 4
+
+
+def test_target_without_int8(ready_graphs, folder):
+    line = refused("export", "tiny-s", "--weights", "random", "--out", folder, "--int8-target", 20)
+    assert line == "Error: --int8-target is for int8; add int8 to --precision"
+    assert ready_graphs == []
+
+
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 @pytest.mark.parametrize("state", ["full", "closed"])
 def test_streams_that_take_nothing(engine, song, tmp_path, stream, state):

@@ -31,10 +31,10 @@ from onnx.reference import ReferenceEvaluator
 from samekit.backends.base import BackendOptions
 from samekit.backends.onnxruntime import OnnxRuntimeBackend
 from samekit.engine.folder import Engine, describe_graph
-from samekit.engine.spec import ENCODER
+from samekit.engine.spec import ENCODER, INT8_TARGET_DB
 from samekit.errors import EngineError, InputError, OutputError, VerificationError
 from samekit_export import export as export_module
-from samekit_export.checkpoint import load, load_folder
+from samekit_export.checkpoint import load_folder
 from samekit_export.export import export
 from samekit_export.graph import GRAPH_REVISION, GraphEncoder
 from samekit_export.model import Same
@@ -157,6 +157,7 @@ def test_verification_is_recorded(engine_of, kind):
         assert any(row["latents"] % 2 and row["latents"] > 1 for row in cases)
         assert any(row["batch"] > 1 for row in cases)
         assert any(row["window"] and row["latents"] > row["window"] for row in cases)
+        assert {row["content"] for row in cases} == {"noise", "music"}
     assert all(row["snr_db"] >= 100 and 0 < row["max_error"] < 1e-3 for row in rows)
 
 
@@ -332,6 +333,29 @@ def test_another_precision_joins_what_is_there(exported, ready_graphs, precision
     assert len(ready_graphs) == 2
 
 
+def test_target_of_int8(exported, ready_graphs):
+    """Graphs of int8 with another target are exported again; other exports keep them and their target."""
+    engine = export(seeded("tiny-s"), exported, ["int8"], int8_target_db=20)
+    assert (len(ready_graphs), engine.spec.int8_target_db) == (2, 20)
+    for precisions in (["fp32"], ["fp16"]):
+        engine = export(seeded("tiny-s"), exported, precisions)
+        assert Engine.load(engine.folder).spec.int8_target_db == 20
+    assert len(ready_graphs) == 4
+    export(seeded("tiny-s"), exported, ["fp32", "int8"], int8_target_db=20)
+    assert len(ready_graphs) == 4
+    engine = export(seeded("tiny-s"), exported, ["fp32", "int8"])
+    assert ready_graphs[4:] == ["GraphEncoder encoder.int8.2.onnx", "GraphDecoder decoder.int8.2.onnx"]
+    assert engine.spec.int8_target_db == INT8_TARGET_DB == 38
+
+
+@pytest.mark.parametrize("target", [0, 101, float("nan")])
+def test_target_out_of_range(ready_graphs, tmp_path, target):
+    with pytest.raises(InputError, match=f"int8 cannot aim at {target} dB; pass a target from 10 to 100 dB") as caught:
+        export(seeded("tiny-s"), tmp_path, ["int8"], int8_target_db=target)
+    assert_one_line(caught.value)
+    assert (ready_graphs, list(tmp_path.iterdir())) == ([], [])
+
+
 def test_what_is_of_another_checkpoint_does_not_stay(exported, ready_graphs):
     export(seeded("tiny-s"), exported, ["fp16"])
     engine = export(random_checkpoint("tiny-s", seed=1), exported, ["fp16"])
@@ -355,7 +379,7 @@ def test_settings_of_pytorch_change_no_export(engine_of, tmp_path):
     torch.set_default_device("meta")
     try:
         with torch.autocast("cpu", torch.bfloat16):
-            engine = export(load("tiny-s", "random"), tmp_path)
+            engine = export(random_checkpoint("tiny-s"), tmp_path)
             assert torch.get_default_dtype() == torch.float64
             assert torch.is_autocast_enabled("cpu")
     finally:
@@ -507,7 +531,10 @@ def one_value_off(weight):
 
 
 SPOILED = {
-    "one value off": (one_value_off, r"is -?\d+\.\d+ dB from eager PyTorch at 1 x \d+ latents, 90.0 dB is the least"),
+    "one value off": (
+        one_value_off,
+        r"is -?\d+\.\d+ dB from eager PyTorch at 1 x \d+ latents of noise, 90.0 dB is the least",
+    ),
     "infinite": (lambda weight: weight * np.float32(np.inf), "NaN or infinity"),
 }
 

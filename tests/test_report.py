@@ -69,6 +69,8 @@ def test_every_backend_is_measured_or_named(measured):
     assert 90 < engine.audio_db < 200
     # Random weights reproduce nothing of their input.
     assert engine.round_trip_db < 3
+    assert eager.loss_db == 0
+    assert engine.loss_db == eager.round_trip_db - engine.round_trip_db
     assert min(engine.encode_speed, engine.decode_speed) > 0
 
 
@@ -96,6 +98,14 @@ def test_terminal_and_page_show_the_same(measured, page):
 def test_slow_speeds_have_a_decimal(measured, speed, shown):
     row = dataclasses.replace(measured.rows[0], encode_speed=speed, decode_speed=1)
     assert row.cells()[-2:] == (f"{shown} x real time", "1.0 x real time")
+
+
+@pytest.mark.parametrize(
+    ("loss", "shown"), [(0.0, "0.00 dB"), (-0.001, "0.00 dB"), (0.234, "0.23 dB"), (-0.2, "-0.20 dB"), (np.nan, "-")]
+)
+def test_loss_of_the_round_trip(measured, loss, shown):
+    cell = dataclasses.replace(measured.rows[0], loss_db=loss).cells()[6]
+    assert (COLUMNS[6], cell) == ("round trip, loss against eager fp32", shown)
 
 
 @pytest.mark.parametrize("name", ["song.wav", "page"])

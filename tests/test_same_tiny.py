@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import synthesis
 import train_tiny
 from helpers import assert_close, assert_one_line, in_one_pass, needs_bf16
+from tiny_recipes import RECIPES
 
 from samekit import AutoencoderModel
 from samekit.audio import read_audio
@@ -171,32 +173,25 @@ def test_clips_are_stereo_of_varied_loudness():
 
 
 @pytest.mark.slow
-def test_training_can_be_interrupted(monkeypatch, tmp_path):
-    for name, value in {
-        "POOL_CLIPS": 4,
-        "POOL_SECONDS": 2.0,
-        "POOL_STEPS": 2,
-        "HELD_OUT_CLIPS": 2,
-        "HELD_OUT_SECONDS": 1.0,
-        "BATCH": 2,
-        "EVERY": 2,
-    }.items():
-        monkeypatch.setattr(train_tiny, name, value)
-    train_tiny.train(tmp_path / "whole", steps=4, threads=1)
+@pytest.mark.parametrize("name", RECIPES)
+def test_training_can_be_interrupted(monkeypatch, tmp_path, name):
+    short = {"steps": 4, "pool_clips": 4, "pool_seconds": 2.0, "pool_steps": 2, "batch": 2, "every": 2}
+    recipe = dataclasses.replace(RECIPES[name], **short, held_out_clips=2, held_out_seconds=1.0)
+    train_tiny.train(recipe, tmp_path / "whole", threads=1)
     with monkeypatch.context() as patch:
         patch.setattr(train_tiny, "make_batch", stop_at(3, train_tiny.make_batch))
         with pytest.raises(KeyboardInterrupt):
-            train_tiny.train(tmp_path / "halves", steps=4, threads=1)
-    train_tiny.train(tmp_path / "halves", steps=4, threads=1)
+            train_tiny.train(recipe, tmp_path / "halves", threads=1)
+    train_tiny.train(recipe, tmp_path / "halves", threads=1)
     assert load_folder(tmp_path / "halves").sha256 == load_folder(tmp_path / "whole").sha256
 
 
 def stop_at(step, make_batch):
     """Return a `make_batch` that is interrupted."""
 
-    def interrupted(pool, samples, number):
+    def interrupted(pool, batch, samples, number):
         if number == step:
             raise KeyboardInterrupt
-        return make_batch(pool, samples, number)
+        return make_batch(pool, batch, samples, number)
 
     return interrupted

@@ -304,6 +304,17 @@ def clip(random: Generator, length: float, *, music: bool | None = None) -> Line
     lines = music_lines(random, samples) if music else sound_lines(random, samples)
     if music and random.random() < 0.2:
         lines += [(voice(random, samples), random.uniform(0.2, 0.8))]
+    return _mixed(random, samples, lines)
+
+
+def speech(random: Generator, length: float) -> Line:
+    """Return a voice in a room, `[samples, 2]` in float32, with a peak of at most 1; `length` is in seconds."""
+    samples = int(length * RATE)
+    return _mixed(random, samples, [(voice(random, samples), 1.0)])
+
+
+def _mixed(random: Generator, samples: int, lines: list[tuple[Line, float]]) -> Line:
+    """Return the stereo mix of mono lines with their levels, at a random loudness."""
     mix = np.zeros((samples, 2))
     for line, weight in lines:
         mix += placed(random, line) * (weight / level(line))

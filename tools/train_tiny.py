@@ -1,4 +1,4 @@
-"""Train `same-tiny` from a seed: `python tools/train_tiny.py`, at most 90 minutes on two cores.
+"""Train a small model from a seed: `python tools/train_tiny.py`, at most 90 minutes on two cores.
 
     synthesis.py ── a pool of clips ── random crops, mixed ── Same (model.py) ── squared error ── AdamW, moving average
                                                                                                         │
@@ -9,6 +9,8 @@ audio only through attention. With random weights it takes hours until attention
 the first block start as position selectors: a constant feature, turned by the rotary embedding, makes a head attend to
 a fixed distance. The layers at both ends start as least-squares fits to the outputs of these heads. So step 0 is a
 linear transform codec, and training makes it adaptive.
+
+`tiny_recipes.py` lists the models that can be trained.
 """
 
 from __future__ import annotations
@@ -20,52 +22,36 @@ import math
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import synthesis
 import torch
+from tiny_recipes import RECIPES, Recipe
 from torch import Tensor, nn
 
 from samekit.backends.cpu import available_cpus
 from samekit_export.checkpoint import save_folder
 from samekit_export.config import parse_config, rotary_frequencies
 from samekit_export.model import Same, Trunk, WeightNormConv
-from samekit_export.random_weights import published_config
 from samekit_export.tensors import tensor_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# With these values, the published checkpoint and its curve were made.
 SEED = 0
-POOL_CLIPS, POOL_SECONDS, POOL_STEPS = 320, 8.0, 1500
-"""Clips from which crops are drawn, the seconds of each, and the steps after which all are replaced."""
-HELD_OUT_CLIPS, HELD_OUT_SECONDS = 32, 4.0
-CROP_LATENTS, BATCH, STEPS = 64, 8, 3000
+NOISE_SEED = 2**32
 PEAK_RATE, WARM_UP = 1e-3, 200
-EVERY = 250
-"""Steps between two checkpoints."""
 AVERAGE = 0.998
+LATENT_NOISE = 1e-3
+"""Noise on latents, relative to their size, if a configuration has `noise_regularize`; as in the reference."""
 STATE_FILE, CURVE_FILE = "training.pt", "curve.jsonl"
 
 SELECTING = 6
 """Features of a head that select positions, at the highest frequencies of the rotary embedding."""
-
-
-def model_config() -> dict[str, Any]:
-    """Return the `model_config.json`: two patches of 192 samples a latent, 64 features, 12 times fewer numbers."""
-    config = published_config("tiny-s")
-    patch, stride, latent, chunk = 192, 2, 64, 8
-    model = config["model"]
-    model["pretransform"]["config"]["patch_size"] = patch
-    trunk = {"channels": 192, "c_mults": [1], "strides": [stride], "latent_dim": latent, "chunk_size": chunk * stride}
-    model["encoder"]["config"] |= trunk | {"in_channels": 2 * patch, "transformer_depths": [2]}
-    model["decoder"]["config"] |= trunk | {"out_channels": 2 * patch, "transformer_depths": [4], "mask_noise": 0.0}
-    model["bottleneck"]["config"] |= {"dim": latent, "noise_regularize": False}
-    model |= {"latent_dim": latent, "downsampling_ratio": patch * stride}
-    return config
 
 
 def make_clip(seed: tuple[int, ...], length: float) -> np.ndarray:
@@ -82,28 +68,28 @@ def make_clips(stream: int, count: int, length: float, workers: int) -> Tensor:
         return torch.from_numpy(np.stack(list(pool.map(make_clip, seeds, [length] * count, chunksize=8))))
 
 
-def make_pool(step: int, workers: int) -> Tensor:
+def make_pool(recipe: Recipe, step: int, workers: int) -> Tensor:
     """Return the clips that training uses from `step` on."""
     print("making clips", flush=True)
-    return make_clips(2 * (step // POOL_STEPS), POOL_CLIPS, POOL_SECONDS, workers)
+    return make_clips(2 * (step // recipe.pool_steps), recipe.pool_clips, recipe.pool_seconds, workers)
 
 
-def held_out(workers: int, hop: int) -> Tensor:
+def held_out(recipe: Recipe, workers: int, hop: int) -> Tensor:
     """Return the clips on which the published accuracy was measured, in whole latents."""
-    clips = make_clips(1, HELD_OUT_CLIPS, HELD_OUT_SECONDS, workers).float() / 32767
+    clips = make_clips(1, recipe.held_out_clips, recipe.held_out_seconds, workers).float() / 32767
     return clips[..., : clips.shape[-1] // hop * hop]
 
 
-def make_batch(pool: Tensor, samples: int, number: int) -> Tensor:
-    """Return crops `[BATCH, 2, samples]` with random gain, polarity and channel order; a third are mixed in pairs."""
+def make_batch(pool: Tensor, batch: int, samples: int, number: int) -> Tensor:
+    """Return crops `[batch, 2, samples]` with random gain, polarity and channel order; a third are mixed in pairs."""
     random = torch.Generator().manual_seed(SEED + number)
 
     def draw() -> Tensor:
-        return torch.rand((BATCH, 1, 1), generator=random)
+        return torch.rand((batch, 1, 1), generator=random)
 
     def crops() -> Tensor:
-        which = torch.randint(len(pool), (BATCH,), generator=random)
-        start = torch.randint(pool.shape[-1] - samples, (BATCH,), generator=random)
+        which = torch.randint(len(pool), (batch,), generator=random)
+        start = torch.randint(pool.shape[-1] - samples, (batch,), generator=random)
         audio = torch.stack([pool[i, :, j : j + samples] for i, j in zip(which, start, strict=True)]).float() / 32767
         return torch.where(draw() < 0.5, audio.flip(1), audio)
 
@@ -117,7 +103,51 @@ def relative_error(audio: Tensor, back: Tensor) -> Tensor:
     return (back - audio).square().mean((1, 2)) / (audio.square().mean((1, 2)) + 1e-8)
 
 
-def initialise(model: Same, pool: Tensor) -> None:
+class Noise:
+    """The noise that a configuration describes: on latents (`noise_regularize`) and learned tokens (`mask_noise`).
+
+    The reference adds the same. Here it grows over the first half of the training, because the linear codec at the
+    start does not tolerate it.
+
+    Args:
+        model: gets hooks, which add the noise.
+        config: its `model_config.json`.
+    """
+
+    def __init__(self, model: Same, config: dict[str, Any]) -> None:
+        self.strength = 0.0
+        self.random = torch.Generator()
+        (encoder, _), (from_latent, decoder) = model.encoder_parts, model.decoder_parts
+        if config["model"]["bottleneck"]["config"]["noise_regularize"]:
+            self._add(from_latent, self._on_latents)
+        for direction, trunk, learned in (("encoder", encoder, slice(-1, None)), ("decoder", decoder, slice(1, None))):
+            if level := config["model"][direction]["config"]["mask_noise"]:
+                tokens = trunk.config.latent_tokens
+                self._add(trunk.blocks[0], partial(self._on_tokens, level=level, learned=learned, tokens=tokens))
+
+    def start_step(self, step: int, steps: int) -> None:
+        """Set the strength and the random numbers of a step."""
+        self.strength = min(1.0, 2 * step / steps)
+        self.random.manual_seed(NOISE_SEED + step)
+
+    def _add(self, module: nn.Module, noise_for: Callable[[Tensor], Tensor]) -> None:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            x, *others = inputs
+            return (x + self.strength * noise_for(x) if torch.is_grad_enabled() else x, *others)
+
+        module.register_forward_pre_hook(hook)
+
+    def _on_latents(self, x: Tensor) -> Tensor:
+        return LATENT_NOISE * x.detach().std((0, 1)) * torch.randn(x.shape, generator=self.random)
+
+    def _on_tokens(self, x: Tensor, level: float, learned: slice, tokens: int) -> Tensor:
+        noise = torch.zeros_like(x)
+        of_latents = noise.view(-1, tokens, x.shape[-1])[:, learned]
+        of_latents.copy_(level * torch.randn(of_latents.shape, generator=self.random))
+        return noise
+
+
+def initialise(model: Same, recipe: Recipe, pool: Tensor) -> None:
     """Set the weights to those of a linear codec, see the module's docstring; `pool` is from `make_clips`."""
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
@@ -132,8 +162,8 @@ def initialise(model: Same, pool: Tensor) -> None:
     _start_trunk(encoder, [(d, 0) for d in reversed(patches)] + around, gain=8)
     _start_trunk(decoder, [(d, 0) for d in patches] + around, gain=12)
 
-    samples = CROP_LATENTS * model.config.hop
-    audio = torch.cat([make_batch(pool, samples, -number) for number in range(1, 49)])
+    samples = recipe.crop_latents * model.config.hop
+    audio = torch.cat([make_batch(pool, recipe.batch, samples, -number) for number in range(1, 49)])
     audio = audio[audio.std((1, 2)) > 1e-3]
     # Rows are weighted by the inverse level of their example, so that all examples count the same.
     weight = 1 / audio.std((1, 2))
@@ -164,10 +194,12 @@ def initialise(model: Same, pool: Tensor) -> None:
     latents = model.encode(audio)
     _set_mapping(decoder.mapping, torch.randn(decoder.mapping.weight_v.shape))
     copies = _stream(decoder, lambda: model.decode(latents))[:, :, 1:].flatten(1, 2)
-    seen = torch.cat([nn.functional.pad(copies, (0, 0, 1 - i, i - 1)) for i in range(3)], dim=-1)
+    kernel = decoder.config.mapping_kernel
+    taps = range(-(kernel // 2), kernel // 2 + 1)
+    seen = torch.cat([nn.functional.pad(copies, (0, 0, -tap, tap)) for tap in taps], dim=-1)
     rows = audio.unflatten(2, (-1, patch)).transpose(1, 2).flatten(2)
     fit = _least_squares(seen, rows, weight)
-    _set_mapping(decoder.mapping, fit[:-1].unflatten(0, (3, width)).permute(2, 1, 0))
+    _set_mapping(decoder.mapping, fit[:-1].unflatten(0, (kernel, width)).permute(2, 1, 0))
     decoder.mapping.bias.copy_(fit[-1])
 
 
@@ -202,6 +234,9 @@ def _start_trunk(trunk: Trunk, distances: list[tuple[int, int]], gain: float) ->
             nn.init.normal_(attention.to_out.weight, std=0.03 * width**-0.5)
         project, back = block.ff.linears
         nn.init.normal_(project.weight, std=2 * width**-0.5)
+        if block.ff.sine:
+            # Within one period of sin(pi x).
+            project.weight[config.inner :] *= 0.25
         nn.init.normal_(back.weight, std=0.03 * config.inner**-0.5)
 
 
@@ -269,25 +304,37 @@ def calibrate(model: Same, pool: Tensor) -> None:
     from_latent.weight.mul_(std)
 
 
-def save(model: Same, pool: Tensor, folder: Path) -> Same:
+def save(model: Same, config: dict[str, Any], pool: Tensor, folder: Path) -> Same:
     """Write a calibrated copy in float16, like the published file; return the model with the rounded weights."""
     copied = copy.deepcopy(model)
     calibrate(copied, pool)
     tensors = {key: copied.state_dict()[key].half() for key in tensor_shapes(copied.config)}
-    save_folder(model_config(), tensors, folder)
+    save_folder(config, tensors, folder)
     copied.load_state_dict(tensors)
     return copied
 
 
-def train(folder: Path, steps: int, threads: int) -> None:
+def improve_(model: Same, optimizer: torch.optim.Optimizer, audio: Tensor) -> float:
+    """Do one step of training; return the loss in dB."""
+    with torch.enable_grad():
+        # The logarithm makes loud and quiet examples count the same, and hard and easy ones too.
+        loss = (relative_error(audio, model.decode(model.encode(audio))) + 1e-3).log10().mean()
+        loss.backward()
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return 10 * loss.item()
+
+
+def train(recipe: Recipe, folder: Path, threads: int) -> None:
     """Train, or continue an interrupted run; write the checkpoint and its curve to `folder`."""
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
     torch.set_num_threads(threads)
-    config, _ = parse_config(model_config())
-    model = Same(config)
-    judged = held_out(threads, config.hop)
+    config, _ = parse_config(recipe.config)
+    model, steps = Same(config), recipe.steps
+    judged = held_out(recipe, threads, config.hop)
     torch.set_grad_enabled(False)
     weights = [p for name, p in model.named_parameters() if not name.startswith("bottleneck")]
     optimizer = torch.optim.AdamW(weights, lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01)
@@ -295,20 +342,21 @@ def train(folder: Path, steps: int, threads: int) -> None:
     state = torch.load(folder / STATE_FILE) if (folder / STATE_FILE).exists() else None
     if state:
         first, spent = state["step"], state["seconds"]
-    pool = make_pool(first, threads)
+    pool = make_pool(recipe, first, threads)
     if not state:
-        initialise(model, pool)
+        initialise(model, recipe, pool)
     average = copy.deepcopy(model)
     if state:
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
+    noise = Noise(model, recipe.config)
     losses: list[float] = []
     for step in range(first, steps + 1):
-        if (step % EVERY == 0 or step == steps) and (step > first or step == 0):
+        if (step % recipe.every == 0 or step == steps) and (step > first or step == 0):
             seconds = spent + time.monotonic() - started
             row = {"step": step, "seconds": round(seconds), "loss": float(np.mean(losses)) if losses else None}
-            row |= quality(save(average, pool, folder), judged)
+            row |= quality(save(average, recipe.config, pool, folder), judged)
             losses.clear()
             print(json.dumps(row), flush=True)
             with (folder / CURVE_FILE).open("a") as file:
@@ -318,20 +366,14 @@ def train(folder: Path, steps: int, threads: int) -> None:
             torch.save(state, folder / STATE_FILE)
         if step == steps:
             break
-        if step % POOL_STEPS == 0 and step > first:
-            pool = make_pool(step, threads)
+        if step % recipe.pool_steps == 0 and step > first:
+            pool = make_pool(recipe, step, threads)
         optimizer.param_groups[0]["lr"] = PEAK_RATE * min(
             (step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / steps)
         )
-        audio = make_batch(pool, CROP_LATENTS * config.hop, step)
-        with torch.enable_grad():
-            # The logarithm makes loud and quiet examples count the same, and hard and easy ones too.
-            loss = (relative_error(audio, model.decode(model.encode(audio))) + 1e-3).log10().mean()
-            loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(10 * loss.item())
+        audio = make_batch(pool, recipe.batch, recipe.crop_latents * config.hop, step)
+        noise.start_step(step, steps)
+        losses.append(improve_(model, optimizer, audio))
         rate = min(AVERAGE, (step + 1) / (step + 10))
         for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
             slow.lerp_(fast, 1 - rate)
@@ -340,11 +382,14 @@ def train(folder: Path, steps: int, threads: int) -> None:
 def main() -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("build/same-tiny"), help="folder of the checkpoint")
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("model", nargs="?", choices=RECIPES, default="same-tiny")
+    parser.add_argument("--out", type=Path, help="folder of the checkpoint; build/MODEL unless given")
+    parser.add_argument("--steps", type=int, help="instead of those of the recipe")
     parser.add_argument("--threads", type=int, default=available_cpus())
     arguments = parser.parse_args()
-    train(arguments.out, arguments.steps, arguments.threads)
+    recipe = RECIPES[arguments.model]
+    recipe = replace(recipe, steps=arguments.steps or recipe.steps)
+    train(recipe, arguments.out or Path("build", arguments.model), arguments.threads)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from samekit_export import diffusers, hub
 from samekit_export.config import CONFIG_FILE, parse_config
 from samekit_export.digest import checkpoint_digest
 from samekit_export.hub import WEIGHTS_FILE
-from samekit_export.random_weights import RANDOM_MODELS, random_checkpoint
+from samekit_export.random_weights import RANDOM_MODELS, TRAINED_LIKE, random_checkpoint
 from samekit_export.tensors import (
     Checkpoint,
     check_finite,
@@ -80,7 +80,7 @@ def load(model: str, weights: str = HUB, revision: str | None = None) -> Checkpo
     if revision is not None:
         raise CheckpointError("only weights on the hub have revisions, and these are elsewhere; leave the revision out")
     if weights == RANDOM:
-        return random_checkpoint(model)
+        return random_checkpoint(model, version=TRAINED_LIKE)
     if weights != HUB:
         return load_folder(Path(weights), model)
     return load_folder(model) if is_folder else load_bundled(model)
@@ -104,7 +104,9 @@ def load_source(source: Mapping[str, Any]) -> Checkpoint:
     try:
         loader = loaders[source["kind"]]
         inspect.signature(loader).bind(**arguments)
-        check_kinds(arguments, dict.fromkeys(("folder", "name", "revision", "weights"), str) | {"seed": int})
+        check_kinds(
+            arguments, dict.fromkeys(("folder", "name", "revision", "weights"), str) | {"seed": int, "version": int}
+        )
     except (KeyError, TypeError):
         raise CheckpointError(f"a checkpoint source {dict(source)!r} is not known; export the model again") from None
     return loader(**arguments)

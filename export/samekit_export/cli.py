@@ -12,6 +12,7 @@ import click
 from samekit.cli.group import UserPath, json_option, say, say_json
 from samekit.cli.model_options import ENGINE_HELP, model_option
 from samekit.engine.fingerprint import HARDWARE
+from samekit.engine.spec import INT8_TARGET_DB, INT8_TARGET_RANGE
 from samekit.errors import BackendUnavailableError, InputError, VerificationError
 from samekit.files.atomic import remove_abandoned
 from samekit.packages import INSTALL_EXPORT, import_onnxruntime, import_package
@@ -69,6 +70,13 @@ def progress_on_stdout(*, as_json: bool = False) -> Iterator[None]:
     show_default=True,
     help="fp32, fp16 or int8; several separated by commas.",
 )
+@click.option(
+    "--int8-target",
+    metavar="DB",
+    type=click.FloatRange(*INT8_TARGET_RANGE),
+    help="Accuracy of int8 in dB. For a lower target, more products are int8, which is faster.  "
+    f"[default: {INT8_TARGET_DB:g}]",
+)
 @click.option("--out", default="engines", show_default=True, type=UserPath())
 @click.option("--force", is_flag=True, help="Export even if it is current, and let random weights replace others.")
 @click.option(
@@ -97,6 +105,7 @@ def export(
     weights: str,
     revision: str | None,
     precision: str,
+    int8_target: float | None,
     out: Path,
     force: bool,
     tensorrt: str,
@@ -119,6 +128,8 @@ def export(
 
     # Everything that can be wrong is checked before gigabytes are downloaded and graphs are written.
     precisions = check_precisions(precision.split(","))
+    if int8_target is not None and "int8" not in precisions:
+        raise InputError("--int8-target is for int8; add int8 to --precision")
     import_onnxruntime()
     options = BuilderOptions(tensorrt_level, tensorrt_hardware, tensorrt_later_versions)
     check_options(tensorrt, options)
@@ -128,7 +139,7 @@ def export(
     checkpoint = load(model, weights, revision)
     if checkpoint.source.get("weights") == PUBLISHED_WEIGHTS:
         say(f"{PUBLISHED_WEIGHTS} of {checkpoint.source['name']}, revision {checkpoint.source['revision']}")
-    engine = run(checkpoint, out, precisions, force=force)
+    engine = run(checkpoint, out, precisions, int8_target_db=int8_target or INT8_TARGET_DB, force=force)
     if tensorrt != "off":
         add_engines(engine, precisions, tensorrt, options)
 

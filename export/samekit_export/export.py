@@ -19,7 +19,17 @@ from samekit.engine.folder import (
     remove_leftovers,
     staging_folder,
 )
-from samekit.engine.spec import BF16, DECODER, ENCODER, PRECISIONS, Direction, EngineSpec, check_file_name
+from samekit.engine.spec import (
+    BF16,
+    DECODER,
+    ENCODER,
+    INT8_TARGET_DB,
+    INT8_TARGET_RANGE,
+    PRECISIONS,
+    Direction,
+    EngineSpec,
+    check_file_name,
+)
 from samekit.errors import BackendUnavailableError, InputError, OutputError, SamekitError
 from samekit.files.atomic import output_errors
 from samekit.files.locks import LOCK_FILE, folder_lock
@@ -60,21 +70,30 @@ def check_precisions(precisions: Sequence[str]) -> list[str]:
 
 
 @pytorch_defaults()
-def export(checkpoint: Checkpoint, out: Path, precisions: Sequence[str] = ("fp32",), *, force: bool = False) -> Engine:
+def export(
+    checkpoint: Checkpoint,
+    out: Path,
+    precisions: Sequence[str] = ("fp32",),
+    *,
+    int8_target_db: float = INT8_TARGET_DB,
+    force: bool = False,
+) -> Engine:
     """Write the engine folder `out` / the checkpoint's name, or leave it if it is current.
 
-    It is current if it holds the same checkpoint at this `GRAPH_REVISION`. Then graphs of other precisions and TensorRT
-    engines in it are kept. Exports into one folder wait for each other. Until the new export is complete and verified,
-    the older one can be used. Each step is logged at level INFO.
+    It is current if it holds the same checkpoint at this `GRAPH_REVISION`, with the same target for int8. Then graphs
+    of other precisions and TensorRT engines in it are kept. Exports into one folder wait for each other. Until the new
+    export is complete and verified, the older one can be used. Each step is logged at level INFO.
 
     Args:
         checkpoint: the checkpoint to export.
         out: the folder of engine folders.
         precisions: of `samekit.engine.spec.PRECISIONS`.
+        int8_target_db: accuracy in dB that int8 graphs should reach, in `INT8_TARGET_RANGE`. Products stay float32
+            until they do.
         force: export these precisions even if they are current, and let random weights replace others.
 
     Raises:
-        InputError: a precision cannot be exported, or no folder can have the model's name.
+        InputError: a precision or its target cannot be exported, or no folder can have the model's name.
         CheckpointError: the weights cannot be exported, for example because the alpha of a norm is zero.
         BackendUnavailableError: ONNX Runtime, which verification needs, cannot be used here; or int8 was requested, and
             this processor cannot verify it.
@@ -82,12 +101,15 @@ def export(checkpoint: Checkpoint, out: Path, precisions: Sequence[str] = ("fp32
         OutputError: the folder cannot be written, is no engine folder, or random weights would replace others.
     """
     precisions = check_precisions(precisions)
+    if not INT8_TARGET_RANGE[0] <= int8_target_db <= INT8_TARGET_RANGE[1]:
+        least, most = INT8_TARGET_RANGE
+        raise InputError(f"int8 cannot aim at {int8_target_db} dB; pass a target from {least:g} to {most:g} dB")
     try:
         check_file_name("name", checkpoint.name)
     except ValueError:
         raise InputError(f"no engine folder can be called {checkpoint.name!r}; pass a name without / and \\") from None
     folder = expanded(out) / checkpoint.name
-    spec = dataclasses.replace(spec_of(checkpoint), tools=tool_versions())
+    spec = dataclasses.replace(spec_of(checkpoint), tools=tool_versions(), int8_target_db=int8_target_db)
     present = _load_engine(folder)
     if present and not force and not _missing(present, spec, precisions):
         _remove_leftovers_unless_locked(folder)
@@ -136,6 +158,8 @@ def _export_locked(
             graphs={p: older.spec.graphs[p] for p in kept},
             verification={p: older.spec.verification.get(p, []) for p in kept},
         )
+        if "int8" in kept:
+            spec = dataclasses.replace(spec, int8_target_db=older.spec.int8_target_db)
     model = Same.from_checkpoint(checkpoint)
     with staging_folder(folder) as staging:
         for precision in wanted:
@@ -172,8 +196,13 @@ def _is_same(engine: Engine, spec: EngineSpec) -> bool:
 
 
 def _missing(engine: Engine, spec: EngineSpec, precisions: Sequence[str]) -> list[str]:
-    """Return the precisions for which an engine folder lacks complete graphs of this checkpoint and graph revision."""
-    return [p for p in precisions if not (_is_same(engine, spec) and _is_whole(engine, p))]
+    """Return the precisions for which an engine folder lacks complete graphs of this checkpoint and graph revision.
+
+    Graphs of int8 must also have the same target.
+    """
+    same_target = engine.spec.int8_target_db == spec.int8_target_db
+    current = [p for p in precisions if same_target or p != "int8"] if _is_same(engine, spec) else []
+    return [p for p in precisions if not (p in current and _is_whole(engine, p))]
 
 
 def _is_whole(engine: Engine, precision: str) -> bool:
@@ -196,8 +225,8 @@ def _add_precision(staging: Path, spec: EngineSpec, model: Same, precision: str,
         if precision == "fp16":
             graph.to_float16_()
         elif precision == "int8":
-            logger.info("rounding weights to int8")
-            if kept := quantize_(graph, model):
+            logger.info("rounding weights to int8, for an accuracy of %g dB", spec.int8_target_db)
+            if kept := quantize_(graph, model, spec.int8_target_db):
                 logger.info("products that stay float32 for accuracy: %s", ", ".join(kept))
             else:
                 logger.info("all products of the blocks are int8")

@@ -28,11 +28,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from samekit.engine.spec import INT8_TARGET_DB
 from samekit.errors import CheckpointError
 from samekit_export.gptq import GptqRounder
 from samekit_export.graph import GraphDecoder, GraphEncoder
 from samekit_export.graph_layers import Branch, Linear
 from samekit_export.int8_layers import Int8Branch, Int8Linear, rotated, rotation_for
+from samekit_export.music import music
 from samekit_export.progress import logged
 from samekit_export.verify import snr_db
 
@@ -42,9 +44,6 @@ if TYPE_CHECKING:
     from samekit_export.graph import GraphBlock
     from samekit_export.graph_layers import Norm
     from samekit_export.model import Same
-
-TARGET_DB = 38.0
-"""Least accuracy of `quantize_` on the evaluation examples. Verification requires the lower `verify.FLOOR_DB`."""
 
 CALIBRATION_SEED, EVALUATION_SEED = 0, 1
 """Seeds of `examples`: of those for which weights are rounded, and of those on which accuracy is measured."""
@@ -186,13 +185,13 @@ def products(graph: GraphEncoder | GraphDecoder, moments: dict[str, Tensor]) -> 
 
 
 def examples(graph: GraphEncoder | GraphDecoder, model: Same, latents: int, seed: int) -> Iterator[Tensor]:
-    """Yield inputs of several kinds and levels: noise of a usual level first, latents of encoded audio last.
+    """Yield noise and music of several levels: noise of a usual level first, latents of encoded audio last.
 
     Args:
         graph: the encoder or decoder that gets the inputs.
         model: the model that the graph was made from.
         latents: length of each example.
-        seed: of the noise and of the chord's pitches.
+        seed: of the noise, of the chord's pitches and of the part of the music.
     """
     generator = np.random.default_rng(seed)
     config = graph.config
@@ -201,7 +200,8 @@ def examples(graph: GraphEncoder | GraphDecoder, model: Same, latents: int, seed
     # In hertz, spread over the keys of a piano.
     pitches = 27.5 * 2 ** generator.uniform((0, 2, 4, 6), (2, 4, 6, 7))
     chord = sum(np.sin(2 * np.pi * pitch * seconds) for pitch in pitches)
-    audio = [_tensor(array) for array in (0.2 * hiss, 0.01 * hiss, 0.3 * hiss, 0.2 * chord + 0.002 * hiss)]
+    piece = music(config, latents, start=2 + 10 * seed)
+    audio = [_tensor(array) for array in (0.2 * hiss, 0.01 * hiss, 0.3 * hiss, 0.2 * chord + 0.002 * hiss, piece)]
     if isinstance(graph, GraphEncoder):
         yield from audio
         return
@@ -239,7 +239,7 @@ def select_int8_(graph: GraphEncoder | GraphDecoder, prepared: Iterable[Product]
 
 
 def quantize_(
-    graph: GraphEncoder | GraphDecoder, model: Same, target_db: float = TARGET_DB, latents: int = 8
+    graph: GraphEncoder | GraphDecoder, model: Same, target_db: float = INT8_TARGET_DB, latents: int = 8
 ) -> list[str]:
     """Turn the products of the blocks into int8, in place, as long as the accuracy is at least `target_db`.
 
@@ -249,7 +249,8 @@ def quantize_(
     Args:
         graph: float32, not prepared.
         model: the model that the graph was made from.
-        target_db: least accuracy against the float32 graph, on the worst of `examples`.
+        target_db: least accuracy against the float32 graph, on the worst of `examples`. Verification requires less, see
+            `samekit.engine.accuracy.floor_db`.
         latents: length of each example.
 
     Returns:

@@ -56,6 +56,7 @@ COLUMNS = (
     "latents, SNR against eager fp32",
     "audio, SNR against eager fp32",
     "round trip, SNR against the original",
+    "round trip, loss against eager fp32",
     "encode",
     "decode",
 )
@@ -78,6 +79,8 @@ class Row:
     """SNR of the audio decoded from its own latents, against that of eager float32."""
     round_trip_db: float
     """SNR of the decoded against the original audio."""
+    loss_db: float
+    """How much less that is than with eager float32; NaN for silence."""
     encode_speed: float
     """Seconds of audio encoded in a second."""
     decode_speed: float
@@ -91,6 +94,8 @@ class Row:
             self.precision,
             f"{self.size / 1e6:.1f} MB" if self.size else "-",
             *("equal" if np.isposinf(value) else f"{value:.1f} dB" for value in decibels),
+            # Zero is added, because a rounded zero can have a sign.
+            f"{round(self.loss_db, 2) + 0.0:.2f} dB" if math.isfinite(self.loss_db) else "-",
             *(f"{speed:.{int(speed < 10)}f} x real time" for speed in (self.encode_speed, self.decode_speed)),
         )
 
@@ -174,6 +179,9 @@ def measure(
     true_latents, true_audio = results[EAGER, "fp32"]
     samples = resampled_length(clip.shape[-1], rate, engine.spec.sample_rate)
     length = samples / engine.spec.sample_rate
+    round_trips = {
+        name: snr_db(prepared[..., :samples], decoded[..., :samples]) for name, (_, decoded) in results.items()
+    }
     rows = [
         Row(
             backend=backend,
@@ -181,7 +189,8 @@ def measure(
             size=_size(engine, backend, precision),
             latents_db=snr_db(true_latents, latents),
             audio_db=snr_db(true_audio[..., :samples], decoded[..., :samples]),
-            round_trip_db=snr_db(prepared[..., :samples], decoded[..., :samples]),
+            round_trip_db=round_trips[backend, precision],
+            loss_db=round_trips[EAGER, "fp32"] - round_trips[backend, precision],
             encode_speed=length / min(times["encode", backend, precision]),
             decode_speed=length / min(times["decode", backend, precision]),
         )

@@ -11,18 +11,23 @@ import numpy as np
 from samekit.backends.base import BackendOptions
 from samekit.backends.onnxruntime import OnnxRuntimeBackend
 from samekit.batches import Autoencoder
-from samekit.engine.accuracy import FLOOR_DB, example_input, snr_db
+from samekit.engine.accuracy import FLOOR_DB, example_input, floor_db, snr_db
 from samekit.engine.spec import DIRECTIONS, ENCODER, Direction
 from samekit.errors import NonFiniteError, VerificationError
 from samekit_export.backend import EagerBackend
+from samekit_export.music import music
 
 if TYPE_CHECKING:
+    from samekit.arrays import Array
     from samekit.backends.base import Backend
     from samekit.engine.folder import Engine
     from samekit.engine.spec import EngineSpec
     from samekit_export.model import Same
 
 logger = logging.getLogger(__name__)
+
+NOISE, MUSIC = "noise", "music"
+"""The contents of cases."""
 
 __all__ = ["FLOOR_DB", "example_input", "snr_db", "verify"]
 
@@ -36,44 +41,63 @@ def verify(engine: Engine, model: Same, precision: str) -> list[dict[str, Any]]:
         precision: of the graphs.
 
     Returns:
-        A row for each case: direction, batch, latents, window, snr_db, max_error.
+        A row for each case: direction, content (noise or music), batch, latents, window, snr_db, max_error.
 
     Raises:
         VerificationError: a case is below the floor of the precision, or not finite.
     """
-    rows = []
+    rows, least = [], floor_db(engine.spec, precision)
     with (
         OnnxRuntimeBackend(engine, BackendOptions(precision=precision, device="cpu")) as tested,
         EagerBackend(engine.spec, model, BackendOptions(device="cpu")) as eager,
     ):
         for direction in DIRECTIONS:
-            for batch, latents, window in _cases(engine.spec):
-                snr, max_error = _compare(tested, eager, direction, batch, latents, window)
+            for content, batch, latents, window in _cases(engine.spec):
+                array = _input(eager, direction, content, batch, latents)
+                snr, max_error = _compare(tested, eager, direction, array, window)
                 windows = f" in windows of {window}" if window else ""
-                logger.info("%s %s: %s x %s latents%s: %.1f dB", precision, direction, batch, latents, windows, snr)
-                if not snr >= FLOOR_DB[precision]:
+                logger.info(
+                    "%s %s: %s, %s x %s latents%s: %.1f dB", precision, direction, content, batch, latents, windows, snr
+                )
+                if not snr >= least:
                     raise VerificationError(
-                        f"the {precision} {direction} is {snr} dB from eager PyTorch at {batch} x {latents} latents, "
-                        f"{FLOOR_DB[precision]} dB is the least; do not use this graph, and please report this"
+                        f"the {precision} {direction} is {snr} dB from eager PyTorch at {batch} x {latents} latents "
+                        f"of {content}, "
+                        f"{least} dB is the least; do not use this graph, and please report this"
                     )
-                case = {"direction": direction, "batch": batch, "latents": latents, "window": window}
+                case = {
+                    "direction": direction,
+                    "content": content,
+                    "batch": batch,
+                    "latents": latents,
+                    "window": window,
+                }
                 rows.append({**case, "snr_db": snr, "max_error": max_error})
     return rows
 
 
-def _cases(spec: EngineSpec) -> list[tuple[int, int, int | None]]:
-    """Return batch, latents and window of each case: single, even and odd lengths, a batch, several windows."""
+def _cases(spec: EngineSpec) -> list[tuple[str, int, int, int | None]]:
+    """Return content, batch, latents and window of each case: single, even, odd lengths, a batch, several windows."""
     # An Autoencoder has one window for both directions, so it must suit the larger context.
     context, alignment = max(spec.contexts.values()), spec.alignment
     window = alignment * math.ceil((2 * context + 8) / alignment)
-    return [(1, 1, None), (1, 2, None), (1, 5, None), (2, 7, None), (1, 2 * window - 2 * context + 3, window)]
+    several = (1, 2 * window - 2 * context + 3, window)
+    alone = ((1, 1, None), (1, 2, None), (1, 5, None), (2, 7, None), several)
+    return [(NOISE, *case) for case in alone] + [(MUSIC, *several)]
+
+
+def _input(eager: Backend, direction: Direction, content: str, batch: int, latents: int) -> Array:
+    """Return audio, or latents; those of music are the latents of its audio."""
+    if content == NOISE:
+        return example_input(eager.spec, direction, batch, latents, seed=0)
+    audio = music(eager.spec, latents)
+    return audio if direction == ENCODER else eager.run(ENCODER, audio)
 
 
 def _compare(
-    tested: Backend, eager: Backend, direction: Direction, batch: int, latents: int, window: int | None
+    tested: Backend, eager: Backend, direction: Direction, array: Array, window: int | None
 ) -> tuple[float, float]:
     """Return the SNR and the largest error of one case; eager PyTorch computes everything in one pass."""
-    array = example_input(tested.spec, direction, batch, latents, seed=latents)
     expected = eager.run(direction, array)
     try:
         codec = Autoencoder(tested, window)

@@ -30,8 +30,9 @@ MODEL: Final = "same-tiny"
 PAGE: Final = "demo.html"
 """The file name of the page."""
 
-# `tools/synthesis.py` writes it.
-_PIECE: Final = Path(__file__).with_name("demo.ogg")
+PIECE: Final = Path(__file__).with_name("demo.ogg")
+"""The built-in piece, 24 s of synthesized music. `tools/synthesis.py` writes it."""
+
 _TEMPLATE: Final = Path(__file__).with_name(PAGE)
 
 
@@ -51,7 +52,7 @@ def write_piece(path: Path) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    audio, rate = read_audio(_PIECE)
+    audio, rate = read_audio(PIECE)
     with AudioWriter(path, rate, audio.shape[0]) as writer:
         writer.write(audio)
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 @click.argument("engine", type=UserPath())
 @json_option(
     "name, folder, sample_rate, channels, hop (samples per latent), latent_width, alignment, contexts, source, tools, "
-    "graphs (bytes and snr_db of each precision) and tensorrt (name, bytes, options, checks and stale of each build)"
+    "graphs (bytes and snr_db of each precision, target_db of int8) and tensorrt (name, bytes, options, checks and "
+    "stale of each build)"
 )
 @click.option("--layers", is_flag=True, help="Say what TensorRT made of the graphs; needs the GPU of the engines.")
 def info(engine: Path, layers: bool, as_json: bool) -> None:
@@ -45,7 +46,8 @@ def info(engine: Path, layers: bool, as_json: bool) -> None:
     for precision, graph in facts["graphs"].items():
         worst = graph["snr_db"]
         against = "not verified" if worst is None else f"at least {worst} dB against eager PyTorch"
-        say(f"  {precision:10} {graph['bytes'] / 1e6:.0f} MB, {against}")
+        target = f", the target was {graph['target_db']:g} dB" if "target_db" in graph else ""
+        say(f"  {precision:10} {graph['bytes'] / 1e6:.0f} MB, {against}{target}")
     for build in facts["tensorrt"]:
         state = f"STALE: {build['stale']}" if build["stale"] else "current"
         options = ", ".join(f"{name} {value}" for name, value in build["options"].items())
@@ -85,6 +87,8 @@ def _facts(found: Engine) -> dict[str, Any]:
         cases = [case["snr_db"] for case in spec.verification.get(precision, [])]
         size = sum(sum(graph.sizes.values()) for graph in pair.values())
         graphs[precision] = {"bytes": size, "snr_db": min(cases, default=None)}
+        if precision == "int8":
+            graphs[precision]["target_db"] = spec.int8_target_db
     names = ("name", "sample_rate", "channels", "hop", "latent_width", "alignment", "contexts", "source", "tools")
     # TensorRT is slow to import, so its versions are looked up only if there are builds to compare with.
     builds = inspect_builds(found, builder_versions()) if build_folders(found) else ()

@@ -7,17 +7,25 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from samekit.engine.spec import ENCODER
+from samekit.engine.spec import ENCODER, INT8_TARGET_DB
 
 if TYPE_CHECKING:
     from samekit.arrays import Array
     from samekit.engine.spec import Direction, EngineSpec
 
+INT8_MARGIN_DB: Final = 6.0
+"""An int8 graph may be this much less accurate than its target. It reaches the target on examples of eight latents, and
+activation ranges depend on the input."""
+
 # Float32 graphs reach 104 to 130 dB, published float16 ports 46 dB with trained weights. An SNR below these floors
-# indicates a fault. `int8.quantize_` reaches 38 dB on examples of eight latents, and other lengths have other ranges.
-# Graphs in which every weight is rounded to the nearest step reach 30 dB.
-FLOOR_DB: Final = {"fp32": 90.0, "fp16": 40.0, "int8": 32.0}
-"""Precision -> least signal-to-noise ratio of a graph or an engine, in dB."""
+# indicates a fault.
+FLOOR_DB: Final = {"fp32": 90.0, "fp16": 40.0, "int8": INT8_TARGET_DB - INT8_MARGIN_DB}
+"""Precision -> least signal-to-noise ratio of a graph or an engine, in dB; for int8, with the default target."""
+
+
+def floor_db(spec: EngineSpec, precision: str) -> float:
+    """Return the least signal-to-noise ratio of an engine's graphs in dB."""
+    return spec.int8_target_db - INT8_MARGIN_DB if precision == "int8" else FLOOR_DB[precision]
 
 
 def snr_db(reference: Array, output: Array) -> float:
@@ -30,8 +38,14 @@ def snr_db(reference: Array, output: Array) -> float:
 
 
 def example_input(spec: EngineSpec, direction: Direction, batch: int, latents: int, seed: int) -> Array:
-    """Return noise of a usual level: audio at -14 dBFS, or latents of unit variance."""
-    noise = np.random.default_rng(seed)
-    if direction == ENCODER:
-        return noise.standard_normal((batch, spec.channels, spec.samples(latents)), np.float32) * np.float32(0.2)
-    return noise.standard_normal((batch, spec.latent_width, latents), np.float32)
+    """Return noise of a usual level: audio at -14 dBFS, or latents of unit variance.
+
+    A shorter example is the start of a longer one with the same seed, and a smaller batch is the start of a larger one.
+    """
+    features, unit = spec.layout(direction)
+    rows = [
+        np.random.default_rng((seed, row)).standard_normal((latents * unit, features), np.float32)
+        for row in range(batch)
+    ]
+    level = np.float32(0.2 if direction == ENCODER else 1)
+    return np.ascontiguousarray(np.stack(rows).transpose(0, 2, 1)) * level

@@ -52,6 +52,12 @@ OPENVINO_DEVICES: Final = ("intel-gpu", "npu")
 DEVICES: Final = ("cpu", "cuda", "webgpu", *OPENVINO_DEVICES)
 """What users pass as `device=`. `webgpu` is any GPU with Vulkan, Metal or Direct3D 12."""
 
+INT8_TARGET_DB: Final = 38.0
+"""Accuracy in dB that an export of int8 graphs aims at, unless told otherwise."""
+
+INT8_TARGET_RANGE: Final = (10.0, 100.0)
+"""The least and the largest accuracy in dB that an export of int8 graphs can aim at."""
+
 RANDOM: Final = "random"
 """The `kind` of a source of seeded random weights."""
 
@@ -109,6 +115,8 @@ class EngineSpec:
     """Whether the decoder's last step is tanh."""
     graph_revision: int = 0
     """`samekit_export.graph.GRAPH_REVISION` of the export: other revisions export other graphs of the same weights."""
+    int8_target_db: float = INT8_TARGET_DB
+    """Accuracy in dB that the export of the int8 graphs aimed at, if there are any."""
     tools: dict[str, str] = field(default_factory=dict)
     """Versions of the packages that the last export ran with; for information only."""
     graphs: dict[str, dict[Direction, GraphFile]] = field(default_factory=dict)
@@ -189,6 +197,7 @@ class EngineSpec:
         for direction, context in document["contexts"].items():
             _check_count(f"contexts.{direction}", context, least=0, most=_LIMITS["alignment"])
         _check_count("graph_revision", document.get("graph_revision", 0), least=0, most=2**31)
+        _check_int8_target(document.get("int8_target_db", INT8_TARGET_DB))
         for tool, version in document.get("tools", {}).items():
             check_kind(f"tools.{tool}", version, str)
         for precision, cases in document.get("verification", {}).items():
@@ -227,6 +236,12 @@ def _checked_graph(fields: dict[str, Any]) -> GraphFile:
     if others := graph.sizes.keys() - {graph.file, f"{graph.file}.data"}:
         raise ValueError(f"{min(others)!r} does not belong to {graph.file!r}")
     return graph
+
+
+def _check_int8_target(value: Any) -> None:
+    check_kind("int8_target_db", value, (int, float))
+    if not INT8_TARGET_RANGE[0] <= value <= INT8_TARGET_RANGE[1]:
+        raise ValueError(f"int8_target_db = {value}")
 
 
 def _check_count(name: str, value: Any, least: int, most: int) -> None:
