@@ -50,11 +50,11 @@ $(RELEASE): $(DEMO)
 
 # What tests and checks need besides: Ray, clients, development tools.
 $(READY): $(DEMO)
-	@echo "installing Ray and development tools into $(VENV): 0.9 GB"
+	@echo "installing Ray and development tools into $(VENV): 1.4 GB"
 	$(INSTALL) '.[ray,serve,triton,av,openvino,dev,release]'
 	@touch $@
 
-# TensorRT's compiler, 320 MB: it builds engines without a GPU, so every test run puts the graphs through it.
+# TensorRT's compiler, 220 MB: it builds engines without a GPU, so every test run puts the graphs through it.
 $(RTX): $(READY)
 	$(INSTALL) '.[rtx]'
 	@touch $@

@@ -225,7 +225,7 @@ def test_a_damaged_transfer_is_repeated(server, published, name, caplog):
     assert server.downloads() == []
 
 
-def test_a_wrong_digest_is_an_error(server, published, name):
+def test_a_wrong_digest_is_an_error(server, published, name, caplog):
     data = bytearray((published / name).read_bytes())
     data[-1] ^= 1
     (published / name).write_bytes(data)
@@ -235,7 +235,22 @@ def test_a_wrong_digest_is_an_error(server, published, name):
     ):
         encode(model)
     assert_one_line(e.value)
+    # The warning is about the first download only; the error is about the second.
+    assert caplog.text.count("does not have its digest") == 1
     assert server.downloads().count(name) == 2
+
+
+def test_a_damaged_cache_offline_is_one_error(server, published, name, monkeypatch, caplog):
+    with open_cpu() as model:
+        encode(model)
+    path = find_engine(REPOSITORY).folder / name
+    path.resolve().write_bytes(bytes(path.stat().st_size))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    caplog.clear()
+    with open_cpu() as model, pytest.raises(HubError, match=r"is damaged; unset HF_HUB_OFFLINE to download") as caught:
+        encode(model)
+    assert_one_line(caught.value)
+    assert "fetching" not in caplog.text
 
 
 def test_a_file_that_changed_in_the_cache_is_noticed(server, published, name):

@@ -255,7 +255,16 @@ def test_reencode_with_equal_settings_says_so(arguments, data):
     assert notice not in command(*arguments, "--reencode").stderr
     result = command(*arguments, "--reencode")
     assert notice in result.stderr.splitlines()
-    assert "this run encoded 0, " in result.stdout
+    # A run that encoded nothing has no speed.
+    assert result.stdout == f"{result.stdout.split(': ')[0]}: 2 clips (2 encoded); this run encoded 0\n"
+
+
+def test_one_clip_is_singular(arguments, data):
+    write_clips(data, 1)
+    assert ": 1 of 1 clip would be encoded, " in command(*arguments, "--dry-run").stdout
+    result = command(*arguments)
+    assert ": 1 clip (1 encoded); this run encoded 1, " in result.stdout
+    assert "1 of 1 clip, " in result.stderr
 
 
 def test_json_is_printed_on_request_only(arguments, data):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from samekit.backends.base import has_driver
 from samekit.demo import MODEL, write_piece
 from samekit.engine.folder import ENGINES_FOLDER
 from samekit.engine.spec import PRECISIONS
@@ -28,7 +29,9 @@ def main() -> None:
     write_piece(piece)
     with progress_on_stdout():
         engine = export(load(MODEL), Path(ENGINES_FOLDER), PRECISIONS)
-        add_engines(engine, PRECISIONS, AUTO)
+        # Without a GPU, TensorRT does not concern the user, and one line would say that it is left out.
+        if has_driver():
+            add_engines(engine, PRECISIONS, AUTO)
         report = write_report(piece, engine, page)
     print(f"\n{piece} through {MODEL}:\n\n{report.table()}\n\nListen and look: {page.resolve().as_uri()}")
     worst = min(row.audio_db for row in report.rows if row.precision == "fp32")

@@ -1,4 +1,4 @@
-"""Run the SAME audio autoencoders of Stable Audio 3: audio to latents and back, on three backends."""
+"""Run the SAME audio autoencoders of Stable Audio 3: audio to latents and back, with or without PyTorch."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Progress:
         known = self.audio_seconds > 0 and self.done < self.total
         left = f"{describe_seconds(self.remaining)} left, " if known else ""
         return (
-            f"{self.done} of {self.total} clips, {self.audio_seconds:.0f} s of audio at "
+            f"{self.done} of {_clips(self.total)}, {self.audio_seconds:.0f} s of audio at "
             f"{self.speed:.1f} x real time, {left}{self.bad} bad"
         )
 
@@ -71,10 +71,14 @@ def _counted_json(result: Plan | PreEncodeReport) -> str:
     return json.dumps({name: len(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 
+def _clips(number: int) -> str:
+    return f"{number} clip{'s' * (number != 1)}"
+
+
 def _clips_that_left(relpaths: Sequence[str]) -> str:
     """Return the number and the first names of clips that left the dataset."""
     shown = [*relpaths[:_MOST_NAMES], *["..."] * (len(relpaths) > _MOST_NAMES)]
-    return f"{len(relpaths)} clip{'s' * (len(relpaths) > 1)} that left the dataset ({', '.join(shown)})"
+    return f"{_clips(len(relpaths))} that left the dataset ({', '.join(shown)})"
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,9 @@ class Plan:
         if self.pruned:
             gone += f"; latents of {_clips_that_left(self.pruned)} would be removed"
         return (
-            f"{self.folder}: {self.due} of {self.clips} clips would be encoded, {self.audio_seconds / 3600:.2f} hours "
-            f"of audio{unknown}, in about {describe_seconds(self.estimated_seconds)}{gone}; nothing was written"
+            f"{self.folder}: {self.due} of {_clips(self.clips)} would be encoded, "
+            f"{self.audio_seconds / 3600:.2f} hours of audio{unknown}, "
+            f"in about {describe_seconds(self.estimated_seconds)}{gone}; nothing was written"
         )
 
 
@@ -168,14 +173,16 @@ class PreEncodeReport:
     def summary(self) -> str:
         """Return one sentence for the terminal."""
         counts = ", ".join(f"{count} {status}" for status, count in sorted(self.statuses.items()))
-        speed = self.audio_seconds / self.elapsed if self.elapsed else 0.0
+        audio = ""
+        if self.encoded:
+            speed = self.audio_seconds / self.elapsed if self.elapsed else 0.0
+            audio = f", {self.audio_seconds:.1f} s of audio in {self.elapsed:.1f} s ({speed:.1f} x real time)"
         gone = f", and latents of {_clips_that_left(self.gone)}; --prune removes them" if self.gone else ""
         if self.pruned:
-            gone += f"; removed the latents of {self.pruned} clip{'s' * (self.pruned > 1)} that left the dataset"
+            gone += f"; removed the latents of {_clips(self.pruned)} that left the dataset"
         left_out = Found([], Counter(self.passed_over), self.unreadable_folders).describe_left_out("; ")
         return (
-            f"{self.folder}: {self.clips} clips ({counts}){gone}; this run encoded {self.encoded}, "
-            f"{self.audio_seconds:.1f} s of audio in {self.elapsed:.1f} s ({speed:.1f} x real time)"
+            f"{self.folder}: {_clips(self.clips)} ({counts}){gone}; this run encoded {self.encoded}{audio}"
             f"{self._describe_workers()}{left_out}"
         )
 
@@ -183,4 +190,4 @@ class PreEncodeReport:
         """Return the number of worker processes, or their names and clips if those are few."""
         if len(self.workers) > _MOST_NAMES:
             return f", on {len(self.workers)} workers"
-        return "".join(f"; {name}: {clips} clips" for name, clips in self.workers.items())
+        return "".join(f"; {name}: {_clips(clips)}" for name, clips in self.workers.items())

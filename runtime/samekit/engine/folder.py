@@ -166,7 +166,8 @@ class Engine:
             if describe_graph(self.folder, graph.file) == graph:
                 snapshot.remember_verified(graph)
                 return
-            logger.warning("%s of %s does not have its digest in %s", graph.file, snapshot.name, SPEC_FILE)
+            if not again:
+                logger.warning("%s of %s does not have its digest in %s", graph.file, snapshot.name, SPEC_FILE)
         raise EngineError(
             f"{snapshot.name}: {graph.file} does not have its digest in {SPEC_FILE}, also after another download; "
             "choose another revision, or tell the owner of the repository"

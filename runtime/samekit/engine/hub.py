@@ -76,9 +76,12 @@ class Snapshot:
             EngineError: the repository lacks a file.
             HubError: a file is not in the cache and cannot be downloaded.
         """
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import constants, hf_hub_download
         from huggingface_hub.errors import RemoteEntryNotFoundError
 
+        if again and constants.HF_HUB_OFFLINE:
+            # The client's message would name an argument of its own.
+            raise HubError(f"{self.folder / graph.file}: is damaged; unset HF_HUB_OFFLINE to download it again")
         if again or not all((self.folder / name).exists() for name in graph.sizes):
             size = sum(graph.sizes.values()) / 1e6
             logger.warning("fetching %s of %s from the hub, %.0f MB", graph.file, self.repository, size)
