@@ -34,7 +34,8 @@ def answer_to(request: Request, attempts: int = 10) -> bytes:
     """Send a request, again if the server asks for it."""
     try:
         with urlopen(request, timeout=300) as answer:  # noqa: S310
-            return answer.read()
+            content: bytes = answer.read()
+            return content
     except HTTPError as error:
         if error.code not in (429, 503) or attempts == 1:
             raise SystemExit(f"{request.full_url}: {error.code}: {json.load(error)['error']}") from None
