@@ -152,7 +152,7 @@ class QuickGraph:
 @pytest.fixture
 def quick_page(monkeypatch, engine):
     """Make reports show invented measurements."""
-    row = report_module.Row("torch", "fp32", 0, np.inf, np.inf, 1.0, 2.0, 3.0)
+    row = report_module.Row("torch", "fp32", 0, np.inf, np.inf, 1.0, 0.0, 2.0, 3.0)
     measured = report_module.Report(
         source="song.wav",
         engine=Engine.load(engine),

@@ -21,7 +21,8 @@ from helpers import DIRECTIONS
 
 from samekit.cli.main import main
 from samekit.engine.fingerprint import TENSORRT
-from samekit.engine.folder import Engine
+from samekit_export.checkpoint import load
+from samekit_export.export import export
 
 
 def script(name, code, limit=60):
@@ -200,10 +201,10 @@ def test_pipeline_on_the_cpu(engine_of):
     assert results["audio_seconds_per_second"] > 0
 
 
-def test_on_the_fake_gpu(half_engine, monkeypatch, tmp_path):
+def test_on_the_fake_gpu(monkeypatch, tmp_path):
     """The commands of all steps for TensorRT, from the build to the figures, run in this process with the fake GPU."""
     out = tmp_path / "out"
-    engine = Engine.load(shutil.copytree(half_engine, out / "engines" / "tiny-s"))
+    engine = export(load("tiny-s", "random"), out / "engines", ["fp32", "fp16"])
     module = FakeTensorRT(engine.spec, answers_of(engine))
     monkeypatch.setenv("SAMEKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(sys.modules, TENSORRT, module)
