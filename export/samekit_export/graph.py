@@ -23,7 +23,7 @@ These rewrites are exact. They are made when the weights are loaded, in float64:
 
 In a float16 graph these steps stay float32: the layers at both ends, the residual stream with the tanh of its norms,
 both softmaxes and their difference. `benchmarks/fp32_ops.py` measures each choice with every operation rounded. The
-ends and the residual stream are worth 15 dB together in SAME-S with trained-like random weights, and 3 dB in small
+ends and the residual stream are worth 15 dB together in SAME-S with trained-like random weights, and 1 to 4 dB in small
 trained models. Each other step is worth less than 2 dB. The softmaxes stay because trained attentions cancel more.
 """
 
