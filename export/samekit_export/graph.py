@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from samekit_export.config import SameConfig, TrunkConfig
     from samekit_export.model import Block, Same, Trunk
 
-GRAPH_REVISION = 1
+GRAPH_REVISION = 2
 """The revision of the exported graphs. Raise it when a change of the code exports other graphs of the same weights.
 Engine folders of another revision are exported again."""
 
