@@ -178,7 +178,7 @@ def test_latency_of_an_unknown_backend_is_an_error(engine_of):
 
 @pytest.mark.webgpu
 def test_webgpu_step(half_engine, tmp_path):
-    """The real step in processes of its own, with the Vulkan driver that `make test-webgpu` finds."""
+    """gpu-check runs the WebGPU step in separate processes, with the Vulkan driver that `make test-webgpu` finds."""
     out = tmp_path / "out"
     shutil.copytree(half_engine, out / "engines" / "tiny-s")
     arguments = ["--models", "tiny-s", "--device", "cpu", "--latents", "1", "--only", "webgpu", "--out", str(out)]

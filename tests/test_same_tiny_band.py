@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 import train_tiny
-from helpers import assert_close, in_one_pass, needs_bf16
-from test_same_tiny import round_trip, snrs_of_round_trips, unheard
+from helpers import in_one_pass, needs_bf16
+from test_same_tiny import assert_agrees_on_music, snrs_of_round_trips, unheard
 from tiny_recipes import RECIPES
 
-from samekit import AutoencoderModel
 from samekit.engine.spec import PRECISIONS
 from samekit_export.checkpoint import load_folder
 from samekit_export.config import BandSpan, parse_config
@@ -58,15 +57,7 @@ def test_latents_tolerate_noise(eager):
 
 @pytest.mark.parametrize("precision", [*PRECISIONS, pytest.param("bf16", marks=needs_bf16)])
 def test_precisions_agree_on_music(folder, eager, precision):
-    with AutoencoderModel.from_pretrained(folder, "cpu", precision=precision, threads=1) as model:
-        latents = model.encode(unheard(), 44_100)
-        audio = model.decode(latents)
-    least = {"fp32": 100, "fp16": 47, "bf16": 33, "int8": 25}[precision]
-    assert_close(in_one_pass(eager.encode, unheard()), latents, least)
-    assert_close(round_trip(eager, unheard()), audio, least)
-    # The error of a precision must be small against the error of the model.
-    lost = snr_db(unheard(), round_trip(eager, unheard())) - snr_db(unheard(), audio)
-    assert lost < {"bf16": 0.05, "int8": 0.5}.get(precision, 0.02)
+    assert_agrees_on_music(folder, eager, precision, {"fp32": 100, "fp16": 47, "bf16": 33, "int8": 25}[precision])
 
 
 @pytest.mark.parametrize("trained", ["encoder", "decoder"])

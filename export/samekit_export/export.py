@@ -200,9 +200,10 @@ def _missing(engine: Engine, spec: EngineSpec, precisions: Sequence[str]) -> lis
 
     Graphs of int8 must also have the same target.
     """
-    same_target = engine.spec.int8_target_db == spec.int8_target_db
-    current = [p for p in precisions if same_target or p != "int8"] if _is_same(engine, spec) else []
-    return [p for p in precisions if not (p in current and _is_whole(engine, p))]
+    if not _is_same(engine, spec):
+        return list(precisions)
+    other_target = engine.spec.int8_target_db != spec.int8_target_db
+    return [p for p in precisions if (p == "int8" and other_target) or not _is_whole(engine, p)]
 
 
 def _is_whole(engine: Engine, precision: str) -> bool:

@@ -62,8 +62,7 @@ def verify(engine: Engine, model: Same, precision: str) -> list[dict[str, Any]]:
                 if not snr >= least:
                     raise VerificationError(
                         f"the {precision} {direction} is {snr} dB from eager PyTorch at {batch} x {latents} latents "
-                        f"of {content}, "
-                        f"{least} dB is the least; do not use this graph, and please report this"
+                        f"of {content}, {least} dB is the least; do not use this graph, and please report this"
                     )
                 case = {
                     "direction": direction,

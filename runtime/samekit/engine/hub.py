@@ -80,7 +80,7 @@ class Snapshot:
         from huggingface_hub.errors import RemoteEntryNotFoundError
 
         if again and constants.HF_HUB_OFFLINE:
-            # The client's message would name an argument of its own.
+            # The error of `hf_hub_download` would name `force_download`, which users of samekit cannot pass.
             raise HubError(f"{self.folder / graph.file}: is damaged; unset HF_HUB_OFFLINE to download it again")
         if again or not all((self.folder / name).exists() for name in graph.sizes):
             size = sum(graph.sizes.values()) / 1e6
