@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import pickle
+import shutil
 import threading
 from collections import Counter
+from itertools import product
 
 import numpy as np
 import pytest
 from faults import in_a_fork
-from helpers import KINDS, assert_one_line, each_direction, in_one_pass, needs_bf16, needs_openvino, run_direction
+from helpers import (
+    DIRECTIONS,
+    KINDS,
+    assert_one_line,
+    each_direction,
+    in_one_pass,
+    needs_bf16,
+    needs_openvino,
+    run_direction,
+    seeded,
+)
 
 from samekit import AutoencoderModel
 from samekit.backends.base import BackendOptions
@@ -19,10 +32,12 @@ from samekit.backends.cpu import fast_precisions
 from samekit.backends.openvino_bf16 import keep_float32
 from samekit.backends.openvino_rotary import use_fused_rotary
 from samekit.backends.selection import AUTO, BACKENDS, open_backend
+from samekit.engine.exchange import copy_engine
+from samekit.engine.folder import Engine, compiled_name, is_engine_file, remove_leftovers
 from samekit.engine.spec import DECODER, ENCODER
 from samekit.errors import BackendError, BackendUnavailableError, EngineError, InputError
 from samekit.packages import import_openvino
-from samekit_export.export import check_precisions
+from samekit_export.export import check_precisions, export
 from samekit_export.verify import example_input, snr_db
 
 pytestmark = needs_openvino
@@ -184,3 +199,130 @@ def test_subnormals_are_zero(engine_of):
     tiny = np.full((1, 32, 2), 1e-40, np.float32)
     with opened(engine_of("tiny-s")) as backend:
         assert np.array_equal(backend.decode(tiny), backend.decode(np.zeros_like(tiny)))
+
+
+# --- Compiled graphs in the engine folder -----------------------------------------------------------------------
+
+PRECISIONS = ["fp32", pytest.param("bf16", marks=needs_bf16)]
+
+
+@pytest.fixture(scope="module")
+def large_engine_of(tmp_path_factory):
+    """Return a function that exports a seeded model, once, as if its weights were large: name -> Engine."""
+
+    def write(name):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("samekit_export.to_onnx.EXTERNAL_DATA_ABOVE", 1000)
+            return export(seeded(name), tmp_path_factory.mktemp("large"))
+
+    return functools.cache(write)
+
+
+@pytest.fixture
+def large_engine(large_engine_of, tmp_path):
+    """Copy of such an engine of tiny-l that the test may change."""
+    folder = tmp_path / "large" / "tiny-l"
+    shutil.copytree(large_engine_of("tiny-l").folder, folder, ignore=shutil.ignore_patterns("*.openvino"))
+    return Engine.load(folder)
+
+
+def compiled_files(engine):
+    return sorted(engine.folder.glob("*.openvino"))
+
+
+def results(engine, precision, **options):
+    with opened(engine, precision, **options) as backend:
+        return [
+            run_direction(backend, direction, example_input(engine.spec, direction, 2, latents, seed=5))
+            for direction, latents in product(DIRECTIONS, (24, 7))
+        ]
+
+
+def assert_equal(expected, found):
+    assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_graphs_open_again(engine_of, large_engine_of, kind, precision):
+    engine = large_engine_of(kind)
+    # Graphs that hold their weights themselves are always compiled.
+    expected = results(engine_of(kind), precision)
+    assert compiled_files(engine_of(kind)) == []
+    assert_equal(expected, results(engine, precision))
+    kept = {path: path.stat().st_mtime_ns for path in compiled_files(engine) if f".{precision}." in path.name}
+    assert [path.name.split(".")[:2] for path in kept] == [["decoder", precision], ["encoder", precision]]
+    weights = engine.folder / "decoder.onnx.data"
+    assert all(path.stat().st_size < weights.stat().st_size for path in kept)
+    assert_equal(expected, results(engine, precision))
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_compiled_graphs_are_opened_without_the_original(large_engine, precision):
+    expected = results(large_engine, precision)
+    for direction in DIRECTIONS:
+        graph = large_engine.graph(direction, "fp32")
+        graph.write_bytes(bytes(graph.stat().st_size))
+    assert_equal(expected, results(large_engine, precision))
+
+
+def flip_a_bit(data):
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: b"", lambda data: data[:-1000], flip_a_bit, lambda data: bytes(len(data))]
+)
+def test_damaged_compiled_graphs_are_compiled_again(large_engine, damage, caplog):
+    caplog.set_level(logging.INFO, "samekit.backends.openvino_cache")
+    expected = results(large_engine, "fp32")
+    intact = {path: path.read_bytes() for path in compiled_files(large_engine)}
+    for path, data in intact.items():
+        path.write_bytes(damage(data))
+    assert_equal(expected, results(large_engine, "fp32"))
+    assert [message.split(": ")[0] for message in caplog.messages] == [str(path) for path in reversed(intact)]
+    caplog.clear()
+    # They have been replaced.
+    assert_equal(expected, results(large_engine, "fp32"))
+    assert caplog.messages == []
+
+
+def test_compiled_graphs_that_cannot_be_kept(large_engine, caplog):
+    caplog.set_level(logging.INFO, "samekit.backends.openvino_cache")
+    expected = results(large_engine, "fp32")
+    for path in compiled_files(large_engine):
+        path.unlink()
+        path.mkdir()
+    assert_equal(expected, results(large_engine, "fp32"))
+    assert [message.startswith("the compiled graph is not kept: ") for message in caplog.messages] == [True, True]
+
+
+def test_other_settings_compile_again(large_engine):
+    with opened(large_engine) as backend:
+        backend.decode(np.zeros((1, 32, 1), np.float32))
+    results(large_engine, "fp32")
+    with open_backend(large_engine.folder, "openvino", BackendOptions("fp32", threads=2)) as backend:
+        backend.decode(np.zeros((1, 32, 1), np.float32))
+    assert Counter(path.name.split(".")[0] for path in compiled_files(large_engine)) == {DECODER: 2, ENCODER: 1}
+
+
+def test_compiled_graphs_of_older_exports_are_deleted(large_engine, tmp_path):
+    results(large_engine, "fp32")
+    current = compiled_files(large_engine)
+    graph = large_engine.graph_file(ENCODER, "fp32")
+    older = current[0].with_name(compiled_name(ENCODER, "bf16", "0" * 64, "1" * 64))
+    killed = current[0].with_name(f".{current[0].name}.1-0123456701234567.tmp")
+    for path in (older, killed):
+        path.write_bytes(b"1234")
+    assert all(map(is_engine_file, (*current, older, killed)))
+    assert graph.sha256[:12] in current[1].name
+    assert remove_leftovers(large_engine.folder) == [(killed, 4), (older, 4)]
+    assert compiled_files(large_engine) == current
+
+
+def test_compiled_graphs_are_not_copied(large_engine, tmp_path):
+    results(large_engine, "fp32")
+    copy_engine(large_engine, tmp_path / "copy", ["fp32"], DIRECTIONS)
+    assert compiled_files(Engine.load(tmp_path / "copy")) == []

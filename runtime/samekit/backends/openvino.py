@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 from samekit.backends.base import Backend, BackendOptions, keep_for_ever
 from samekit.backends.cpu import available_cpus
 from samekit.backends.openvino_bf16 import keep_float32
+from samekit.backends.openvino_cache import CompiledFile
 from samekit.backends.openvino_rotary import use_fused_rotary
 from samekit.engine.spec import INPUT_NAMES, Direction, graph_precision
 from samekit.errors import BackendError, BackendUnavailableError
@@ -127,19 +128,29 @@ class OpenVinoBackend(Backend):
         _compiled_in.add(os.getpid())
         self._engine.check_not_replaced(self._graph_precision)
         path = utf8_path(self._engine.graph(direction, self._graph_precision))
-        constants: dict[str, Any] = {}
+        kept = None
+        if self._device_name == "CPU" and CompiledFile.is_useful(self._engine, direction):
+            kept = CompiledFile(self._engine, direction, self.precision, self._core, self._settings())
         try:
-            model = self._core.read_model(path)
-            if self.precision == "bf16":
-                model, constants = keep_float32(self._openvino, self._core, model)
-            compiled = self._core.compile_model(model, self._device_name, self._settings())
+            compiled, inputs = (kept.read() if kept else None) or self._compile(path, kept)
         except Exception as error:  # noqa: BLE001 OpenVINO raises errors of several types
             self._engine.check_not_replaced(self._graph_precision)
             raise BackendError(
                 f"{path}: OpenVINO {self._openvino.__version__} cannot open it ({_reason(error)}); export it again, "
                 "or choose backend onnxruntime"
             ) from None
-        return _Compiled(compiled, INPUT_NAMES[direction], constants, self._openvino)
+        return _Compiled(compiled, INPUT_NAMES[direction], inputs, self._openvino)
+
+    def _compile(self, path: str, kept: CompiledFile | None) -> tuple[Any, dict[str, Array]]:
+        """Return a compiled graph and the values of inputs that were added to it; raises OpenVINO's exceptions."""
+        model = self._core.read_model(path)
+        inputs: dict[str, Array] = {}
+        if self.precision == "bf16":
+            model, inputs = keep_float32(self._openvino, self._core, model)
+        compiled = self._core.compile_model(model, self._device_name, kept.settings if kept else self._settings())
+        if kept:
+            kept.write(compiled, inputs)
+        return compiled, inputs
 
     def _settings(self) -> dict[str, Any]:
         # Without a type, OpenVINO chooses bfloat16 where the processor has it.

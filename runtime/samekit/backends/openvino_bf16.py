@@ -22,6 +22,8 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from samekit.arrays import Array
+
 # The value means: do not convert from any type to float16, which the plugin applies to bfloat16 too.
 _KEPT: Final = '<rt_info><attribute name="DisablePrecisionConversion" version="0" value="dynamic:f16"/></rt_info>'
 
@@ -32,7 +34,7 @@ _LAYER: Final = re.compile(r'<layer id="\d+" name="(?P<name>[^"]*)" type="[^"]*"
 _LARGE: Final = 1024
 
 
-def keep_float32(openvino: Any, core: Any, model: Any) -> tuple[Any, dict[str, Any]]:
+def keep_float32(openvino: Any, core: Any, model: Any) -> tuple[Any, dict[str, Array]]:
     """Return a copy of a graph that says which operations stay in float32.
 
     Args:
@@ -61,7 +63,20 @@ def keep_float32(openvino: Any, core: Any, model: Any) -> tuple[Any, dict[str, A
             parameter.output(0).replace(constants[parameter.friendly_name].output(0))
             marked.remove_parameter(parameter)
     marked.validate_nodes_and_infer_types()
+    _forget_file(marked)
     return marked, {name: constant.data for name, constant in inputs.items()}
+
+
+def _forget_file(marked: Any) -> None:
+    """Let small constants be stored with a compiled graph.
+
+    OpenVINO notes where in a file it has read a constant. For these it is the file that `_marked` has deleted.
+    """
+    for op in marked.get_ops():
+        if op.get_type_name() == "Constant" and not _is_large(op):
+            info = op.get_rt_info()
+            for name in [name for name, _ in info.items() if name.startswith("WeightlessCacheAttribute")]:
+                del info[name]
 
 
 def _replace_softmaxes(openvino: Any, model: Any) -> None:

@@ -5,6 +5,7 @@
       encoder.onnx decoder.onnx        fp32 graphs, with .data files beside them when large
       encoder.fp16.onnx ...            other precisions
       encoder.2.onnx ...               graphs of an export that replaced an earlier one
+      encoder.bf16.DIGESTS.openvino    graphs that OpenVINO has compiled, see `samekit.backends.openvino_cache`
       tensorrt/                        TensorRT engines, see `samekit.engine.builds`
       .export-XXXXXXXX/                graphs of an export that is running, or was killed
       .lock                            held by the process that writes here, see `samekit.files.locks`
@@ -57,6 +58,8 @@ KNOWN_MODELS: Final = (
 _STAGING_PREFIX: Final = ".export-"
 # Direction, precision unless fp32, number unless 1, and the suffix of external data.
 _GRAPH_FILE: Final = re.compile(r"(encoder|decoder)(?:\.(fp16|int8))?(?:\.(\d+))?\.onnx(\.data)?", re.ASCII)
+# Direction, precision, digest of the graph, and digest of the conditions in which it was compiled.
+_COMPILED_FILE: Final = re.compile(r"(?:encoder|decoder)\.\w+\.([0-9a-f]{12})-[0-9a-f]{12}\.openvino", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -222,12 +225,19 @@ def is_graph_file(name: str) -> bool:
     return bool(_GRAPH_FILE.fullmatch(name))
 
 
+def compiled_name(direction: Direction, precision: str, graph: str, conditions: str) -> str:
+    """Return the name of the file that keeps a compiled graph, given two hexadecimal digests (sha256)."""
+    return f"{direction}.{precision}.{graph[:12]}-{conditions[:12]}.openvino"
+
+
 def is_engine_file(path: Path) -> bool:
     """Return whether an export creates files or folders of this name in an engine folder; TensorRT builds excluded."""
     if path.name.startswith(_STAGING_PREFIX):
         return path.is_dir()
-    known = path.name in (SPEC_FILE, LOCK_FILE) or temporary_target(path.name) == SPEC_FILE
-    return path.is_file() and bool(known or _GRAPH_FILE.fullmatch(path.name))
+    if path.name in (SPEC_FILE, LOCK_FILE) or _GRAPH_FILE.fullmatch(path.name):
+        return path.is_file()
+    name = temporary_target(path.name) or path.name
+    return path.is_file() and bool(name == SPEC_FILE or _COMPILED_FILE.fullmatch(name))
 
 
 @contextmanager
@@ -257,19 +267,22 @@ def commit_export(folder: Path, staging: Path, spec: EngineSpec) -> None:
 def leftovers(folder: Path) -> list[Path]:
     """Return the files that killed and replaced exports left in an engine folder, or that a running one is writing.
 
-    These are staging folders, unfinished `spec.json` files, and graphs that `spec.json` does not name. If `spec.json`
-    cannot be read, no graph counts, as a newer samekit may have written it.
+    These are staging folders, unfinished files, and graphs that `spec.json` does not name, compiled ones included. If
+    `spec.json` cannot be read, no graph counts, as a newer samekit may have written it.
     """
-    valid: set[str] | None
+    graphs: list[GraphFile] | None
     try:
-        pairs = EngineSpec.load(folder).graphs.values()
-        valid = {name for pair in pairs for graph in pair.values() for name in graph.sizes}
+        graphs = [graph for pair in EngineSpec.load(folder).graphs.values() for graph in pair.values()]
     except EngineError:
-        valid = None if os.path.lexists(folder / SPEC_FILE) else set()
+        graphs = None if os.path.lexists(folder / SPEC_FILE) else []
+    valid = {name for graph in graphs or () for name in graph.sizes}
+    digests = {graph.sha256[:12] for graph in graphs or ()}
 
     def is_left(path: Path) -> bool:
-        if _GRAPH_FILE.fullmatch(path.name):
-            return valid is not None and path.name not in valid and not path.is_dir()
+        compiled = _COMPILED_FILE.fullmatch(path.name)
+        if compiled or _GRAPH_FILE.fullmatch(path.name):
+            current = compiled[1] in digests if compiled else path.name in valid
+            return graphs is not None and not current and not path.is_dir()
         return is_engine_file(path) and path.name not in (SPEC_FILE, LOCK_FILE)
 
     with suppress(OSError):
