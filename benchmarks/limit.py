@@ -1,10 +1,11 @@
 """What fraction of this machine's speed does a graph reach, and which operators take the time?
 
-The limit is the speed of one large matrix product in ONNX Runtime with the same number of threads. The operations of a
-graph are counted from the shapes of its products. The times by operator are those of ONNX Runtime's profiler, which
-costs a few percent. The fraction is measured without it.
+The limit is the speed of one large matrix product with the same number of threads and in the same program: OpenVINO for
+bf16, else ONNX Runtime. The operations of a graph are counted from the shapes of its products. The times by operator
+are those of ONNX Runtime's profiler, which costs a few percent. The fraction is measured without it.
 
     python benchmarks/limit.py engines/same-s --latents 64
+    python benchmarks/limit.py engines/same-s --latents 64 --precision bf16
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ from common import engine_argument, finish, open_session, plot_bars, plot_option
 from onnx import TensorProto, helper, numpy_helper
 
 from samekit.arguments import MOST_THREADS
+from samekit.backends.base import BackendOptions
 from samekit.backends.cpu import available_cpus
-from samekit.engine.spec import DECODER, ENCODER, INPUT_NAMES, Direction
+from samekit.backends.selection import open_backend
+from samekit.engine.spec import DECODER, ENCODER, INPUT_NAMES, Direction, graph_precision
+from samekit.packages import import_openvino
 from samekit_export.measure import interleaved, summary
 from samekit_export.verify import example_input
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from onnxruntime import InferenceSession
 
@@ -39,7 +43,7 @@ if TYPE_CHECKING:
 
 # Rows, inner size and columns: as large as the models' feed-forward products, and larger.
 LARGE = ((2176, 768, 4608), (2176, 1536, 9216), (4096, 4096, 4096))
-QUANTIZED = "int8"
+QUANTIZED, BFLOAT16 = "int8", "bf16"
 RUNS = 12
 
 
@@ -66,19 +70,34 @@ def product_graph(inner: int, columns: int, precision: str) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def fastest(session: InferenceSession, inputs: Array) -> float:
+def product(inner: int, columns: int, precision: str, threads: int) -> Callable[[Array], object]:
+    """Return a function that computes the product of rows with constant weights."""
+    graph = product_graph(inner, columns, precision)
+    if precision == BFLOAT16:
+        core = import_openvino().Core()
+        settings = {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
+        request = core.compile_model(core.read_model(graph, b""), "CPU", settings).create_infer_request()
+        return lambda rows: request.infer([rows])
+    return runner(open_session(graph, threads, precision))
+
+
+def runner(session: InferenceSession) -> Callable[[Array], object]:
+    """Return a function that runs a graph with one input."""
+    (only,) = session.get_inputs()
+    return lambda array: session.run(None, {only.name: array})
+
+
+def fastest(run: Callable[[Array], object], inputs: Array) -> float:
     """Return the seconds of the fastest of several runs."""
-    run = partial(session.run, None, {session.get_inputs()[0].name: inputs})
-    return summary(interleaved({"": run}, RUNS)[""])["min"]
+    return summary(interleaved({"": partial(run, inputs)}, RUNS)[""])["min"]
 
 
 def measured_limit(precision: str, threads: int) -> float:
     """Return the most operations a second of the large products."""
     speeds = []
     for rows, inner, columns in LARGE:
-        session = open_session(product_graph(inner, columns, precision), threads, precision)
         inputs = np.random.default_rng(1).standard_normal((rows, inner), np.float32)
-        speeds.append(2 * rows * inner * columns / fastest(session, inputs))
+        speeds.append(2 * rows * inner * columns / fastest(product(inner, columns, precision, threads), inputs))
     return max(speeds)
 
 
@@ -143,16 +162,21 @@ def main(
 ) -> None:
     """Print the fraction and the breakdown for the directions of one ENGINE folder; the last line is JSON."""
     threads = threads or available_cpus()
-    engine.check(precision)
+    graphs = graph_precision(precision)
+    engine.check(graphs)
     rows: dict[str, dict[str, Any]] = {}
     for direction in directions:
-        path, inputs = engine.graph(direction, precision), example_input(engine.spec, direction, 1, latents, seed=0)
-        session = open_session(path, threads, precision)
-        if [node.name for node in session.get_inputs()] != [INPUT_NAMES[direction]]:
-            raise click.ClickException(f"{path}: not the graph of an {direction}")
-        seconds = fastest(session, inputs)
-        del session
-        events = profile(path, inputs, threads, precision)
+        path, inputs = engine.graph(direction, graphs), example_input(engine.spec, direction, 1, latents, seed=0)
+        if precision == BFLOAT16:
+            with open_backend(engine.folder, "openvino", BackendOptions(precision, threads=threads)) as backend:
+                seconds = fastest(backend.encode if direction == ENCODER else backend.decode, inputs)
+        else:
+            session = open_session(path, threads, precision)
+            if [node.name for node in session.get_inputs()] != [INPUT_NAMES[direction]]:
+                raise click.ClickException(f"{path}: not the graph of an {direction}")
+            seconds = fastest(runner(session), inputs)
+            del session
+        events = profile(path, inputs, threads, graphs)
         rows[direction] = {"seconds": seconds, "operations": sum(map(operations, events)), "shares": breakdown(events)}
     # Measured last, because graphs are up to 8 % slower in memory that large products have used and freed.
     limit = measured_limit(precision, threads)
@@ -164,7 +188,8 @@ def main(
             f"{name}: {row['operations'] / 1e9:.1f} giga-operations in {row['seconds']:.3f} s, "
             f"{speed / 1e9:.0f} GOP/s, {row['of_limit']:.1%} of the limit"
         )
-        for step, share in list(row["shares"].items())[:12]:
+        # The profile is of ONNX Runtime, which has no bf16.
+        for step, share in list(row["shares"].items())[: 0 if precision == BFLOAT16 else 12]:
             print(f"    {share:6.1%}  {step}")
     if plot_path:
         plot_bars(

@@ -16,7 +16,7 @@ import latency
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import DIRECTIONS
+from helpers import DIRECTIONS, needs_bf16, needs_openvino
 
 from samekit.engine.spec import ENCODER, PRECISIONS
 
@@ -95,6 +95,14 @@ def test_table_and_json(engine_of, name):
 def test_table_and_json_of_a_model(name):
     assert results_of(run(name, *OF_MODELS[name]), name)
     assert_plots(OF_MODELS[name])
+
+
+@needs_openvino
+@needs_bf16
+@pytest.mark.usefixtures("quick")
+def test_limit_of_bfloat16(engine_of):
+    results = results_of(run("limit", engine_of("tiny-s").folder, "--latents", 2, "--precision", "bf16"), "limit")
+    assert all(results[direction]["of_limit"] > 0 for direction in DIRECTIONS)
 
 
 def test_speed_of_the_pipeline_by_format_and_rate():
