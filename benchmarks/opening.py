@@ -1,6 +1,6 @@
 """How long does it take to open an engine whose files are in the page cache, and to run the whole command?
 
-OpenVINO keeps compiled graphs in the engine folder. They are deleted before each opening that must compile.
+OpenVINO keeps compiled graphs in the engine folder. All of them are deleted before each opening that must compile.
 
     python benchmarks/opening.py engines/same-s
     python benchmarks/opening.py engines/same-s --backend openvino --precision bf16

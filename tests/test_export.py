@@ -345,7 +345,7 @@ def test_target_of_int8(exported, ready_graphs):
     assert len(ready_graphs) == 4
     engine = export(seeded("tiny-s"), exported, ["fp32", "int8"])
     assert ready_graphs[4:] == ["GraphEncoder encoder.int8.2.onnx", "GraphDecoder decoder.int8.2.onnx"]
-    assert engine.spec.int8_target_db == INT8_TARGET_DB == 38
+    assert engine.spec.int8_target_db == INT8_TARGET_DB == 35
 
 
 @pytest.mark.parametrize("target", [0, 101, float("nan")])

@@ -457,12 +457,12 @@ def test_folder(int8_of, engine_of):
 
 
 def test_verification_follows_the_target(int8_of, eager_of):
-    """An int8 graph may be 6 dB less accurate than its target."""
+    """An int8 graph may be 3 dB less accurate than its target."""
     engine = int8_of("tiny-s")
     assert floor_db(engine.spec, "int8") == FLOOR_DB["int8"] == 32
-    assert floor_db(dataclasses.replace(engine.spec, int8_target_db=25.0), "int8") == 19
+    assert floor_db(dataclasses.replace(engine.spec, int8_target_db=25.0), "int8") == 22
     assert floor_db(engine.spec, "fp32") == FLOOR_DB["fp32"]
-    demanding = dataclasses.replace(engine.spec, int8_target_db=66.0)
+    demanding = dataclasses.replace(engine.spec, int8_target_db=63.0)
     with pytest.raises(VerificationError, match=r"60\.0 dB is the least"):
         verify(Engine(engine.folder, demanding), eager_of("tiny-s"), "int8")
 

@@ -32,8 +32,9 @@ from samekit.backends.cpu import fast_precisions
 from samekit.backends.openvino_bf16 import keep_float32
 from samekit.backends.openvino_rotary import use_fused_rotary
 from samekit.backends.selection import AUTO, BACKENDS, open_backend
+from samekit.engine.builds import remove_stale
 from samekit.engine.exchange import copy_engine
-from samekit.engine.folder import Engine, compiled_name, is_engine_file, remove_leftovers
+from samekit.engine.folder import Engine, compiled_files, compiled_name, is_engine_file, remove_leftovers
 from samekit.engine.spec import DECODER, ENCODER
 from samekit.errors import BackendError, BackendUnavailableError, EngineError, InputError
 from samekit.packages import import_openvino
@@ -226,10 +227,6 @@ def large_engine(large_engine_of, tmp_path):
     return Engine.load(folder)
 
 
-def compiled_files(engine):
-    return sorted(engine.folder.glob("*.openvino"))
-
-
 def results(engine, precision, **options):
     with opened(engine, precision, **options) as backend:
         return [
@@ -248,9 +245,9 @@ def test_compiled_graphs_open_again(engine_of, large_engine_of, kind, precision)
     engine = large_engine_of(kind)
     # Graphs that hold their weights themselves are always compiled.
     expected = results(engine_of(kind), precision)
-    assert compiled_files(engine_of(kind)) == []
+    assert compiled_files(engine_of(kind).folder) == []
     assert_equal(expected, results(engine, precision))
-    kept = {path: path.stat().st_mtime_ns for path in compiled_files(engine) if f".{precision}." in path.name}
+    kept = {path: path.stat().st_mtime_ns for path in compiled_files(engine.folder) if f".{precision}." in path.name}
     assert [path.name.split(".")[:2] for path in kept] == [["decoder", precision], ["encoder", precision]]
     weights = engine.folder / "decoder.onnx.data"
     assert all(path.stat().st_size < weights.stat().st_size for path in kept)
@@ -263,8 +260,68 @@ def test_compiled_graphs_are_opened_without_the_original(large_engine, precision
     expected = results(large_engine, precision)
     for direction in DIRECTIONS:
         graph = large_engine.graph(direction, "fp32")
-        graph.write_bytes(bytes(graph.stat().st_size))
+        before = graph.stat()
+        graph.write_bytes(bytes(before.st_size))
+        os.utime(graph, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert_equal(expected, results(large_engine, precision))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_compiled_graphs_of_damaged_weights_end_with_them(large_engine, precision):
+    expected = results(large_engine, precision)
+    weights = large_engine.folder / "decoder.onnx.data"
+    intact = weights.read_bytes()
+    weights.write_bytes(bytes(len(intact)))
+    zeros = results(large_engine, precision)
+    assert not np.array_equal(zeros[-1], expected[-1])
+    weights.write_bytes(intact)
+    assert_equal(expected, results(large_engine, precision))
+
+
+def exchange(first, second):
+    """Give each of two files the contents of the other one."""
+    data = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(data)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_compiled_graphs_under_another_name_are_not_used(large_engine, precision, caplog):
+    expected = results(large_engine, precision)
+    exchange(*compiled_files(large_engine.folder))
+    caplog.set_level(logging.INFO, "samekit.backends.openvino_cache")
+    assert_equal(expected, results(large_engine, precision))
+    assert len(caplog.messages) == 2
+
+
+@needs_bf16
+def test_compiled_graphs_without_their_inputs_are_not_used(large_engine):
+    expected = results(large_engine, "bf16")
+    for path in compiled_files(large_engine.folder):
+        with np.load(path) as archive:
+            compiled = archive[path.name]
+        with path.open("wb") as file:
+            np.savez(file, **{path.name: compiled})
+    assert_equal(expected, results(large_engine, "bf16"))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_weights_behind_links(large_engine, precision, tmp_path):
+    """As in the hub's cache: the files of a snapshot are links to files of other names."""
+    expected = results(large_engine, precision)
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for path in (*compiled_files(large_engine.folder), *large_engine.folder.glob("*.onnx*")):
+        if path.suffix == ".openvino":
+            path.unlink()
+            continue
+        blob = path.replace(blobs / str(len(list(blobs.iterdir()))))
+        path.symlink_to(os.path.relpath(blob, path.parent))
+    blob_names = sorted(blobs.iterdir())
+    assert_equal(expected, results(large_engine, precision))
+    assert len(compiled_files(large_engine.folder)) == 2
+    assert_equal(expected, results(large_engine, precision))
+    assert sorted(blobs.iterdir()) == blob_names
 
 
 def flip_a_bit(data):
@@ -278,7 +335,7 @@ def flip_a_bit(data):
 def test_damaged_compiled_graphs_are_compiled_again(large_engine, damage, caplog):
     caplog.set_level(logging.INFO, "samekit.backends.openvino_cache")
     expected = results(large_engine, "fp32")
-    intact = {path: path.read_bytes() for path in compiled_files(large_engine)}
+    intact = {path: path.read_bytes() for path in compiled_files(large_engine.folder)}
     for path, data in intact.items():
         path.write_bytes(damage(data))
     assert_equal(expected, results(large_engine, "fp32"))
@@ -292,11 +349,12 @@ def test_damaged_compiled_graphs_are_compiled_again(large_engine, damage, caplog
 def test_compiled_graphs_that_cannot_be_kept(large_engine, caplog):
     caplog.set_level(logging.INFO, "samekit.backends.openvino_cache")
     expected = results(large_engine, "fp32")
-    for path in compiled_files(large_engine):
+    for path in compiled_files(large_engine.folder):
         path.unlink()
         path.mkdir()
     assert_equal(expected, results(large_engine, "fp32"))
-    assert [message.startswith("the compiled graph is not kept: ") for message in caplog.messages] == [True, True]
+    assert all(": the compiled graph is not kept (" in message for message in caplog.messages)
+    assert len(caplog.messages) == 2
 
 
 def test_other_settings_compile_again(large_engine):
@@ -305,12 +363,12 @@ def test_other_settings_compile_again(large_engine):
     results(large_engine, "fp32")
     with open_backend(large_engine.folder, "openvino", BackendOptions("fp32", threads=2)) as backend:
         backend.decode(np.zeros((1, 32, 1), np.float32))
-    assert Counter(path.name.split(".")[0] for path in compiled_files(large_engine)) == {DECODER: 2, ENCODER: 1}
+    assert Counter(path.name.split(".")[0] for path in compiled_files(large_engine.folder)) == {DECODER: 2, ENCODER: 1}
 
 
 def test_compiled_graphs_of_older_exports_are_deleted(large_engine, tmp_path):
     results(large_engine, "fp32")
-    current = compiled_files(large_engine)
+    current = compiled_files(large_engine.folder)
     graph = large_engine.graph_file(ENCODER, "fp32")
     older = current[0].with_name(compiled_name(ENCODER, "bf16", "0" * 64, "1" * 64))
     killed = current[0].with_name(f".{current[0].name}.1-0123456701234567.tmp")
@@ -319,10 +377,13 @@ def test_compiled_graphs_of_older_exports_are_deleted(large_engine, tmp_path):
     assert all(map(is_engine_file, (*current, older, killed)))
     assert graph.sha256[:12] in current[1].name
     assert remove_leftovers(large_engine.folder) == [(killed, 4), (older, 4)]
-    assert compiled_files(large_engine) == current
+    assert compiled_files(large_engine.folder) == current
+    removed = remove_stale(large_engine, {})
+    assert [path for path, _ in removed] == current
+    assert compiled_files(large_engine.folder) == []
 
 
 def test_compiled_graphs_are_not_copied(large_engine, tmp_path):
     results(large_engine, "fp32")
     copy_engine(large_engine, tmp_path / "copy", ["fp32"], DIRECTIONS)
-    assert compiled_files(Engine.load(tmp_path / "copy")) == []
+    assert compiled_files(tmp_path / "copy") == []

@@ -262,7 +262,7 @@ def _check_out(folder: Path) -> None:
 
 
 def _is_from_export(path: Path) -> bool:
-    """Whether an export writes a file or folder of this name."""
+    """Whether samekit writes a file or folder of this name."""
     if path.name == BUILDS_FOLDER:
         return path.is_dir() and all(map(is_builds_own, path.iterdir()))
     return is_engine_file(path)

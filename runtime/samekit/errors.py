@@ -27,6 +27,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def last_line(error: Exception) -> str:
+    """Return the last line of a message, as `first_line`; lines before it may name lines of the library's sources."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
 class SamekitError(Exception):
     """Base of every error that samekit raises on purpose; its message is `CAUSE; CURE`."""
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
 from samekit.backends.base import Backend, BackendOptions, keep_for_ever
@@ -12,11 +15,13 @@ from samekit.backends.openvino_bf16 import keep_float32
 from samekit.backends.openvino_cache import CompiledFile
 from samekit.backends.openvino_rotary import use_fused_rotary
 from samekit.engine.spec import INPUT_NAMES, Direction, graph_precision
-from samekit.errors import BackendError, BackendUnavailableError
-from samekit.files.paths import utf8_path
+from samekit.errors import BackendError, BackendUnavailableError, last_line
+from samekit.files.paths import link_or_copy, utf8_path
 from samekit.packages import import_openvino
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from samekit.arrays import Array
     from samekit.engine.folder import Engine
 
@@ -38,9 +43,23 @@ class _Hint(NamedTuple):
 _HINTS: Final = {"fp32": _Hint("FP32", "f32"), "bf16": _Hint("BF16", "bf16"), "fp16": _Hint("FP16", "f16")}
 
 
-def _reason(error: Exception) -> str:
-    """Return the last line of a message of OpenVINO; those before it name lines of its sources."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+@contextmanager
+def _without_links(graph: Path) -> Iterator[Path]:
+    """Yield the path of a graph whose weights OpenVINO reads: it refuses links that leave the folder of the graph.
+
+    The hub's cache consists of such links. The files stay readable for OpenVINO after the `with` block.
+    """
+    weights = graph.with_name(f"{graph.name}.data")
+    if not weights.is_symlink():
+        yield graph
+        return
+    # Links need the file system of the weights. Windows deletes no file that is in use.
+    real = weights.resolve().parent
+    place = real if os.access(real, os.W_OK | os.X_OK) else None
+    with tempfile.TemporaryDirectory(prefix=".samekit-", dir=place, ignore_cleanup_errors=True) as folder:
+        for path in (graph, weights):
+            link_or_copy(path, Path(folder, path.name))
+        yield Path(folder, graph.name)
 
 
 class _Compiled:
@@ -90,9 +109,10 @@ class OpenVinoBackend(Backend):
 
     def _choose_device(self) -> str:
         """Return OpenVINO's name of the device, which is there and can compute in this precision."""
-        have = self._core.available_devices
         name = _DEVICES[self.device]
-        if name != "CPU" and f"{name}.{self.device_id}" in have:
+        # Every build has the CPU, and looking for the other devices takes 20 ms.
+        have = [name] if name == "CPU" else self._core.available_devices
+        if f"{name}.{self.device_id}" in have:
             name = f"{name}.{self.device_id}"
         elif name not in have or (self.device_id and name != "CPU"):
             which = f" with number {self.device_id}" if self.device_id else ""
@@ -127,30 +147,33 @@ class OpenVinoBackend(Backend):
             )
         _compiled_in.add(os.getpid())
         self._engine.check_not_replaced(self._graph_precision)
-        path = utf8_path(self._engine.graph(direction, self._graph_precision))
-        kept = None
-        if self._device_name == "CPU" and CompiledFile.is_useful(self._engine, direction):
-            kept = CompiledFile(self._engine, direction, self.precision, self._core, self._settings())
+        path = self._engine.graph(direction, self._graph_precision)
+        graph = self._engine.graph_file(direction, self._graph_precision)
         try:
-            compiled, inputs = (kept.read() if kept else None) or self._compile(path, kept)
+            if self._device_name != "CPU" or not CompiledFile.is_useful(graph):
+                compiled, inputs = self._compile(path, self._settings())
+            else:
+                kept = CompiledFile(path.parent, graph, direction, self.precision, self._core, self._settings())
+                found = kept.read()
+                compiled, inputs = found or self._compile(path, kept.settings)
+                if not found:
+                    kept.write(compiled, inputs)
+            return _Compiled(compiled, INPUT_NAMES[direction], inputs, self._openvino)
         except Exception as error:  # noqa: BLE001 OpenVINO raises errors of several types
             self._engine.check_not_replaced(self._graph_precision)
             raise BackendError(
-                f"{path}: OpenVINO {self._openvino.__version__} cannot open it ({_reason(error)}); export it again, "
+                f"{path}: OpenVINO {self._openvino.__version__} cannot open it ({last_line(error)}); export it again, "
                 "or choose backend onnxruntime"
             ) from None
-        return _Compiled(compiled, INPUT_NAMES[direction], inputs, self._openvino)
 
-    def _compile(self, path: str, kept: CompiledFile | None) -> tuple[Any, dict[str, Array]]:
+    def _compile(self, path: Path, settings: dict[str, Any]) -> tuple[Any, dict[str, Array]]:
         """Return a compiled graph and the values of inputs that were added to it; raises OpenVINO's exceptions."""
-        model = self._core.read_model(path)
+        with _without_links(path) as readable:
+            model = self._core.read_model(utf8_path(readable))
         inputs: dict[str, Array] = {}
         if self.precision == "bf16":
             model, inputs = keep_float32(self._openvino, self._core, model)
-        compiled = self._core.compile_model(model, self._device_name, kept.settings if kept else self._settings())
-        if kept:
-            kept.write(compiled, inputs)
-        return compiled, inputs
+        return self._core.compile_model(model, self._device_name, settings), inputs
 
     def _settings(self) -> dict[str, Any]:
         # Without a type, OpenVINO chooses bfloat16 where the processor has it.
@@ -171,7 +194,7 @@ class OpenVinoBackend(Backend):
             return model.run(array)
         except Exception as error:  # noqa: BLE001 OpenVINO raises errors of several types
             raise BackendError(
-                f"OpenVINO failed on {list(array.shape)} ({_reason(error)}); try a smaller window"
+                f"OpenVINO failed on {list(array.shape)} ({last_line(error)}); try a smaller window"
             ) from None
 
     def after_fork(self) -> None:

@@ -1,7 +1,7 @@
 """Keep what OpenVINO compiles for a CPU in the engine folder, so that the graph opens faster the next time.
 
-A file holds the compiled graph, and the inputs that `openvino_bf16` adds. It does not hold the large weights, which
-OpenVINO maps from the graph's `.data` file. It is an `.npz` archive, so damage is found by its checksums.
+A file holds the compiled graph, and the weights that `openvino_bf16` turns into inputs. It holds no other large
+weights: OpenVINO maps those from the graph's `.data` file. It is an `.npz` archive, which has checksums.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from samekit.engine.folder import compiled_name
-from samekit.errors import OutputError
+from samekit.errors import last_line
 from samekit.files.atomic import atomic_path
-from samekit.files.paths import open_regular, utf8_path
+from samekit.files.paths import file_signature, open_regular, utf8_path
 from samekit.packages import import_openvino
 
 if TYPE_CHECKING:
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from samekit.arrays import Array
-    from samekit.engine.folder import Engine
-    from samekit.engine.spec import Direction
+    from samekit.engine.spec import Direction, GraphFile
 
 logger = logging.getLogger(__name__)
 
@@ -33,31 +32,38 @@ logger = logging.getLogger(__name__)
 _REVISION: Final = 1
 
 _WITHOUT_WEIGHTS: Final = {"CACHE_MODE": "OPTIMIZE_SIZE"}
-_COMPILED: Final = "compiled"
-_DATA_SUFFIX: Final = ".data"
 
 
 class CompiledFile:
-    """The file of one graph for this processor, this version of OpenVINO and these settings, there or not yet there."""
+    """The file of one graph for this processor, this version of OpenVINO and these settings, there or not yet there.
+
+    Args:
+        folder: the engine folder.
+        graph: the graph as `spec.json` describes it; it must have its weights in a `.data` file, see `is_useful`.
+        direction: of the graph.
+        precision: that OpenVINO computes in.
+        core: an `openvino.Core`.
+        settings: of OpenVINO.
+    """
 
     def __init__(
-        self, engine: Engine, direction: Direction, precision: str, core: Any, settings: Mapping[str, Any]
+        self, folder: Path, graph: GraphFile, direction: Direction, precision: str, core: Any, settings: dict[str, Any]
     ) -> None:
         self._openvino, self._core = import_openvino(), core
-        self.settings = dict(settings) | _WITHOUT_WEIGHTS
+        self.settings = settings | _WITHOUT_WEIGHTS
         """The settings to compile the graph with."""
         processor = [str(core.get_property("CPU", name)) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")]
-        conditions = json.dumps([_REVISION, self._openvino.__version__, processor, self.settings], sort_keys=True)
-        graph = engine.graph_file(direction, "fp32")
+        # Times of change too: the digest is not compared here, and damaged files can have been repaired.
+        files = [file_signature(folder / name) for name in sorted(graph.sizes)]
+        conditions = json.dumps([_REVISION, self._openvino.__version__, processor, files, self.settings])
         digest = hashlib.sha256(conditions.encode()).hexdigest()
-        self._path: Path = engine.folder / compiled_name(direction, precision, graph.sha256, digest)
-        self._weights = self._path.with_name(graph.file + _DATA_SUFFIX)
+        self._path = folder / compiled_name(direction, precision, graph.sha256, digest)
+        self._weights = folder / _data_file(graph)
 
     @staticmethod
-    def is_useful(engine: Engine, direction: Direction) -> bool:
+    def is_useful(graph: GraphFile) -> bool:
         """Return whether a graph has its weights in a file of their own; others are small and open fast."""
-        graph = engine.graph_file(direction, "fp32")
-        return graph.file + _DATA_SUFFIX in graph.sizes
+        return _data_file(graph) in graph.sizes
 
     def read(self) -> tuple[Any, dict[str, Array]] | None:
         """Return the compiled graph and the values of its added inputs, or None if there is no usable file."""
@@ -67,17 +73,26 @@ class CompiledFile:
         try:
             with open_regular(self._path) as file, np.load(file, allow_pickle=False) as archive:
                 arrays = dict(archive)
-            compiled = self._core.import_model(self._openvino.Tensor(arrays.pop(_COMPILED)), "CPU", settings)
+            # A file that was renamed holds another graph.
+            compiled = self._core.import_model(self._openvino.Tensor(arrays.pop(self._path.name)), "CPU", settings)
+            _, *added = (port.get_node().friendly_name for port in compiled.inputs)
+            if set(added) != arrays.keys():
+                raise ValueError(f"values of the inputs {', '.join(added)} are missing")
         except Exception as error:  # noqa: BLE001 damage shows in errors of many types, and compiling is always possible
-            logger.info("%s: cannot be used (%r), so the graph is compiled again", self._path, error)
+            logger.info("%s: cannot be used (%s), so the graph is compiled again", self._path, last_line(error))
             return None
         return compiled, arrays
 
     def write(self, compiled: Any, inputs: Mapping[str, Array]) -> None:
-        """Keep a graph that was compiled with `settings`; a folder that cannot be written is left as it is."""
-        arrays: dict[str, Any] = dict(inputs) | {_COMPILED: np.frombuffer(compiled.export_model().getvalue(), np.uint8)}
+        """Keep a graph that was compiled with `settings`; if that fails, the next opening compiles again."""
         try:
+            data = np.frombuffer(compiled.export_model().getvalue(), np.uint8)
+            arrays: dict[str, Any] = {**inputs, self._path.name: data}
             with atomic_path(self._path) as temporary, temporary.open("wb") as file:
                 np.savez(file, **arrays)
-        except (OutputError, OSError) as error:
-            logger.info("the compiled graph is not kept: %s", error)
+        except Exception as error:  # noqa: BLE001 OpenVINO raises errors of several types
+            logger.info("%s: the compiled graph is not kept (%s)", self._path, last_line(error))
+
+
+def _data_file(graph: GraphFile) -> str:
+    return f"{graph.file}.data"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from samekit.arrays import Array
     from samekit.engine.spec import Direction, EngineSpec
 
-INT8_MARGIN_DB: Final = 6.0
+INT8_MARGIN_DB: Final = 3.0
 """An int8 graph may be this much less accurate than its target. It reaches the target on examples of eight latents, and
 activation ranges depend on the input."""
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from samekit.engine.fingerprint import Fingerprint, capability_name, fingerprint_of, runs_with, why_not_on
-from samekit.engine.folder import Engine, leftovers, remove_leftovers
+from samekit.engine.folder import Engine, compiled_files, leftovers, remove_leftovers
 from samekit.engine.records import Check
 from samekit.engine.spec import DECODER, ENCODER, PRECISIONS, Direction, check_file_name
 from samekit.errors import BackendUnavailableError, StaleEngineError
@@ -317,7 +317,8 @@ def _removable(engine: Engine, versions: Mapping[str, str]) -> list[Path]:
     """Return the paths that `remove_stale_builds` deletes, which include running builds."""
     stale = [folder for folder, _, reason in inspect_builds(engine, versions) if reason]
     logs = sorted((engine.folder / BUILDS_FOLDER).glob(f"*{FAILED_LOG_SUFFIX}"))
-    return [*stale, *unfinished_builds(engine), *logs]
+    # Compiled graphs of other versions and processors cannot be told from current ones here.
+    return [*stale, *unfinished_builds(engine), *logs, *compiled_files(engine.folder)]
 
 
 def inspect_builds(engine: Engine, versions: Mapping[str, str]) -> Iterator[tuple[Path, Build | None, str | None]]:

@@ -8,11 +8,11 @@
       encoder.bf16.DIGESTS.openvino    graphs that OpenVINO has compiled, see `samekit.backends.openvino_cache`
       tensorrt/                        TensorRT engines, see `samekit.engine.builds`
       .export-XXXXXXXX/                graphs of an export that is running, or was killed
-      .lock                            held by the process that writes here, see `samekit.files.locks`
+      .lock                            held by the process that exports or deletes, see `samekit.files.locks`
 
 New graphs get names that `spec.json` does not contain. Replacing `spec.json`, which is atomic, makes them valid; the
 older export can be used until then. Graph files that `spec.json` does not name are leftovers, which the process that
-holds the lock deletes. Readers take no lock.
+holds the lock deletes. Readers take no lock, nor do those who add a compiled graph.
 """
 
 from __future__ import annotations
@@ -230,8 +230,13 @@ def compiled_name(direction: Direction, precision: str, graph: str, conditions: 
     return f"{direction}.{precision}.{graph[:12]}-{conditions[:12]}.openvino"
 
 
+def compiled_files(folder: Path) -> list[Path]:
+    """Return the compiled graphs of an engine folder, which are made again when they are missing."""
+    return sorted(path for path in folder.iterdir() if _COMPILED_FILE.fullmatch(path.name))
+
+
 def is_engine_file(path: Path) -> bool:
-    """Return whether an export creates files or folders of this name in an engine folder; TensorRT builds excluded."""
+    """Return whether samekit creates files or folders of this name in an engine folder; TensorRT builds excluded."""
     if path.name.startswith(_STAGING_PREFIX):
         return path.is_dir()
     if path.name in (SPEC_FILE, LOCK_FILE) or _GRAPH_FILE.fullmatch(path.name):

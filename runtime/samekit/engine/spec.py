@@ -52,7 +52,7 @@ OPENVINO_DEVICES: Final = ("intel-gpu", "npu")
 DEVICES: Final = ("cpu", "cuda", "webgpu", *OPENVINO_DEVICES)
 """What users pass as `device=`. `webgpu` is any GPU with Vulkan, Metal or Direct3D 12."""
 
-INT8_TARGET_DB: Final = 38.0
+INT8_TARGET_DB: Final = 35.0
 """Accuracy in dB that an export of int8 graphs aims at, unless told otherwise."""
 
 INT8_TARGET_RANGE: Final = (10.0, 100.0)
