@@ -174,7 +174,9 @@ def test_tensorrt_is_proposed_where_there_is_a_gpu(monkeypatch, driver):
 
     monkeypatch.setattr(importlib, "import_module", without)
     monkeypatch.setattr(doctor, "has_driver", lambda: driver)
-    monkeypatch.setattr(shutil, "which", lambda _: None)
+    # `pip` is still found where the environment is active.
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == "nvidia-smi" else which(name))
     shown = lines()
     proposal = f"  tensorrt is not installed: no engines compiled for the GPU at hand; run: {install_command('gpu')}"
     assert (proposal in shown) == driver
