@@ -19,6 +19,7 @@ import numpy as np
 import soundfile as sf
 from common import backend_option, child, engine_argument, finish, plot_bars, plot_option, question
 
+from samekit.engine.contents import compiled_files
 from samekit.engine.spec import graph_precision
 from samekit_export.measure import summary
 
@@ -66,7 +67,7 @@ def main(engine: Engine, backend: str, precision: str, runs: int, plot_path: Pat
         options = ("--model", engine.folder, "--precision", precision, "--backend", backend, "--device", "cpu")
         open_encoder = (sys.executable, "-c", OPEN, engine.folder, backend, precision)
         for _ in range(runs):
-            for file in engine.folder.glob("*.openvino"):
+            for file in compiled_files(engine.folder):
                 file.unlink()
             seconds = [float(part) for part in child(*open_encoder).split()]
             opening.append(seconds[0])

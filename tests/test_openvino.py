@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -33,8 +34,9 @@ from samekit.backends.openvino_bf16 import keep_float32
 from samekit.backends.openvino_rotary import use_fused_rotary
 from samekit.backends.selection import AUTO, BACKENDS, open_backend
 from samekit.engine.builds import remove_stale
+from samekit.engine.contents import compiled_files, compiled_name, is_engine_file, remove_leftovers
 from samekit.engine.exchange import copy_engine
-from samekit.engine.folder import Engine, compiled_files, compiled_name, is_engine_file, remove_leftovers
+from samekit.engine.folder import Engine
 from samekit.engine.spec import DECODER, ENCODER
 from samekit.errors import BackendError, BackendUnavailableError, EngineError, InputError
 from samekit.packages import import_openvino
@@ -227,8 +229,8 @@ def large_engine(large_engine_of, tmp_path):
     return Engine.load(folder)
 
 
-def results(engine, precision, **options):
-    with opened(engine, precision, **options) as backend:
+def results(engine, precision):
+    with opened(engine, precision) as backend:
         return [
             run_direction(backend, direction, example_input(engine.spec, direction, 2, latents, seed=5))
             for direction, latents in product(DIRECTIONS, (24, 7))
@@ -247,8 +249,8 @@ def test_compiled_graphs_open_again(engine_of, large_engine_of, kind, precision)
     expected = results(engine_of(kind), precision)
     assert compiled_files(engine_of(kind).folder) == []
     assert_equal(expected, results(engine, precision))
-    kept = {path: path.stat().st_mtime_ns for path in compiled_files(engine.folder) if f".{precision}." in path.name}
-    assert [path.name.split(".")[:2] for path in kept] == [["decoder", precision], ["encoder", precision]]
+    kept = {path: path.stat().st_mtime_ns for path in compiled_files(engine.folder) if f".{precision}-" in path.name}
+    assert [path.name.split("-")[0] for path in kept] == [f"{d}.onnx.{precision}" for d in ("decoder", "encoder")]
     weights = engine.folder / "decoder.onnx.data"
     assert all(path.stat().st_size < weights.stat().st_size for path in kept)
     assert_equal(expected, results(engine, precision))
@@ -311,10 +313,9 @@ def test_weights_behind_links(large_engine, precision, tmp_path):
     expected = results(large_engine, precision)
     blobs = tmp_path / "blobs"
     blobs.mkdir()
-    for path in (*compiled_files(large_engine.folder), *large_engine.folder.glob("*.onnx*")):
-        if path.suffix == ".openvino":
-            path.unlink()
-            continue
+    for path in compiled_files(large_engine.folder):
+        path.unlink()
+    for path in list(large_engine.folder.glob("*.onnx*")):
         blob = path.replace(blobs / str(len(list(blobs.iterdir()))))
         path.symlink_to(os.path.relpath(blob, path.parent))
     blob_names = sorted(blobs.iterdir())
@@ -366,16 +367,17 @@ def test_other_settings_compile_again(large_engine):
     assert Counter(path.name.split(".")[0] for path in compiled_files(large_engine.folder)) == {DECODER: 2, ENCODER: 1}
 
 
-def test_compiled_graphs_of_older_exports_are_deleted(large_engine, tmp_path):
+def test_compiled_graphs_of_older_exports_are_deleted(large_engine):
     results(large_engine, "fp32")
     current = compiled_files(large_engine.folder)
     graph = large_engine.graph_file(ENCODER, "fp32")
-    older = current[0].with_name(compiled_name(ENCODER, "bf16", "0" * 64, "1" * 64))
+    replaced = dataclasses.replace(graph, file="encoder.7.onnx")
+    older = current[0].with_name(compiled_name(replaced, "bf16", "1" * 64))
     killed = current[0].with_name(f".{current[0].name}.1-0123456701234567.tmp")
     for path in (older, killed):
         path.write_bytes(b"1234")
     assert all(map(is_engine_file, (*current, older, killed)))
-    assert graph.sha256[:12] in current[1].name
+    assert current[1].name.startswith(f"{graph.file}.fp32-")
     assert remove_leftovers(large_engine.folder) == [(killed, 4), (older, 4)]
     assert compiled_files(large_engine.folder) == current
     removed = remove_stale(large_engine, {})

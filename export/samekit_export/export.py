@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING
 
 from samekit.backends import onnxruntime as ort
 from samekit.engine.builds import BUILDS_FOLDER, is_builds_own, remove_stale_builds
-from samekit.engine.folder import (
-    Engine,
+from samekit.engine.contents import (
     commit_export,
-    describe_graph,
     graph_names,
     is_engine_file,
     leftovers,
     remove_leftovers,
     staging_folder,
 )
+from samekit.engine.folder import Engine, describe_graph
 from samekit.engine.spec import (
     BF16,
     DECODER,

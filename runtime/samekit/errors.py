@@ -24,12 +24,16 @@ from __future__ import annotations
 
 def first_line(error: Exception) -> str:
     """Return the first line of another library's message, or the error's class name if it has no message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return _lines(error)[0]
 
 
 def last_line(error: Exception) -> str:
     """Return the last line of a message, as `first_line`; lines before it may name lines of the library's sources."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return _lines(error)[-1]
+
+
+def _lines(error: Exception) -> list[str]:
+    return str(error).strip().splitlines() or [type(error).__name__]
 
 
 class SamekitError(Exception):

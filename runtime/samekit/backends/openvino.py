@@ -150,10 +150,10 @@ class OpenVinoBackend(Backend):
         path = self._engine.graph(direction, self._graph_precision)
         graph = self._engine.graph_file(direction, self._graph_precision)
         try:
-            if self._device_name != "CPU" or not CompiledFile.is_useful(graph):
+            if self._device_name != "CPU" or not graph.weights_file:
                 compiled, inputs = self._compile(path, self._settings())
             else:
-                kept = CompiledFile(path.parent, graph, direction, self.precision, self._core, self._settings())
+                kept = CompiledFile(path.parent, graph, self.precision, self._core, self._settings())
                 found = kept.read()
                 compiled, inputs = found or self._compile(path, kept.settings)
                 if not found:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from samekit.engine.folder import compiled_name
+from samekit.engine.contents import compiled_name
 from samekit.errors import last_line
 from samekit.files.atomic import atomic_path
 from samekit.files.paths import file_signature, open_regular, utf8_path
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from samekit.arrays import Array
-    from samekit.engine.spec import Direction, GraphFile
+    from samekit.engine.spec import GraphFile
 
 logger = logging.getLogger(__name__)
 
@@ -39,31 +39,23 @@ class CompiledFile:
 
     Args:
         folder: the engine folder.
-        graph: the graph as `spec.json` describes it; it must have its weights in a `.data` file, see `is_useful`.
-        direction: of the graph.
+        graph: the graph as `spec.json` describes it; it must have a `weights_file`. Others are small and open fast.
         precision: that OpenVINO computes in.
         core: an `openvino.Core`.
         settings: of OpenVINO.
     """
 
-    def __init__(
-        self, folder: Path, graph: GraphFile, direction: Direction, precision: str, core: Any, settings: dict[str, Any]
-    ) -> None:
+    def __init__(self, folder: Path, graph: GraphFile, precision: str, core: Any, settings: dict[str, Any]) -> None:
         self._openvino, self._core = import_openvino(), core
         self.settings = settings | _WITHOUT_WEIGHTS
         """The settings to compile the graph with."""
         processor = [str(core.get_property("CPU", name)) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")]
         # Times of change too: the digest is not compared here, and damaged files can have been repaired.
         files = [file_signature(folder / name) for name in sorted(graph.sizes)]
-        conditions = json.dumps([_REVISION, self._openvino.__version__, processor, files, self.settings])
+        conditions = json.dumps([_REVISION, self._openvino.__version__, processor, graph.sha256, files, self.settings])
         digest = hashlib.sha256(conditions.encode()).hexdigest()
-        self._path = folder / compiled_name(direction, precision, graph.sha256, digest)
-        self._weights = folder / _data_file(graph)
-
-    @staticmethod
-    def is_useful(graph: GraphFile) -> bool:
-        """Return whether a graph has its weights in a file of their own; others are small and open fast."""
-        return _data_file(graph) in graph.sizes
+        self._path = folder / compiled_name(graph, precision, digest)
+        self._weights = folder / (graph.weights_file or graph.file)
 
     def read(self) -> tuple[Any, dict[str, Array]] | None:
         """Return the compiled graph and the values of its added inputs, or None if there is no usable file."""
@@ -92,7 +84,3 @@ class CompiledFile:
                 np.savez(file, **arrays)
         except Exception as error:  # noqa: BLE001 OpenVINO raises errors of several types
             logger.info("%s: the compiled graph is not kept (%s)", self._path, last_line(error))
-
-
-def _data_file(graph: GraphFile) -> str:
-    return f"{graph.file}.data"

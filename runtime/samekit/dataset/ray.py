@@ -24,7 +24,7 @@ from samekit.backends.experimental import RAY, warn_experimental
 from samekit.dataset.calls import ALL_LOST, BATCHES_PER_WORKER, Calls, WorkerDiedError, Workers, batches_of
 from samekit.dataset.executor import Executor, ModelFacts
 from samekit.dataset.worker import Worker
-from samekit.errors import BackendError, InputError, SamekitError
+from samekit.errors import BackendError, InputError, SamekitError, last_line
 from samekit.files.paths import expanded_text
 from samekit.packages import install_command
 
@@ -193,7 +193,7 @@ class RayExecutor(Executor):
             self._ray.init(address="local", **local, **quiet)
         except Exception as error:  # noqa: BLE001 Ray has no error class for this
             raise BackendError(
-                f"Ray does not start here ({_last_line(error)}); see /tmp/ray, or pass a cluster"
+                f"Ray does not start here ({last_line(error)}); see /tmp/ray, or pass a cluster"
             ) from None
         self._connected = True
         resources = self._ray.cluster_resources()
@@ -288,9 +288,4 @@ def _result_of(ray: Any, call: Any) -> Any:
             raise error.cause from None
         raise
     except ray.exceptions.RayError as error:
-        raise WorkerDiedError(_last_line(error)) from error
-
-
-def _last_line(error: Exception) -> str:
-    """Return the last line of Ray's message, which names the error."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise WorkerDiedError(last_line(error)) from error

@@ -24,8 +24,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from samekit.engine.contents import compiled_files, leftovers, remove_leftovers
 from samekit.engine.fingerprint import Fingerprint, capability_name, fingerprint_of, runs_with, why_not_on
-from samekit.engine.folder import Engine, compiled_files, leftovers, remove_leftovers
+from samekit.engine.folder import Engine
 from samekit.engine.records import Check
 from samekit.engine.spec import DECODER, ENCODER, PRECISIONS, Direction, check_file_name
 from samekit.errors import BackendUnavailableError, StaleEngineError

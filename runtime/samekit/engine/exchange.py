@@ -10,14 +10,8 @@ import shutil
 from typing import TYPE_CHECKING, Final
 
 from samekit.engine import hub, model_card
-from samekit.engine.folder import (
-    Engine,
-    commit_export,
-    is_engine_file,
-    is_graph_file,
-    remove_leftovers,
-    staging_folder,
-)
+from samekit.engine.contents import commit_export, is_engine_file, is_graph_file, remove_leftovers, staging_folder
+from samekit.engine.folder import Engine
 from samekit.engine.spec import SPEC_FILE
 from samekit.errors import EngineError, HubError, InputError, OutputError
 from samekit.files.atomic import output_errors

@@ -88,6 +88,11 @@ class GraphFile:
     sizes: dict[str, int]
     """Bytes of the graph file and of its external data, by file name."""
 
+    @property
+    def weights_file(self) -> str | None:
+        """Name of the file with external data, or None if the graph file holds all weights."""
+        return next((name for name in self.sizes if name != self.file), None)
+
 
 @dataclass(frozen=True)
 class EngineSpec:
