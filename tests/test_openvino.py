@@ -8,6 +8,8 @@ import logging
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 from collections import Counter
 from itertools import product
@@ -173,6 +175,40 @@ def test_opens_again_but_not_in_a_fork(engine_of):
 
         assert in_a_fork(child) == 0
         assert np.array_equal(backend.decode(array), expected)
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+from samekit.backends.base import BackendOptions
+from samekit.backends.selection import open_backend
+
+engine, order = sys.argv[1:]
+backends = [open_backend(engine, "openvino", BackendOptions(threads=1)) for _ in range(2)]
+
+def close_both():
+    while backends:
+        backends.pop(0).close()
+
+if order == "oldest first":
+    close_both()
+else:
+    thread = threading.Thread(target=close_both)
+    thread.start()
+    thread.join()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("order", ["oldest first", "in another thread"])
+def test_signals_are_handled_after_models_were_closed(engine_of, order):
+    """OpenVINO's plugin for CPUs unmaps a stack for signal handlers that threads may still use, see `_core`."""
+    command = [sys.executable, "-c", INTERRUPTED, engine_of("tiny-s").folder, order]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
 
 
 def test_graphs_that_changed_are_not_run(own_engine):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 import threading
@@ -41,6 +42,28 @@ class _Hint(NamedTuple):
 
 
 _HINTS: Final = {"fp32": _Hint("FP32", "f32"), "bf16": _Hint("BF16", "bf16"), "fp16": _Hint("FP16", "f16")}
+
+
+_creating_core = threading.Lock()
+
+
+@functools.cache
+def _new_core() -> Any:
+    core = import_openvino().Core()
+    use_fused_rotary(core)
+    return core
+
+
+def _core() -> Any:
+    """Return the one `openvino.Core` of this process. It must not be freed before the process ends.
+
+    A core loads the plugin for CPUs, which replaces the stack for signal handlers of the thread that loads it, and
+    unmaps this stack with the core. If another thread frees the core, or if of two cores the older one is freed first,
+    a thread keeps a stack that is not mapped. The next signal that has a handler, such as that of Ctrl-C, then ends
+    the process. Source: `SigAltStackSetup` in `src/plugins/intel_cpu/src` of OpenVINO 2026.4.
+    """
+    with _creating_core:
+        return _new_core()
 
 
 @contextmanager
@@ -94,8 +117,7 @@ class OpenVinoBackend(Backend):
         if options.device == "cuda":
             raise BackendUnavailableError("OpenVINO runs on no NVIDIA GPU; choose device cpu, or another backend")
         self._openvino = import_openvino()
-        self._core = self._openvino.Core()
-        use_fused_rotary(self._core)
+        self._core = _core()
         self._engine = engine
         self._graph_precision = graph_precision(options.precision)
         self._threads = options.threads or available_cpus()
