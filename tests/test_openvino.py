@@ -33,7 +33,7 @@ from samekit import AutoencoderModel
 from samekit.backends.base import BackendOptions
 from samekit.backends.cpu import fast_precisions
 from samekit.backends.openvino_bf16 import keep_float32
-from samekit.backends.openvino_rotary import use_fused_rotary
+from samekit.backends.openvino_forms import transpose_keys_in_products, use_fused_rotary
 from samekit.backends.selection import AUTO, BACKENDS, open_backend
 from samekit.engine.builds import remove_stale
 from samekit.engine.contents import compiled_files, compiled_name, is_engine_file, remove_leftovers
@@ -59,6 +59,7 @@ def runtime_types(engine, direction, precision):
     core = openvino.Core()
     use_fused_rotary(core)
     model = core.read_model(engine.graph(direction, "fp32"))
+    transpose_keys_in_products(openvino, model)
     if precision == "bf16":
         model, _ = keep_float32(openvino, core, model)
     hint = {"INFERENCE_PRECISION_HINT": "f32" if precision == "fp32" else precision, "INFERENCE_NUM_THREADS": 1}
@@ -96,6 +97,22 @@ def test_rotary_embedding_is_one_operation(engine_of, bundled_engine, kind, dire
     types = runtime_types(engine, direction, "fp32")
     assert types["RoPE", "f32"] == 2 * types["Softmax", "f32"] > 0
     assert not {"VariadicSplit", "Split"} & {name for name, _ in types}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@each_direction
+def test_products_transpose_the_keys(engine_of, kind, direction):
+    openvino = import_openvino()
+    core = openvino.Core()
+    use_fused_rotary(core)
+    model = core.read_model(engine_of(kind).graph(direction, "fp32"))
+    transpose_keys_in_products(openvino, model)
+    types = Counter(op.get_type_name() for op in model.get_ops())
+    products = [op for op in model.get_ops() if op.get_type_name() == "MatMul" and op.get_attributes()["transpose_b"]]
+    assert len(products) == types["Softmax"] > 0
+    for each in products:
+        *_, last = each.input_value(1).get_node().input_value(1).get_node().data
+        assert last == 3
 
 
 @needs_bf16

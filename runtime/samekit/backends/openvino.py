@@ -14,7 +14,7 @@ from samekit.backends.base import Backend, BackendOptions, keep_for_ever
 from samekit.backends.cpu import available_cpus
 from samekit.backends.openvino_bf16 import keep_float32
 from samekit.backends.openvino_cache import CompiledFile
-from samekit.backends.openvino_rotary import use_fused_rotary
+from samekit.backends.openvino_forms import transpose_keys_in_products, use_fused_rotary
 from samekit.engine.spec import INPUT_NAMES, Direction, graph_precision
 from samekit.errors import BackendError, BackendUnavailableError, last_line
 from samekit.files.paths import link_or_copy, utf8_path
@@ -192,6 +192,7 @@ class OpenVinoBackend(Backend):
         """Return a compiled graph and the values of inputs that were added to it; raises OpenVINO's exceptions."""
         with _without_links(path) as readable:
             model = self._core.read_model(utf8_path(readable))
+        transpose_keys_in_products(self._openvino, model)
         inputs: dict[str, Array] = {}
         if self.precision == "bf16":
             model, inputs = keep_float32(self._openvino, self._core, model)

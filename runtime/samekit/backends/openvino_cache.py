@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Raise it when `openvino_bf16` or `openvino_rotary` changes graphs in another way.
-_REVISION: Final = 1
+# Raise it when `openvino_bf16` or `openvino_forms` changes graphs in another way.
+_REVISION: Final = 2
 
 _WITHOUT_WEIGHTS: Final = {"CACHE_MODE": "OPTIMIZE_SIZE"}
 
