@@ -33,14 +33,14 @@ from samekit import AutoencoderModel
 from samekit.backends.base import BackendOptions
 from samekit.backends.cpu import fast_precisions
 from samekit.backends.openvino_bf16 import keep_float32
-from samekit.backends.openvino_forms import transpose_keys_in_products, use_fused_rotary
+from samekit.backends.openvino_forms import transpose_keys_in_products, use_float32_rotary, use_fused_rotary
 from samekit.backends.selection import AUTO, BACKENDS, open_backend
 from samekit.engine.builds import remove_stale
 from samekit.engine.contents import compiled_files, compiled_name, is_engine_file, remove_leftovers
 from samekit.engine.exchange import copy_engine
 from samekit.engine.folder import Engine
 from samekit.engine.spec import DECODER, ENCODER
-from samekit.errors import BackendError, BackendUnavailableError, EngineError, InputError
+from samekit.errors import BackendError, BackendUnavailableError, EngineError, EngineNotFoundError, InputError
 from samekit.packages import import_openvino
 from samekit_export.export import check_precisions, export
 from samekit_export.verify import example_input, snr_db
@@ -57,7 +57,7 @@ def runtime_types(engine, direction, precision):
     openvino = import_openvino()
 
     core = openvino.Core()
-    use_fused_rotary(core)
+    (use_float32_rotary if precision == "bf16" else use_fused_rotary)(core)
     model = core.read_model(engine.graph(direction, "fp32"))
     transpose_keys_in_products(openvino, model)
     if precision == "bf16":
@@ -125,7 +125,8 @@ def test_operations_in_float32(engine_of, kind, direction):
     # Queries times keys, and the last product.
     assert types["MatMul", "f32"] == blocks + 1
     assert types["MatMul", "bf16"] == blocks
-    assert not {("FullyConnected", "f32"), ("RoPE", "f32"), ("Softmax", "bf16")} & set(types)
+    # Rotary embeddings and differences of softmaxes are among the others.
+    assert not {("FullyConnected", "f32"), ("RoPE", "bf16"), ("Softmax", "bf16"), ("Subgraph", "bf16")} & set(types)
 
 
 @needs_bf16
@@ -162,6 +163,13 @@ def test_devices_that_are_not_here(engine_of, device):
     assert_one_line(caught.value)
 
 
+@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"device": "intel-gpu"}], ids=str)
+def test_pytorch_does_not_take_the_place_of_an_engine_for_openvino(checkpoint_of, options):
+    with pytest.raises(EngineNotFoundError, match="PyTorch cannot take its place: the torch backend has no") as caught:
+        open_backend(checkpoint_of("tiny-s"), AUTO, BackendOptions(**options))
+    assert_one_line(caught.value)
+
+
 def test_bf16_is_not_exported():
     with pytest.raises(InputError, match="bf16 runs the graphs of fp32; export precision fp32"):
         check_precisions(["bf16"])
@@ -192,6 +200,27 @@ def test_opens_again_but_not_in_a_fork(engine_of):
 
         assert in_a_fork(child) == 0
         assert np.array_equal(backend.decode(array), expected)
+
+
+FORKED = """
+import os, sys
+import numpy as np
+from samekit.backends.base import BackendOptions
+from samekit.backends.selection import open_backend
+
+with open_backend(sys.argv[1], "openvino", BackendOptions(threads=1)) as backend:
+    backend.decode(np.zeros((1, backend.spec.latent_width, 2), np.float32))
+child = os.fork()
+if not child:
+    sys.exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_forked_process_ends_after_models_were_closed(engine_of):
+    command = [sys.executable, "-c", FORKED, engine_of("tiny-s").folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "7\n"), done.stderr
 
 
 INTERRUPTED = """

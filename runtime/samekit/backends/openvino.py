@@ -14,7 +14,7 @@ from samekit.backends.base import Backend, BackendOptions, keep_for_ever
 from samekit.backends.cpu import available_cpus
 from samekit.backends.openvino_bf16 import keep_float32
 from samekit.backends.openvino_cache import CompiledFile
-from samekit.backends.openvino_forms import transpose_keys_in_products, use_fused_rotary
+from samekit.backends.openvino_forms import transpose_keys_in_products, use_float32_rotary, use_fused_rotary
 from samekit.engine.spec import INPUT_NAMES, Direction, graph_precision
 from samekit.errors import BackendError, BackendUnavailableError, last_line
 from samekit.files.paths import link_or_copy, utf8_path
@@ -44,26 +44,41 @@ class _Hint(NamedTuple):
 _HINTS: Final = {"fp32": _Hint("FP32", "f32"), "bf16": _Hint("BF16", "bf16"), "fp16": _Hint("FP16", "f16")}
 
 
-_creating_core = threading.Lock()
+# Held while a graph is read and changed. Two threads that are the first to call the same function of OpenVINO's Python
+# API can wait for each other for ever: one holds the GIL, the other initializes a static variable and needs the GIL.
+_reading = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """Replace the lock in a forked process, where the thread that may have held it does not exist."""
+    global _reading  # noqa: PLW0603
+    _reading = threading.Lock()
+
+
+# Python has this function only on systems that can fork.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 @functools.cache
-def _new_core() -> Any:
+def _new_core(precision: str) -> Any:
     core = import_openvino().Core()
-    use_fused_rotary(core)
+    (use_float32_rotary if precision == "bf16" else use_fused_rotary)(core)
+    # In a forked process, its destructor would wait for threads that exist in the parent only.
+    keep_for_ever(core)
     return core
 
 
-def _core() -> Any:
-    """Return the one `openvino.Core` of this process. It must not be freed before the process ends.
+def _core(precision: str) -> Any:
+    """Return the one `openvino.Core` of this process for a precision, which is never freed.
 
     A core loads the plugin for CPUs, which replaces the stack for signal handlers of the thread that loads it, and
     unmaps this stack with the core. If another thread frees the core, or if of two cores the older one is freed first,
     a thread keeps a stack that is not mapped. The next signal that has a handler, such as that of Ctrl-C, then ends
     the process. Source: `SigAltStackSetup` in `src/plugins/intel_cpu/src` of OpenVINO 2026.4.
     """
-    with _creating_core:
-        return _new_core()
+    with _reading:
+        return _new_core(precision)
 
 
 @contextmanager
@@ -117,7 +132,7 @@ class OpenVinoBackend(Backend):
         if options.device == "cuda":
             raise BackendUnavailableError("OpenVINO runs on no NVIDIA GPU; choose device cpu, or another backend")
         self._openvino = import_openvino()
-        self._core = _core()
+        self._core = _core(options.precision)
         self._engine = engine
         self._graph_precision = graph_precision(options.precision)
         self._threads = options.threads or available_cpus()
@@ -190,12 +205,13 @@ class OpenVinoBackend(Backend):
 
     def _compile(self, path: Path, settings: dict[str, Any]) -> tuple[Any, dict[str, Array]]:
         """Return a compiled graph and the values of inputs that were added to it; raises OpenVINO's exceptions."""
-        with _without_links(path) as readable:
-            model = self._core.read_model(utf8_path(readable))
-        transpose_keys_in_products(self._openvino, model)
         inputs: dict[str, Array] = {}
-        if self.precision == "bf16":
-            model, inputs = keep_float32(self._openvino, self._core, model)
+        with _reading:
+            with _without_links(path) as readable:
+                model = self._core.read_model(utf8_path(readable))
+            transpose_keys_in_products(self._openvino, model)
+            if self.precision == "bf16":
+                model, inputs = keep_float32(self._openvino, self._core, model)
         return self._core.compile_model(model, self._device_name, settings), inputs
 
     def _settings(self) -> dict[str, Any]:

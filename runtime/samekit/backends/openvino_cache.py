@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Raise it when `openvino_bf16` or `openvino_forms` changes graphs in another way.
-_REVISION: Final = 2
+_REVISION: Final = 3
 
 _WITHOUT_WEIGHTS: Final = {"CACHE_MODE": "OPTIMIZE_SIZE"}
 

@@ -164,6 +164,7 @@ def _open_without_engine(model: str, backend: str, options: BackendOptions, erro
     if backend not in (AUTO, "torch") or mistyped:
         raise error
     try:
+        _check_needs_openvino("torch", options)
         return _reopenable(_opener("torch")(model, options), model, options)
     except BackendUnavailableError as unavailable:
         raise EngineNotFoundError(f"{error} (PyTorch cannot take its place: {unavailable})") from None
