@@ -4,7 +4,7 @@ OpenVINO's hint alone puts almost every operation in bfloat16. Four things stay 
 queries and keys with their rotary embedding, the scores of attention up to the difference of both softmaxes, and the
 last product with weights. On 5 clips each of noise, music and speech, the least SNR of same-tiny's latents is 41 dB,
 and 35 dB with queries and keys in bfloat16. Of a trained decoder with the attention of SAME-L it is 37 and 30 dB.
-Queries and keys in float32 take 4 to 6 % of the time on AMD Zen 4.
+On AMD Zen 4, SAME-S takes 6 to 8 % longer with queries and keys in float32.
 
 OpenVINO's CPU plugin reads this choice from an attribute of each operation. Its Python API cannot set it, but a model
 file can hold it. So the graph without its large weights is written to such a file, changed there and read again.

@@ -97,9 +97,10 @@ def _float32_rotary(node: Any) -> list[Any]:
         return ops.unsqueeze(ops.gather(np.concatenate([before, after, others], 1), positions, 0), 1)
 
     cosines, sines = (table.get_node().data for table in (cos, sin))
-    parts = [half, half, features - 2 * half]
-    halves = ops.variadic_split(x, 3, parts[: 2 if features == 2 * half else 3]).outputs()
-    swapped = ops.concat([halves[1], halves[0], *halves[2:]], -1)
+    # The rotated features are all of them or half of them. The first two blocks are the halves.
+    blocks = features // half
+    parts = ops.reshape(x, [0, 0, 0, blocks, half], True)
+    swapped = ops.reshape(ops.gather(parts, [1, 0, *range(2, blocks)], 3), [0, 0, 0, features], True)
     kept = ops.multiply(x, factors(cosines, cosines, 1))
     return [ops.add(kept, ops.multiply(swapped, factors(-sines, sines, 0))).output(0)]
 
