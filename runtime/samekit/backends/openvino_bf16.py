@@ -20,8 +20,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from samekit.backends.openvino_forms import subtract_by_adding
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -50,7 +48,7 @@ def keep_float32(openvino: Any, core: Any, model: Any) -> tuple[Any, dict[str, A
         CPU plugin would combine a product with constant weights to an operation that loses the attribute.
     """
     _replace_softmaxes(openvino, model)
-    subtract_by_adding(openvino, model)
+    _replace_subtractions(openvino, model)
     *_, last = (op for op in model.get_ordered_ops() if op.get_type_name() == "MatMul" and _weights_of(op))
     kept = {op.friendly_name for op in _kept(model, last)}
     inputs = {f"input weights {op.friendly_name}": op for op in _weights_of(last)}
@@ -91,6 +89,23 @@ def _replace_softmaxes(openvino: Any, model: Any) -> None:
             older = openvino.opset1.softmax(data, op.get_axis() % len(data.get_partial_shape()))
             older.friendly_name = op.friendly_name
             op.output(0).replace(older.output(0))
+
+
+def _replace_subtractions(openvino: Any, model: Any) -> None:
+    """Subtract the second softmax by an addition: OpenVINO would do the same later, without the attribute.
+
+    It does so too if the factor is a single number, so there is one for each head.
+    """
+    for difference in model.get_ordered_ops():
+        # The others subtract positions.
+        if difference.get_type_name() == "Subtract" and difference.get_element_type().is_real():
+            first, second = (difference.input_value(i) for i in range(2))
+            heads = second.get_partial_shape()[1].get_length()
+            negative = openvino.opset1.multiply(second, -np.ones((1, heads, 1, 1), np.float32))
+            total = openvino.opset1.add(first, negative)
+            negative.friendly_name = f"{difference.friendly_name} negative"
+            total.friendly_name = difference.friendly_name
+            difference.output(0).replace(total.output(0))
 
 
 def _sources(op: Any) -> Iterator[Any]:

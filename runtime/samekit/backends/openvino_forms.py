@@ -1,4 +1,4 @@
-"""Write parts of our graphs in the forms that OpenVINO computes fast. They compute the same functions."""
+"""Write parts of our graphs in the forms that OpenVINO computes fast or exactly. They compute the same functions."""
 
 from __future__ import annotations
 
@@ -33,28 +33,6 @@ def transpose_keys_in_products(openvino: Any, model: Any) -> None:
             faster = openvino.opset1.matmul(product.input_value(0), keys, False, True)
             keys.friendly_name, faster.friendly_name = transposition.friendly_name, product.friendly_name
             product.output(0).replace(faster.output(0))
-
-
-def subtract_by_adding(openvino: Any, model: Any) -> None:
-    """Subtract the second softmax of differential attention by an addition, so that float32 is kept there.
-
-    OpenVINO would do the same later, but lose the attribute of `openvino_bf16`. It does so too if the factor is a
-    single number, so there is one for each head.
-
-    Args:
-        openvino: the module.
-        model: the graph as `core.read_model` returns it. It is changed.
-    """
-    for difference in model.get_ordered_ops():
-        # The others subtract positions.
-        if difference.get_type_name() == "Subtract" and difference.get_element_type().is_real():
-            first, second = (difference.input_value(i) for i in range(2))
-            heads = second.get_partial_shape()[1].get_length()
-            negative = openvino.opset1.multiply(second, -np.ones((1, heads, 1, 1), np.float32))
-            total = openvino.opset1.add(first, negative)
-            negative.friendly_name = f"{difference.friendly_name} negative"
-            total.friendly_name = difference.friendly_name
-            difference.output(0).replace(total.output(0))
 
 
 def use_fused_rotary(core: Any) -> None:
